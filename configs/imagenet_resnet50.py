@@ -1,0 +1,49 @@
+"""ImageNet, ResNet-50 (4.1 G MACs at 224x224) to half of its MACs.
+
+command:  python -m kdsearch_jax.search --config imagenet_resnet50 --teacher-from resnet50.safetensors
+hardware: a TPU v4-8 or eight GPUs, and memory for the images
+time:     not yet run
+result:   not yet run
+
+The teacher may be any ResNet-50 in torchvision's parameter names. This version keeps all images as uint8 in memory,
+150 kB each: the whole of ImageNet takes 193 GB, so use --data.train-limit on smaller machines.
+"""
+
+from kdsearch_jax.config import (
+    BudgetConfig,
+    DataConfig,
+    DistillConfig,
+    Experiment,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    shorten,
+)
+
+EPOCH = 1_281_167 // 1024  # updates
+
+
+def experiment(quick: bool = False) -> Experiment:
+    """Full schedule: 10 epochs of search, 100 of retraining; the quick variant is a narrow ResNet-18 at 32x32."""
+    made = Experiment(
+        name="imagenet_resnet50",
+        model=ModelConfig("resnet", {"depth": 50}),
+        data=DataConfig(
+            "imagenet2012",
+            image_size=32 if quick else 224,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            crop=4 if quick else 28,
+            flip=True,
+        ),
+        teacher=StageConfig(steps=90 * EPOCH, batch_size=1024, learning_rate=0.4, weight_decay=1e-4, warmup=5 * EPOCH),
+        search=StageConfig(
+            steps=10 * EPOCH, batch_size=1024, learning_rate=0.02, weight_decay=1e-4, schedule="constant"
+        ),
+        retrain=StageConfig(steps=100 * EPOCH, batch_size=1024, learning_rate=0.4, weight_decay=1e-4, warmup=5 * EPOCH),
+        distill=DistillConfig(temperature=2.0, cross_entropy=0.1),
+        budget=BudgetConfig(macs=0.5),
+        baselines=("uniform",),
+        run=RunConfig(precision="bf16", steps_per_dispatch=10, checkpoint_every=EPOCH, evaluate_every=EPOCH),
+    )
+    return shorten(made, depth=18, stem="small", width=16) if quick else made

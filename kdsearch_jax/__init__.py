@@ -1,0 +1,26 @@
+"""kdsearch_jax: finds the sub-network that learns best from a teacher, cuts it out, and distils into it.
+
+    python -m kdsearch_jax.search                        the whole road, on the bundled digits
+    module, variables = kdsearch_jax.load("RUN/student")  the student that it leaves behind
+
+For use from Python: `trace` a module, `fold` gates into its variables, `prune` and `verify` the student.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def load(path: str | Path) -> tuple[Any, Any]:
+    """(module, variables) of the network in a directory, such as RUN/student or RUN/teacher/network.
+
+    Raises:
+      ValueError, OSError: where it is not a network's directory, or damaged.
+    """
+    from kdsearch_jax.checkpoint import load_network
+
+    module, variables, _, _ = load_network(path)
+    return module, variables

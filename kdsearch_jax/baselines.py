@@ -1,0 +1,58 @@
+"""Hand-made students of the same cost, to compare with: which units they keep.
+
+- `uniform`: the same share of every layer; in each, the units of largest L1 norm.
+- `magnitude`: the units of largest L1 norm over all layers, each layer's norms divided by their mean.
+
+The L1 norm is that of the kernel slices that make a unit (Li et al., Pruning Filters for Efficient ConvNets, 2017).
+Neither drops a residual branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from kdsearch_jax import budget as budget_lib
+from kdsearch_jax.budget import Limits
+from kdsearch_jax.config import nearest
+from kdsearch_jax.topology import Group, Topology
+
+NAMES = ("uniform", "magnitude")
+
+
+def keep(name: str, variables: Any, topology: Topology, limits: Limits) -> dict[str, np.ndarray]:
+    """{group: (size,) bool} of the named baseline, within the limits as the searched student is.
+
+    Raises:
+      ValueError: for an unknown name. BudgetError: where no choice lands in the budget.
+    """
+    if name not in NAMES:
+        raise ValueError(f"baselines: {name!r} is unknown; {nearest(name, NAMES)}")
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    scores = []
+    for group in topology.groups:
+        if group.kind == "branches":
+            scores.append(np.full(1, np.inf))
+            continue
+        norms = _norms(group, flat)
+        rank = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
+        scores.append((rank + 1) / group.size if name == "uniform" else norms / max(norms.mean(), 1e-30))
+    free = np.concatenate(scores)
+    # Branches are out of reach, but `select` needs finite numbers: above all others they go last.
+    free = np.where(np.isfinite(free), free, 10.0 + free[np.isfinite(free)].max() * topology.units)
+    return budget_lib.select(topology, limits, free, per_cost=False, rounds=1)
+
+
+def _norms(group: Group, flat: dict[str, Any]) -> np.ndarray:
+    """(size,) mean absolute weight of the kernel slices that make each unit, summed over the kernels."""
+    norms = np.zeros(group.size)
+    for member in group.members:
+        leaf = np.asarray(flat[member.leaf])
+        if member.units is None or member.consumes or leaf.ndim < 2 or not member.leaf.startswith("params/"):
+            continue
+        slices = np.abs(np.moveaxis(leaf, member.axis, 0)).reshape(leaf.shape[member.axis], -1).mean(1)
+        owned = member.units >= 0
+        np.add.at(norms, member.units[owned], slices[owned])
+    return norms

@@ -1,0 +1,407 @@
+"""What every command shares: its command line, its run directory, its way to fail.
+
+A command is a thin `main(argv) -> int`, started by `cli.run(main)`, around functions that know nothing of command
+lines. `--config` and `--quick` choose an experiment; whatever else stands on the line overrides one of its settings by
+its dotted name (`--budget.macs 0.4`). A mistake of the user's ends in one line on stderr and a non-zero status; a
+mistake of ours keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from kdsearch_jax.config import (
+    SETTINGS,
+    Experiment,
+    ModelConfig,
+    check,
+    differences,
+    from_json,
+    load_experiment,
+    nearest,
+    to_json,
+)
+
+T = TypeVar("T")
+R = TypeVar("R", bound="RunOptions")
+
+log = logging.getLogger(__name__)
+
+USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of every command."""
+
+    traceback: bool = False
+    """Show where an error came from, not its line alone (also KDSEARCH_TRACEBACK=1)."""
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Flags of every command that makes or continues a run."""
+
+    config: str = "digits"
+    """An experiment of configs/ by name, an experiment file, or the config.json of a run."""
+    quick: bool = False
+    """The experiment's variant of a few steps, to see that everything works."""
+    workdir: Path | None = None
+    """The run's directory; runs/NAME if left out."""
+    resume: bool = False
+    """Go on with the run that workdir holds."""
+
+
+def parse(argv: list[str], options: type[R], prog: str, description: str) -> tuple[R, Experiment]:
+    """The options and the checked experiment that a command line asks for.
+
+    options: the command's record of flags, `RunOptions` or a record derived from it; its `config` default is the
+    experiment of an empty command line. The `workdir` returned is never None. Raises UsageError; exits after `--help`.
+    """
+    with _usage_errors():
+        _known_flags(argv, (*_names(options), *SETTINGS))
+        given = _first_pass(argv)
+        chosen = dataclasses.replace(options(), **{k: given[k] for k in ("config", "quick") if k in given})
+        base = load_experiment(_run_config(given) or chosen.config, chosen.quick)
+        parsed = _tyro(argv, {"options": chosen, "experiment": base}, prog, description)
+        experiment = check(dataclasses.replace(parsed.experiment, model=_model(base.model, parsed.experiment.model)))
+    workdir = parsed.options.workdir or Path("runs") / experiment.name
+    return dataclasses.replace(parsed.options, workdir=workdir), experiment
+
+
+def parse_options(argv: list[str], options: type[T], prog: str, description: str) -> T:
+    """The options of a command that takes no experiment. Raises UsageError; exits after `--help`."""
+    with _usage_errors():
+        _known_flags(argv, _names(options))
+        return _tyro(argv, {"options": options}, prog, description).options
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command on the process's command line and exit with its status: the last line of every command's file."""
+    argv = sys.argv[1:]
+    full = "--traceback" in argv or os.environ.get("KDSEARCH_TRACEBACK", "0") not in ("", "0")
+    configure_logging()
+    try:
+        if not {"-h", "--help"} & set(argv):
+            join_processes()
+        status = main(argv)
+    except Exception as error:
+        status = exit_status(error)
+        if full or status is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {error_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if full:
+            traceback.print_exc()
+        print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(FAILED if status is None else status)
+
+
+def exit_status(error: Exception) -> int | None:
+    """The exit status of a failure that one line explains; None for a programming error, whose traceback matters.
+
+    An exception class may say so itself, by an attribute `exit_status`.
+    """
+    own = getattr(error, "exit_status", None)
+    if isinstance(own, int):
+        return own
+    if isinstance(error, UsageError):
+        return USAGE
+    return FAILED if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) else None
+
+
+def error_line(error: Exception) -> str:
+    """What is printed of a failure; raised outside this package, it also says how to find where."""
+    text = str(error).strip() or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = not frames or Path(__file__).parent in Path(frames[-1].filename).parents
+    if not ours and not isinstance(error, (OSError, ImportError)) and not hasattr(error, "exit_status"):
+        text = f"{type(error).__name__}: {text} (--traceback shows where)"
+    return text
+
+
+def configure_logging() -> None:
+    """Plain lines on stderr: ours from INFO, other packages' from WARNING, and nothing of Orbax below ERROR."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("kdsearch_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs here, a dozen lines a checkpoint
+    logging.captureWarnings(True)
+
+
+def join_processes() -> None:
+    """Join the other processes of the run where the launcher says that there are some, by JAX_COORDINATOR_ADDRESS."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        import jax
+
+        count, rank = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(address, count, rank)
+
+
+# --- the run directory ----------------------------------------------------------------------------------------------
+
+
+def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = False) -> Path:
+    """Make `workdir` the directory of this run: `config.json`, `environment.json`; every process of a run calls it.
+
+    Raises ValueError where it holds a run already, unless `resume` says to go on with it and its experiment is the
+    same; OSError where it cannot be written. Either way what was there stays as it was.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        _new_run_directory(workdir, experiment, resume)
+        return workdir
+    from jax.experimental import multihost_utils
+
+    # The first process looks and writes; the others wait for its word, or they would take what it wrote for an old run.
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            _new_run_directory(workdir, experiment, resume)
+        except (ValueError, OSError) as error:
+            failure = error
+    if not multihost_utils.broadcast_one_to_all(failure is None):
+        raise failure or ValueError(f"{workdir}: refused by process 0, see its message")
+    return workdir
+
+
+def _new_run_directory(workdir: Path, experiment: Experiment, resume: bool) -> None:
+    path = workdir / "config.json"
+    earlier: list[dict[str, Any]] = []
+    if path.exists():
+        if not resume:
+            raise ValueError(
+                f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
+            )
+        try:
+            old = from_json(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; this run cannot be resumed by this version") from error
+        if different := differences(old, experiment):
+            raise ValueError(
+                f"{workdir} holds a run of another experiment ({'; '.join(different)}); "
+                f"resume with --config {path}, or choose another --workdir"
+            )
+        with contextlib.suppress(OSError, ValueError):
+            last = json.loads((workdir / "environment.json").read_text())
+            earlier = [*last.pop("earlier", []), last]
+    elif resume:
+        log.info("%s holds no run to resume: starting one", workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "environment.json", {**environment(), "earlier": earlier})
+    if not path.exists():
+        write_json(path, to_json(experiment))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds the old content or the new, whatever happens."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """What produced a run: versions, revision, devices, command, time."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # absent when run from a checkout by PYTHONPATH
+        versions["kdsearch-jax"] = importlib.metadata.version("kdsearch-jax")
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_revision": git_revision(Path(__file__).parent),
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_revision(package: Path) -> str | None:
+    """The commit of the checkout that `package` belongs to, `-dirty` if it was edited; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A package installed into somebody's repository is no part of it.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
+
+
+def _names(options: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(options))
+
+
+def _flag(token: str) -> str:
+    return token.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _known_flags(argv: list[str], known: tuple[str, ...]) -> None:
+    """Raise UsageError for a flag that does not exist, with the nearest that does."""
+    for token in argv:
+        name = _flag(token)
+        if not token.startswith("--") or token == "--" or name in known or name == "help":
+            continue
+        head, _, last = name.rpartition(".")
+        if last.startswith("no_") and f"{head}.{last[3:]}".lstrip(".") in known:
+            continue
+        if name.startswith("model.arguments.") and "model.arguments" in known:
+            raise UsageError(f"{token} is not an option; write --model.arguments {last}=VALUE")
+        raise UsageError(f"{_dashed(name)} is not an option; {nearest(_dashed(name), map(_dashed, known))}")
+
+
+def _first_pass(argv: list[str]) -> dict[str, Any]:
+    """Those given of config, quick, workdir and resume: they decide on the defaults of everything else."""
+    given: dict[str, Any] = {}
+    for token, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, _, value = token.partition("=")
+        if name in ("--config", "--workdir"):
+            value = value or following
+            if not value or value.startswith("--"):
+                raise UsageError(
+                    f"{name}: no value; give {'a name or a file' if name == '--config' else 'a directory'}"
+                )
+            given[name[2:]] = value
+        elif name in ("--quick", "--no-quick", "--resume", "--no-resume"):
+            given[name.removeprefix("--").removeprefix("no-")] = not name.startswith("--no-")
+    return given
+
+
+def _run_config(given: dict[str, Any]) -> str | None:
+    """The config.json of the run to resume, where the command line names that run and no experiment."""
+    if not given.get("resume") or not {"config", "quick"}.isdisjoint(given):
+        return None
+    path = Path(given.get("workdir", "")) / "config.json"
+    return str(path) if "workdir" in given and path.is_file() else None
+
+
+def _tyro(argv: list[str], parts: dict[str, Any], prog: str, description: str) -> Any:
+    """tyro's reading of the line into one record a part (a record of defaults, or a type), no part's name in the flags.
+
+    Its error, a box of several lines, is made one line.
+    """
+    import tyro  # 0.1 s, for commands only
+
+    def part(value: Any) -> Any:
+        if isinstance(value, type):
+            return Annotated[value, tyro.conf.arg(name="")], dataclasses.field()
+        return Annotated[type(value), tyro.conf.arg(name="")], dataclasses.field(default=value)
+
+    record = dataclasses.make_dataclass("settings", [(name, *part(value)) for name, value in parts.items()])
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != dict[str, Any]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="KEY=VALUE ... | JSON",
+            instance_from_str=_read_arguments,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                record,
+                args=argv,
+                prog=f"python -m {prog}",
+                description=description,
+                registry=registry,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UsageError(_one_line(stderr.getvalue())) from None
+        raise
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's box: its first part, without borders and line breaks."""
+    lines = [line.strip("│╭╮╰╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+    return " ".join(" ".join(lines[:end]).split()).rstrip(".") + "; --help lists everything"
+
+
+class _Changes(dict[str, Any]):
+    """Model arguments given as KEY=VALUE: they change some of the experiment's, and leave the others."""
+
+
+def _read_arguments(tokens: list[str]) -> dict[str, Any]:
+    """The dictionary of `depth=56 width=16` (values are JSON, or else text), or of one JSON dictionary."""
+    if len(tokens) == 1 and tokens[0].lstrip().startswith("{"):
+        value = json.loads(tokens[0])
+        return value
+    changes = _Changes()
+    for token in tokens:
+        key, equals, text = token.partition("=")
+        if not key or not equals:
+            raise ValueError(f"{token!r} is neither KEY=VALUE nor a JSON dictionary")
+        try:
+            changes[key] = json.loads(text)
+        except ValueError:
+            changes[key] = text
+    return changes
+
+
+def _model(base: ModelConfig, given: ModelConfig) -> ModelConfig:
+    """The model asked for; another model than the experiment's takes none of its arguments over."""
+    same = given.name == base.name
+    if isinstance(given.arguments, _Changes):
+        return ModelConfig(given.name, {**(base.arguments if same else {}), **given.arguments})
+    return ModelConfig(given.name, given.arguments if same or given.arguments is not base.arguments else {})

@@ -1,0 +1,554 @@
+"""Labelled images: read from where, split how, in which order, augmented and normalised.
+
+`load` reads a data set whole, as uint8: the scikit-learn digits, the user's own arrays (`npz:FILE`), or any image
+classification data set of TensorFlow Datasets in array_record form, without TensorFlow. Missing splits are held out by
+class, from constants of this module: runs of every seed are validated and tested on the same images.
+
+The order of training is a pure function, `batch_indices`: step n of seed s has the same batch in every run, so that a
+resumed run goes on as if it had never stopped. Augmentation and normalisation are jittable and run on the device.
+
+Not here: data larger than a device (nothing is streamed), anything but one class an image, augmentation beyond crop and
+flip. The order of this file: records, load, each source, checks, then what training calls at every step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import math
+import socket
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from kdsearch_jax.config import RULES, DataConfig
+from kdsearch_jax.metrics import Progress
+
+LARGEST = 4 * 2**30  # bytes of a split, as uint8: all of it lies on every device
+_SPLIT_SEED = 20200829  # of what is held out; never that of a run
+_TEST_SHARE = 0.1  # of a data set without a test split
+_CHUNK = 1000  # examples read at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples in a fixed order.
+
+    images: uint8 (examples, height, width, channels), 0 black to 255; labels: int32 (examples,), 0 … classes − 1.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
+    def __getitem__(self, indices: NDArray[np.integer]) -> Split:
+        """The examples at `indices`, in their order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three disjoint splits of images of one shape, and how to normalise them.
+
+    mean, std: per channel, of images in [0, 1]; class_names: one a class, its number where nothing better is known.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+def load(config: DataConfig, seed: int = 0) -> Dataset:
+    """Reads and checks a data set.
+
+    A data set without a test split is tested on its validation split; one with neither, on a tenth held out. Where no
+    validation split is left, the share `config.validation` of what the source calls training is held out. Both are
+    stratified: each class gives its share, give or take one example. With `config.train_limit`, that many training
+    images are drawn at random, a held-out validation split shrinks in proportion (neither by class: labels are unknown
+    before images are read), and only what is used is decoded.
+
+    Args:
+      config: see `DataConfig`. Resizing is bilinear, to a square: the aspect ratio is not kept.
+      seed: draws the images that `train_limit` leaves, on which mean and std are measured; all else is the same.
+
+    Raises:
+      ValueError: setting out of range, unknown data set, missing package, unusable or damaged contents, too large.
+      FileNotFoundError: no such file; or a data set that is not on this machine, with no network to fetch it.
+    """
+    _check_settings(config)
+    train, validation, test, names = _source(config)
+    held = max(1, round(config.validation * len(train)))
+    if test is None:
+        validation, test = None, validation
+    if test is None:
+        train, test = _hold_out(_read(train), max(1, round(_TEST_SHARE * len(train))), 0)
+    keep = len(train) if validation is not None else len(train) - held
+    if keep < 1:
+        raise _bad(config.name, "has too few examples to be split into training, validation and test")
+    if config.train_limit is not None and config.train_limit < keep:
+        order = np.random.default_rng([_SPLIT_SEED, 1]).permutation(len(train))
+        if validation is None:
+            held = max(1, round(held * config.train_limit / keep))
+            validation, order = train[np.sort(order[:held])], order[held:]
+        chosen = np.random.default_rng([_SPLIT_SEED, 2, seed]).choice(order, config.train_limit, replace=False)
+        train = train[np.sort(chosen)]
+    elif validation is None:
+        train, validation = _hold_out(_read(train), held, 1)
+    splits = {"train": _read(train), "validation": _read(validation), "test": _read(test)}
+    if config.image_size is not None:
+        splits = {key: Split(_resize(split.images, config.image_size), split.labels) for key, split in splits.items()}
+    _check_splits(config, splits, names)
+    mean, std = _normalisation(config, splits["train"].images)
+    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def _source(config: DataConfig) -> tuple[Any, Any, Any, tuple[str, ...]]:
+    """Training, validation and test examples, each `Split` or `_Records` or None, and the names of the classes."""
+    if config.name == "digits":
+        return _digits()
+    if config.name.startswith("npz:"):
+        return _npz(config.name)
+    if config.name.endswith(".npz"):
+        raise _bad(config.name, f"is unknown; did you mean npz:{config.name}?")
+    return _tfds(config)
+
+
+def _digits() -> tuple[Split, None, Split, tuple[str, ...]]:
+    """1797 grey 8×8 images, 0 to 16 stretched to 0 to 255; a fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    train, test = _hold_out(Split(images, labels.astype(np.int32)), round(0.2 * len(labels)), 0)
+    return train, None, test, tuple("0123456789")
+
+
+def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]:
+    """`images`, `labels`, to be split; or `train_…`, `test_…` and perhaps `validation_…`. `class_names` is optional."""
+    path = Path(name.removeprefix("npz:")).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
+    try:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a single array, without a name")
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _bad(name, f"holds no plain arrays, or is damaged ({_line(error)}); write it with numpy.savez") from error
+    splits = {}
+    for split, prefix in (("train", "train_"), ("validation", "validation_"), ("test", "test_"), ("all", "")):
+        pair = [key for key in (f"{prefix}images", f"{prefix}labels") if key in arrays]
+        if len(pair) == 2:
+            splits[split] = _arrays(arrays[pair[0]], arrays[pair[1]], f"data.name: {name!r}, {pair[0]}")
+    parts = {"train", "test"} <= splits.keys()
+    if not parts and "all" not in splits:
+        raise _bad(
+            name,
+            f"holds {', '.join(arrays) or 'nothing'}; it must hold images and labels, or train_images, train_labels, "
+            "test_images and test_labels",
+        )
+    train = splits["train" if parts else "all"]
+    if "class_names" in arrays:
+        names = tuple(str(text) for text in arrays["class_names"].ravel())
+    else:
+        classes = np.unique(train.labels)
+        gaps = np.flatnonzero(classes != np.arange(len(classes)))
+        if len(gaps):
+            raise _bad(
+                name,
+                f"has no training example of class {gaps[0]}, but of class {classes[-1]}; number the classes from 0 "
+                "without gaps, or add an array class_names",
+            )
+        names = tuple(map(str, classes))
+    return train, splits.get("validation") if parts else None, splits["test"] if parts else None, names
+
+
+def _arrays(images: np.ndarray, labels: np.ndarray, what: str) -> Split:
+    """A user's arrays as a `Split`, or a ValueError that says what is wrong with them."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{what}: shape {images.shape} is not (examples, height, width[, channels]), each 1 or more")
+    if images.shape[1] <= 4 < images.shape[3]:
+        raise ValueError(f"{what}: shape {images.shape} has channels first; transpose to (…, height, width, channels)")
+    if np.issubdtype(images.dtype, np.floating):
+        low, high = images.min(), images.max()
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError(f"{what}: some values are NaN or infinite")
+        if low < 0 or high > 1:
+            raise ValueError(f"{what}: {images.dtype} from {low:g} to {high:g}; scale to [0, 1], or give uint8")
+        images = np.round(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise ValueError(f"{what}: dtype {images.dtype} is neither uint8 nor a float in [0, 1]")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{what}: {len(images)} images, but labels of shape {labels.shape}; give one label an image")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{what}: labels of dtype {labels.dtype}; give whole numbers from 0")
+    if labels.min() < 0 or labels.max() >= 2**31:
+        raise ValueError(f"{what}: labels from {labels.min()} to {labels.max()}; number the classes from 0")
+    return Split(images, labels.astype(np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """A split of a TFDS data set, decoded when indexed.
+
+    By Pillow always: TFDS itself decodes by OpenCV where that is installed, and then JPEGs differ by a few units.
+    """
+
+    records: Any
+    what: str  # for error messages
+    image: str  # names of the two features
+    label: str
+    channels: int
+    size: int | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, indices: NDArray[np.integer]) -> Split:
+        images, labels = np.empty((0, 0, 0, 0), np.uint8), np.empty(len(indices), np.int32)
+        long = len(indices) > 5 * _CHUNK
+        with Progress(f"reading {self.what}", len(indices), unit="images") if long else nullcontext() as progress:
+            for start in range(0, len(indices), _CHUNK):
+                for i, example in enumerate(self.examples(indices[start : start + _CHUNK]), start):
+                    image = self.decode(example[self.image], indices[i])
+                    if i == 0:
+                        _check_size(self.what, (len(indices), *image.shape))
+                        images = np.empty((len(indices), *image.shape), np.uint8)
+                    elif image.shape != images.shape[1:]:
+                        raise ValueError(
+                            f"data.image_size: None keeps sizes, but images of {self.what} differ in them, "
+                            f"{images.shape[1:3]} and {image.shape[:2]}; give a side in pixels"
+                        )
+                    images[i], labels[i] = image, example[self.label]
+                if progress is not None:
+                    progress.update(min(start + _CHUNK, len(indices)), {})
+        return Split(images, labels)
+
+    def examples(self, indices: NDArray[np.integer]) -> Sequence[dict[str, Any]]:
+        """Records as TFDS gives them, their images not decoded."""
+        try:
+            return self.records.__getitems__(indices.tolist())
+        except Exception as error:
+            raise ValueError(
+                f"data.name: {self.what} is damaged or incomplete ({_line(error)}); delete it and prepare it again"
+            ) from error
+
+    def decode(self, encoded: bytes, index: int) -> NDArray[np.uint8]:
+        """(height, width, channels) of a PNG, JPEG or whatever else Pillow reads."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            image = np.asarray(Image.open(io.BytesIO(encoded)).convert({1: "L", 3: "RGB", 4: "RGBA"}[self.channels]))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            why = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else _line(error)
+            raise ValueError(f"data.name: image {index} of {self.what} cannot be decoded ({why})") from error
+        image = image.reshape(*image.shape[:2], self.channels)
+        return image if self.size is None else _resize(image[None], self.size)[0]
+
+
+def _tfds(config: DataConfig) -> tuple[_Records, _Records | None, _Records | None, tuple[str, ...]]:
+    """A TFDS data set, prepared first where it is not and there is a network."""
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(
+            f"data.name: {config.name!r} is not digits or npz:FILE, and to read it as a TFDS data set {error.name} is "
+            "missing: pip install 'kdsearch-jax[tfds]'"
+        ) from error
+    given = {} if config.data_dir is None else {"data_dir": str(Path(config.data_dir).expanduser())}
+    builder = _open(tfds, config.name, given)
+    image = _feature(config.name, builder, tfds.features.Image, "image")
+    label = _feature(config.name, builder, tfds.features.ClassLabel, "label")
+    builder = _prepared(tfds, config.name, builder, given)
+    features = builder.info.features
+    channels, dtype = features[image].shape[-1], np.dtype(features[image].np_dtype)
+    if channels not in (1, 3, 4) or dtype != np.uint8:
+        raise _bad(config.name, f"has {dtype} images of {channels} channels; they must be uint8 of 1, 3 or 4")
+    splits = {}
+    for split in ("train", "validation", "test"):
+        if split in builder.info.splits:
+            try:
+                records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+            except Exception as error:
+                raise _bad(config.name, f"cannot be read ({_line(error)})") from error
+            records = _Records(records, f"{config.name} {split}", image, label, channels, config.image_size)
+            # Competitions keep the labels of their test split for themselves: TFDS writes −1.
+            if len(records) and (split == "train" or records.examples(np.zeros(1, int))[0][label] >= 0):
+                splits[split] = records
+    if "train" not in splits:
+        raise _bad(config.name, f"has no split train, only {', '.join(builder.info.splits)}; give another data set")
+    return splits["train"], splits.get("validation"), splits.get("test"), tuple(features[label].names)
+
+
+def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
+    """The builder of a data set, prepared or not."""
+    try:
+        builder = tfds.builder(name, **given)
+        _ = builder.info.features
+    except tfds.core.DatasetNotFoundError as error:
+        # Community data sets are asked for over the network, and without TensorFlow not even that works.
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, n=3) or ["digits", "npz:FILE", "cifar10"]
+        raise _bad(name, f"is unknown; did you mean {' or '.join(near)}?") from error
+    except Exception as error:
+        raise _bad(name, f"cannot be opened by TFDS ({_line(error)})") from error
+    return builder
+
+
+def _prepared(tfds: Any, name: str, builder: Any, given: dict[str, str]) -> Any:
+    """The builder of a data set that is on this machine in array_record form; fetches it where it can."""
+    where = Path(builder.data_path)
+    arguments = ", ".join([repr(name), "file_format='array_record'", *(f"{k}={v!r}" for k, v in given.items())])
+    by_hand = f'python -c "import tensorflow_datasets as t; t.builder({arguments}).download_and_prepare()"'
+    if builder.is_prepared():
+        formats = sorted(found.value for found in builder.info.available_file_formats())
+        if "array_record" not in formats:
+            raise _bad(
+                name,
+                f"lies in {where} as {', '.join(formats)}, but only array_record can be read without TensorFlow; give "
+                f"another data.data_dir, or delete it and run {by_hand}",
+            )
+        return builder
+    if not _online():
+        raise FileNotFoundError(
+            f"data.name: {name!r} is not in {where} and there is no network; on a connected machine run {by_hand}"
+        )
+    try:
+        builder = tfds.builder(name, file_format="array_record", **given)
+        builder.download_and_prepare()
+    except Exception as error:
+        needed = ", and install tensorflow, for this one step only" if "tensorflow" in str(error).lower() else ""
+        raise _bad(
+            name, f"is not in {where} and could not be prepared ({_line(error)}); run {by_hand} to see more{needed}"
+        ) from error
+    return builder
+
+
+def _online() -> bool:
+    """Whether names can be looked up: TFDS by itself tries in vain for more than three minutes."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo("storage.googleapis.com", 443)
+    except OSError:
+        return False
+    return True
+
+
+def _feature(name: str, builder: Any, kind: type, usual: str) -> str:
+    """The name of the image or of the label: as the data set declares, the usual name, or the only one of its kind."""
+    features = builder.info.features
+    found = [key for key in features if type(features[key]) is kind] if hasattr(features, "keys") else []
+    declared = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+    for key in (*declared, usual, *(found if len(found) == 1 else ())):
+        if key in found:
+            return key
+    there = ", ".join(features) if hasattr(features, "keys") else type(features).__name__
+    raise _bad(name, f"has no single {kind.__name__} among its features ({there}); give images of one class each")
+
+
+# --- checks and helpers of load -------------------------------------------------------------------------------------
+
+
+def _check_settings(config: DataConfig) -> None:
+    for key, (holds, requirement) in RULES.items():
+        value = getattr(config, key.removeprefix("data."), None) if key.startswith("data.") else None
+        if value is not None and not holds(value):
+            raise ValueError(f"{key}: {value!r} is not possible; {requirement}")
+
+
+def _check_size(what: str, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) > LARGEST:
+        raise ValueError(
+            f"data.name: {what} takes {math.prod(shape) / 2**30:.1f} GiB decoded ({shape[0]} images of "
+            f"{'x'.join(map(str, shape[1:]))}), and at most {LARGEST / 2**30:g} are kept on a device; streaming is not "
+            "there yet, so give a smaller data.image_size or data.train_limit"
+        )
+
+
+def _check_splits(config: DataConfig, splits: dict[str, Split], names: tuple[str, ...]) -> None:
+    if len(names) < 2:
+        raise _bad(config.name, f"has {len(names)} class; give 2 or more to tell apart")
+    shape = splits["train"].images.shape[1:]
+    for key, split in splits.items():
+        found = split.images.shape[1:]
+        _check_size(f"{config.name} {key}", split.images.shape)
+        if found != shape:
+            more = "data.image_size" if found[2] == shape[2] else "all images the same channels"
+            raise _bad(config.name, f"has {key} images of {found}, but training images of {shape}; give {more}")
+        low, high = split.labels.min(), split.labels.max()
+        if low < 0 or high >= len(names):
+            raise _bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
+
+
+def _read(split: Split | _Records) -> Split:
+    return split if isinstance(split, Split) else split[np.arange(len(split))]
+
+
+def _hold_out(split: Split, count: int, stream: int) -> tuple[Split, Split]:
+    """The split without `count` examples, and these: of every class its share, give or take one."""
+    shuffled = np.random.default_rng([_SPLIT_SEED, stream]).permutation(len(split))
+    by_class = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
+    held = by_class[((np.arange(count) + 0.5) * (len(split) / count)).astype(int)]
+    return split[np.setdiff1d(shuffled, held)], split[np.sort(held)]
+
+
+def _resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(examples, size, size, channels); each channel by itself, as it may be anything."""
+    if images.shape[1:3] == (size, size):
+        return images
+    from PIL import Image
+
+    resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
+    for i, c in np.ndindex(len(images), images.shape[3]):
+        channel = Image.fromarray(np.ascontiguousarray(images[i, :, :, c]))
+        resized[i, :, :, c] = np.asarray(channel.resize((size, size), Image.Resampling.BILINEAR))
+    return resized
+
+
+def _normalisation(config: DataConfig, images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the config says, else per-channel mean and deviation of the images; 1 for a channel that never changes."""
+    channels = images.shape[3]
+    for key in ("mean", "std"):
+        given = getattr(config, key)
+        if given is not None and len(given) != channels:
+            raise ValueError(f"data.{key}: {given} is not possible; images of {config.name!r} have {channels} channels")
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), _CHUNK):
+        for c in range(channels):
+            counts[c] += np.bincount(images[start : start + _CHUNK, :, :, c].ravel(), minlength=256)
+    values, share = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    std[std == 0] = 1.0
+    return config.mean or tuple(mean.tolist()), config.std or tuple(std.tolist())
+
+
+def _bad(name: str, what: str) -> ValueError:
+    return ValueError(f"data.name: {name!r} {what}")
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+# --- what training calls at every step ------------------------------------------------------------------------------
+
+
+def batch_indices(seed: int, examples: int, batch_size: int, first_step: int, steps: int) -> NDArray[np.int32]:
+    """Which examples the updates `first_step`, …, `first_step + steps − 1` see: a pure function of its arguments.
+
+    Every epoch is a permutation of its own, without the examples at its end that do not fill a batch.
+
+    Returns:
+      (steps, batch_size), int32.
+
+    Raises:
+      ValueError: a batch is empty or larger than an epoch.
+    """
+    if not 1 <= batch_size <= examples:
+        raise ValueError(f"batch_size: {batch_size} is not possible with {examples} examples; give 1 to {examples}")
+    batches = np.empty((steps, batch_size), np.int32)
+    for row, step in enumerate(range(first_step, first_step + steps)):
+        epoch, place = divmod(step, examples // batch_size)
+        batches[row] = _epoch(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
+    return batches
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def padded_batches(examples: int, batch_size: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    """Every example once, in order, in batches of one size: (indices, weights), each (batch_size,).
+
+    The last batch is filled up with example 0 at weight 0; elsewhere weights are 1. No examples, no batches.
+
+    Raises:
+      ValueError: batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1")
+    for start in range(0, examples, batch_size):
+        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        real = indices < examples
+        yield np.where(real, indices, 0).astype(np.int32), real.astype(np.float32)
+
+
+def augment(key: Array, images: Array, *, crop: int, flip: bool) -> Array:
+    """Shifts and mirrors every image by chance of its own; jittable.
+
+    Args:
+      key: random key; the same key gives the same images.
+      images: uint8 (batch, height, width, channels).
+      crop: pixels, 0 or more: an image is padded by so many zeros (black, whatever the mean) on each side, and a window
+        of the old size is cut out, all (2·crop + 1)² places being equally likely.
+      flip: whether to mirror left and right with probability ½.
+
+    Returns:
+      of the shape and dtype of `images`.
+    """
+    crop_key, flip_key = jax.random.split(key)
+    batch = len(images)
+    if crop:
+        padded = jnp.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
+        corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * crop + 1)
+        # One slice an image: fast on the CPU, and on accelerators better than looking up pixels one by one.
+        cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:]))
+        images = cut(padded, corners)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return images
+
+
+def normalise(images: Array, mean: Any, std: Any, dtype: Any = jnp.float32) -> Array:
+    """(images/255 − mean)/std, per channel, computed in float32; jittable.
+
+    Args:
+      images: uint8 (…, channels).
+      mean, std: (channels,), of images in [0, 1].
+      dtype: of what is returned.
+
+    Raises:
+      ValueError: images are not uint8, or have another number of channels than mean and std.
+    """
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images: {images.dtype} is not possible; give uint8, 0 to 255, not normalised yet")
+    shape = (1,) * (images.ndim - 1) + (images.shape[-1],)
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    if not mean.shape == std.shape == shape[-1:]:
+        raise ValueError(f"mean {mean.shape} and std {std.shape} must have one value for each of {shape[-1]} channels")
+    return ((images.astype(jnp.float32) / 255 - mean.reshape(shape)) / std.reshape(shape)).astype(dtype)

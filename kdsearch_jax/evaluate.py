@@ -1,0 +1,264 @@
+"""What a network is worth: predictions on a split, each example exactly once, and time per image.
+
+    python -m kdsearch_jax.evaluate NETWORK_DIR [--teacher DIR] [--data NAME]
+
+`predict` runs the network over all devices; the last batch is padded to the size of the others, so that there is one
+compilation, and what was padded is dropped. `score` compares logits with labels, and with a teacher's logits. Images
+are normalised as the network was trained, by the numbers stored with it, whatever data it is shown.
+"""
+
+# No `from __future__ import annotations` here: tyro, imported by `main` alone, must see types and not their names.
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kdsearch_jax import cli, losses
+from kdsearch_jax.checkpoint import load_network
+from kdsearch_jax.config import DataConfig
+from kdsearch_jax.data import Dataset, Split, load, normalise, padded_batches
+from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
+from kdsearch_jax.student import Architecture
+from kdsearch_jax.train import apply_eval, data_mesh, place, replicate
+
+Network = tuple[nn.Module, Any, Architecture, dict[str, Any]]  # as `load_network` gives it
+
+
+def predict(
+    module: nn.Module,
+    variables: Any,
+    images: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 500,
+) -> np.ndarray:
+    """Logits of all images, in inference mode and float32.
+
+    Args:
+      module, variables: the network.
+      images: uint8 (examples, height, width, channels).
+      mean, std: one number a channel, of images in [0, 1].
+      batch_size: images a call, over all devices; rounded up to a multiple of their number.
+
+    Returns:
+      float32 (examples, classes), on every process.
+
+    Raises:
+      ValueError: there are no images, or batch_size is below 1.
+    """
+    if not len(images):
+        raise ValueError("images: there are none; give a split with at least one example")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1 image")
+    mesh = data_mesh()
+    size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    constants = replicate((variables, np.asarray(mean, np.float32), np.asarray(std, np.float32)), mesh)
+    forward, spread = _forward(module, mesh), NamedSharding(mesh, PartitionSpec("data"))
+    found = []
+    for indices, weights in padded_batches(len(images), size):
+        logits = np.asarray(forward(*constants, place(images[indices], spread)))
+        found.append((indices[weights > 0], logits[weights > 0]))
+    logits = np.empty((len(images), found[0][1].shape[-1]), np.float32)
+    for indices, values in found:
+        logits[indices] = values
+    return logits
+
+
+def _forward(module: nn.Module, mesh: Mesh) -> Any:
+    try:
+        return _cached_forward(module, mesh)
+    except TypeError:  # a module with an attribute that has no hash is compiled at every call
+        return _cached_forward.__wrapped__(module, mesh)
+
+
+@lru_cache(maxsize=16)
+def _cached_forward(module: nn.Module, mesh: Mesh) -> Any:
+    def forward(variables: Any, mean: jax.Array, std: jax.Array, images: jax.Array) -> jax.Array:
+        return apply_eval(module, variables, normalise(images, mean, std))
+
+    return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def score(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None = None) -> dict[str, float]:
+    """Means over the examples.
+
+    Args:
+      logits, teacher_logits: (examples, classes).
+      labels: (examples,).
+
+    Returns:
+      "loss" (cross-entropy in nats), "accuracy", "accuracy_top5" (1 where there are 5 classes or fewer); with a teacher
+      "kl" (teacher ‖ network, temperature 1, in nats) and "agreement" (share of equal predictions).
+
+    Raises:
+      ValueError: a label has no logit, or the teacher tells apart another number of classes.
+    """
+    classes = logits.shape[-1]
+    if labels.max() >= classes:
+        raise ValueError(f"labels: there is a class {labels.max()}, but the network tells apart {classes} only")
+    if teacher_logits is not None and teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"teacher_logits {teacher_logits.shape} do not fit logits {logits.shape}: both are (examples, classes)"
+        )
+    return {name: float(np.asarray(x, np.float64).mean()) for name, x in _each(logits, labels, teacher_logits).items()}
+
+
+@jax.jit
+def _each(logits: jax.Array, labels: jax.Array, teacher_logits: jax.Array | None) -> dict[str, jax.Array]:
+    """The quantities of `score`, per example."""
+    each = {"loss": losses.cross_entropy(logits, labels)}
+    each |= {"accuracy": top_k(logits, labels, 1), "accuracy_top5": top_k(logits, labels, 5)}
+    if teacher_logits is not None:
+        each |= {"kl": kl_to_teacher(logits, teacher_logits), "agreement": agreement(logits, teacher_logits)}
+    return each
+
+
+def evaluate(
+    module: nn.Module,
+    variables: Any,
+    split: Split,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int = 500,
+    teacher_logits: np.ndarray | None = None,
+) -> dict[str, float]:
+    """`score` of `predict` on a split, each example exactly once; arguments as there."""
+    return score(predict(module, variables, split.images, mean, std, batch_size), split.labels, teacher_logits)
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def measure_latency(
+    networks: Mapping[str, tuple[nn.Module, Any]], input_shape: Sequence[int], batch: int = 64, repeats: int = 30
+) -> dict[str, float]:
+    """Milliseconds an image of each network, compiled, in float32, on one device.
+
+    Networks take turns, so that whatever else the machine does meets all of them alike; the result is the median over
+    the turns. `ratios` compares them.
+
+    Args:
+      networks: {name: (module, variables)}.
+      input_shape: of one example, (height, width, channels).
+      batch: images a call.
+      repeats: turns, after two that are not counted.
+    """
+    device = jax.local_devices()[0]
+    images = jax.device_put(jax.random.normal(jax.random.key(0), (batch, *input_shape)), device)
+    calls = {}
+    for name, (module, variables) in networks.items():
+        call = jax.jit(lambda leaves, x, module=module: apply_eval(module, leaves, x))
+        calls[name] = (call, jax.device_put(jax.tree.map(np.asarray, variables), device))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 2):
+        for name, (call, variables) in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call(variables, images))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(times[2:]) / batch for name, times in seconds.items()}
+
+
+def ratios(latencies: Mapping[str, float]) -> dict[str, float]:
+    """How many times less time each network takes than the first one: 2 is twice as fast."""
+    first = next(iter(latencies.values()))
+    return {name: first / value for name, value in latencies.items()}
+
+
+# --- command --------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Prints the accuracy of a network, and of its teacher if one is given, on a split of a data set."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class EvaluateOptions(cli.Options):
+        """What to evaluate, and on which data."""
+
+        network: tyro.conf.Positional[Path] = field(kw_only=True)
+        """A network's directory (RUN/student, RUN/teacher/network, …)."""
+        teacher: Path | None = None
+        """A network's directory to compare with: divergence and agreement."""
+        data: str | None = None
+        """digits, npz:FILE or a TFDS name; the data set that the network was trained on if left out."""
+        data_dir: str | None = None
+        """Where TFDS keeps its data."""
+        split: Literal["test", "validation", "train"] = "test"
+        """Which examples."""
+        batch_size: int = 500
+        """Images a call, over all devices."""
+
+    options = cli.parse_options(
+        argv, EvaluateOptions, "kdsearch_jax.evaluate", "Accuracy of a network on a data set, each example once."
+    )
+    named = {"network": options.network, **({"teacher": options.teacher} if options.teacher else {})}
+    networks = {name: load_network(directory) for name, directory in named.items()}
+    dataset = _load_data(networks["network"], options.data, options.data_dir)
+    split: Split = getattr(dataset, options.split)
+    logits = {}
+    for name, (module, variables, _, info) in networks.items():
+        _check_fits(named[name], networks[name], dataset)
+        mean, std = info.get("mean", dataset.mean), info.get("std", dataset.std)
+        logits[name] = predict(module, variables, split.images, mean, std, options.batch_size)
+    rows = {name: score(values, split.labels, logits.get("teacher")) for name, values in logits.items()}
+    if jax.process_index() == 0:
+        print(f"{len(split)} images of {dataset.name}, {options.split}")
+        print(_table({named[name]: row for name, row in rows.items()}))
+    return 0
+
+
+def _load_data(network: Network, name: str | None, data_dir: str | None) -> Dataset:
+    """The data set asked for, or the one that the network was trained on, at the size of the network's images."""
+    _, _, architecture, info = network
+    name = name or info.get("dataset")
+    if not name:
+        raise ValueError("data: the network does not say what it was trained on; give --data NAME")
+    height, width = architecture.input_shape[:2]
+    return load(DataConfig(name, data_dir=data_dir, image_size=height if height == width else None))
+
+
+def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
+    """Raises ValueError where the data set is not one that the network can be shown."""
+    module, variables, architecture, _ = network
+    found, expected = dataset.test.images.shape[1:], tuple(architecture.input_shape)
+    if found != expected:
+        raise ValueError(
+            f"{directory} takes images {expected}, those of {dataset.name} are {found}; give another --data"
+        )
+    image = jax.ShapeDtypeStruct((1, *expected), jnp.float32)
+    classes = jax.eval_shape(partial(apply_eval, module), variables, image).shape[-1]
+    if classes != dataset.num_classes:
+        raise ValueError(
+            f"{directory} tells apart {classes} classes, {dataset.name} has {dataset.num_classes}; give the data set "
+            "that the network was trained on as --data"
+        )
+
+
+def _table(rows: Mapping[Path, Mapping[str, float]]) -> str:
+    """One line a network: shares in percent, losses in nats."""
+    columns = {"accuracy": "accuracy", "accuracy_top5": "top 5", "loss": "loss", "kl": "KL", "agreement": "agreement"}
+    shown = [name for name in columns if all(name in row for row in rows.values())]
+    lines = [["", *(columns[name] for name in shown)]]
+    for directory, row in rows.items():
+        cells = [f"{row[name]:.4f}" if name in ("loss", "kl") else f"{100 * row[name]:.2f}%" for name in shown]
+        lines.append([str(directory), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = (
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    )
+    return "\n".join("  ".join(cells) for cells in aligned)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,260 @@
+"""A finished network as one file for others: `python -m kdsearch_jax.export NETWORK --out DIRECTORY`.
+
+    student.safetensors   the arrays under flat names ("params/stage1/conv/kernel"); architecture, info and digests as
+                          metadata. `load_safetensors` makes the module of it; any other program can read the arrays.
+    student.stablehlo     the compiled-to-be function images → logits with its arrays inside, for CPU, CUDA and TPU and
+                          any batch size. `jax.export.deserialize` runs it; neither Flax nor this package is needed.
+    manifest.json         what each file holds, takes and returns, and how far it was off.
+
+Both take normalised float32 images (batch, height, width, channels) and return logits (batch, classes). Each file is
+read again by a fresh process, run on random images at two batch sizes, and compared with the network's own logits
+before it gets its name. That process runs on the CPU, in full float32, whatever this one runs on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kdsearch_jax import cli
+from kdsearch_jax.checkpoint import describe, fitting_module, flatten, flush, load_network, unflatten, verified
+from kdsearch_jax.student import Architecture
+
+Format = Literal["safetensors", "stablehlo"]
+FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-5  # of the largest logit
+_BATCH_SIZES = (2, 5)
+_USE = {
+    "safetensors": "module, variables = kdsearch_jax.export.load_safetensors({file!r}); "
+    "logits = module.apply(variables, images)",
+    "stablehlo": "logits = jax.export.deserialize(bytearray(open({file!r}, 'rb').read())).call(images)",
+}
+_CHECK = (
+    "import json, sys; from kdsearch_jax import export; print(json.dumps(export.check(*sys.argv[1:3], sys.argv[3:])))"
+)
+
+
+def export(network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS) -> dict[str, Any]:
+    """Writes a network in each format, checked by a fresh process, and manifest.json; returns the manifest.
+
+    Args:
+      network_dir: what `kdsearch_jax.checkpoint.save_network` wrote.
+      out_dir: made if it is not there; may be `network_dir`. Files of the same names are replaced.
+      formats: of "safetensors" and "stablehlo".
+
+    Raises:
+      ValueError: no such format, the network does not allow a free batch size, or a file computes something else than
+        the network. No file is left behind.
+      FileNotFoundError, CheckpointError: as `load_network` does.
+    """
+    if unknown := [given for given in formats if given not in FORMATS]:
+        raise ValueError(f"format {unknown[0]!r} is unknown; there are {', '.join(FORMATS)}")
+    module, variables, architecture, info = load_network(network_dir)
+    out = Path(out_dir).absolute()
+    existed = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+            temporary = Path(folder)
+            for format in formats:
+                content = (
+                    _safetensors(architecture, variables, info)
+                    if format == "safetensors"
+                    else _stablehlo(module, variables, architecture)
+                )
+                (temporary / f"student.{format}").write_bytes(content)
+            differences = _checked_elsewhere(network_dir, temporary, formats)
+            manifest = _manifest(temporary, architecture, info, differences)
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "manifest.json"):
+                flush(path)
+                path.replace(out / path.name)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+    return manifest
+
+
+def load_safetensors(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a file that `export` wrote: (module, variables).
+
+    A network of `package.module:factory` imports that package, that is, runs its code.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if "architecture" not in metadata or "leaves" not in metadata:
+                raise ValueError("it holds no architecture; kdsearch_jax.export writes one")
+            architecture = Architecture.from_json(json.loads(metadata["architecture"]))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        leaves = json.loads(metadata["leaves"])
+        if not isinstance(leaves, dict) or leaves.keys() != arrays.keys():
+            raise ValueError("its arrays are not those that were saved")
+        variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+    return fitting_module(architecture, variables, path), variables
+
+
+def check(
+    network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS
+) -> dict[str, dict[str, float]]:
+    """Compares exported files with the network: {format: {"max_difference", "logits_scale"}}.
+
+    Runs both on random normal images at two batch sizes, where JAX runs by default. On a GPU or TPU, whose matrix
+    products are not full float32 by default, the comparison fails for that alone: set JAX_PLATFORMS=cpu.
+
+    Raises:
+      ValueError: some logit is further off than 1e-5 of the largest, or a file cannot be read.
+    """
+    module, variables, architecture, _ = load_network(network_dir)
+    own, found = jax.jit(lambda images: module.apply(variables, images)), {}
+    for format in formats:
+        path = Path(out_dir) / f"student.{format}"
+        theirs = _runner(path, format)
+        difference = scale = 0.0
+        for batch_size in _BATCH_SIZES:
+            rng = np.random.default_rng(batch_size)
+            images = rng.normal(size=(batch_size, *architecture.input_shape)).astype(np.float32)
+            expected, actual = np.asarray(own(images)), np.asarray(theirs(images))
+            if not np.isfinite(expected).all():
+                raise ValueError(f"the logits of {network_dir} are not finite; its training diverged")
+            if actual.shape != expected.shape:
+                raise ValueError(f"{path} returns logits {actual.shape}, the network {expected.shape}")
+            # A maximum that meets NaN is NaN, which no comparison below accepts.
+            difference = np.maximum(difference, np.abs(actual - expected).max())
+            scale = np.maximum(scale, np.abs(expected).max())
+        if not difference <= TOLERANCE * scale:
+            raise ValueError(
+                f"{path} computes something else than the network: logits differ by {difference:.3g}, allowed are "
+                f"{TOLERANCE:g} of {scale:.3g}"
+            )
+        found[format] = {"max_difference": float(difference), "logits_scale": float(scale)}
+    return found
+
+
+def _runner(path: Path, format: Format) -> Callable[[np.ndarray], Any]:
+    """images → logits, by the file alone."""
+    if format == "safetensors":
+        module, variables = load_safetensors(path)
+        return jax.jit(lambda images: module.apply(variables, images))
+    try:
+        return jax.export.deserialize(bytearray(path.read_bytes())).call
+    except Exception as error:  # flatbuffers trips over damage in ways of its own
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _safetensors(architecture: Architecture, variables: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
+    metadata = {
+        "format": "kdsearch_jax",
+        "architecture": json.dumps(architecture.to_json()),
+        "info": json.dumps(dict(info)),
+        "leaves": json.dumps({name: describe(array) for name, array in arrays.items()}),
+    }
+    return safetensors.numpy.save(arrays, metadata)
+
+
+def _stablehlo(module: nn.Module, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *architecture.input_shape), jnp.float32)
+    try:
+        exported = jax.export.export(jax.jit(lambda x: module.apply(variables, x)), platforms=PLATFORMS)(images)
+    except Exception as error:  # whatever the model's code does with a size that is not a number
+        raise ValueError(
+            f"model {architecture.model!r} cannot be exported as stablehlo with a free batch size: "
+            f"{' '.join(str(error).split())[:300]}; export safetensors only"
+        ) from error
+    return bytes(exported.serialize())
+
+
+def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[Format]) -> dict[str, dict[str, float]]:
+    """`check` in a fresh process, on the CPU; raises ValueError with what it says."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-c", _CHECK, str(Path(network_dir).absolute()), str(folder), *formats]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(f"an exported file failed its check in a fresh process: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _manifest(
+    folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
+) -> dict[str, Any]:
+    files = {}
+    for format, difference in differences.items():
+        content = (folder / f"student.{format}").read_bytes()
+        files[f"student.{format}"] = {
+            "format": format,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            **difference,
+            "use": _USE[format].format(file=f"student.{format}"),
+        }
+    return {
+        "input": {"shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"},
+        "output": {"dtype": "float32", "what": "logits (batch, classes)"},
+        "architecture": architecture.to_json(),
+        "info": dict(info),
+        "jax": jax.__version__,  # a newer one reads the stablehlo file as well, an older one may not
+        "platforms": list(PLATFORMS),
+        "files": files,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Exports a network, or checks what was exported before, and prints the files' names."""
+    import tyro  # 0.1 s, for the command only
+
+    @dataclass(frozen=True, kw_only=True)
+    class ExportOptions(cli.Options):
+        network: tyro.conf.Positional[Path]
+        """The network's directory, such as RUN/student."""
+        out: Path
+        """The directory to write to; may be the network's."""
+        formats: tuple[Format, ...] = FORMATS
+        """What to write."""
+        check: bool = False
+        """Only compare the files that are there with the network."""
+
+    options = cli.parse_options(argv, ExportOptions, "kdsearch_jax.export", (__doc__ or "").split("\n\n")[0])
+    if options.check:
+        found = check(options.network, options.out, options.formats)
+    else:
+        found = export(options.network, options.out, options.formats)["files"]
+    for name, file in found.items():
+        print(f"{options.out}: {name} differs by {file['max_difference']:.2g}, logits up to {file['logits_scale']:.3g}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,194 @@
+"""The search: distils into the gated network while a proximal L1 penalty removes structures.
+
+    min over w, g ≥ 0 of   E KL(teacher, student(w, g))  +  λ1 ‖w‖²  +  λ2 Σ_j α_j |g_j|
+
+λ1 is the weight decay of the stage. λ2 follows the budget in a closed loop (`budget.level`). α_j decides what dies:
+
+- `importance` (the default): α_j = (c_j / I_j)^s, re-estimated at every call of the compiled steps. c_j is what unit j
+  adds to the cost, I_j the running mean of (g_j ∂KL/∂g_j)², the Fisher information of the distillation loss at the
+  gate: to second order, what the loss gains if the unit goes. So the teacher sets the weights. A penalty that is
+  constant over the gates shrinks all of them for free where BatchNorm follows, and damages what should stay; this one
+  is a re-weighted L1 that takes the unimportant to zero within a few steps and leaves the important unshrunk. The
+  sharpness s ≥ 1 sets how clearly: a unit worth k times the threshold shrinks k^s times slower than one at the
+  threshold.
+- `macs`, `params`: α_j = the marginal cost; `one`: α_j = 1. These are the plain readings of the method, for comparison.
+
+In each group the most important unit has α_j = 0, so no layer is emptied; a residual branch goes as a whole, by its own
+gate, when its own Fisher information per cost is the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdsearch_jax import budget as budget_lib
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax import losses
+from kdsearch_jax.budget import Limits
+from kdsearch_jax.config import DistillConfig, GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.linen import Network
+from kdsearch_jax.prox import accelerated_proximal_l1
+from kdsearch_jax.topology import Topology
+from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create_state, make_optimizer
+
+SNAPSHOTS = 200  # rows of gate history kept at most
+WARMUP = 0.05  # share of the ramp in which importance is only measured
+
+
+def make_transformation(stage: StageConfig, config: GatesConfig) -> optax.GradientTransformationExtraArgs:
+    """Over {"weights": …, "gates": …}: the stage's optimiser for weights, the proximal step for gates.
+
+    Its update takes `penalty` with the structure of the parameters; the entries for weights are not used.
+    """
+    return optax.partition(
+        {"weights": make_optimizer(stage), "gates": accelerated_proximal_l1(config.learning_rate, config.momentum)},
+        {"weights": "weights", "gates": "gates"},
+        mask_compatible_extra_args=True,
+    )
+
+
+def begin(variables: Any, topology: Topology, tx: Any, stage: StageConfig) -> TrainState:
+    """The state before the first update: the teacher's variables, all gates 1, nothing known of importance."""
+    gates = gates_lib.init(topology)
+    zeros = jax.tree.map(jnp.zeros_like, gates)
+    rows = min(SNAPSHOTS, stage.steps) + 1
+    history = {"gates": jnp.full((rows, topology.units), jnp.nan), "rows": jnp.full((rows, 4), jnp.nan)}
+    extra = {"gates": gates, "importance": zeros, "penalty": zeros, "history": history}
+    state = create_state(variables, optax.identity(), extra=extra)
+    return state.replace(opt_state=tx.init({"weights": state.params, "gates": gates}))
+
+
+def search_step(
+    network: Network, teacher: nn.Module, tx: Any, distill: DistillConfig, config: GatesConfig, run: RunConfig
+) -> Step:
+    """One update of weights, gates and importance; constants: the teacher's variables."""
+    losses.check(distill)
+    decay = config.importance_decay
+
+    def step(state: TrainState, batch: Any, key: jax.Array, constants: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        target = apply_eval(teacher, constants, batch["images"], run.precision)
+
+        def loss(both: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            folded = gates_lib.fold({"params": both["weights"]}, both["gates"], network.topology)["params"]
+            logits, kept = apply_train(network.module, folded, state.model_state, batch["images"], key, run.precision)
+            return losses.distillation(logits, target, batch["labels"], distill).mean(), (logits, kept)
+
+        both: Any = {"weights": state.params, "gates": state.extra["gates"]}
+        (value, (logits, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(both)
+        # A running mean from the first step on, an exponential one once there are enough steps.
+        rate = jnp.minimum(decay, state.step / (state.step + 1.0))
+        importance = jax.tree.map(
+            lambda old, g, d: rate * old + (1 - rate) * jnp.square(g * d),
+            state.extra["importance"],
+            both["gates"],
+            gradient["gates"],
+        )
+        penalty = {"weights": jax.tree.map(jnp.zeros_like, state.params), "gates": state.extra["penalty"]}
+        updates, opt_state = tx.update(gradient, state.opt_state, both, penalty=penalty)
+        new: Any = optax.apply_updates(both, updates)
+        extra = {**state.extra, "gates": new["gates"], "importance": importance}
+        metrics = {
+            "loss": value,
+            "accuracy": (logits.argmax(-1) == batch["labels"]).mean(),
+            "agreement": (logits.argmax(-1) == target.argmax(-1)).mean(),
+        }
+        state = state.replace(
+            step=state.step + 1, params=new["weights"], model_state=kept, opt_state=opt_state, extra=extra
+        )
+        return state, metrics
+
+    return step
+
+
+def weights_of_penalty(
+    topology: Topology, limits: Limits, config: GatesConfig, gates: np.ndarray, importance: np.ndarray
+) -> np.ndarray:
+    """(units,) α_j as the module's docstring states it, up to a common factor (λ2 carries the scale)."""
+    alive = (gates > 0).astype(float)
+    if config.penalty == "one":
+        alpha = np.ones(topology.units)
+    elif config.penalty in ("macs", "params"):
+        alpha = getattr(topology, config.penalty).marginal(alive)
+        alpha = alpha / max(alpha.mean(), 1e-30)
+    else:
+        cost = limits.marginal(topology, alive)
+        floor = 1e-12 * max(importance.mean(), 1e-30)
+        with np.errstate(divide="ignore"):
+            logs = config.sharpness * (np.log(cost) - np.log(importance + floor))
+        finite = logs[np.isfinite(logs)]
+        logs = logs - (np.median(finite) if len(finite) else 0.0)
+        alpha = np.exp(np.clip(logs, -80.0, 80.0))
+        alpha[cost <= 0] = 0.0
+    alpha[budget_lib.protected(topology, np.where(gates > 0, importance, -1.0), limits.round_to)] = 0.0
+    return alpha
+
+
+def controller(
+    topology: Topology, limits: Limits, stage: StageConfig, config: GatesConfig, run: RunConfig
+) -> Callable[[TrainState], tuple[TrainState, dict[str, float]]]:
+    """The hook between compiled calls: re-estimates α, moves λ2, keeps the history."""
+    full = limits.pressure(topology, np.ones(topology.units))
+    end = int(config.ramp * stage.steps)
+    warmup = int(WARMUP * end)
+    spacing = -(-stage.steps // SNAPSHOTS)
+
+    def between(state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        done = int(state.step)
+        gates = topology.flatten(jax.tree.map(np.asarray, state.extra["gates"])).astype(float)
+        importance = topology.flatten(jax.tree.map(np.asarray, state.extra["importance"])).astype(float)
+        alpha = weights_of_penalty(topology, limits, config, gates, importance)
+        alive = (gates > 0).astype(float)
+        if config.lambda2 is not None:
+            lambda2 = config.lambda2 if limits.pressure(topology, alive) > 1.0 else 0.0
+        else:
+            goal = budget_lib.target(full, done + run.steps_per_dispatch, warmup, end)
+            rate = config.learning_rate / (1.0 - config.momentum)
+            lambda2 = budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
+        penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(lambda2 * alpha).items()}
+        macs, params = topology.cost(alive)
+        full_macs, full_params = topology.total()
+        history = {name: np.array(value) for name, value in state.extra["history"].items()}
+        row = min(done // spacing, len(history["rows"]) - 1)
+        history["gates"][row] = gates
+        history["rows"][row] = (done, macs / full_macs, params / full_params, lambda2)
+        metrics = {
+            "macs": macs / full_macs,
+            "params": params / full_params,
+            "lambda2": lambda2,
+            "alive": float(alive.mean()),
+        }
+        return state.replace(extra={**state.extra, "penalty": penalty, "history": history}), metrics
+
+    return between
+
+
+def landing(topology: Topology, limits: Limits, state: TrainState) -> dict[str, np.ndarray]:
+    """The units to keep after the search: those whose gates live, and from there exactly into the budget.
+
+    Raises:
+      BudgetError: where that is impossible.
+    """
+    gates = topology.flatten(jax.tree.map(np.asarray, state.extra["gates"])).astype(float)
+    importance = topology.flatten(jax.tree.map(np.asarray, state.extra["importance"])).astype(float)
+    # The dead go first, whatever their last importance was; among the living, importance per cost decides.
+    return budget_lib.select(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
+
+
+def history(topology: Topology, state: TrainState) -> dict[str, np.ndarray]:
+    """What `history.npz` holds: steps, costs, λ2, and each group's gates over the search."""
+    rows = np.asarray(state.extra["history"]["rows"])
+    seen = np.isfinite(rows[:, 0])
+    gates = np.asarray(state.extra["history"]["gates"])[seen]
+    names = ("steps", "cost_macs", "cost_params", "lambda2")
+    result = {name: rows[seen, i] for i, name in enumerate(names)}
+    starts = np.cumsum([0] + [group.size for group in topology.groups])
+    for group, a, b in zip(topology.groups, starts, starts[1:], strict=False):
+        result[f"gate/{group.name}"] = gates[:, a:b]
+    return result

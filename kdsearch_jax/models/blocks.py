@@ -1,0 +1,112 @@
+"""Parts that several of the networks share: convolution and normalisation as PyTorch has them, blocks, stages.
+
+Every submodule has an explicit name, and whether a block has a projection is decided by the network that holds it,
+never by comparing the channels that arrive with `features`: a block does not know how wide its input is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Shortcut = Literal["identity", "pad", "project"]
+
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def conv(features: int, size: int, *, name: str, stride: int = 1, use_bias: bool = False) -> nn.Conv:
+    """A square convolution with `size // 2` zeros on every side.
+
+    That is PyTorch's padding. XLA's "SAME" at stride 2 pads one side only, so trained weights would see shifted images.
+    """
+    padding = ((size // 2, size // 2),) * 2
+    return nn.Conv(
+        features, (size, size), (stride, stride), padding, use_bias=use_bias, kernel_init=kernel_init, name=name
+    )
+
+
+def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
+    """BatchNorm with PyTorch's constants; its momentum of .1 (of the new batch) is .9 (of the old) in Flax."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+
+
+def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
+    """The shortcut without parameters ("option A", He et al. 2016): subsample, then zero channels, half on each side.
+
+    Args:
+      x: activations (batch, height, width, features / 2).
+      features: channels that come out.
+      stride: keep each `stride`-th row and column.
+
+    Returns:
+      activations (batch, height / stride, width / stride, features).
+    """
+    pad = features // 4
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))."""
+
+    features: int
+    stride: int = 1
+    shortcut: Shortcut = "identity"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Activations (batch, height, width, channels) in and out."""
+        y = conv(self.features, 3, stride=self.stride, name="conv1")(x)
+        y = nn.relu(batch_norm(train, name="bn1")(y))
+        y = conv(self.features, 3, name="conv2")(y)
+        y = batch_norm(train, name="bn2")(y)
+        if self.shortcut == "pad":
+            x = pad_shortcut(x, self.features, self.stride)
+        elif self.shortcut == "project":
+            x = conv(self.features, 1, stride=self.stride, name="shortcut_conv")(x)
+            x = batch_norm(train, name="shortcut_bn")(x)
+        return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+    """`blocks` blocks in a row, named block1, block2, …; the first one has the stride and the shortcut given.
+
+    block: makes a block from `features`, `stride`, `shortcut` and `name`.
+    """
+
+    block: Callable[..., Any]
+    blocks: int
+    features: int
+    stride: int = 1
+    shortcut: Shortcut = "identity"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Activations (batch, height, width, channels) in and out."""
+        stride, shortcut = self.stride, self.shortcut
+        for i in range(self.blocks):
+            x = self.block(features=self.features, stride=stride, shortcut=shortcut, name=f"block{i + 1}")(x, train)
+            stride, shortcut = 1, "identity"
+        return x
+
+
+def check_positive(**arguments: int) -> None:
+    """Raises ValueError, naming the argument, where one is not a whole number above 0."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError, naming the argument and the choices, where `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raises ValueError where a dropout rate is outside [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number from 0 up to, not including, 1, got {value!r}")

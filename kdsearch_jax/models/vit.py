@@ -1,0 +1,111 @@
+"""Vision transformers (Dosovitskiy et al. 2021), pre-norm: patches, learnt positions, a class token or the mean.
+
+LayerNorm mixes the channels of the residual stream, so these stay together; heads, head sizes and MLP neurons are free.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdsearch_jax.models import blocks
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """LayerNorm with the epsilon of the published networks."""
+    return nn.LayerNorm(epsilon=1e-6, name=name)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); tokens (batch, tokens, width) in and out."""
+
+    heads: int
+    mlp_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Tokens (batch, tokens, width) in and out."""
+        dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        y = layer_norm("norm1")(x)
+        y = nn.MultiHeadDotProductAttention(num_heads=self.heads, name="attention")(y)
+        x = x + dropout(y)
+        y = nn.Dense(self.mlp_dim, name="dense1")(layer_norm("norm2")(x))
+        y = dropout(nn.gelu(y, approximate=False))
+        return x + dropout(nn.Dense(x.shape[-1], name="dense2")(y))
+
+
+class ViT(nn.Module):
+    """`depth` transformer blocks, named block1, block2, …, on square patches of `patch` pixels."""
+
+    num_classes: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    pool: Literal["token", "mean"] = "token"
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
+
+        Raises:
+          ValueError: the image is no whole number of patches.
+        """
+        if x.shape[1] % self.patch or x.shape[2] % self.patch:
+            raise ValueError(
+                f"vit needs images whose sides are multiples of patch={self.patch}, got {x.shape[1]}x{x.shape[2]}"
+            )
+        patch = (self.patch, self.patch)
+        x = nn.Conv(self.width, patch, patch, padding="VALID", name="patches")(x)
+        batch, rows, columns, channels = x.shape
+        x = x.reshape(batch, rows * columns, channels)
+        if self.pool == "token":
+            token = self.param("token", nn.initializers.zeros, (1, 1, channels))
+            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, channels)), x], axis=1)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        for i in range(self.depth):
+            x = TransformerBlock(self.heads, self.mlp_dim, self.dropout, name=f"block{i + 1}")(x, train)
+        x = layer_norm("norm")(x)
+        x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
+        return nn.Dense(self.num_classes, name="dense")(x)
+
+
+def vit(
+    *,
+    num_classes: int,
+    patch: int = 16,
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    mlp_dim: int = 3072,
+    pool: Literal["token", "mean"] = "token",
+    dropout: float = 0.0,
+) -> ViT:
+    """A vision transformer; the defaults are ViT-B/16.
+
+    Args:
+      num_classes: how many logits.
+      patch: side of a patch in pixels.
+      width: channels of a token, a multiple of `heads`.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      mlp_dim: neurons of a block's MLP.
+      pool: what the classifier sees: a class "token", or the "mean" over the patches.
+      dropout: rate behind the positions, the attention and both MLP layers.
+
+    Raises:
+      ValueError: no such network.
+    """
+    blocks.check_positive(num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim)
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, got width={width} and heads={heads}")
+    blocks.check_choice("pool", pool, ("token", "mean"))
+    blocks.check_rate("dropout", dropout)
+    return ViT(num_classes, patch, width, depth, heads, mlp_dim, pool, dropout)

@@ -1,0 +1,99 @@
+"""A jaxpr as one flat list of operations: calls inlined, dead code gone, values numbered.
+
+`jit`, `remat`, `custom_jvp` and their like only group equations, so their bodies take the place of the call. Loops keep
+their body (`Op.params["jaxpr"]`). This file decides nothing about pruning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.extend
+import numpy as np
+
+_CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call",
+}  # fmt: skip
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from."""
+
+    name: str
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    scope: str
+
+
+@dataclass
+class Program:
+    """Values are numbers: `avals[v]` has shape and dtype, `constants[v]` the array where the value is known."""
+
+    ops: list[Op] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
+    constants: dict[int, np.ndarray] = field(default_factory=dict)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    def new(self, aval: Any) -> int:
+        """A number for a value of this shape and dtype."""
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """The value's shape."""
+        return tuple(self.avals[value].shape)
+
+
+def flatten(closed: Any) -> Program:
+    """The program of a ClosedJaxpr, without operations that no output needs."""
+    program = Program()
+    program.inputs = [program.new(var.aval) for var in closed.jaxpr.invars]
+    program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, "")
+    _drop_dead(program)
+    return program
+
+
+def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope: str) -> list[int]:
+    numbers = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        numbers[var] = program.new(var.aval)
+        program.constants[numbers[var]] = const
+
+    def number(atom: Any) -> int:
+        if isinstance(atom, jax.extend.core.Literal):
+            value = program.new(atom.aval)
+            program.constants[value] = atom.val
+            return value
+        return numbers[atom]
+
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        here = str(eqn.source_info.name_stack)
+        here = f"{scope}/{here}" if scope and here else scope or here
+        ins = [number(atom) for atom in eqn.invars]
+        body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
+        if body is not None:
+            inner, inner_consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
+            outs = _inline(program, inner, inner_consts, ins, here)
+            numbers.update(zip(eqn.outvars, outs, strict=True))
+            continue
+        outs = [program.new(var.aval) for var in eqn.outvars]
+        numbers.update(zip(eqn.outvars, outs, strict=True))
+        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here))
+    return [number(atom) for atom in jaxpr.outvars]
+
+
+def _drop_dead(program: Program) -> None:
+    needed = set(program.outputs)
+    live = []
+    for op in reversed(program.ops):
+        if needed.intersection(op.outputs):
+            live.append(op)
+            needed.update(op.inputs)
+    program.ops = live[::-1]

@@ -1,0 +1,29 @@
+"""`python -m kdsearch_jax.report RUN` writes RUN/report/index.html and prints its path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from kdsearch_jax import cli, report
+
+
+@dataclass(frozen=True)
+class ReportOptions(cli.Options):
+    """What to report on."""
+
+    run: tyro.conf.Positional[Path] = field(kw_only=True)
+    """The run's directory."""
+
+
+def main(argv: list[str]) -> int:
+    """Writes the report of a run."""
+    options = cli.parse_options(argv, ReportOptions, "kdsearch_jax.report", "Writes a run's report as one web page.")
+    print(report.write(options.run))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

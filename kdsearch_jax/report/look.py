@@ -1,0 +1,107 @@
+"""How every figure of a report is drawn: colours, sizes, legends, files.
+
+Figures are made directly, never through pyplot: no global state, any thread, no display. One piece of code draws for
+wide and narrow pages. Colours of data are the same on light and dark paper (after Okabe and Ito, told apart with any
+colour vision, and at least 3:1 against both); what differs is the ink, which `dark` exchanges in a finished drawing.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+
+from kdsearch_jax.report.record import Run
+
+INK, SOFT = "#1c1e21", "#5a6068"  # text and lines; those of second rank
+_DARK = {INK: "#e8e6e3", SOFT: "#a9adb3"}
+KEPT, REMOVED = "#1f83c0", "#d55e00"
+GONE = (0.47, 0.51, 0.55, 0.28)  # where something was: see-through, so it is faint on any paper
+STAGES = {"search": REMOVED, "retrain": KEPT, "uniform": "#009e73", "magnitude": "#cc79a7"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """For what a figure is drawn: a width in inches, and a title where it stands alone."""
+
+    width: float = 9.6
+    title: str | None = None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether this is for a phone."""
+        return self.width < 6
+
+
+Canvas = Figure | SubFigure  # a figure, or the part of one below its title; `.figure` is the whole
+Draw = Callable[[Run, Look], Canvas | None]
+
+
+def png(figure: Canvas) -> bytes:
+    """The figure as PNG on white, 2 pixels a CSS pixel."""
+    return _saved(figure, "png", dpi=192, facecolor="white")
+
+
+def svg(figure: Canvas) -> bytes:
+    """The figure as SVG on no paper, for light pages; text as outlines. The same figure gives the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "kdsearch_jax"}):
+        return _saved(figure, "svg", metadata={"Date": None}, facecolor="none")
+
+
+def dark(drawing: bytes) -> bytes:
+    """The SVG for dark pages."""
+    for light, other in _DARK.items():
+        drawing = drawing.replace(light.encode(), other.encode())
+    return drawing
+
+
+def _saved(figure: Canvas, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def plain(text: str, longest: int = 200) -> str:
+    """Text in which matplotlib finds no mathematics; of a longer one both ends, which tell layers apart."""
+    if len(text) > longest:
+        text = f"{text[: (longest - 1) // 2]}…{text[-(longest // 2) :]}"
+    return text.replace("$", r"\$")
+
+
+def blank(look: Look, height: float) -> Canvas:
+    """An empty figure, `height` inches high below its title."""
+    if not look.title:
+        return Figure((look.width, height), layout="constrained")
+    # A part of its own: constrained layout would put a figure's title and its legend on top of each other.
+    lines = textwrap.wrap(look.title, 42 if look.narrow else 95)
+    above = 0.1 + 0.22 * len(lines)
+    figure = Figure((look.width, height + above), layout="constrained")
+    top, body = figure.subfigures(2, 1, height_ratios=(above, height), squeeze=False).ravel()
+    top.text(0.01, 0.5, plain("\n".join(lines)), va="center", fontsize=12, fontweight="bold", color=INK)
+    return body
+
+
+def bare(axes: Axes, keep: Sequence[str] = ()) -> Axes:
+    """The axes without frame, `keep` names the sides ("left", "bottom") that stay."""
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.spines[list(keep)].set_visible(True) if keep else None
+    axes.spines[:].set_color(SOFT)
+    axes.tick_params(colors=SOFT, labelsize=8.5, length=3 if keep else 0)
+    return axes
+
+
+def legend(figure: Canvas, look: Look, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """A legend of coloured patches above the figure: (label, patch properties) each."""
+    handles = [Patch(label=label, **style) for label, style in entries]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=1 if look.narrow else len(handles), frameon=False,
+        fontsize=9, labelcolor=INK, handlelength=1.4, borderpad=0.4, columnspacing=2,
+    )  # fmt: skip

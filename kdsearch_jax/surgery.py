@@ -1,0 +1,155 @@
+"""Surgery: cuts the gated network down to the student, and proves that nothing changed.
+
+`prune` folds the gates into the parameters and slices every leaf by the units that stay. `verify` runs both networks
+on a real batch: the logits agree within `TOLERANCE` of their scale, in float32, and the student's cost, counted again
+from its own code and by XLA, is what the budget was told. Where they differ, the first layer that does is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax import linen
+from kdsearch_jax.linen import Network
+from kdsearch_jax.student import Architecture
+
+TOLERANCE = 1e-5
+XLA_TOLERANCE = 0.02
+
+
+class SurgeryError(ValueError):
+    """The student does not compute, or does not cost, what the gated network did."""
+
+
+def prune(
+    variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], network: Network, base: Architecture
+) -> tuple[Any, Architecture]:
+    """The student of the gated network with only the units in `keep`.
+
+    Args:
+      variables: of the network; gates: {group: (size,) vector}; keep: {group: (size,) bool}.
+      base: the architecture of the network itself (model, arguments, input shape).
+
+    Returns:
+      (variables of the student, sliced, with the gates folded in; its architecture).
+
+    Raises:
+      ValueError: where `keep` empties a group that is not a residual branch, or is not the topology's.
+    """
+    topology = network.topology
+    for group in topology.groups:
+        if group.kind != "branches" and not np.any(keep[group.name]):
+            raise ValueError(f"keep[{group.name!r}]: at least one of its {group.size} units must stay")
+    folded = gates_lib.fold(variables, gates_lib.mask(gates, keep), topology)
+    layers, dropped = network.resized(keep)
+    sliced = slice_variables(folded, network, keep)
+    return sliced, Architecture(base.model, base.arguments, layers, dropped, base.input_shape)
+
+
+def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
+    """Every leaf cut to the indices that stay; leaves of dropped layers left out."""
+    gone = set(network.topology.dropped(keep))
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+    flat = {path: leaf for path, leaf in flat.items() if path.split("/", 1)[1].rsplit("/", 1)[0] not in gone}
+    for (path, axis), mask in network.topology.masks(keep).items():
+        if path in flat:
+            flat[path] = jnp.take(flat[path], np.flatnonzero(mask), axis=axis)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def verify(
+    network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], sliced: Any, *inputs: Any
+) -> dict[str, float]:
+    """Proves on a real batch that the student is the gated network, and that it costs what was counted.
+
+    Args:
+      variables: of the network, unfolded; sliced: of the student, from `prune`; inputs: a batch.
+
+    Returns:
+      {"difference": largest difference of the outputs over their scale, "macs", "params", "xla_flops_ratio"}.
+
+    Raises:
+      SurgeryError: where either does not hold; names the first layer that differs, or the two counts.
+    """
+    student = network.student(keep)
+    gated = gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology)
+    with jax.default_matmul_precision("highest"):
+        expected = _run(network.module, gated, inputs, network.kwargs)
+        got = _run(student, sliced, inputs, network.kwargs)
+    worst = difference(expected, got)
+    if not worst <= TOLERANCE:  # NaN too
+        where = _first_difference(network, student, gated, sliced, keep, inputs)
+        raise SurgeryError(
+            f"the student differs from the gated network by {worst:.2e} of the logits' scale, first in {where}"
+        )
+    return {"difference": worst, **verify_cost(network, keep, student)}
+
+
+def _run(module: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> Any:
+    return jax.jit(lambda v, *xs: module.apply(v, *xs, **kwargs))(variables, *inputs)
+
+
+def difference(expected: Any, got: Any) -> float:
+    """The largest absolute difference between two pytrees of equal structure, over the scale of the first."""
+    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True))
+    scale = max(float(jnp.abs(a).max()) for a, _ in pairs)
+    return max(float(jnp.abs(a - b).max()) for a, b in pairs) / max(scale, 1e-30)
+
+
+def verify_cost(network: Network, keep: Mapping[str, Any], student: nn.Module) -> dict[str, float]:
+    """Counts the student again from its own code, and has XLA count it.
+
+    Raises:
+      SurgeryError: where the counts differ.
+    """
+    macs, params = network.topology.cost(keep)
+    fresh = linen.count(student, *network.inputs, **network.kwargs)
+    if (fresh.macs, fresh.params) != (macs, params):
+        raise SurgeryError(
+            f"the student costs {fresh.macs:,} MACs and {fresh.params:,} parameters, "
+            f"but {macs:,} and {params:,} were counted"
+        )
+    ratio = fresh.xla_flops / max(fresh.flops, 1.0)
+    if abs(ratio - 1) > XLA_TOLERANCE:
+        raise SurgeryError(f"XLA counts {fresh.xla_flops:,.0f} operations for a batch, {fresh.flops:,.0f} were counted")
+    return {"macs": macs, "params": params, "xla_flops_ratio": ratio}
+
+
+def _first_difference(network: Network, student: Any, gated: Any, sliced: Any, keep: Any, inputs: Any) -> str:
+    """The first layer whose output, at the units that stay, is not the gated network's."""
+    masks = network.topology.masks(keep)
+    expected = _outputs(network.module, gated, inputs, network.kwargs)
+    got = _outputs(student, sliced, inputs, network.kwargs)
+    for path, value in expected.items():
+        mask = next((m for (leaf, axis), m in masks.items() if _makes_last_axis(network, leaf, axis, path)), None)
+        value = value if mask is None or value.shape[-1] != len(mask) else value[..., mask]
+        if path not in got or got[path].shape != value.shape or difference(value, got[path]) > TOLERANCE:
+            return path or "the whole network"
+    return "no single layer"
+
+
+def _makes_last_axis(network: Network, leaf: str, axis: int, path: str) -> bool:
+    return leaf.split("/", 1)[1].rsplit("/", 1)[0] == path and axis == len(network.topology.shapes[leaf]) - 1
+
+
+def _outputs(module: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> dict[str, jax.Array]:
+    """{layer path: its output} in the order of the calls, for layers that return one array."""
+    outputs: dict[str, jax.Array] = {}
+
+    def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
+        result = call(*args, **call_kwargs)
+        if context.method_name == "__call__" and isinstance(result, jax.Array):
+            outputs.setdefault("/".join(context.module.path), result)
+        return result
+
+    with nn.intercept_methods(record):
+        module.apply(variables, *inputs, **kwargs)
+    return outputs

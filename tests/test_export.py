@@ -1,0 +1,247 @@
+"""An exported file computes what the network computes, in a process that has nothing else, or it is not written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from kdsearch_jax import export
+from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.student import Architecture
+
+SHAPE = (8, 8, 1)
+# A pruned one: the first convolution has 5 of its 8 channels left, the inner one of the block 3 of 16.
+LAYERS = {"stage1/conv": {"features": 5}, "block/conv1": {"features": 3}}
+INFO = {"dataset": "digits", "mean": [0.3], "std": [0.4], "class_names": ["é", "b"]}
+
+
+class FixedBatch(nn.Module):
+    """Works for one batch size only, as `reshape` with a number in it does."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(x.shape[0] * 2, -1)
+        if int(x.shape[0]) > 6:
+            x = x * 2
+        return nn.Dense(self.num_classes, name="dense")(x.reshape(-1, 64))
+
+
+def saved(directory: Path, architecture: Architecture) -> Path:
+    """A network of random weights, drawn by NumPy: to compile a module's own `init` takes many seconds."""
+    images = jax.ShapeDtypeStruct((1, *architecture.input_shape), jnp.float32)
+    shapes = jax.eval_shape(architecture.module().init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(0, 0.3, x.shape) if len(x.shape) > 1 else rng.uniform(0.5, 1.5, x.shape)  # noqa: E731
+    save_network(directory, architecture, jax.tree.map(lambda x: draw(x).astype(np.float32), shapes), INFO)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("export") / "network"
+    return saved(directory, Architecture("small_cnn", {"num_classes": 10, "width": 8}, LAYERS, (), SHAPE))
+
+
+@pytest.fixture(scope="module")
+def exported(network, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("exported") / "out"
+    export.export(network, directory)
+    return directory
+
+
+@pytest.fixture
+def copy(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "out"))
+
+
+def test_the_manifest_tells_what_each_file_is(network, exported):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "manifest.json",
+        "student.safetensors",
+        "student.stablehlo",
+    ]
+    assert manifest["input"]["shape"] == ["batch", *SHAPE]
+    assert manifest["info"] == INFO
+    assert Architecture.from_json(manifest["architecture"]) == load_network(network)[2]
+    for name, file in manifest["files"].items():
+        content = (exported / name).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert file["max_difference"] <= export.TOLERANCE * file["logits_scale"]
+        assert file["logits_scale"] > 0.01
+
+
+def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python):
+    module, variables, _, _ = load_network(network)
+    images = np.random.default_rng(0).normal(size=(7, *SHAPE)).astype(np.float32)  # a batch size never seen before
+    np.save(tmp_path / "images.npy", images)
+    use = json.loads((exported / "manifest.json").read_text())["files"]["student.stablehlo"]["use"]
+    script = (
+        "import sys, numpy as np, jax, jax.export\n"
+        f"images = np.load({str(tmp_path / 'images.npy')!r})\n{use}\n"
+        f"np.save({str(tmp_path / 'logits.npy')!r}, logits)\n"
+        "assert not {'flax', 'kdsearch_jax'} & set(sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-W", "error", "-c", script], cwd=exported, env=environment, check=True)
+    expected = np.asarray(module.apply(variables, images))
+    difference = np.abs(np.load(tmp_path / "logits.npy") - expected).max()
+    assert difference <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_safetensors_file_is_the_network(network, exported):
+    module, variables, _, _ = load_network(network)
+    loaded, arrays = export.load_safetensors(exported / "student.safetensors")
+    assert loaded == module
+    assert jax.tree.structure(arrays) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, arrays, variables)
+    plain = safetensors.numpy.load_file(exported / "student.safetensors")  # as any other program reads it
+    assert plain["params/stage1/conv/kernel"].shape == (3, 3, 1, 5)
+
+
+def test_exports_lie_beside_the_network(network, tmp_path):
+    directory = Path(shutil.copytree(network, tmp_path / "network"))
+    manifest = export.export(directory, directory, ["safetensors"])
+    assert list(manifest["files"]) == ["student.safetensors"]
+    load_network(directory)
+    assert export.main([str(directory), "--out", str(directory), "--check", "--formats", "safetensors"]) == 0
+
+
+def test_every_dtype_and_shape_survives(tmp_path):
+    variables = {
+        "params": {"a/b": jnp.ones((2, 3), jnp.bfloat16), "cut": jnp.zeros((3, 0))},
+        "batch_stats": {"count": jnp.int32(3)},
+    }
+    architecture = Architecture("mlp", {"num_classes": 2}, {}, (), SHAPE)
+    (tmp_path / "file").write_bytes(export._safetensors(architecture, variables, {}))
+    with pytest.raises(ValueError, match="the arrays are not those of the architecture"):
+        export.load_safetensors(tmp_path / "file")
+    loaded = safetensors.numpy.load_file(tmp_path / "file")
+    assert {name: (x.shape, x.dtype.name) for name, x in loaded.items()} == {
+        "params/a%2Fb": ((2, 3), "bfloat16"),
+        "params/cut": ((3, 0), "float32"),
+        "batch_stats/count": ((), "int32"),
+    }
+
+
+def test_a_file_that_computes_something_else_is_found(network, copy):
+    assert export.check(network, copy)["stablehlo"]["max_difference"] < 1e-5
+    module, variables, architecture, info = load_network(network)
+    variables["params"]["dense"]["kernel"] = variables["params"]["dense"]["kernel"] * 1.001
+    (copy / "student.safetensors").write_bytes(export._safetensors(architecture, variables, info))
+    (copy / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
+    for format in export.FORMATS:
+        with pytest.raises(
+            ValueError, match=rf"student.{format} computes something else than the network: logits differ by"
+        ):
+            export.check(network, copy, [format])
+
+
+def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
+    network = saved(tmp_path / "network", Architecture(f"{__name__}:FixedBatch", {"num_classes": 3}, {}, (), SHAPE))
+    with pytest.raises(
+        ValueError, match="cannot be exported as stablehlo with a free batch size: .*; export safetensors only"
+    ):
+        export.export(network, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="format 'onnx' is unknown; there are safetensors, stablehlo"):
+        export.export(network, tmp_path / "out", ["onnx"])
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
+        export.export(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_check_leaves_the_files_of_before(network, copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    broken = Path(shutil.copytree(network, copy.parent / "network"))
+    _, variables, architecture, info = load_network(broken)
+    scaled = jax.tree.map(lambda x: x * np.float32("nan"), variables)
+    save_network(broken, architecture, scaled, info, overwrite=True)
+    problem = "failed its check in a fresh process: ValueError: the logits of .* are not finite"
+    with pytest.raises(ValueError, match=problem):
+        export.export(broken, copy, ["safetensors"])
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+# Files from elsewhere
+
+
+def rewritten(path: Path, **metadata: str) -> None:
+    """The same arrays with other metadata."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        old = file.metadata()
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, {**old, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"architecture": "{"}, "cannot be loaded: Expecting property name"),
+        ({"architecture": "[" * 100_000}, "cannot be loaded: maximum recursion"),
+        ({"architecture": "{}"}, "format None is not known"),
+        (
+            {"architecture": json.dumps(Architecture("mlp", {"num_classes": 2}, {}, (), SHAPE).to_json())},
+            "not those of",
+        ),
+        ({"architecture": json.dumps(Architecture("none", {}, {}, (), SHAPE).to_json())}, "model 'none' is unknown"),
+        ({"leaves": "[]"}, "its arrays are not those that were saved"),
+        ({"leaves": "{}"}, "its arrays are not those that were saved"),
+    ],
+)
+def test_metadata_from_elsewhere_is_checked(copy, metadata, problem):
+    rewritten(copy / "student.safetensors", **metadata)
+    with pytest.raises(ValueError, match=problem) as caught:
+        export.load_safetensors(copy / "student.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stranger_s_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        export.load_safetensors(path)
+    safetensors.numpy.save_file({"weight": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="holds no architecture"):
+        export.load_safetensors(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")  # a header of 4 EB
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        export.load_safetensors(path)
+
+
+def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
+    path, chance = copy / "student.safetensors", random.Random(0)
+    content = path.read_bytes()
+    variables = load_network(network)[1]
+    for position in [*range(8), *(chance.randrange(len(content)) for _ in range(25))]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            _, arrays = export.load_safetensors(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, arrays, variables)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000])
+def test_a_truncated_file_is_one_line(network, copy, size):
+    for format in export.FORMATS:
+        path = copy / f"student.{format}"
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match="cannot be loaded") as caught:
+            export.check(network, copy, [format])
+        assert "\n" not in str(caught.value)

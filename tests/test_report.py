@@ -1,0 +1,464 @@
+"""The report: what it says of a run, complete or not, and how its page behaves in a browser."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdsearch_jax import config, report
+from kdsearch_jax.report import figures, look, page, record
+from kdsearch_jax.report.__main__ import main
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+STEPS = np.arange(0, 401, 4)
+
+
+# --- a run as the other stages write it: CIFAR ResNet, searched, retrained, with one baseline -------------------------
+
+
+def make_run(directory: Path, blocks: int = 3, seed: int = 0, name: str = "resnet20_cifar10") -> Path:
+    """Writes the files of a run over a CIFAR ResNet with 3 stages of `blocks` blocks, the last branch but one gone."""
+    rng = np.random.default_rng(seed)
+    groups, gates, kept = [], {}, {}
+    layers = [(s, b) for s in (1, 2, 3) for b in range(1, blocks + 1)]
+    removed = layers[-2]
+    macs = {(s, b): 2 * 9 * 16 * 16 * 1024 * (0.75 if b == 1 and s > 1 else 1) for s, b in layers}
+    total = round(sum(macs.values()) + 27 * 16 * 1024 + 640)
+    for stage, block in layers:
+        path, size = f"stage{stage}/block{block}", 16 * 2 ** (stage - 1)
+        inner = [f"{path}/{layer}" for layer in ("conv1", "norm1", "conv2")]
+        share = macs[stage, block] / total
+        stays = rng.random(size) < (0.3 + 0.15 * stage)
+        death = np.where(stays, 10**6, rng.integers(30, 330, size))
+        level = rng.lognormal(0, 0.5, size) * (0.4 + 0.6 * stays)
+        gate = level * np.clip((death - STEPS[:, None]) / np.minimum(death, 150), 0, 1)
+        groups.append(_group(f"{path}/conv1", "channels", size, share, [f"params/{layer}" for layer in inner]))
+        gates[f"{path}/conv1"], kept[f"{path}/conv1"] = gate, np.flatnonzero(stays).tolist()
+        branch, gone = f"{path}:branch", (stage, block) == removed
+        groups.append(_group(branch, "branches", 1, share, [*inner, f"{path}/norm2"]))
+        gates[branch] = np.clip((280 - STEPS[:, None]) / 280, 0, 1) if gone else np.ones((len(STEPS), 1))
+        kept[branch] = [] if gone else [0]
+    fall = np.maximum(1 - 0.52 * np.minimum(STEPS / 320, 1), 0.48)
+    frozen = [
+        *({"name": f"params/stage{s}/block{b}/conv2/kernel", "axis": 3, "size": 16 * 2 ** (s - 1),
+           "reason": "padded by the model’s own code <by a constant & more>"} for s, b in layers),
+        {"name": "params/head/kernel", "axis": 1, "size": 10, "reason": "the network’s output"},
+    ]  # fmt: skip
+    search = directory / "search"
+    _write(search / "topology.json", {"macs": total, "params": 272_474, "groups": groups, "frozen": frozen})
+    _write(
+        search / "selection.json", {"kept": kept, "macs": int(0.48 * total), "params": 141_000, "budget": {"macs": 0.5}}
+    )
+    _write(search / "architecture.json", _architecture(kept, blocks))
+    named = {f"gate/{key}": gate.astype(np.float32) for key, gate in gates.items()}
+    lambda2 = 1e-4 * np.exp(np.minimum(STEPS, 330) / 60) * (STEPS > 0)
+    np.savez(
+        search / "history.npz",
+        steps=STEPS.astype(np.float64),
+        cost_macs=fall,
+        cost_params=0.3 + 0.7 * fall,
+        lambda2=lambda2,
+        **named,
+    )
+    _metrics(directory / "search", 400, 0.915, 0.86, rng)
+    _metrics(directory / "retrain", 800, 0.86, 0.912, rng)
+    _metrics(directory / "uniform", 1200, 0.30, 0.900, rng)
+    _write(directory / "results.json", _results(total))
+    experiment = config.to_json(
+        config.Experiment(name=name, model=config.ModelConfig(arguments={"depth": 6 * blocks + 2}))
+    )
+    _write(directory / "config.json", experiment)
+    _write(directory / "environment.json", _environment())
+    return directory
+
+
+def _group(name: str, kind: str, size: int, share: float, layers: list[str]) -> dict:
+    return {"name": name, "kind": kind, "size": size, "macs_share": share, "params_share": share, "layers": layers}
+
+
+def _architecture(kept: dict, blocks: int) -> dict:
+    layers = {name: {"features": len(units)} for name, units in kept.items() if name.endswith("conv1") and units}
+    return {"format": 1, "model": "cifar_resnet", "arguments": {"depth": 6 * blocks + 2, "num_classes": 10},
+            "layers": layers, "dropped": [], "input_shape": [32, 32, 3]}  # fmt: skip
+
+
+def _results(total: int) -> dict:
+    def row(name: str, accuracy: float, agreement: float, cost: float, steps: int) -> dict:
+        return {"name": name, "accuracy": accuracy, "accuracy_top5": 1 - (1 - accuracy) / 20, "agreement": agreement,
+                "kl": 0.31 * (1 - agreement), "macs": round(cost * total), "params": round(272_474 * cost),
+                "bytes": round(1_120_000 * cost), "ms_per_image": 0.41 * cost**0.8, "ms_batch": 128,
+                "steps": steps}  # fmt: skip
+
+    rows = [row("student", 0.9120, 0.9410, 0.48, 1200), row("teacher", 0.9168, 1.0, 1.0, 64000),
+            row("uniform", 0.9003, 0.9262, 0.497, 1200)]  # fmt: skip
+    budget = {"macs": 0.5, "params": None, "round_to": 1}
+    return {"dataset": "cifar10", "split": "test", "seed": 0, "examples": 10_000, "budget": budget, "rows": rows}
+
+
+def _environment() -> dict:
+    versions = {"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8"}
+    return {"versions": versions, "git_revision": "0123456789abcdef-dirty",
+            "devices": ["NVIDIA H100 80GB HBM3"], "command": ["pipeline.py", "--config", "resnet20_cifar10", "--quick"],
+            "started": "2026-11-22T16:00:00+0000", "earlier": []}  # fmt: skip
+
+
+def _metrics(directory: Path, steps: int, first: float, last: float, rng: np.random.Generator) -> None:
+    rows = []
+    for step in range(10, steps + 1, 10):
+        t = 1 - np.exp(-4 * step / steps)
+        accuracy = first + (last - first) * t
+        row = {"step": step, "time": 0.1 * step, "loss": 2.2 * (1 - accuracy) + 0.02 * rng.standard_normal()}
+        row |= {"accuracy": accuracy + 0.01 * rng.standard_normal(), "images_per_second": 5000.0}
+        if step % 50 == 0:
+            row["validation_accuracy"] = accuracy
+        rows.append(row)
+    _write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, value: object) -> None:
+    _write_text(path, json.dumps(value))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+# --- reading a page ---------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Page(HTMLParser):
+    """What a page says and is made of; fails on tags that do not pair up."""
+
+    def __init__(self, source: Path | str):
+        super().__init__()
+        self.text, self.tags, self._open = "", [], []
+        self.feed(source.read_text("utf-8") if isinstance(source, Path) else source)
+        assert not self._open, f"never closed: {self._open}"
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.text += f" {data}"
+
+    def all(self, *names: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def text(run: Path) -> str:
+    """The text of a run's page, without its figures."""
+    return Page(page.page(record.read(run), {})).text
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "resnet20")
+
+
+@pytest.fixture(scope="module")
+def index(run_dir: Path) -> Path:
+    return report.write(run_dir)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "small", blocks=1)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_was_found(run_dir: Path, index: Path) -> None:
+    shown, selection = Page(index), json.loads((run_dir / "search/selection.json").read_text())
+    assert index == run_dir / "report" / "index.html"
+    assert (
+        "48% of its teacher’s multiply-accumulates" in shown.text and "−0.48 points against the teacher" in shown.text
+    )
+    assert "Asked: at most 50% of the MACs; got 48%: met." in shown.text
+    assert "1 of 9 residual branches removed" in shown.text
+    for name, kept in selection["kept"].items():
+        group = next(
+            g for g in json.loads((run_dir / "search/topology.json").read_text())["groups"] if g["name"] == name
+        )
+        inside_removed = name.startswith("stage3/block2")
+        assert f"{name} {group['kind']} {0 if inside_removed else len(kept)} {group['size']}" in shown.text
+    assert "padded by the model’s own code <by a constant & more> (9)" in shown.text
+    assert "pipeline.py --config resnet20_cifar10 --quick" in shown.text and "NVIDIA H100" in shown.text
+    assert "kdsearch_jax.load(" in shown.text and "module.apply(variables, images)" in shown.text
+    assert "run.eval_batch_size 500" in shown.text
+
+
+def test_gates_that_died_are_dated(run_dir: Path, index: Path) -> None:
+    with np.load(run_dir / "search/history.npz") as history:
+        gate = history["gate/stage1/block1/conv1"]
+    zero_from = STEPS[[np.flatnonzero(unit > 0)[-1] + 1 for unit in gate.T if unit[-1] == 0]]
+    removed = len(zero_from)
+    row = f"stage1/block1/conv1 {16 - removed} {removed} step {zero_from.min()} step {zero_from.max()}"
+    assert row in Page(index).text
+
+
+def test_a_budget_that_was_missed_is_called_missed(small: Path) -> None:
+    results = json.loads((small / "results.json").read_text())
+    results["budget"]["macs"] = 0.4
+    _write(small / "results.json", results)
+    assert "at most 40% of the MACs; got 48%: NOT met" in text(small)
+
+
+def test_figures_are_files_and_in_the_page(index: Path) -> None:
+    for name in ("architecture", "gates", "search"):
+        png = (index.parent / f"{name}.png").read_bytes()
+        width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
+        assert png.startswith(b"\x89PNG") and width > 1500 and height > 400 and len(png) > 10_000
+    assert len(Page(index).all("img")) == 3 and len(Page(index).all("source")) == 9
+
+
+@pytest.mark.parametrize("blocks", [18, 21], ids=["54 panels", "more groups than panels"])
+def test_large_networks_have_the_same_figures(tmp_path: Path, blocks: int) -> None:
+    run = record.read(make_run(tmp_path / "large", blocks))
+    assert page.architecture_title(run).endswith(f"1 of {3 * blocks} residual branches removed")
+    for draw in (figures.architecture, figures.gates):
+        figure = draw(run, look.Look(3.7))
+        assert figure is not None and len(look.png(figure)) > 30_000
+
+
+def test_the_same_run_gives_the_same_report(small: Path) -> None:
+    first = {path.name: path.read_bytes() for path in report.write(small).parent.iterdir()}
+    assert first == {path.name: path.read_bytes() for path in report.write(small).parent.iterdir()}
+
+
+def test_what_files_say_is_never_markup(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\"'&$x^2$"
+    run = make_run(tmp_path / "run", blocks=1, name=evil)
+    topology = json.loads((run / "search/topology.json").read_text())
+    for group in topology["groups"]:
+        group["name"] = group["name"].replace("stage1/block1", evil)
+    _write(run / "search/topology.json", topology)
+    for file in ("results.json", "environment.json"):
+        record = json.loads((run / file).read_text()) | {"dataset": evil, "command": ["run.py", evil], evil: evil}
+        _write(run / file, record)
+    shown = Page(report.write(run))
+    assert not shown.all("script") and shown.text.count("<script>alert(1)</script>") >= 6
+
+
+# --- runs that lack something -----------------------------------------------------------------------------------------
+
+
+def remove(run: Path, *names: str) -> None:
+    for name in names:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (["retrain", "uniform", "results.json"], "This run stopped before its student was measured"),
+        (["results.json"], "no network of this run has been measured"),
+        (["search/selection.json", "results.json"], "This run stopped before its search ended"),
+        (["environment.json"], "versions and devices are not known"),
+        (["search", "retrain", "uniform", "results.json"], "the search has not traced the network yet"),
+    ],
+)
+def test_a_run_that_lacks_something_says_so(small: Path, missing: list[str], said: str) -> None:
+    assert said not in text(small)
+    remove(small, *missing)
+    assert said in text(small)
+
+
+def test_without_a_baseline_the_search_is_not_praised(small: Path) -> None:
+    results = json.loads((small / "results.json").read_text())
+    results["rows"] = [row for row in results["rows"] if row["name"] != "uniform"]
+    _write(small / "results.json", results)
+    assert "No hand-made baseline was trained" in text(small)
+
+
+@pytest.mark.parametrize(
+    ("missing", "drawn", "said"),
+    [
+        (["search/selection.json", "results.json", "retrain"], {"architecture", "gates", "search"}, "Preliminary: "),
+        (["search/history.npz"], {"architecture", "search"}, "There is no history of the gates"),
+        (["search/history.npz", "search/selection.json", "retrain"], {"search"}, "No choice of units yet"),
+        (["search", "retrain", "uniform"], set(), "There are no metrics of a search or a training"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_left_out(small: Path, missing: list[str], drawn: set[str], said: str) -> None:
+    for name in ("architecture", "gates", "search"):  # figures of an earlier report, which must not survive
+        _write(small / "report" / f"{name}.png", "old")
+    remove(small, *missing)
+    index = report.write(small)
+    files = list(index.parent.glob("*.png"))
+    assert {file.stem for file in files} == drawn and all(file.stat().st_size > 10_000 for file in files)
+    assert len(Page(index).all("img")) == len(drawn) and said in Page(index).text
+
+
+def test_values_that_were_not_measured_leave_a_dash(small: Path) -> None:
+    results = json.loads((small / "results.json").read_text())
+    for row in results["rows"]:
+        row.pop("accuracy_top5")
+        row["ms_per_image"] = row["ms_batch"] = None
+    results["rows"][0]["agreement"] = None
+    _write(small / "results.json", results)
+    said = text(small)
+    assert "Top-5" not in said and "Time an image" not in said
+    assert "Agrees with teacher 100.00% – not measured 92.62%" in said
+
+
+def test_the_last_line_that_a_kill_cut_short_is_left_out(small: Path) -> None:
+    path = small / "retrain" / "metrics.jsonl"
+    whole = text(small)
+    path.write_text(path.read_text() + '{"step": 9999, "lo')
+    assert text(small) == whole
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a run: there is no such directory"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is not a run: it has no config\.json"):
+        report.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", b'{"rows": [1]}'),
+        ("config.json", b"[]"),
+        ("search/topology.json", b'{"groups": [{"name": "a"}]}'),
+        ("search/topology.json", b'{"grou'),
+        ("search/history.npz", b"PK no archive"),
+        ("search/metrics.jsonl", b'{"step"\n{"step": 2}\n'),
+    ],
+)
+def test_a_damaged_file_is_named(small: Path, file: str, content: bytes) -> None:
+    (small / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(Path(file).name)) as error:
+        report.write(small)
+    assert "\n" not in str(error.value) and not (small / "report").exists()
+
+
+def test_a_selection_of_another_network_is_refused(small: Path) -> None:
+    selection = json.loads((small / "search/selection.json").read_text())
+    selection["kept"]["stage1/block1/conv1"] = [99]
+    _write(small / "search/selection.json", selection)
+    with pytest.raises(ValueError, match=r"topology\.json and its neighbours do not fit together"):
+        report.write(small)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_page(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(small)]) == 0
+    assert capsys.readouterr().out.strip() == str(small / "report" / "index.html")
+
+
+def test_the_command_fails_in_one_line_and_pyplot_is_never_loaded(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdsearch_jax.report", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "config.json" in done.stderr
+    check = "import sys, kdsearch_jax.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=120).returncode == 0
+
+
+# --- for everyone, in a browser ---------------------------------------------------------------------------------------
+
+
+def test_the_page_can_be_read_without_eyes_or_network(index: Path) -> None:
+    shown = Page(index)
+    assert shown.all("html") == [{"lang": "en"}] and len(shown.all("h1")) == 1 and len(shown.all("main")) == 1
+    levels = [int(tag[1]) for tag, _ in shown.tags if re.fullmatch(r"h\d", tag)]
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+    identifiers = [attributes["id"] for _, attributes in shown.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert all(len(image["alt"]) > 40 for image in shown.all("img"))
+    assert len(shown.all("caption")) == len(shown.all("table")) and all("scope" in head for head in shown.all("th"))
+    loaded = [image["src"] for image in shown.all("img")] + [source["srcset"] for source in shown.all("source")]
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in loaded)
+    assert not shown.all("script", "link", "iframe", "object", "embed", "base", "form")
+    assert "default-src 'none'" in shown.all("meta")[1]["content"]
+
+
+PROBE = """<!doctype html><meta charset="utf-8"><body>%s<pre id="measured"></pre><script>
+onload = () => {
+  const look = frame => {
+    const d = frame.contentDocument, root = d.documentElement, images = [...d.images];
+    d.querySelectorAll('details').forEach(e => e.open = true);
+    return {
+      inner: frame.contentWindow.innerWidth, needs: root.scrollWidth, paper: getComputedStyle(d.body).backgroundColor,
+      images: images.map(i => ({ natural: i.naturalWidth, width: i.getBoundingClientRect().width,
+        height: i.getBoundingClientRect().height, drawn: i.currentSrc })),
+      unreachable: [...d.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.tabIndex < 0 &&
+        ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).map(e => e.outerHTML.slice(0, 80)) };
+  };
+  measured.textContent = JSON.stringify([...document.querySelectorAll('iframe')].map(look));
+};
+</script>"""
+WIDTHS = (390, 1280)
+
+
+def browse(page: str, dark: bool) -> tuple[list[dict], list[str]]:
+    """Shows a page in frames of WIDTHS: what each frame measures, and the browser's console."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    frames = "".join(f'<iframe style="width:{w}px;border:0" srcdoc="{html.escape(page)}"></iframe>' for w in WIDTHS)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        probe = Path(scratch) / "probe.html"
+        probe.write_text(PROBE % frames, "utf-8")
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+        flags += " --blink-settings=preferredColorScheme=0" if dark else ""
+        command = [BROWSER, *flags.split(), f"--user-data-dir={scratch}/profile", probe.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    measured = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert measured, f"the browser showed nothing: {done.stderr[-2000:]}"
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(measured[1])), console
+
+
+def test_a_browser_shows_it_light_and_dark_on_phone_and_desk(index: Path) -> None:
+    drawn = []
+    for dark in (False, True):
+        frames, console = browse(index.read_text("utf-8"), dark)
+        assert console == []
+        for frame, width in zip(frames, WIDTHS, strict=True):
+            assert frame["inner"] == width and frame["needs"] <= width, "the page scrolls sideways"
+            assert frame["unreachable"] == [], "cannot be scrolled by keyboard"
+            assert len(frame["images"]) == 3
+            assert all(
+                i["natural"] > 0 and i["width"] > 0.6 * min(width, 992) and i["height"] > 100 for i in frame["images"]
+            )
+            drawn += [image["drawn"] for image in frame["images"]]
+        light_paper = frames[0]["paper"] == "rgb(255, 255, 255)"
+        assert light_paper != dark
+    assert len(set(drawn)) == 12, "each width and colour scheme has drawings of its own"
+
+
+def test_the_browser_test_sees_what_it_looks_for(index: Path) -> None:
+    broken = index.read_text("utf-8").replace(
+        "<main>", '<main><div style="width:3000px">wide</div><img src="https://example.invalid/a.png" alt="">', 1
+    )
+    frames, console = browse(broken, False)
+    assert all(frame["needs"] >= 3000 for frame in frames)
+    assert any("Content Security Policy" in line for line in console)
