@@ -1,9 +1,9 @@
 """CIFAR-10, ResNet-20 (option A shortcuts, 41 M MACs) to half of its MACs.
 
 command:  python -m kdsearch_jax.search --config cifar10_resnet20 --teacher-from resnet20.safetensors
-short:    the same with --search.steps 234 --retrain.steps 156 --retrain.learning-rate 0.01 --data.train-limit 10000
-hardware: one GPU; the short schedule: 2 CPU cores
-time:     not yet run; the short schedule: minutes
+short:    cifar10_resnet20_short.py
+hardware: one GPU
+time:     not yet run
 result:   not yet run
 
 Without --teacher-from it trains the teacher itself (200 epochs). The normalisation is that of the published PyTorch

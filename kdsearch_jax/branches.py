@@ -34,14 +34,14 @@ class Branch:
 
 
 def find(
-    program: Program, active: np.ndarray, leaves: int, cost: dict[int, tuple[float, int]]
+    program: Program, active: np.ndarray, leaves: int, cost: dict[int, tuple[float, tuple[int, ...]]]
 ) -> tuple[list[Branch], list[str]]:
     """All residual branches, and the scopes of additions that look like one but that no parameter scales.
 
     Args:
       program: the network; its first `leaves` inputs are the parameters.
       active: (values,) whether a value depends on the network's inputs.
-      cost: {op: (MACs, term number)} of convolutions and dots.
+      cost: {op: (MACs, term numbers)} of convolutions, dots and loops.
     """
     graph = _Graph(program, active, leaves)
     branches, refused = [], []
@@ -59,7 +59,7 @@ def find(
             refused.append(op.scope)
             continue
         inside = frozenset(leaf for leaf in range(leaves) if graph.uses[leaf] and graph.users_of(leaf) <= region)
-        terms = tuple(cost[o][1] for o in sorted(region) if o in cost)
+        terms = tuple(term for o in sorted(region) if o in cost for term in cost[o][1])
         branches.append(Branch(frozenset(region), frozenset(scalers), inside, terms, op.scope))
     return branches, refused
 

@@ -12,6 +12,7 @@ again with a falling target, it is the closed loop; no one has to know λ2.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.topology import Topology
 
 FLOOR = 0.98
+TRIALS = 200  # choices that `select` looks at before it gives up
 
 
 class BudgetError(ValueError):
@@ -38,6 +40,12 @@ class Limits:
         """Cost of the flat `keep` over its limit; at most 1 is within the budget."""
         macs, params = topology.cost(keep)
         return max(macs / self.macs if self.macs else 0.0, params / self.params if self.params else 0.0)
+
+    def prices(self, topology: Topology, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((bounds, units) what one more unit costs of each bound, (bounds,) what of each bound is left)."""
+        costs = [(getattr(topology, name), bound) for name in ("macs", "params") if (bound := getattr(self, name))]
+        slopes = np.stack([cost.marginal(keep) / bound for cost, bound in costs])
+        return slopes, np.array([1.0 - cost.total(keep) / bound for cost, bound in costs]) + 1e-9
 
     def marginal(self, topology: Topology, keep: np.ndarray) -> np.ndarray:
         """(units,) what one more unit adds to the pressure, summed over the bounds not met yet, or over all."""
@@ -77,13 +85,13 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
     if not bounds:
         raise BudgetError("budget: give budget.macs or budget.params")
     limits = Limits(bounds.get("macs"), bounds.get("params"), config.round_to)
-    least = topology.cost(_smallest(topology, config.round_to))
+    least, wide = topology.cost(_smallest(topology, config.round_to)), config.round_to
     for name, cost in zip(("macs", "params"), least, strict=True):
         if name in bounds and cost > bounds[name]:
-            share = cost / total[name]
+            units, share = f"{wide} unit{'s' * (wide > 1)}", cost / total[name]
             raise BudgetError(
-                f"budget.{name}: {getattr(config, name)} is out of reach: with one unit a layer the student still "
-                f"costs {cost:,} ({share:.3f} of the teacher's {total[name]:,}); give more, or free more gates.kinds"
+                f"budget.{name}: {getattr(config, name)} is out of reach: with {units} a layer the student still costs "
+                f"{cost:,} ({share:.3f} of the teacher's {total[name]:,}); give more, or free more gates.kinds"
             )
     return limits
 
@@ -106,6 +114,21 @@ def protected(topology: Topology, importance: np.ndarray, round_to: int = 1) -> 
         best = np.argsort(-values, kind="stable")[: 0 if group.kind == "branches" else round_to]
         tree[group.name] = np.isin(np.arange(group.size), best)
     return topology.flatten(tree).astype(bool)
+
+
+def too_large(topology: Topology, limits: Limits, keep: np.ndarray) -> np.ndarray:
+    """(units,) bool: the branches of `keep` with which so much would go that the cost fell below [FLOOR, 1].
+
+    The search must not take the gate of such a branch to zero: the landing would keep the branch, dead.
+    """
+    result = np.zeros(topology.units, bool)
+    starts = np.cumsum([0] + [group.size for group in topology.groups])
+    for group, unit in zip(topology.groups, starts, strict=False):
+        if group.kind == "branches" and keep[unit] > 0:
+            less = keep.astype(float)
+            less[unit] = 0.0
+            result[unit] = limits.pressure(topology, less) < FLOOR
+    return result
 
 
 def level(
@@ -143,6 +166,10 @@ def select(
 ) -> dict[str, np.ndarray]:
     """The units to keep: greedily removes the least important per cost until the budget is met, then fills it up.
 
+    What goes in large pieces (a branch, `round_to` units) can overshoot. Then at least one piece that went is in every
+    choice that lands, so each is tried as one that stays, the most important first: given time, whatever exists is
+    found.
+
     Args:
       importance: (units,) ≥ 0; units of importance 0 go first.
       per_cost: rank by importance per marginal cost; False ranks by importance alone.
@@ -152,30 +179,31 @@ def select(
       {group: (size,) bool} with pressure in [FLOOR, 1].
 
     Raises:
-      BudgetError: where no choice lands there.
+      BudgetError: where no choice was found that lands there.
     """
     chunks = _chunks(topology, importance, limits.round_to)
-    keep = np.ones(topology.units)
-    gone: list[int] = []
-    for number in range(rounds):
-        pressure = limits.pressure(topology, keep)
-        goal = pressure + (1.0 - pressure) / (rounds - number)
-        ratios = _ratios(chunks, importance, limits.marginal(topology, keep) if per_cost else np.ones(topology.units))
-        order = [i for i in np.argsort(ratios, kind="stable") if i not in gone and np.isfinite(ratios[i])]
-        count = _fewest(topology, limits, keep, [chunks[i].units for i in order], goal)
-        for i in order[:count]:
-            keep[chunks[i].units] = 0.0
-            gone.append(i)
-        if limits.pressure(topology, keep) <= 1.0:
+    nearest, queue, seen = 0.0, deque([frozenset[int]()]), {frozenset[int]()}
+    for _ in range(TRIALS):
+        if not queue:
             break
-    _fill(topology, limits, keep, chunks, gone)
-    pressure = limits.pressure(topology, keep)
-    if not FLOOR <= pressure <= 1.0:
-        raise BudgetError(
-            f"budget: the nearest student costs {pressure:.3f} of it, outside [{FLOOR}, 1]; its smallest step is too "
-            "large: lower budget.round_to, free more gates.kinds, or ask for another budget"
-        )
-    return {name: vector > 0 for name, vector in topology.unflatten(keep).items()}
+        staying = queue.popleft()
+        keep, gone = _remove(topology, limits, importance, chunks, staying, per_cost, rounds)
+        pressure = limits.pressure(topology, keep)
+        if pressure > 1.0:  # what stays is too much by itself
+            continue
+        gone = _fill(topology, limits, keep, chunks, gone)
+        pressure = limits.pressure(topology, keep)
+        if pressure >= FLOOR:
+            return {name: vector > 0 for name, vector in topology.unflatten(keep).items()}
+        nearest = max(nearest, pressure)
+        for i in reversed(gone):
+            if staying | {i} not in seen:
+                seen.add(staying | {i})
+                queue.append(staying | {i})
+    raise BudgetError(
+        f"budget: the nearest student costs {nearest:.3f} of it, outside [{FLOOR}, 1]; its smallest step is too "
+        "large: lower budget.round_to, free more gates.kinds, or ask for another budget"
+    )
 
 
 @dataclass(frozen=True)
@@ -214,6 +242,36 @@ def _ratios(chunks: list[_Chunk], importance: np.ndarray, cost: np.ndarray) -> n
     return ratios
 
 
+def _remove(
+    topology: Topology,
+    limits: Limits,
+    importance: np.ndarray,
+    chunks: list[_Chunk],
+    staying: frozenset[int],
+    per_cost: bool,
+    rounds: int,
+) -> tuple[np.ndarray, list[int]]:
+    """(what is kept, the chunks that went, in order): greedily, until the budget is met or nothing more may go."""
+    keep, gone = np.ones(topology.units), []
+    free = np.ones(len(chunks), bool)
+    for i, chunk in enumerate(chunks):  # after one that stays, its successors stay
+        free[i] = i not in staying and (chunk.before is None or bool(free[chunk.before]))
+    for number in range(rounds):
+        pressure = limits.pressure(topology, keep)
+        if pressure <= 1.0:
+            break
+        goal = pressure + (1.0 - pressure) / (rounds - number)
+        ratios = _ratios(chunks, importance, limits.marginal(topology, keep) if per_cost else np.ones(topology.units))
+        order = np.argsort(ratios, kind="stable")
+        order = order[free[order] & np.isfinite(ratios[order])]
+        count = _fewest(topology, limits, keep, [chunks[i].units for i in order], goal)
+        for i in order[:count].tolist():
+            keep[chunks[i].units] = 0.0
+            free[i] = False
+            gone.append(i)
+    return keep, gone
+
+
 def _fewest(topology: Topology, limits: Limits, keep: np.ndarray, sets: list[np.ndarray], goal: float) -> int:
     """How many of the sets, in order, must go to bring the pressure to `goal`; all where that is not enough."""
 
@@ -232,14 +290,20 @@ def _fewest(topology: Topology, limits: Limits, keep: np.ndarray, sets: list[np.
     return high
 
 
-def _fill(topology: Topology, limits: Limits, keep: np.ndarray, chunks: list[_Chunk], gone: list[int]) -> None:
-    """Takes back what was removed, the last first, as far as the budget allows; changes `keep` and `gone`."""
-    for i in reversed(list(gone)):
-        later = {chunks[j].before for j in gone}
-        if i in later:
-            continue  # something that must stay longer is gone
-        keep[chunks[i].units] = 1.0
-        if limits.pressure(topology, keep) > 1.0:
-            keep[chunks[i].units] = 0.0
-        else:
-            gone.remove(i)
+def _fill(topology: Topology, limits: Limits, keep: np.ndarray, chunks: list[_Chunk], gone: list[int]) -> list[int]:
+    """Takes back what went, the last first, as far as the budget allows: changes `keep`, returns what is still gone."""
+    rest: list[int] = []
+    blocked: set[int | None] = set()  # before something that is gone for good
+    price, room = limits.prices(topology, keep)
+    for i in reversed(gone):
+        units = chunks[i].units
+        # The marginal price is at most the real one: most that do not fit are seen without counting the network anew.
+        if i not in blocked and (price[:, units].sum(1) <= room).all():
+            keep[units] = 1.0
+            if limits.pressure(topology, keep) <= 1.0:
+                price, room = limits.prices(topology, keep)
+                continue
+            keep[units] = 0.0
+        blocked.add(chunks[i].before)
+        rest.append(i)
+    return rest[::-1]

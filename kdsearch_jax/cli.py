@@ -303,11 +303,12 @@ def _known_flags(argv: list[str], known: tuple[str, ...]) -> None:
 
 
 def _first_pass(argv: list[str]) -> dict[str, Any]:
-    """Those given of config, quick, workdir and resume: they decide on the defaults of everything else."""
+    """Those given of config, quick, workdir, search-from and resume: they decide on the defaults of everything else."""
     given: dict[str, Any] = {}
     for token, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = token.partition("=")
-        if name in ("--config", "--workdir"):
+        name = name.replace("_", "-")
+        if name in ("--config", "--workdir", "--search-from"):
             value = value or following
             if not value or value.startswith("--"):
                 raise UsageError(
@@ -320,11 +321,13 @@ def _first_pass(argv: list[str]) -> dict[str, Any]:
 
 
 def _run_config(given: dict[str, Any]) -> str | None:
-    """The config.json of the run to resume, where the command line names that run and no experiment."""
-    if not given.get("resume") or not {"config", "quick"}.isdisjoint(given):
+    """The config.json of the run to resume or to start from, where the command line names that and no experiment."""
+    if not {"config", "quick"}.isdisjoint(given):
         return None
-    path = Path(given.get("workdir", "")) / "config.json"
-    return str(path) if "workdir" in given and path.is_file() else None
+    named = [given["workdir"]] if given.get("resume") and "workdir" in given else []
+    if "search-from" in given:  # a run, or its search stage
+        named += [given["search-from"], str(Path(given["search-from"]).parent)]
+    return next((str(path) for name in named if (path := Path(name) / "config.json").is_file()), None)
 
 
 def _tyro(argv: list[str], parts: dict[str, Any], prog: str, description: str) -> Any:

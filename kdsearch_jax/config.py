@@ -117,9 +117,9 @@ class GatesConfig:
     penalty: Literal["importance", "macs", "params", "one"] = "importance"
     learning_rate: float = 0.01
     momentum: float = 0.9
-    importance_decay: float = 0.9
-    sharpness: float = 2.0
-    ramp: float = 0.8
+    importance_decay: float = 0.97
+    sharpness: float = 8.0
+    ramp: float = 0.5
     lambda2: float | None = None
 
 

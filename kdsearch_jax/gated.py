@@ -39,6 +39,7 @@ from kdsearch_jax.topology import Topology
 from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create_state, make_optimizer
 
 SNAPSHOTS = 200  # rows of gate history kept at most
+LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
 WARMUP = 0.05  # share of the ramp in which importance is only measured
 
 
@@ -60,7 +61,7 @@ def begin(variables: Any, topology: Topology, tx: Any, stage: StageConfig) -> Tr
     zeros = jax.tree.map(jnp.zeros_like, gates)
     rows = min(SNAPSHOTS, stage.steps) + 1
     history = {"gates": jnp.full((rows, topology.units), jnp.nan), "rows": jnp.full((rows, 4), jnp.nan)}
-    extra = {"gates": gates, "importance": zeros, "penalty": zeros, "history": history}
+    extra = {"gates": gates, "importance": zeros, "penalty": zeros, "gain": jnp.ones(()), "history": history}
     state = create_state(variables, optax.identity(), extra=extra)
     return state.replace(opt_state=tx.init({"weights": state.params, "gates": gates}))
 
@@ -145,12 +146,16 @@ def controller(
         importance = topology.flatten(jax.tree.map(np.asarray, state.extra["importance"])).astype(float)
         alpha = weights_of_penalty(topology, limits, config, gates, importance)
         alive = (gates > 0).astype(float)
+        pressure, gain = limits.pressure(topology, alive), float(state.extra["gain"])
         if config.lambda2 is not None:
-            lambda2 = config.lambda2 if limits.pressure(topology, alive) > 1.0 else 0.0
+            lambda2 = config.lambda2 if pressure > 1.0 else 0.0
         else:
+            # The loss may push gates up against the penalty: λ2 grows for as long as the cost lags behind.
+            behind = pressure > budget_lib.target(full, done, warmup, end) * LAG
+            gain = min(gain * GAIN, 1e6) if behind else max(gain / GAIN, 1.0)
             goal = budget_lib.target(full, done + run.steps_per_dispatch, warmup, end)
             rate = config.learning_rate / (1.0 - config.momentum)
-            lambda2 = budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
+            lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
         penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(lambda2 * alpha).items()}
         macs, params = topology.cost(alive)
         full_macs, full_params = topology.total()
@@ -164,7 +169,8 @@ def controller(
             "lambda2": lambda2,
             "alive": float(alive.mean()),
         }
-        return state.replace(extra={**state.extra, "penalty": penalty, "history": history}), metrics
+        extra = {**state.extra, "penalty": penalty, "gain": np.float32(gain), "history": history}
+        return state.replace(extra=extra), metrics
 
     return between
 

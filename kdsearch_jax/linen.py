@@ -8,6 +8,8 @@ removed; the groups that break it are frozen, with the error as the reason.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +20,12 @@ import numpy as np
 from flax import traverse_util
 from flax.core import freeze
 
-from kdsearch_jax import program as program_lib
+from kdsearch_jax import sizes as sizes_lib
 from kdsearch_jax import topology as topology_lib
+from kdsearch_jax.program import Program, flatten
 from kdsearch_jax.student import Student
 from kdsearch_jax.topology import Topology
+from kdsearch_jax.walk import Walk, again, walk
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,18 @@ class Network:
 
     def resized(self, keep: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
         """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them."""
-        return resized(self.layers, self.topology, keep)
+        layers, dropped = resized(self.layers, self.topology, keep)
+        if isinstance(self.module, Student):  # cut again: what differs from the model that the student was cut from
+            before = {path: dict(sizes) for path, sizes in self.module.layers.items()}
+            layers = {path: before.get(path, {}) | layers.get(path, {}) for path in {**before, **layers}}
+            dropped = tuple(sorted({*self.module.dropped, *dropped}))
+        return layers, dropped
 
     def student(self, keep: Mapping[str, Any]) -> Student:
         """The module of the student that keeps `keep`."""
         layers, dropped = self.resized(keep)
-        return Student(base=self.module, layers=freeze(layers), dropped=dropped)
+        base = self.module.base if isinstance(self.module, Student) else self.module
+        return Student(base=base, layers=freeze(layers), dropped=dropped)
 
     def select(self, kinds: Sequence[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Network:
         """The network with only these groups free; see `Topology.select`."""
@@ -64,9 +74,10 @@ def trace(module: nn.Module, *inputs: Any, **kwargs: Any) -> Network:
       inputs: arrays or `jax.ShapeDtypeStruct`s with a leading batch axis.
 
     Raises:
-      ValueError: where nothing can be pruned, with the reasons.
+      ValueError: where nothing can be pruned, with the reasons, or the inputs have no batch axis.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    batch = topology_lib.batch_size(shapes)
     layers: dict[str, Layer] = {}
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
@@ -74,19 +85,60 @@ def trace(module: nn.Module, *inputs: Any, **kwargs: Any) -> Network:
             layers["/".join(context.module.path)] = _layer(context.module)
         return call(*args, **call_kwargs)
 
-    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(lambda *xs: module.init(rngs, *xs, **kwargs), *shapes)
+        variables = _variables(module, shapes, kwargs)
 
     def droppable(path: str) -> bool:
-        return path in layers and layers[path].kind.__module__.startswith("flax.linen")
+        return path in layers and _is_flax(layers[path].kind)
 
-    def function(variables: Any, *xs: Any) -> Any:
-        return module.apply(variables, *xs, **kwargs)
+    leaves = topology_lib.leaf_shapes(variables)
+    found = walk(_program(module, variables, shapes, kwargs), leaves)
+    topology = topology_lib.assemble(found, leaves, batch, droppable)
+    network = Network(module, topology, layers, shapes, dict(kwargs))
+    return replace(network, topology=_freeze_hard_wired(network, found, variables).require_groups())
 
-    found = topology_lib.trace(function, variables, *shapes, droppable=droppable)
-    network = Network(module, found, layers, shapes, dict(kwargs))
-    return replace(network, topology=_freeze_hard_wired(network, variables).require_groups())
+
+def shapes_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the variables that the module's own code makes."""
+    return topology_lib.leaf_shapes(_variables(module, inputs, kwargs))
+
+
+def _variables(module: nn.Module, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Shapes of the module's variables."""
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    with nn.intercept_methods(_without_initializers):
+        return jax.eval_shape(lambda *xs: module.init(rngs, *xs, **kwargs), *inputs)
+
+
+def _program(module: nn.Module, variables: Any, inputs: Any, kwargs: Mapping[str, Any]) -> Program:
+    """The operations of `module.apply`."""
+    with nn.intercept_methods(_without_initializers):
+        return flatten(jax.make_jaxpr(lambda v, *xs: module.apply(v, *xs, **kwargs))(variables, *inputs))
+
+
+def _without_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Runs a layer with zeros for initializers: Linen traces them all at every `apply`, most of its time."""
+    layer = context.module
+    inits = {name: getattr(layer, name) for name in type(layer).__dataclass_fields__ if name.endswith("_init")}
+    if not inits or not _is_flax(type(layer)):
+        return call(*args, **kwargs)
+    # Others than JAX's own may wrap what they return, to say how it is sharded.
+    plain = [n for n, init in inits.items() if _is_jax(init) and not hasattr(init, "__wrapped__")]
+    try:
+        for name in plain:
+            object.__setattr__(layer, name, nn.initializers.zeros)
+        return call(*args, **kwargs)
+    finally:
+        for name in plain:
+            object.__setattr__(layer, name, inits[name])
+
+
+def _is_jax(value: Any) -> bool:
+    return callable(value) and getattr(value, "__module__", "").startswith("jax.")
+
+
+def _is_flax(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith("flax.linen")
 
 
 _SIZES = {
@@ -133,30 +185,71 @@ def _sizes(layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> dic
     return sizes
 
 
-def _freeze_hard_wired(network: Network, variables: Any) -> Topology:
+def _freeze_hard_wired(network: Network, found: Walk, variables: Any) -> Topology:
     """The topology without groups at whose other sizes the module's code does not run, or computes something else."""
-    found = network.topology
-    names = [group.name for group in found.groups if group.kind != "branches"]
-    expected = _signature(network.module, variables, network)
+    topology = network.topology
+    numbers = {group.name: i for i, group in enumerate(topology.groups)}
+    small = {group.name for group in topology.groups if group.size < _SMALL}
 
-    def broken(chosen: Sequence[str]) -> str | None:
-        keep = {g.name: np.ones(g.size, bool) for g in found.groups}
-        for number, name in enumerate(chosen):
-            keep[name][: 1 + (number % 2) * (len(keep[name]) > 3)] = False
-        try:
-            got = _signature(network.student(keep), _sliced(found, variables, keep), network)
-        except Exception as error:  # whatever a stranger's model raises when a size changes
-            return f"the model's code needs this size ({str(error).strip().splitlines()[0][:120]})"
-        return None if got == expected else "its size enters the computation as a number"
+    def broken(chosen: Sequence[str], turn: int = 0) -> str | None:
+        keep = {g.name: _some_left(numbers[g.name], turn, g.size, g.name in chosen) for g in topology.groups}
+        masks = topology.masks(keep)
+        reason = None
+        if masks:
+            left = sizes_lib.labels_left(found, masks, list(topology.shapes))
+            reason = _unforeseen(network, found, keep, left, _sliced(topology, variables, keep))
+        if reason is None and turn < 3 and small.intersection(chosen):
+            return broken(chosen, turn + 1)
+        return reason
 
-    def search(chosen: Sequence[str]) -> dict[str, str]:
-        reason = broken(chosen) if chosen else None
-        if reason is None or len(chosen) == 1:
-            return {chosen[0]: reason} if reason else {}
-        half = len(chosen) // 2
-        return {**search(chosen[:half]), **search(chosen[half:])} or dict.fromkeys(chosen, reason)
+    free = [group.name for group in topology.groups if group.kind != "branches"]
+    reasons: dict[str, str] = {}
+    while free and (reason := broken(free)):
+        intact, wrong = 0, len(free)  # how many of the first groups may shrink, and how many may not
+        while wrong - intact > 1:
+            middle = (intact + wrong) // 2
+            why = broken(free[:middle])
+            intact, wrong, reason = (intact, middle, why) if why else (middle, wrong, reason)
+        name = free[wrong - 1]
+        reasons[name] = reason
+        # Layers that are named alike, as in block1 and block2, are not tried one by one.
+        alike = [other for other in free if _pattern(other) == _pattern(name) and other != name]
+        reasons |= dict.fromkeys(alike, f"as in {name}: {reason}")
+        free = [other for other in free if other not in reasons]
+    return topology.without(reasons)
 
-    return found.without(search(names))
+
+_SMALL = 6
+
+
+def _some_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
+    """What to keep of a group for a try: neighbours lose different numbers of units, each its first and its last.
+
+    A small group cannot lose much at once: it loses its first in one of two turns, and its last in one of two more.
+    """
+    keep = np.ones(size, bool)
+    if not shrinks:
+        return keep
+    if size < _SMALL:
+        keep[-1 if turn // 2 else 0] = (number + turn) % 2 == 1
+        return keep
+    inner = np.random.default_rng(number).choice(size - 2, (number + turn) % (size - 4), replace=False)
+    keep[[0, -1, *(1 + inner)]] = False
+    return keep
+
+
+def _unforeseen(network: Network, found: Walk, keep: Any, left: np.ndarray, variables: Any) -> str | None:
+    """Why the module's code does not do at these sizes what the walk foresaw; None where it does."""
+    try:
+        program = _program(network.student(keep), variables, network.inputs, network.kwargs)
+    except Exception as error:  # whatever a stranger's model raises when a size changes
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the model's code needs this size ({message[:120]})"
+    return sizes_lib.difference(found, again(program, found.labels.kept(left), len(network.topology.shapes)), left)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def _sliced(topology: Topology, variables: Any, keep: Mapping[str, Any]) -> Any:
@@ -173,46 +266,29 @@ def _sliced(topology: Topology, variables: Any, keep: Mapping[str, Any]) -> Any:
     )
 
 
-def _signature(module: nn.Module, variables: Any, network: Network) -> tuple[Any, ...]:
-    """The outputs' shapes, and each operation with the numbers written into it: alike at all sizes of a sound model."""
-
-    def function(variables: Any, *xs: Any) -> Any:
-        return module.apply(variables, *xs, **network.kwargs)
-
-    program = program_lib.flatten(jax.make_jaxpr(function)(variables, *network.inputs))
-
-    def numbers(op: program_lib.Op) -> tuple[float, ...]:
-        known = (program.constants.get(v) for v in op.inputs)
-        return tuple(
-            float(c)
-            for c in known
-            if c is not None and np.ndim(c) == 0 and np.issubdtype(np.asarray(c).dtype, np.floating)
-        )
-
-    ops = tuple((op.name, numbers(op)) for op in program.ops)
-    return tuple(program.shape(v) for v in program.outputs), ops
-
-
 @dataclass(frozen=True)
 class Count:
-    """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA."""
+    """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
+
+    uncounted: primitives whose operations are counted by XLA only.
+    """
 
     macs: int
     params: int
     flops: float
     xla_flops: float
+    uncounted: tuple[str, ...]
 
 
 def count(module: nn.Module, *inputs: Any, **kwargs: Any) -> Count:
     """Counts a freshly built module from its own code and asks XLA to do the same; nothing is computed."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    variables = jax.eval_shape(lambda *xs: module.init(rngs, *xs, **kwargs), *shapes)
-
-    def function(variables: Any, *xs: Any) -> Any:
-        return module.apply(variables, *xs, **kwargs)
-
-    found = topology_lib.trace(function, variables, *shapes, droppable=lambda path: False)
-    analysis: Any = jax.jit(function).lower(variables, *shapes).cost_analysis()
+    variables = _variables(module, shapes, kwargs)
+    with nn.intercept_methods(_without_initializers):
+        traced = jax.jit(lambda v, *xs: module.apply(v, *xs, **kwargs)).trace(variables, *shapes)
+    found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))
+    macs = sum(term.macs() for term in found.terms) / topology_lib.batch_size(shapes)
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
+    analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return Count(*found.total(), found.flops, float(analysis["flops"]))
+    return Count(round(macs), params, found.flops, float(analysis["flops"]), tuple(sorted(found.uncounted)))

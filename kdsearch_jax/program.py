@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.extend
+import jax.numpy as jnp
 import numpy as np
 
 _CALLS = {
@@ -63,12 +64,12 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
     numbers = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         numbers[var] = program.new(var.aval)
-        program.constants[numbers[var]] = const
+        _know(program, numbers[var], const)
 
     def number(atom: Any) -> int:
         if isinstance(atom, jax.extend.core.Literal):
             value = program.new(atom.aval)
-            program.constants[value] = atom.val
+            _know(program, value, atom.val)
             return value
         return numbers[atom]
 
@@ -87,6 +88,11 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
         numbers.update(zip(eqn.outvars, outs, strict=True))
         program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here))
     return [number(atom) for atom in jaxpr.outvars]
+
+
+def _know(program: Program, value: int, constant: Any) -> None:
+    if not jnp.issubdtype(program.avals[value].dtype, jax.dtypes.extended):  # random keys have no array
+        program.constants[value] = np.asarray(constant)
 
 
 def _drop_dead(program: Program) -> None:

@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     """Runs retraining, baselines and delivery."""
     options, experiment = cli.parse(argv, RetrainOptions, "kdsearch_jax.retrain", __doc__ or "")
     assert options.workdir is not None
-    if options.search_from is None:
+    if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
         raise cli.UsageError("--search-from is missing; give a run whose search is finished")
-    road = stages.prepare(experiment, options.workdir, options.search_from)
+    road = stages.prepare(experiment, options.workdir, resume=options.resume, search_from=options.search_from)
     cli.new_run_directory(options.workdir, experiment, options.resume)
     results = stages.run(road, resume=options.resume)
     assert results is not None

@@ -28,7 +28,13 @@ def main(argv: list[str]) -> int:
     """Runs the road that the command line asks for, and prints its table."""
     options, experiment = cli.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
     assert options.workdir is not None
-    road = stages.prepare(experiment, options.workdir, options.search_from)
+    road = stages.prepare(
+        experiment,
+        options.workdir,
+        resume=options.resume,
+        search_from=options.search_from,
+        searches=options.stop_after != "teacher",
+    )
     cli.new_run_directory(options.workdir, experiment, options.resume)
     results = stages.run(road, resume=options.resume, stop_after=options.stop_after)
     if results is None:

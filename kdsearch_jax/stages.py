@@ -8,9 +8,12 @@ so any stage can start from files that another run wrote.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kdsearch_jax import baselines, evaluate, export, gated, linen, models, pretrained, report, surgery, train
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import Limits
-from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.checkpoint import load_network, save_network, written_whole
 from kdsearch_jax.cli import write_json
 from kdsearch_jax.config import Experiment, StageConfig, to_json
 from kdsearch_jax.data import Dataset
@@ -35,26 +39,6 @@ log = logging.getLogger(__name__)
 
 STAGES = ("teacher", "search", "retrain")
 PROOF = 16  # examples of a batch on which networks are proved equal
-
-
-@dataclass(frozen=True)
-class Road:
-    """A run: its settings, data and directory. search_from: a finished search stage to start from."""
-
-    experiment: Experiment
-    dataset: Dataset
-    directory: Path
-    search_from: Path | None = None
-
-    @property
-    def teacher(self) -> Path:
-        """The teacher's network directory."""
-        return self.search.parent / "teacher" / "network"
-
-    @property
-    def search(self) -> Path:
-        """The search stage's directory."""
-        return self.search_from or self.directory / "search"
 
 
 @dataclass(frozen=True)
@@ -72,35 +56,81 @@ class Loaded:
         return Loaded(*load_network(directory))
 
 
-def prepare(experiment: Experiment, directory: Path, search_from: Path | None = None) -> Road:
-    """Checks what can be checked before any work: the data, the model, and the teacher and search to start from.
+@dataclass(frozen=True)
+class Road:
+    """A run: its settings, data and directory.
+
+    given: the teacher to start from, if it is not to be trained; search_from: the directory of a finished search stage
+    to start from, whose run has the teacher.
+    """
+
+    experiment: Experiment
+    dataset: Dataset
+    directory: Path
+    given: Loaded | None = None
+    search_from: Path | None = None
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's network directory."""
+        return self.directory / "teacher" / "network"
+
+    @property
+    def search(self) -> Path:
+        """The search stage's directory."""
+        return self.directory / "search"
+
+
+def prepare(
+    experiment: Experiment,
+    directory: Path,
+    *,
+    resume: bool = False,
+    search_from: Path | None = None,
+    searches: bool = True,
+) -> Road:
+    """Checks what can be checked before any work, and before any file is written.
+
+    That is: the data, the model, the teacher or the search to start from, and that the budget can be met.
+
+    Args:
+      directory: of the run; looked at only to `resume`.
+      search_from: a run with a finished search, or that stage's directory.
+      searches: False where the run ends with the teacher.
 
     Raises:
       ValueError, OSError: where one of them cannot serve.
     """
-    if search_from is not None:
-        search_from = search_from / "search" if (search_from / "search").is_dir() else search_from
-        for path in (search_from / "network", search_from.parent / "teacher" / "network"):
-            if not (path / "network.json").is_file():
-                raise ValueError(f"from: {search_from} is not a finished search; {path} is missing")
-    start = _network_directory(experiment.teacher_from)
-    if search_from is not None:
-        start = search_from.parent / "teacher" / "network"
+    found = None if search_from is None else _finished_search(search_from, experiment, directory)
+    source = experiment.teacher_from
+    if resume and _finished(directory / "teacher"):
+        source = str(directory / "teacher" / "network")
+    elif found is not None:
+        source = str(found.parent / "teacher" / "network")
+    if source is not None and not Path(source).exists():
+        raise FileNotFoundError(f"teacher_from: {source} does not exist")
+    start = _network_directory(source)
     if start is None:
         models.build(experiment.model.name, {**experiment.model.arguments, "num_classes": 2})  # before data are read
-    if experiment.teacher_from is not None and not Path(experiment.teacher_from).exists():
-        raise FileNotFoundError(f"teacher_from: {experiment.teacher_from} does not exist")
     dataset = data_lib.load(experiment.data, 0)
+    given = None
     if start is not None:
-        info = Loaded.of(start).info
-        if info["num_classes"] != dataset.num_classes:
-            raise ValueError(
-                f"teacher_from: {start} tells apart {info['num_classes']} classes, but {dataset.name} has "
-                f"{dataset.num_classes}; give a teacher of this data, or its data by --data.name"
-            )
-        if experiment.data.mean is None:  # a teacher sees images as it was trained on them
-            dataset = dataclasses.replace(dataset, mean=tuple(info["mean"]), std=tuple(info["std"]))
-    return Road(experiment, dataset, directory, search_from)
+        given = Loaded.of(start)
+        _check_teacher(start, given, dataset)
+        if experiment.data.mean is None and "mean" in given.info:  # it sees images as it was trained on them
+            dataset = dataclasses.replace(dataset, mean=tuple(given.info["mean"]), std=tuple(given.info["std"]))
+    else:
+        architecture = _architecture(experiment, dataset)
+        module = architecture.module()
+        if source is not None:
+            variables = pretrained.load_torch(source, module, architecture.input_shape)
+            given = Loaded(module, variables, architecture, {})
+    if searches and found is None and not (resume and _finished(directory / "search")):
+        architecture = given.architecture if given else _architecture(experiment, dataset)
+        network, limits = traced(experiment, architecture)
+        random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
+        budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+    return Road(experiment, dataset, directory, given, found)
 
 
 def _network_directory(path: str | None) -> Path | None:
@@ -111,14 +141,64 @@ def _network_directory(path: str | None) -> Path | None:
     return inner if inner.is_dir() else Path(path)
 
 
+def _architecture(experiment: Experiment, dataset: Dataset) -> Architecture:
+    """The teacher that the experiment names, for this data."""
+    arguments = {**experiment.model.arguments, "num_classes": dataset.num_classes}
+    return Architecture(experiment.model.name, arguments, input_shape=dataset.train.images.shape[1:])
+
+
+def _check_teacher(path: Path, teacher: Loaded, dataset: Dataset) -> None:
+    """Raises ValueError where the network at `path` cannot be the teacher on this data."""
+    architecture = teacher.architecture
+    if architecture.layers or architecture.dropped:
+        raise ValueError(f"teacher_from: {path} was cut already and cannot be searched again; give its teacher")
+    shape = dataset.train.images.shape[1:]
+    if tuple(architecture.input_shape) != shape:
+        raise ValueError(
+            f"teacher_from: {path} takes images {tuple(architecture.input_shape)}, those of {dataset.name} are "
+            f"{shape}; give a teacher of this data, or its data by --data.name"
+        )
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    forward = partial(train.apply_eval, teacher.module)
+    classes = jax.eval_shape(forward, teacher.variables, images).shape[-1]
+    if classes != dataset.num_classes:
+        raise ValueError(
+            f"teacher_from: {path} tells apart {classes} classes, but {dataset.name} has {dataset.num_classes}; give a "
+            "teacher of this data, or its data by --data.name"
+        )
+
+
+def _finished_search(path: Path, experiment: Experiment, directory: Path) -> Path:
+    """The finished search stage meant by `path`, a run's directory or the stage's own, for this experiment."""
+    stage = path / "search" if (path / "search").is_dir() else path
+    teacher = stage.parent / "teacher" / "network"
+    for needed in (stage / "selection.json", stage / "network" / "network.json", teacher / "network.json"):
+        if not needed.is_file():
+            raise ValueError(f"search_from: {path} is no run with a finished search; {needed} is missing")
+    try:
+        budget = json.loads((stage / "selection.json").read_text())["budget"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"search_from: {stage / 'selection.json'} is damaged ({error}); search anew") from error
+    if budget != dataclasses.asdict(experiment.budget):
+        raise ValueError(
+            f"budget: {dataclasses.asdict(experiment.budget)} is not that of the search in {stage}, {budget}; give the "
+            "same, or search anew"
+        )
+    own = directory / "search"
+    if own.is_dir() and not _finished(own):
+        raise ValueError(f"search_from: {directory} has begun a search of its own; leave it out, or another --workdir")
+    return stage
+
+
 def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str, Any] | None:
     """The whole road; returns the table of `results.json`, or None where it stops earlier."""
+    _take_over(road)
     teach(road, resume)
     if stop_after == "teacher":
         return None
     search(road, resume)
     if stop_after == "search":
-        report.write(road.directory)
+        _report(road)
         return None
     steps = road.experiment.search.steps + road.experiment.retrain.steps
     retrain(road, "retrain", road.search / "network", road.experiment.retrain, resume)
@@ -130,35 +210,41 @@ def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str,
         return None
     deliver(road)
     results = compare(road)
-    report.write(road.directory)
+    _report(road)
     return results
 
 
 # --- teacher --------------------------------------------------------------------------------------------------------
 
 
+def _take_over(road: Road) -> None:
+    """Copies teacher and search of the run to start from, without checkpoints: this run's directory says it all."""
+    if road.search_from is None:
+        return
+    for name in ("teacher", "search"):
+        if _finished(road.directory / name):
+            continue
+        if jax.process_index() == 0:
+            with written_whole(road.directory / name) as part:
+                skipped = shutil.ignore_patterns("checkpoints", "tensorboard")
+                shutil.copytree(road.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
+        _meet(f"{name} taken over")
+
+
 def teach(road: Road, resume: bool) -> None:
     """Trains the teacher, or takes the given one over into the run's directory."""
     directory = road.directory / "teacher"
-    if road.search_from is not None or _finished(directory):
+    if _finished(directory):
         return
     experiment, dataset = road.experiment, road.dataset
-    start = _network_directory(experiment.teacher_from)
-    if start is not None:
-        given = Loaded.of(start)
+    if (given := road.given) is not None:
         _save(directory / "network", road, given.architecture, given.module, given.variables)
         return
-    shape = dataset.train.images.shape[1:]
-    arguments = {**experiment.model.arguments, "num_classes": dataset.num_classes}
-    architecture = Architecture(experiment.model.name, arguments, input_shape=shape)
+    architecture = _architecture(experiment, dataset)
     module = architecture.module()
-    if experiment.teacher_from is not None:
-        variables = pretrained.load_torch(experiment.teacher_from, module, shape)
-        _save(directory / "network", road, architecture, module, variables)
-        return
     stage = experiment.teacher
     tx = train.make_optimizer(stage)
-    images = jnp.zeros((2, *shape))
+    images = jnp.zeros((2, *architecture.input_shape))
     variables = jax.jit(module.init)(jax.random.key(experiment.run.seed), images)
     state = train.create_state(variables, tx, ema=stage.ema)
     step = train.supervised_step(module, tx, stage, experiment.run)
@@ -169,13 +255,13 @@ def teach(road: Road, resume: bool) -> None:
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
-def traced(road: Road, teacher: Loaded) -> tuple[Network, Limits]:
+def traced(experiment: Experiment, teacher: Architecture) -> tuple[Network, Limits]:
     """The teacher's topology with the gates that the experiment allows, and its budget in absolute numbers."""
-    config = road.experiment.gates
-    images = jax.ShapeDtypeStruct((PROOF, *teacher.architecture.input_shape), jnp.float32)
-    network = linen.trace(teacher.module, images, **train.mode(teacher.module, train=False))
+    config, module = experiment.gates, teacher.module()
+    images = jax.ShapeDtypeStruct((PROOF, *teacher.input_shape), jnp.float32)
+    network = linen.trace(module, images, **train.mode(module, train=False))
     network = network.select(config.kinds, config.include, config.exclude)
-    return network, budget_lib.resolve(road.experiment.budget, network.topology)
+    return network, budget_lib.resolve(experiment.budget, network.topology)
 
 
 def search(road: Road, resume: bool) -> None:
@@ -184,12 +270,10 @@ def search(road: Road, resume: bool) -> None:
     if _finished(directory):
         return
     experiment, teacher = road.experiment, Loaded.of(road.teacher)
-    if teacher.architecture.layers or teacher.architecture.dropped:
-        raise ValueError("teacher_from: a student that was cut already cannot be searched again; give its teacher")
-    network, limits = traced(road, teacher)
+    network, limits = traced(experiment, teacher.architecture)
     topology = network.topology
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "topology.json", topology.to_json())
+    _write(directory / "topology.json", topology.to_json())
     log.info("%s", topology.describe())
     batch = _proof_batch(road)
     _rehearse(network, teacher, limits, batch)
@@ -207,9 +291,9 @@ def search(road: Road, resume: bool) -> None:
         road, state, step, stage, directory, resume,
         module=teacher.module, variables_of=variables_of, constants=teacher.variables, between=control,
     )  # fmt: skip
+    state = jax.tree.map(np.asarray, state)  # off the devices of other processes
     keep = gated.landing(topology, limits, state)
-    gates = jax.tree.map(np.asarray, state.extra["gates"])
-    variables = {"params": state.params, **state.model_state}
+    gates, variables = state.extra["gates"], {"params": state.params, **state.model_state}
     sliced, architecture = surgery.prune(variables, gates, keep, network, teacher.architecture)
     proof = surgery.verify(network, variables, gates, keep, sliced, batch)
     log.info("the student is the gated network: logits agree to %.1e of their scale", proof["difference"])
@@ -218,10 +302,10 @@ def search(road: Road, resume: bool) -> None:
     kept = {name: np.flatnonzero(mask).tolist() for name, mask in keep.items()}
     budget = dataclasses.asdict(experiment.budget)
     macs, params = topology.cost(keep)
-    write_json(
+    _write(
         directory / "selection.json", {"kept": kept, "macs": macs, "params": params, "budget": budget, "proof": proof}
     )
-    write_json(directory / "architecture.json", architecture.to_json())
+    _write(directory / "architecture.json", architecture.to_json())
     _save(directory / "network", road, architecture, architecture.module(), sliced)
 
 
@@ -243,7 +327,7 @@ def baseline(road: Road, name: str) -> Path:
     if (directory / "network.json").is_file():
         return directory
     teacher = Loaded.of(road.teacher)
-    network, limits = traced(road, teacher)
+    network, limits = traced(road.experiment, teacher.architecture)
     keep = baselines.keep(name, teacher.variables, network.topology, limits)
     gates = gates_lib.init(network.topology)
     sliced, architecture = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
@@ -277,8 +361,9 @@ def deliver(road: Road) -> None:
     found = Loaded.of(road.directory / "retrain" / "network")
     if not (directory / "network.json").is_file():
         save_network(directory, found.architecture, found.variables, found.info)
-    log.info("exporting to %s", directory)
-    export.export(directory, directory)
+    if jax.process_index() == 0:
+        log.info("exporting to %s", directory)
+        export.export(directory, directory)
 
 
 def compare(road: Road) -> dict[str, Any]:
@@ -312,7 +397,7 @@ def compare(road: Road) -> dict[str, Any]:
         "budget": dataclasses.asdict(experiment.budget),
         "rows": rows,
     }
-    write_json(road.directory / "results.json", results)
+    _write(road.directory / "results.json", results)
     return results
 
 
@@ -386,11 +471,28 @@ def _save(directory: Path, road: Road, architecture: Architecture, module: nn.Mo
     save_network(directory, architecture, variables, info)
 
 
+def _meet(what: str) -> None:
+    """Waits for the other processes of the run."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _write(path: Path, value: Any) -> None:
+    if jax.process_index() == 0:
+        write_json(path, value)
+
+
 def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)
-    part.replace(path)
+    if jax.process_index() == 0:
+        part = path.with_name(f".{path.name}")
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(path)
+
+
+def _report(road: Road) -> None:
+    if jax.process_index() == 0:
+        report.write(road.directory)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -133,13 +133,34 @@ class Student(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `base` at the student's sizes."""
-        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped)):
-            return self.base(*args, **kwargs)
+        met: set[str] = set()
+        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped, self.path, met)):
+            output = self.base(*args, **kwargs)
+        for path in sorted({*self.layers, *self.dropped} - met):
+            _check_met(path, met)
+        return output
 
 
-def _intercept(layers: Any, dropped: Any, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+def _check_met(path: str, met: set[str]) -> None:
+    """Raises ValueError where no layer at `path` was called, though the network was."""
+    parents = [path.rsplit("/", n)[0] for n in range(1, path.count("/") + 1)] + [""]
+    parent = next((parent for parent in parents if parent in met), "")
+    # A module that was called without its layers came from a cache of compiled functions (`nn.jit`).
+    if any(other.startswith(f"{parent}/" if parent else "") and other != parent for other in met):
+        near = difflib.get_close_matches(path, met, 1)
+        raise ValueError(
+            f"architecture: the model has no layer {path!r}, or does not call it at these sizes"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def _intercept(
+    layers: Any, dropped: Any, root: tuple[str, ...], met: set[str], call: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
     """Runs one method of one layer at its size (a plain function: Linen would intercept a method of `Student` too)."""
-    layer, path = context.module, "/".join(context.module.path)
+    layer, path = context.module, context.module.path
+    path = "/".join(path[len(root) :]) if path[: len(root)] == root else ""
+    met.add(path)
     sizes = layers.get(path, {})
     before = {name: _attribute(layer, path, name) for name in sizes}
     try:

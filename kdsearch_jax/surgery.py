@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import linen
+from kdsearch_jax import topology as topology_lib
 from kdsearch_jax.linen import Network
 from kdsearch_jax.student import Architecture
 
@@ -48,10 +49,16 @@ def prune(
     for group in topology.groups:
         if group.kind != "branches" and not np.any(keep[group.name]):
             raise ValueError(f"keep[{group.name!r}]: at least one of its {group.size} units must stay")
-    folded = gates_lib.fold(variables, gates_lib.mask(gates, keep), topology)
+    folded = _gated(variables, gates, keep, network)
     layers, dropped = network.resized(keep)
     sliced = slice_variables(folded, network, keep)
     return sliced, Architecture(base.model, base.arguments, layers, dropped, base.input_shape)
+
+
+def _gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], network: Network) -> Any:
+    """The variables with the gates of what stays folded in; what goes has gates of zero."""
+    fold = jax.jit(lambda variables, gates: gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology))
+    return fold(variables, dict(gates))
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
@@ -61,7 +68,7 @@ def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -
     flat = {path: leaf for path, leaf in flat.items() if path.split("/", 1)[1].rsplit("/", 1)[0] not in gone}
     for (path, axis), mask in network.topology.masks(keep).items():
         if path in flat:
-            flat[path] = jnp.take(flat[path], np.flatnonzero(mask), axis=axis)
+            flat[path] = jnp.asarray(np.compress(mask, np.asarray(flat[path]), axis=axis))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -80,7 +87,8 @@ def verify(
       SurgeryError: where either does not hold; names the first layer that differs, or the two counts.
     """
     student = network.student(keep)
-    gated = gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology)
+    _check_shapes(network, student, sliced)
+    gated = _gated(variables, gates, keep, network)
     with jax.default_matmul_precision("highest"):
         expected = _run(network.module, gated, inputs, network.kwargs)
         got = _run(student, sliced, inputs, network.kwargs)
@@ -91,6 +99,23 @@ def verify(
             f"the student differs from the gated network by {worst:.2e} of the logits' scale, first in {where}"
         )
     return {"difference": worst, **verify_cost(network, keep, student)}
+
+
+def _check_shapes(network: Network, student: nn.Module, sliced: Any) -> None:
+    """Raises SurgeryError where the student's own code would make other parameters than it is given."""
+    advice = "the model's code decides by its sizes; keep a unit more or fewer, or exclude the group"
+    try:
+        own = linen.shapes_of(student, *network.inputs, **network.kwargs)
+    except Exception as error:  # whatever a stranger's model raises at sizes that it does not expect
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SurgeryError(f"the student's code does not run at these sizes ({message}): {advice}") from error
+    given = topology_lib.leaf_shapes(sliced)
+    for path in sorted({*own, *given}):
+        if own.get(path) != given.get(path):
+            raise SurgeryError(
+                f"the student's code makes {path} of shape {own.get(path)}, "
+                f"and {given.get(path)} is left of it: {advice}"
+            )
 
 
 def _run(module: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> Any:
@@ -118,20 +143,26 @@ def verify_cost(network: Network, keep: Mapping[str, Any], student: nn.Module) -
             f"but {macs:,} and {params:,} were counted"
         )
     ratio = fresh.xla_flops / max(fresh.flops, 1.0)
-    if abs(ratio - 1) > XLA_TOLERANCE:
+    if abs(ratio - 1) > XLA_TOLERANCE and not fresh.uncounted:
         raise SurgeryError(f"XLA counts {fresh.xla_flops:,.0f} operations for a batch, {fresh.flops:,.0f} were counted")
     return {"macs": macs, "params": params, "xla_flops_ratio": ratio}
 
 
 def _first_difference(network: Network, student: Any, gated: Any, sliced: Any, keep: Any, inputs: Any) -> str:
-    """The first layer whose output, at the units that stay, is not the gated network's."""
+    """The first layer whose output, at the units that stay, is not the gated network's.
+
+    Layers of dropped branches return zeros, where the gated network's are only multiplied by zero later: not compared.
+    """
     masks = network.topology.masks(keep)
+    dropped = [f"{path}/" for path in network.topology.dropped(keep)]
     expected = _outputs(network.module, gated, inputs, network.kwargs)
     got = _outputs(student, sliced, inputs, network.kwargs)
     for path, value in expected.items():
         mask = next((m for (leaf, axis), m in masks.items() if _makes_last_axis(network, leaf, axis, path)), None)
         value = value if mask is None or value.shape[-1] != len(mask) else value[..., mask]
-        if path not in got or got[path].shape != value.shape or difference(value, got[path]) > TOLERANCE:
+        if any(layer.startswith(f"{path}/") for layer in dropped) or path not in got:
+            continue
+        if got[path].shape == value.shape and not difference(value, got[path]) <= TOLERANCE:
             return path or "the whole network"
     return "no single layer"
 

@@ -198,7 +198,7 @@ class Topology:
             for g in self.groups
             if g.name in reasons
             for m in g.members
-            if m.units is not None and not m.consumes
+            if m.units is not None
         ]
         return replace(
             self,
@@ -316,62 +316,33 @@ def trace(function: Callable[..., Any], variables: Any, *inputs: Any, droppable:
     Raises:
       ValueError: where `inputs` have no batch axis.
     """
+    batch = batch_size(inputs)
+    program = program_lib.flatten(jax.make_jaxpr(function)(variables, *inputs))
+    return assemble(walk(program, leaf_shapes(variables)), leaf_shapes(variables), batch, droppable)
+
+
+def leaf_shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every leaf, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
-    shapes = {path_string(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {path_string(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def batch_size(inputs: Any) -> int:
+    """The leading axis of the first input. Raises ValueError where it has none."""
     first = jax.tree.leaves(inputs)
     if not first or not first[0].shape:
         raise ValueError("inputs: the first input must be an array with a leading batch axis")
-    program = program_lib.flatten(jax.make_jaxpr(function)(variables, *inputs))
-    return _assemble(walk(program, shapes), shapes, first[0].shape[0], droppable)
+    return first[0].shape[0]
 
 
-def _assemble(
-    found: Walk, shapes: dict[str, tuple[int, ...]], batch: int, droppable: Callable[[str], bool]
-) -> Topology:
+def assemble(found: Walk, shapes: dict[str, tuple[int, ...]], batch: int, droppable: Callable[[str], bool]) -> Topology:
+    """The topology that a walk over a network with parameters of these shapes found; arguments as for `trace`."""
     names = list(shapes)
     labels = found.labels
-    component, reason = found.components()
-    consumed = found.consumed()
-    kinds = found.unit_kinds()
-    order = np.argsort(component, kind="stable")
-    bounds = np.flatnonzero(np.diff(component[order])) + 1
-    frozen_count: dict[tuple[int, int, str], int] = {}
-    makes: dict[bytes, list[np.ndarray]] = {}
-    for ids in np.split(order, bounds):
-        ids = ids[labels.leaf[ids] >= 0]
-        if not len(ids):
-            continue
-        why = reason[component[ids[0]]]
-        if why is None and not consumed[ids].any():
-            why = "no kernel reads it"
-        if why is not None:
-            for leaf, axis in zip(labels.leaf[ids], labels.axis[ids], strict=True):
-                key = (int(leaf), int(axis), why)
-                frozen_count[key] = frozen_count.get(key, 0) + 1
-            continue
-        make = np.sort(labels.leaf[ids] * 16 + labels.axis[ids]).tobytes()
-        makes.setdefault(make, []).append(ids)
-
-    unit_of = np.full(len(component), -1)  # unit number of each label, over all groups
-    groups: list[Group] = []
-    consumed_axes = {tuple(row) for row in np.stack([labels.leaf, labels.axis], 1)[consumed].tolist()}
+    unit_of, counts, frozen = _units(found, names)
     taken: dict[str, int] = {}
-    start = 0
-    for units in sorted(makes.values(), key=lambda units: int(units[0].min())):
-        if len(units) == 1:
-            for i in units[0]:
-                key = (int(labels.leaf[i]), int(labels.axis[i]), "a single unit, which must stay")
-                frozen_count[key] = frozen_count.get(key, 0) + 1
-            continue
-        units = sorted(units, key=lambda ids: int(ids.min()))
-        for number, ids in enumerate(units):
-            unit_of[ids] = start + number
-        members = _members(units, labels, names, shapes, unit_of, start, consumed_axes)
-        kind = kinds[component[units[0][0]]]
-        name = _group_name(members, taken)
-        groups.append(Group(name, kind, len(units), members))
-        start += len(units)
-
+    groups = _groups(found, unit_of, counts, names, taken)
+    start = sum(group.size for group in groups)
     branch_of_term: list[tuple[int, ...]] = [()] * len(found.terms)
     dead: dict[str, list[int]] = {}
     refused = [
@@ -381,8 +352,10 @@ def _assemble(
         inside = [names[leaf] for leaf in sorted(branch.leaves)]
         layers = sorted({leaf.split("/", 1)[1].rsplit("/", 1)[0] for leaf in inside if leaf.count("/") > 1})
         layers = [layer for layer in layers if _whole(layer, inside, shapes) and droppable(layer)]
-        costly = {names[i].split("/", 1)[1].rsplit("/", 1)[0] for t in branch.terms for i in found.terms[t].leaves}
-        if not costly <= set(layers):
+        costly = {_layer(names[i]) for t in branch.terms for i in found.terms[t].leaves}
+        if not all(found.terms[t].leaves for t in branch.terms):  # dead code only if the branch's end is left out
+            costly |= {_layer(names[leaf]) for leaf in branch.scalers}
+        if not layers or not costly <= set(layers):
             refused.append(Frozen(inside[-1], -1, 1, "a residual branch whose layers cannot be left out by themselves"))
             continue
         name = _unique(_common(layers) + ":branch", taken)
@@ -409,21 +382,74 @@ def _assemble(
             if name.startswith("params/")
         ]
     )
-    frozen = tuple(Frozen(names[leaf], axis, n, why) for (leaf, axis, why), n in sorted(frozen_count.items()))
     return Topology(tuple(groups), frozen + tuple(refused), macs, params, found.flops, shapes, tuple(found.unknown))
 
 
-def _members(
-    units: Any, labels: Any, names: Any, shapes: Any, unit_of: Any, start: int, consumed: Any
-) -> tuple[Member, ...]:
-    found = sorted({(int(labels.leaf[i]), int(labels.axis[i])) for ids in units[:1] for i in ids})
-    members = []
-    for leaf, axis in found:
-        ids = labels.axes_of(leaf)[axis]
-        local = unit_of[ids] - start
-        local = np.where((local >= 0) & (local < len(units)), local, -1)
-        members.append(Member(names[leaf], axis, local, (leaf, axis) in consumed))
-    return tuple(members)
+def _units(found: Walk, names: list[str]) -> tuple[np.ndarray, np.ndarray, tuple[Frozen, ...]]:
+    """((labels,) unit number or -1, units of the same make in a row; how many of each make; labels that must stay)."""
+    labels, component = found.labels, found.components()
+    keys = labels.keys()
+    why, reasons = found.frozen()
+    unread, alone = len(reasons), len(reasons) + 1
+    reasons = [*reasons, "no kernel reads it", "a single unit, which must stay"]
+    read = np.zeros(len(component), bool)
+    read[component[found.consumed()]] = True
+    why[(why < 0) & ~read[component]] = unread
+
+    free = np.flatnonzero((why < 0) & (labels.leaf >= 0))
+    _, first, unit = np.unique(component[free], return_index=True, return_inverse=True)
+    # Units of the same make have labels on the same axes: equal sums of random numbers, one for each axis.
+    random = np.random.default_rng(0).integers(2**63, size=int(keys.max()) + 1, dtype=np.uint64)
+    sums = np.zeros(len(first), np.uint64)
+    np.add.at(sums, unit, random[keys[free]])
+    _, make, size = np.unique(sums, return_inverse=True, return_counts=True)
+    begin = np.full(len(size), len(component))
+    np.minimum.at(begin, make, first)
+    order = np.lexsort((first, begin[make]))
+    order = order[size[make[order]] > 1]
+    number = np.full(len(first), -1)
+    number[order] = np.arange(len(order))
+    unit_of = np.full(len(component), -1)
+    unit_of[free] = number[unit]
+    why[free] = np.where(number[unit] < 0, alone, -1)
+
+    stays = np.flatnonzero((why >= 0) & (labels.leaf >= 0))
+    combined, counts = np.unique(keys[stays] * len(reasons) + why[stays], return_counts=True)
+    return (
+        unit_of,
+        size[make[order[_starts(make[order])]]],
+        tuple(
+            Frozen(names[key // len(reasons) // 16], key // len(reasons) % 16, n, reasons[key % len(reasons)])
+            for key, n in zip(combined.tolist(), counts.tolist(), strict=True)
+        ),
+    )
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin."""
+    return np.flatnonzero(np.append(True, np.diff(values) != 0)[: len(values)])
+
+
+def _groups(
+    found: Walk, unit_of: np.ndarray, counts: np.ndarray, names: list[str], taken: dict[str, int]
+) -> list[Group]:
+    """The groups of numbered units, of which there are `counts` in each."""
+    labels, keys = found.labels, found.labels.keys()
+    consumed = set(np.flatnonzero(np.bincount(keys[found.consumed()])).tolist())
+    order = np.argsort(unit_of, kind="stable")
+    numbers = unit_of[order]
+    groups: list[Group] = []
+    start = 0
+    for count in counts.tolist():
+        first = order[slice(*np.searchsorted(numbers, [start, start + 1]))]  # labels of the group's first unit
+        members = []
+        for key in sorted(set(keys[first].tolist())):
+            local = unit_of[labels.axes_of(key // 16)[key % 16]] - start
+            local = np.where((local >= 0) & (local < count), local, -1)
+            members.append(Member(names[key // 16], key % 16, local, key in consumed))
+        groups.append(Group(_group_name(members, taken), found.kind_of(first[0]), count, tuple(members)))
+        start += count
+    return groups
 
 
 def _group_name(members: Sequence[Member], taken: dict[str, int]) -> str:
@@ -445,6 +471,11 @@ def _unique(name: str, taken: dict[str, int], prefer: str | None = None) -> str:
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
+def _layer(leaf: str) -> str:
+    """The path of the layer that holds a parameter."""
+    return leaf.split("/", 1)[1].rsplit("/", 1)[0]
+
+
 def _whole(layer: str, inside: Sequence[str], shapes: Mapping[str, Any]) -> bool:
     """Whether every parameter of `layer` lies inside."""
     own = [leaf for leaf in shapes if leaf.split("/", 1)[1].rsplit("/", 1)[0] == layer]
@@ -457,7 +488,7 @@ def _common(layers: Sequence[str]) -> str:
     n = 0
     while all(len(p) > n + 1 and p[n] == parts[0][n] for p in parts):
         n += 1
-    return "/".join(parts[0][:n]) or "+".join((layers[0], layers[-1]))
+    return "/".join(parts[0][:n]) or "+".join(dict.fromkeys((layers[0], layers[-1])))
 
 
 class _Sizes:
@@ -475,7 +506,9 @@ class _Sizes:
         if key not in self.rows:
             self.rows[key] = len(self.base)
             self.base.append(float((numbers < 0).sum()))
-            self.entries.append(np.unique(numbers[numbers >= 0], return_counts=True))
+            units = numbers[numbers >= 0]
+            ascending = (np.diff(units) > 0).all()  # as almost always
+            self.entries.append((units, np.ones(len(units))) if ascending else np.unique(units, return_counts=True))
         return self.rows[key]
 
     def cost(self, terms: Sequence[tuple[float, list[int], tuple[int, ...]]]) -> Cost:

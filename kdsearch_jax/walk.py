@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
@@ -29,12 +30,22 @@ Axis = Any  # np.ndarray of labels | FIXED | UNIFORM
 
 class Value(NamedTuple):
     """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: and
-    scaling an index of a parameter scales that index of the value."""
+    scaling an index of a parameter scales that index of the value; number: what a constant is everywhere."""
 
     axes: tuple[Axis, ...]
     active: bool = False
     weight: bool = False
     linear: bool = False
+    number: float | None = None
+
+
+class Step(NamedTuple):
+    """One operation as the walk saw it: the values it read and made, and their shapes."""
+
+    op: Op
+    program: Program
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
 
 
 class Term(NamedTuple):
@@ -43,6 +54,10 @@ class Term(NamedTuple):
     constant: float
     axes: tuple[Any, ...]
     leaves: tuple[int, ...]
+
+    def macs(self) -> float:
+        """With all units in place."""
+        return self.constant * math.prod(axis if isinstance(axis, int) else len(axis) for axis in self.axes)
 
 
 @dataclass
@@ -53,6 +68,15 @@ class Labels:
     axis: np.ndarray
     index: np.ndarray
     _axes: list[tuple[Any, ...]]
+
+    def keys(self) -> np.ndarray:
+        """(labels,) one number for each axis of each parameter."""
+        return self.leaf.astype(np.int64) * 16 + self.axis
+
+    def kept(self, keep: np.ndarray) -> Labels:
+        """The same labels on parameters that have lost those outside `keep`, a (labels,) bool vector."""
+        axes = [tuple(axis if axis is UNIFORM else axis[keep[axis]] for axis in leaf) for leaf in self._axes]
+        return Labels(self.leaf, self.axis, self.index, axes)
 
     @staticmethod
     def of(shapes: Sequence[tuple[int, ...]]) -> Labels:
@@ -91,35 +115,39 @@ class Walk:
     reads: list[np.ndarray] = field(default_factory=list)
     kinds: dict[str, list[np.ndarray]] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
-    op_terms: dict[int, tuple[float, int]] = field(default_factory=dict)
+    op_terms: dict[int, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
     branches: list[branches.Branch] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
+    uncounted: set[str] = field(default_factory=set)
     flops: float = 0.0
     _units: np.ndarray | None = None
 
     def consumed(self) -> np.ndarray:
         """(labels,) whether a kernel reads the label's activation at this axis."""
-        result = np.zeros(len(self.labels.leaf), bool)
-        component, _ = self.components()
-        if self.reads:
-            ids = np.concatenate(self.reads)
-            # A reshaped kernel shows one label of each joined block: all of that axis in the same unit are read.
-            axis_of = self.labels.leaf * 16 + self.labels.axis
-            keys = axis_of.astype(np.int64) * (component.max() + 1) + component
-            result = np.isin(keys, np.unique(keys[ids[ids > 0]]))
-        return result
+        if not self.reads:
+            return np.zeros(len(self.labels.leaf), bool)
+        ids = np.concatenate(self.reads)
+        # A reshaped kernel shows one label of each joined block: all of that axis in the same unit are read.
+        keys = self.labels.keys() * len(self.labels.leaf) + self.components()
+        return np.isin(keys, keys[ids[ids > 0]])
 
-    def components(self) -> tuple[np.ndarray, list[str | None]]:
-        """((labels,) unit number of each label, reason of each unit that is frozen or None)."""
+    def components(self) -> np.ndarray:
+        """(labels,) the number of the unit that each label belongs to."""
         if self._units is None:
             self._units = self._resolve()
-        component = self._units
-        reasons: list[str | None] = [None] * (int(component.max()) + 1)
+        return self._units
+
+    def frozen(self) -> tuple[np.ndarray, list[str]]:
+        """((labels,) number of the reason why the label's unit is frozen or -1, the reasons)."""
+        component = self.components()
+        reasons = list(dict.fromkeys(reason for _, reason in self.freezes))
+        number = {reason: i for i, reason in enumerate(reasons)}
+        of_unit = np.full(int(component.max()) + 1, -1)
         for ids, reason in reversed(self.freezes):
-            for unit in np.unique(component[ids[ids > 0]]):
-                reasons[unit] = reason
-        return component, reasons
+            of_unit[component[ids[ids > 0]]] = number[reason]
+        return of_unit[component], reasons
 
     def _resolve(self) -> np.ndarray:
         n = len(self.labels.leaf)
@@ -132,14 +160,12 @@ class Walk:
         graph = sparse.coo_matrix((np.ones(real.sum()), (left[real], right[real])), shape=(n, n))
         return csgraph.connected_components(graph, directed=False)[1]
 
-    def unit_kinds(self) -> list[str]:
-        """For each unit, what it is."""
-        component, reasons = self.components()
-        result = ["neurons"] * len(reasons)
-        for kind in ("channels", "groups", "values", "heads"):  # the later is the more particular
-            for unit in np.unique(component[np.concatenate(self.kinds.get(kind, [np.zeros(0, int)]))]):
-                result[unit] = kind
-        return result
+    def kind_of(self, label: int) -> str:
+        """What a label's unit is."""
+        component = self.components()
+        found = ("heads", "values", "groups", "channels")  # the earlier is the more particular
+        same = component == component[label]
+        return next((kind for kind in found if any(same[ids].any() for ids in self.kinds.get(kind, ()))), "neurons")
 
     # What rules do.
 
@@ -173,19 +199,31 @@ class Walk:
 def walk(program: Program, shapes: dict[str, tuple[int, ...]]) -> Walk:
     """Runs the rules over a program whose first inputs are parameters of these shapes."""
     found = Walk(Labels.of(list(shapes.values())))
-    values: list[Value | None] = [None] * len(program.avals)
-    for i, value in enumerate(program.inputs):
-        if i < len(shapes):
-            values[value] = Value(found.labels.value_axes(i), weight=True, linear=True)
-        else:
-            values[value] = Value((FIXED,) * len(program.shape(value)), active=True)
-    _run(program, values, found, 1.0, top=True)
+    values = _start(program, found, len(shapes))
     for value in program.outputs:
         for axis in _get(program, values, value).axes:
             found.freeze(axis, "the network's output")
     active = np.array([bool(v and v.active) for v in values])
     found.branches, found.unscaled = branches.find(program, active, len(shapes), found.op_terms)
     return found
+
+
+def again(program: Program, labels: Labels, leaves: int) -> Walk:
+    """Runs the rules over a program whose parameters have these labels; only its `steps` are of use."""
+    found = Walk(labels)
+    _start(program, found, leaves)
+    return found
+
+
+def _start(program: Program, found: Walk, leaves: int) -> list[Value | None]:
+    values: list[Value | None] = [None] * len(program.avals)
+    for i, value in enumerate(program.inputs):
+        if i < leaves:
+            values[value] = Value(found.labels.value_axes(i), weight=True, linear=True)
+        else:
+            values[value] = Value((FIXED,) * len(program.shape(value)), active=True)
+    _run(program, values, found, 1.0, top=True)
+    return values
 
 
 def _get(program: Program, values: list[Value | None], number: int) -> Value:
@@ -197,9 +235,10 @@ def _get(program: Program, values: list[Value | None], number: int) -> Value:
 
 def constant(array: Any, shape: tuple[int, ...]) -> Value:
     """The entries of a known array: uniform along the axes where it does not vary."""
-    if array is None or not shape:
+    if array is None:
         return Value((FIXED,) * len(shape))
-    array = np.asarray(array)
+    if array.size and array.dtype.kind in "fiu" and (array == array.flat[0]).all():
+        return Value((UNIFORM,) * len(shape), number=float(array.flat[0]))
     varies = [size > 1 and bool((array != array.take([0], axis)).any()) for axis, size in enumerate(array.shape)]
     return Value(tuple(FIXED if v else UNIFORM for v in varies))
 
@@ -215,10 +254,10 @@ def _run(program: Program, values: list[Value | None], found: Walk, times: float
             if len(value.axes) != len(program.shape(number)):
                 raise AssertionError(f"{op.name}: {len(value.axes)} axes for shape {program.shape(number)}")
             values[number] = value
-        if top and len(found.terms) == before + 1:
-            term = found.terms[before]
-            size = math.prod(axis if isinstance(axis, int) else len(axis) for axis in term.axes)
-            found.op_terms[index] = (term.constant * size, before)
+        found.steps.append(Step(op, program, tuple(ins), tuple(outs)))
+        if top and len(found.terms) > before:
+            macs = sum(term.macs() for term in found.terms[before:])
+            found.op_terms[index] = (macs, tuple(range(before, len(found.terms))))
 
 
 class Context(NamedTuple):
@@ -243,8 +282,8 @@ class Context(NamedTuple):
         return self.program.shape(self.op.outputs[i])
 
     def count(self, flops: float) -> None:
-        """Adds arithmetic as XLA counts it."""
-        self.found.flops += flops * self.times
+        """Adds arithmetic as XLA counts it, which is once for a loop's body."""
+        self.found.flops += flops
 
 
 Rule = Callable[[Context, list[Value]], list[Value]]
@@ -284,16 +323,31 @@ def _blend(ins: Sequence[Value], axes: Sequence[Axis], linear: bool = False) -> 
 
 def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     shape = c.out_shape()
-    c.count(math.prod(shape) * _flops(c.op))
+    if not _folded(c.op.name, ins):
+        c.count(math.prod(shape) * _flops(c.op))
     weights = [v for v in ins if v.weight]
     name = c.op.name
     linear = len(weights) == 1 and weights[0].linear and (name in LINEAR or name in ("mul", "div"))
     linear = linear and not (name == "div" and ins[1].weight)
     if name == "mul" and len(weights) == 2:  # a kernel times a kernel: scaling either scales the product
-        ins, linear = sorted(ins, key=lambda v: not v.linear), any(v.linear for v in weights)
+        ins = sorted(ins, key=lambda v: not (v.linear and _covers(v, ins)))
+        linear = ins[0].linear and _covers(ins[0], ins)
     full = [v for v in ins if len(v.axes) == len(shape)]
     axes = [c.found.merge([v.axes[i] for v in full], c.where) for i in range(len(shape))]
     return [_blend(ins, axes, linear)]
+
+
+def _folded(name: str, ins: list[Value]) -> bool:
+    """Whether XLA never sees the operation: constants, and a zero added or a one multiplied."""
+    numbers = [v.number for v in ins]
+    neutral = {"add": 0.0, "add_any": 0.0, "sub": 0.0, "mul": 1.0}.get(name)
+    return None not in numbers or (neutral is not None and neutral in (numbers[1:] if name == "sub" else numbers))
+
+
+def _covers(value: Value, others: Sequence[Value]) -> bool:
+    """Whether `value` has labels of its own on every axis where any of the others has."""
+    labelled = [i for v in others for i, axis in enumerate(v.axes) if isinstance(axis, np.ndarray)]
+    return all(i < len(value.axes) and isinstance(value.axes[i], np.ndarray) for i in labelled)
 
 
 def _unknown(c: Context, ins: list[Value]) -> list[Value]:
@@ -302,6 +356,7 @@ def _unknown(c: Context, ins: list[Value]) -> list[Value]:
         c.found.freeze(axis, f"touched by the unknown primitive {c.where}")
     if touched:
         c.found.unknown.add(c.op.name)
+    c.found.uncounted.add(c.op.name)
     return [_blend(ins, (FIXED,) * len(c.out_shape(i))) for i in range(len(c.op.outputs))]
 
 
@@ -311,6 +366,7 @@ def _identity(c: Context, ins: list[Value]) -> list[Value]:
 
 def _fresh(c: Context, ins: list[Value]) -> list[Value]:
     """Random bits and the like: made at whatever size is asked for, but varying along every axis."""
+    c.found.uncounted.add(c.op.name)
     return [_blend(ins, (FIXED,) * len(c.out_shape(i))) for i in range(len(c.op.outputs))]
 
 
@@ -451,6 +507,8 @@ def _rev(c: Context, ins: list[Value]) -> list[Value]:
 
 def _reduce(c: Context, ins: list[Value]) -> list[Value]:
     gone = set(c.op.params["axes"])
+    if c.op.name in ("argmax", "argmin"):
+        c.found.uncounted.add(c.op.name)
     c.count(math.prod(c.shape(0)) - math.prod(c.out_shape()))
     for v in ins:
         for i in gone:
@@ -464,6 +522,7 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
 def _along(c: Context, ins: list[Value]) -> list[Value]:
     """Sorts and cumulative operations: mix the indices of one axis."""
     along = c.op.params["axis"] if "axis" in c.op.params else c.op.params["dimension"]
+    c.found.uncounted.add(c.op.name)
     for v in ins:
         c.found.freeze(v.axes[along], f"its units are mixed by {c.where}")
     axes = [c.found.merge([v.axes[i] for v in ins], c.where) for i in range(len(c.out_shape()))]
@@ -499,6 +558,8 @@ def _gather(c: Context, ins: list[Value]) -> list[Value]:
         c.found.freeze(table.axes[i], f"indexed by {c.where}")
     for axis in indices.axes:
         c.found.freeze(axis, f"used as an index in {c.where}")
+    if c.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        c.count(math.prod(c.out_shape()) + 3 * math.prod(c.shape(1)))
     return [_blend(ins, axes, table.linear)]
 
 
@@ -632,7 +693,7 @@ def _in_bounds(c: Context) -> int:
 
 
 def _scan(c: Context, ins: list[Value]) -> list[Value]:
-    """The body is walked twice, so that what it does to the carry is known when the carry enters."""
+    """The body is walked until it is known what comes around in the carry; then all of it is joined to what entered."""
     p = c.op.params
     body = flatten(p["jaxpr"])
     fixed, carried = p["num_consts"], p["num_carry"]
@@ -641,22 +702,28 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
         c.found.freeze(v.axes[0], f"stacked over the steps of {c.where}")
         xs.append(v._replace(axes=v.axes[1:]))
     carry = list(ins[fixed : fixed + carried])
-    outs: list[Value] = []
-    for last in (False, False, True):
+    c.count(2)  # its counter
+    while True:
         terms, flops = len(c.found.terms), c.found.flops
         values: list[Value | None] = [None] * len(body.avals)
         for number, value in zip(body.inputs, ins[:fixed] + carry + xs, strict=True):
             values[number] = value
         _run(body, values, c.found, c.times * p["length"])
         outs = [_get(body, values, v) for v in body.outputs]
+        entered = carry
         carry = [
             _blend([a, b], [c.found.merge([x, y], c.where) for x, y in zip(a.axes, b.axes, strict=True)])
             for a, b in zip(carry, outs[:carried], strict=True)
         ]
-        if not last:
-            del c.found.terms[terms:]
-            c.found.flops = flops
-    return carry + [v._replace(axes=(FIXED, *v.axes)) for v in outs[carried:]]
+        if [_outline(v) for v in entered] == [_outline(v) for v in carry]:
+            return carry + [v._replace(axes=(FIXED, *v.axes)) for v in outs[carried:]]
+        del c.found.terms[terms:]
+        c.found.flops = flops
+
+
+def _outline(value: Value) -> tuple[Any, ...]:
+    """What is known of a value, but for whose the labels are."""
+    return (*value[1:], *("labels" if isinstance(axis, np.ndarray) else axis for axis in value.axes))
 
 
 RULES: dict[str, Rule] = {

@@ -42,6 +42,14 @@ def compilation_cache():
         jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA without most of its optimisations: for tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """A random key of the test's own: the same in every session, another in every test."""

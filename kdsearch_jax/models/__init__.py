@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,8 +34,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network `name` with these keyword arguments.
 
     Args:
-      name: one of `MODELS`, or `package.module:factory` where `factory` is any callable that returns a Linen module
-        (so a module's class will do). Such a package is imported, that is, its code runs.
+      name: one of `MODELS`, or `package.module:factory` where `factory` is a Linen module's class, or a function
+        annotated to return one. Nothing else is ever called, since the name may come from a file that somebody else
+        wrote; but the package is imported, that is, its code runs.
       arguments: keyword arguments of the factory, all plain JSON.
 
     Raises:
@@ -78,7 +80,23 @@ def _imported(name: str) -> Callable[..., Any]:
         what = "has no" if factory is None else "has, but cannot call,"
         hint = _nearest(attribute, vars(module))
         raise ValueError(f"model {name!r}: module {module_name!r} {what} {attribute!r}{hint}")
+    if not _makes_modules(factory):
+        raise ValueError(
+            f"model {name!r}: {attribute!r} is not known to return a network, so it is not called; annotate it "
+            f"(`def {attribute}(...) -> nn.Module`), or name a subclass of flax.linen.Module"
+        )
     return factory
+
+
+def _makes_modules(factory: Callable[..., Any]) -> bool:
+    """Whether it is a Linen module's class or a function annotated to return one; it is not called to find out."""
+    made: Any = factory
+    if inspect.isfunction(factory):
+        try:
+            made = typing.get_type_hints(factory).get("return")
+        except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
+            return False
+    return isinstance(made, type) and issubclass(made, nn.Module)
 
 
 def _check_arguments(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

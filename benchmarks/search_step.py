@@ -1,0 +1,110 @@
+"""What a search step costs, over a plain distillation step of the same network: the ratio should be at most 1.05.
+
+python benchmarks/search_step.py [--depth 20] [--batch 128] [--rounds 15] [--steps 4]
+
+Both distil a network into itself on random images, by the loop's own compiled calls, which take turns (A B A B …), so
+that whatever else the machine does meets both alike. The search's time has the host's part in it as well: the
+controller that moves λ2 once a call. Prints the median of both and the ratio of the medians, and the median of the
+ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdsearch_jax import budget, gated, linen, models, train
+from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
+
+IMAGES = 1024
+
+
+def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]]:
+    """{"search", "distill"}: functions that do so many updates from wherever they are, and wait for them."""
+    module = models.build("cifar_resnet", {"depth": depth, "num_classes": 10})
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    stage = StageConfig(steps=100_000, batch_size=batch, learning_rate=0.01, schedule="constant")
+    run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), train.data_mesh()
+    network = linen.trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
+    limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
+    random = np.random.default_rng(0)
+    resident: Any = {
+        "images": random.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
+        "labels": random.integers(0, 10, IMAGES, dtype=np.int32),
+        "mean": np.full(3, 0.5, np.float32),
+        "std": np.full(3, 0.25, np.float32),
+    }
+    resident, constants = train.replicate(resident, mesh), train.replicate(variables, mesh)
+
+    def caller(state: train.TrainState, step: train.Step, between: Any) -> Callable[[int], None]:
+        dispatch = train.make_dispatch(
+            step, mesh, DataConfig(crop=4, flip=True), 0, scanned=jax.default_backend() != "cpu"
+        )
+        held = [jax.tree.map(jnp.copy, train.replicate(state, mesh))]
+
+        def call(number: int) -> None:
+            indices = np.random.default_rng(number).integers(0, IMAGES, (steps, batch)).astype(np.int32)
+            state, metrics, _ = dispatch(held[0], indices, resident, constants)
+            jax.block_until_ready(metrics)
+            held[0] = train.replicate(between(state)[0], mesh) if between else state
+
+        return call
+
+    tx = gated.make_transformation(stage, config)
+    search = caller(
+        gated.begin(variables, network.topology, tx, stage),
+        gated.search_step(network, module, tx, DistillConfig(), config, run),
+        gated.controller(network.topology, limits, stage, config, run),
+    )
+    plain = train.make_optimizer(stage)
+    distill = caller(
+        train.create_state(variables, plain),
+        train.distill_step(module, module, plain, stage, DistillConfig(), run),
+        None,
+    )
+    return {"search": search, "distill": distill}
+
+
+def measure(depth: int, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Milliseconds a step of both, and their ratio."""
+    both = calls(depth, batch, steps)
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    for number in range(rounds + 2):  # two rounds compile and warm up
+        for name in both if number % 2 else reversed(both):
+            start = time.perf_counter()
+            both[name](number)
+            seconds[name].append(time.perf_counter() - start)
+    measured = {name: times[2:] for name, times in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in measured.items()}
+    pairs = [a / b for a, b in zip(measured["search"], measured["distill"], strict=True)]
+    return {
+        "network": f"cifar_resnet {depth}",
+        "batch": batch,
+        "rounds": rounds,
+        "steps_a_call": steps,
+        "device": jax.devices()[0].device_kind,
+        "search_ms": 1000 * medians["search"] / steps,
+        "distill_ms": 1000 * medians["distill"] / steps,
+        "ratio": medians["search"] / medians["distill"],
+        "ratio_of_neighbours": statistics.median(pairs),
+    }
+
+
+def main() -> None:
+    """Prints what `measure` finds, as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, default in (("depth", 20), ("batch", 128), ("rounds", 15), ("steps", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    print(json.dumps(measure(**vars(parser.parse_args())), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Whether a network's code computes, at other sizes, what the walk foresaw.
+
+The walk reads a network at one set of sizes. A student runs the same code with fewer units, and a model's author may
+have written a size into the code: `reshape(b, n, 4, 16)`, `x[..., :32]`, a division by √64. So the code is traced once
+more with units gone, the walk is repeated over the new operations with the labels that are left, and each operation
+must have made exactly what is left of what it made before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kdsearch_jax.program import Program
+from kdsearch_jax.walk import ELEMENTWISE, UNIFORM, Step, Value, Walk
+
+# These may pass on a tensor that is constant along an axis of whatever size.
+_SIZELESS = ELEMENTWISE | {
+    "broadcast_in_dim", "transpose", "expand_dims", "squeeze", "reshape", "concatenate", "pad", "slice", "split", "rev",
+}  # fmt: skip
+_HOLD_SIZES = {
+    "shape", "new_sizes", "sizes", "start_indices", "limit_indices", "slice_sizes", "feature_group_count",
+    "padding_config",
+}  # fmt: skip
+
+
+def labels_left(found: Walk, masks: Mapping[tuple[str, int], np.ndarray], names: list[str]) -> np.ndarray:
+    """(labels,) which are left when only `masks`, {(parameter, axis): bool}, stay."""
+    left = np.ones(len(found.labels.leaf), bool)
+    number = {name: i for i, name in enumerate(names)}
+    for (name, axis), mask in masks.items():
+        left[found.labels.value_axes(number[name])[axis]] = mask
+    return left
+
+
+def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
+    """What the second walk's operations do that the first's did not foresee; None where they agree.
+
+    Args:
+      before: the walk over the whole network; after: the walk over its code with only the labels `left`.
+    """
+    units = before.components()
+    if len(before.steps) != len(after.steps):
+        return "its size decides which operations there are"
+    for old, new in zip(before.steps, after.steps, strict=True):
+        if old.op.name != new.op.name:
+            return f"its size decides which operations there are, in {_where(old)}"
+        if _numbers(old) != _numbers(new) or _parameters(old) != _parameters(new):
+            return f"its size enters the computation as a number, in {_where(old)}"
+        sized = any(_stretched(*pair) for pair in zip(_shaped(old, "ins"), _shaped(new, "ins"), strict=True))
+        if sized and old.op.name not in _SIZELESS:
+            return f"its size enters the computation as a number, in {_where(old)}"
+        for (a, shape_a), (b, shape_b) in zip(_shaped(old, "outs"), _shaped(new, "outs"), strict=True):
+            for x, y, n, m in zip(a.axes, b.axes, shape_a, shape_b, strict=True):
+                if not _same(x, y, n, m, left, units):
+                    return f"the model's code needs this size, in {_where(old)}"
+    return None
+
+
+def _same(before: Any, after: Any, size: int, new_size: int, left: np.ndarray, units: np.ndarray) -> bool:
+    """Whether an axis is what is left of it."""
+    if not isinstance(before, np.ndarray):
+        return size == new_size or before is UNIFORM
+    expected = before[left[before]]
+    if len(expected) != new_size:
+        return False
+    if not isinstance(after, np.ndarray):
+        return new_size == 1
+    return bool((units[expected] == units[after]).all())
+
+
+def _stretched(before: tuple[Value, Any], after: tuple[Value, Any]) -> bool:
+    """Whether a constant axis, or one that was thought fixed, has another size."""
+    return any(
+        n != m and not isinstance(axis, np.ndarray)
+        for axis, n, m in zip(before[0].axes, before[1], after[1], strict=True)
+    )
+
+
+def _shaped(step: Step, side: str) -> list[tuple[Value, tuple[int, ...]]]:
+    values, numbers = (step.ins, step.op.inputs) if side == "ins" else (step.outs, step.op.outputs)
+    return [(value, step.program.shape(v)) for value, v in zip(values, numbers, strict=True)]
+
+
+def _where(step: Step) -> str:
+    return f"{step.op.name} of {step.op.scope}" if step.op.scope else step.op.name
+
+
+def _parameters(step: Step) -> dict[str, Any]:
+    """Plain parameters of an operation, but for those that hold sizes."""
+    return {key: value for key, value in step.op.params.items() if key not in _HOLD_SIZES and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _numbers(step: Step) -> tuple[Any, ...]:
+    """The numbers written into an operation: its constant operands, each by its value where it has only one."""
+    return tuple(_number(step.program, v) for v in step.op.inputs if v in step.program.constants)
+
+
+def _number(program: Program, value: int) -> Any:
+    array = np.asarray(program.constants[value])
+    same = array.size and (array == array.flat[0]).all()
+    return array.flat[0].tobytes() if same else (array.shape, array.tobytes())

@@ -1,0 +1,309 @@
+"""The search: its α, its controller, and a whole tiny search that must land in the budget."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import search_step
+from kdsearch_jax import budget, data, gated, linen, losses, models, train
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STAGE = StageConfig(steps=20, batch_size=32, learning_rate=0.02, schedule="constant")
+RUN = RunConfig(steps_per_dispatch=4)
+DISTILL = DistillConfig()
+DATA = DataConfig("digits", train_limit=256)
+GATES, BUDGET = GatesConfig(), BudgetConfig()
+
+
+@cache
+def teacher():
+    """(traced network, variables): a small CNN and its first variables; from NumPy, for `init` is slow to compile."""
+    module, random = models.build("small_cnn", {"num_classes": 10, "width": 4}), np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+
+    def first(path, leaf):
+        scale = 1.0 if path[-1].key in ("scale", "var") else 0.0
+        spread = 1.4 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.1
+        return jnp.asarray(scale + spread * random.normal(size=leaf.shape), jnp.float32)
+
+    variables = jax.tree_util.tree_map_with_path(first, shapes)
+    return linen.trace(module, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), train=False), variables
+
+
+@cache
+def digits():
+    return data.load(DATA, 0)
+
+
+def begin(config=GATES, stage=STAGE, network=None):
+    """(network, optimiser, first state) of a search."""
+    network = network or teacher()[0]
+    tx = gated.make_transformation(stage, config)
+    return network, tx, gated.begin(teacher()[1], network.topology, tx, stage)
+
+
+def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network=None):
+    """A whole search: (network, limits, last state)."""
+    network, tx, state = begin(config, stage, network)
+    limits = budget.resolve(bounds, network.topology)
+    step = gated.search_step(network, network.module, tx, DISTILL, config, run)
+    between = gated.controller(network.topology, limits, stage, config, run)
+    state = train.fit(
+        state, step, digits(), DATA, stage, run, directory=directory, name="search", meta={},
+        constants=teacher()[1], between=between, seed=1,
+    )  # fmt: skip
+    return network, limits, state
+
+
+def flat(network, tree):
+    return network.topology.flatten(jax.tree.map(np.asarray, tree))
+
+
+# --- one update -----------------------------------------------------------------------------------------------------
+
+
+def batch():
+    images = data.normalise(digits().train.images[:32], np.asarray(digits().mean), np.asarray(digits().std))
+    return {"images": jnp.asarray(images), "labels": jnp.asarray(digits().train.labels[:32])}
+
+
+def test_importance_is_the_mean_square_of_gate_times_gradient():
+    """Against the same quantity from scratch: the loss as a function of the gates alone, differentiated."""
+    config = GatesConfig(importance_decay=0.5)
+    network, tx, state = begin(config)
+    assert (flat(network, state.extra["gates"]) == 1).all()
+    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, config, RUN))
+    # The teacher's own logits as the target would give a gradient of zero at the start: ask for other ones.
+    constants = jax.tree.map(lambda x: 1.2 * x, teacher()[1])
+
+    @jax.jit
+    def fisher(state, key):
+        def loss(gates):
+            folded = gates_lib.fold({"params": state.params}, gates, network.topology)["params"]
+            logits, _ = train.apply_train(network.module, folded, state.model_state, batch()["images"], key)
+            target = train.apply_eval(network.module, constants, batch()["images"])
+            return losses.distillation(logits, target, batch()["labels"], DISTILL).mean()
+
+        gates = state.extra["gates"]
+        return jax.tree.map(lambda g, d: (g * d) ** 2, gates, jax.grad(loss)(gates))
+
+    expected = None
+    for i, rate in enumerate((0.0, 0.5, 0.5)):
+        key = jax.random.key(i)
+        now = flat(network, fisher(state, key))
+        expected = now if expected is None else rate * expected + (1 - rate) * now
+        state, metrics = step(state, batch(), key, constants)
+        np.testing.assert_allclose(flat(network, state.extra["importance"]), expected, rtol=2e-3, atol=1e-9)
+        assert {"loss", "accuracy", "agreement"} <= set(metrics)
+    assert state.step == 3 and (expected > 0).mean() > 0.9
+
+
+def test_without_a_penalty_gates_at_one_leave_the_teacher_as_it_is():
+    """The first loss is that of distilling the teacher into itself, in training mode."""
+    network, tx, state = begin()
+    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    _, metrics = step(state, batch(), jax.random.key(0), teacher()[1])
+    plain = jax.jit(
+        train.distill_step(network.module, network.module, train.make_optimizer(STAGE), STAGE, DISTILL, RUN)
+    )
+    alone = train.create_state(teacher()[1], train.make_optimizer(STAGE))
+    _, expected = plain(alone, batch(), jax.random.key(0), teacher()[1])
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_what_the_penalty_says_happens_to_the_gates_and_not_to_the_weights():
+    network, tx, state = begin()
+    name = network.topology.groups[0].name
+    penalty = jax.tree.map(jnp.zeros_like, state.extra["penalty"])
+    penalty[name] = penalty[name].at[1].set(1e6)
+    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    punished, _ = step(
+        state.replace(extra={**state.extra, "penalty": penalty}), batch(), jax.random.key(0), teacher()[1]
+    )
+    free, _ = step(state, batch(), jax.random.key(0), teacher()[1])
+    a, b = flat(network, punished.extra["gates"]), flat(network, free.extra["gates"])
+    assert punished.extra["gates"][name][1] == 0 and (a != b).sum() == 1 and (b > 0).all()
+    for x, y in zip(jax.tree.leaves(punished.params), jax.tree.leaves(free.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- α --------------------------------------------------------------------------------------------------------------
+
+
+def alphas(config, gates=None, seed=0):
+    network = teacher()[0]
+    found, random = network.topology, np.random.default_rng(seed)
+    importance = random.exponential(1e-3, found.units)
+    gates = np.ones(found.units) if gates is None else gates
+    limits = budget.resolve(BudgetConfig(), found)
+    alpha = gated.weights_of_penalty(found, limits, config, gates, importance)
+    free = ~budget.protected(found, np.where(gates > 0, importance, -1.0))
+    return alpha, importance, limits, free
+
+
+@pytest.mark.parametrize("penalty", ["one", "macs", "params", "importance"])
+def test_alpha_is_its_formula_and_the_best_unit_of_each_layer_is_free(penalty):
+    config = GatesConfig(penalty=penalty, sharpness=1.5)
+    alpha, importance, limits, free = alphas(config)
+    found = teacher()[0].topology
+    assert (alpha[~free] == 0).all() and (alpha >= 0).all() and np.isfinite(alpha).all()
+    ones = np.ones(found.units)
+    expected = {
+        "one": ones,
+        "macs": found.macs.marginal(ones),
+        "params": found.params.marginal(ones),
+        "importance": (limits.marginal(found, ones) / importance) ** 1.5,
+    }[penalty]
+    ratio = alpha[free] / expected[free]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # up to a common factor
+    assert ratio[0] > 0
+
+
+def test_dead_units_are_never_the_protected_ones():
+    """A layer whose most important units died protects the best of those that live."""
+    found = teacher()[0].topology
+    gates = np.ones(found.units)
+    _, importance, _, _ = alphas(GatesConfig(), seed=3)
+    best = budget.protected(found, importance)
+    gates[best] = 0.0
+    alpha, _, _, free = alphas(GatesConfig(), gates, seed=3)
+    assert (alpha[best] > 0).any() and (gates[~free] == 1).all()
+    assert np.isfinite(alpha).all()
+
+
+# --- the controller -------------------------------------------------------------------------------------------------
+
+
+def test_the_controller_moves_lambda_and_remembers():
+    network, _, state = begin()
+    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    between = gated.controller(network.topology, limits, STAGE, GatesConfig(ramp=0.8), RUN)
+    random = np.random.default_rng(0)
+    importance = network.topology.unflatten(random.exponential(1, network.topology.units).astype(np.float32))
+    state = state.replace(extra={**state.extra, "importance": jax.tree.map(jnp.asarray, importance)})
+    seen = []
+    for done in (4, 8, 12, 16, 20):
+        state, metrics = between(state.replace(step=jnp.int32(done)))
+        seen.append(metrics["lambda2"])
+        assert metrics["macs"] == metrics["params"] == metrics["alive"] == 1.0
+        for name, alpha in state.extra["penalty"].items():
+            assert np.asarray(alpha).dtype == np.float32 and (np.asarray(alpha) >= 0).all(), name
+    assert seen == sorted(seen) and seen[-1] > 0  # nothing dies here: the pressure asked for falls, so λ2 rises
+    found = gated.history(network.topology, state)
+    assert found["steps"].tolist() == [4, 8, 12, 16, 20]
+    np.testing.assert_allclose(found["lambda2"], seen, rtol=1e-6)
+    for group in network.topology.groups:
+        assert found[f"gate/{group.name}"].shape == (5, group.size)
+    # At the budget there is no penalty.
+    keep = budget.select(network.topology, limits, network.topology.flatten(importance))
+    at_budget = gates_lib.mask(state.extra["gates"], keep)
+    _, metrics = between(state.replace(extra={**state.extra, "gates": at_budget}))
+    assert metrics["lambda2"] == 0 and metrics["macs"] <= 0.5
+
+
+def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
+    network, _, state = begin()
+    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    between = gated.controller(network.topology, limits, STAGE, GatesConfig(lambda2=0.125), RUN)
+    state, metrics = between(state.replace(step=jnp.int32(4)))
+    assert metrics["lambda2"] == 0.125
+    dead = jax.tree.map(jnp.zeros_like, state.extra["gates"])
+    _, metrics = between(state.replace(extra={**state.extra, "gates": dead}))
+    assert metrics["lambda2"] == 0.0
+
+
+@pytest.mark.parametrize("steps", [3, 199, 200, 201, 1000])
+def test_history_is_bounded_and_in_order(steps):
+    stage = replace(STAGE, steps=steps)
+    network, _, state = begin(stage=stage)
+    limits = budget.resolve(BudgetConfig(), network.topology)
+    between = gated.controller(network.topology, limits, stage, GatesConfig(), RunConfig(steps_per_dispatch=1))
+    for done in sorted({1, 2, steps // 2, steps - 1, steps}):
+        state, _ = between(state.replace(step=jnp.int32(done)))
+    found = gated.history(network.topology, state)
+    assert len(state.extra["history"]["rows"]) <= gated.SNAPSHOTS + 1
+    assert (np.diff(found["steps"]) > 0).all() and found["steps"][-1] == steps
+
+
+# --- whole searches -------------------------------------------------------------------------------------------------
+
+
+def check_landing(network, limits, state):
+    keep = gated.landing(network.topology, limits, state)
+    pressure = limits.pressure(network.topology, flat(network, keep).astype(float))
+    assert budget.FLOOR <= pressure <= 1
+    assert all(keep[g.name].any() for g in network.topology.groups if g.kind != "branches")
+    return keep
+
+
+def test_a_search_brings_the_gates_to_the_budget_and_compiles_once(tmp_path, caplog):
+    with jax.log_compiles():
+        network, limits, state = search(tmp_path, stage=replace(STAGE, steps=22))
+    assert caplog.text.count("Compiling jit(update_once)") == 1
+    gates = flat(network, state.extra["gates"])
+    assert (gates >= 0).all() and (gates == 0).any() and np.isfinite(gates).all()
+    found = gated.history(network.topology, state)
+    assert found["cost_macs"][0] > 0.9 and found["cost_macs"][-1] <= 0.55
+    assert (found["lambda2"] > 0).any()
+    np.testing.assert_allclose(
+        np.concatenate([found[f"gate/{g.name}"][-1] for g in network.topology.groups]), gates, atol=1e-6
+    )
+    keep = check_landing(network, limits, state)
+    dead_but_kept = (flat(network, keep) > 0) & (gates == 0)
+    assert dead_but_kept.mean() < 0.2
+    assert not np.array_equal(state.params["dense"]["kernel"], teacher()[1]["params"]["dense"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"penalty": "one"}, {"penalty": "macs"}, {"penalty": "params"}, {"lambda2": 0.05}, {"lambda2": 0.0},
+     {"penalty": "one", "lambda2": 1e4}],
+    ids=str,
+)  # fmt: skip
+def test_every_kind_of_penalty_lands(tmp_path, changes):
+    check_landing(*search(tmp_path, GatesConfig(**changes), stage=replace(STAGE, steps=8)))
+
+
+@pytest.mark.parametrize(
+    "bounds", [BudgetConfig(None, 0.5), BudgetConfig(0.6, 0.6), BudgetConfig(0.5, None, 2)], ids=str
+)
+def test_every_kind_of_budget_lands(tmp_path, bounds):
+    found = search(tmp_path, bounds=bounds, stage=replace(STAGE, steps=8))
+    keep = check_landing(*found)
+    if bounds.round_to > 1:
+        assert all(
+            keep[g.name].all() or keep[g.name].sum() % 2 == 0 for g in found[0].topology.groups if g.kind != "branches"
+        )
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"kinds": ("channels",)}, {"exclude": ("block/conv1", "*branch")}, {"include": ("stage*",)}], ids=str
+)
+def test_gates_that_are_excluded_do_not_exist(tmp_path, chosen):
+    config = GatesConfig(**chosen)
+    network = teacher()[0].select(config.kinds, config.include, config.exclude)
+    names = {group.name for group in network.topology.groups}
+    network, limits, state = search(tmp_path, config, BudgetConfig(0.7), replace(STAGE, steps=8), network=network)
+    everything = {group.name for group in teacher()[0].topology.groups}
+    assert set(state.extra["gates"]) == names and names < everything
+    check_landing(network, limits, state)
+
+
+def test_gates_to_exclude_everything_is_an_error_that_says_why():
+    with pytest.raises(ValueError, match="nothing in this network can be pruned.*excluded by the pattern"):
+        teacher()[0].select(GatesConfig().kinds, ("*",), ("*",))
+    with pytest.raises(ValueError, match="'convolution' matches no group; groups are"):
+        teacher()[0].select(GatesConfig().kinds, ("*",), ("convolution",))
+
+
+def test_the_benchmark_of_the_search_step_runs():
+    """At a size that says nothing of speed."""
+    found = search_step.measure(depth=8, batch=4, rounds=2, steps=1)
+    assert all(np.isfinite(found[name]) and found[name] > 0 for name in ("search_ms", "distill_ms", "ratio"))

@@ -1,0 +1,132 @@
+"""A road that is cut off at any moment goes on, and ends bit by bit where an undisturbed one does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kdsearch_jax
+from kdsearch_jax import checkpoint, search
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TINY = str(Path(__file__).parent / "tiny.py")
+# Many short calls with a checkpoint each: whenever a signal comes, it meets the work, or a save.
+LONG = ("--teacher.steps", "0", "--search.steps", "40", "--retrain.steps", "40", "--retrain.ema", "0.9", "--baselines",
+        "--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2")  # fmt: skip
+
+
+def road(directory, *argv) -> int:
+    """The road in this process."""
+    return search.main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
+
+
+def same_results(a: Path, b: Path) -> None:
+    """Asserts that two runs left the same networks, gates, history, choice and metrics."""
+    for name in ("teacher/network", "search/network", "retrain/network", "student"):
+        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name)[1]) for run in (a, b))
+        assert left.keys() == right.keys()
+        for leaf in left:
+            assert np.asarray(left[leaf]).tobytes() == np.asarray(right[leaf]).tobytes(), (name, leaf)
+    for name in ("gates.npz", "history.npz"):
+        with np.load(a / "search" / name) as left, np.load(b / "search" / name) as right:
+            assert left.keys() == right.keys()
+            for key in left:
+                np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+    for stage in ("search", "retrain"):
+        left, right = (
+            [(row["step"], row["loss"], row.get("lambda2")) for row in map(json.loads, text.splitlines())]
+            for text in ((run / stage / "metrics.jsonl").read_text() for run in (a, b))
+        )
+        assert left == right and len(left) == 20
+    assert (a / "search" / "selection.json").read_text() == (b / "search" / "selection.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, quick_compilation) -> Path:
+    """A run that nothing disturbed; do not write into it."""
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    assert road(directory) == 0
+    return directory
+
+
+def interrupted(python, directory: Path, stage: str, rows: int, number: signal.Signals) -> tuple[int, str]:
+    """Starts the road, or goes on with it, and sends a signal once `stage` has so many rows: (status, stderr)."""
+    command = [python, "-m", "kdsearch_jax.search", "--config", TINY, "--workdir", str(directory), *LONG, "--resume"]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in this process, or bits would differ
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline, metrics = time.monotonic() + 200, directory / stage / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= rows):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    time.sleep(np.random.default_rng().uniform(0, 0.1))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    return process.returncode, errors
+
+
+@pytest.mark.slow
+def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_path, python):
+    """kill -9 in the search, SIGTERM in the search, kill -9 in retraining; at moments that differ every time."""
+    directory, random = tmp_path / "run", np.random.default_rng()
+    first, second, third = (int(random.integers(low, high)) for low, high in ((1, 7), (9, 14), (1, 14)))
+    status, _ = interrupted(python, directory, "search", first, signal.SIGKILL)
+    assert status == -signal.SIGKILL and not (directory / "search" / "network").exists()
+    status, errors = interrupted(python, directory, "search", second, signal.SIGTERM)
+    assert status == 143, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: search: stopped by SIGTERM and saved at step ") and "resume goes on" in last
+    assert "Traceback" not in errors
+    status, _ = interrupted(python, directory, "retrain", third, signal.SIGKILL)
+    assert status == -signal.SIGKILL and not (directory / "retrain" / "network").exists()
+    assert road(directory, "--resume") == 0
+    same_results(directory, straight)
+    assert not list(directory.rglob("*.tmp*")), "leftovers of a save that was killed"
+    assert len(json.loads((directory / "environment.json").read_text())["earlier"]) == 3
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student", "results.json"],
+        ["retrain/network", "student"],
+        ["student/manifest.json", "student/student.stablehlo", "report"],
+        ["teacher/network", "search", "retrain", "student", "results.json"],
+    ],
+    ids=lambda paths: paths[0],
+)
+def test_killed_between_training_and_writing_its_result(straight, tmp_path, missing):
+    """What such a process leaves: everything up to some file. What is lost comes again as it was."""
+    directory = tmp_path / "run"
+    shutil.copytree(straight, directory)
+    for name in missing:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert road(directory, "--resume") == 0
+    same_results(directory, straight)
+    assert (directory / "student" / "student.stablehlo").is_file() and (directory / "results.json").is_file()
+
+
+def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(straight, tmp_path, caplog):
+    directory = tmp_path / "run"
+    shutil.copytree(straight, directory)
+    for name in ("network", "selection.json"):
+        path = directory / "search" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(directory / "retrain")
+    shutil.rmtree(directory / "student")
+    newest = directory / "search" / "checkpoints" / "40"
+    for path in (newest / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 500:
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(b"\xff\x00\xff\x00")
+    assert road(directory, "--resume") == 0
+    assert "checkpoints/40 is passed over" in caplog.text.replace(os.sep, "/")
+    same_results(directory, straight)
