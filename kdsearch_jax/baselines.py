@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from kdsearch_jax import budget as budget_lib
-from kdsearch_jax.budget import Limits
+from kdsearch_jax.budget import BudgetError, Limits
 from kdsearch_jax.config import nearest
 from kdsearch_jax.topology import Group, Topology
 
@@ -31,18 +31,33 @@ def keep(name: str, variables: Any, topology: Topology, limits: Limits) -> dict[
     if name not in NAMES:
         raise ValueError(f"baselines: {name!r} is unknown; {nearest(name, NAMES)}")
     flat = traverse_util.flatten_dict(variables, sep="/")
-    scores = []
-    for group in topology.groups:
-        if group.kind == "branches":
-            scores.append(np.full(1, np.inf))
-            continue
+    scores = {}
+    for group in _free(topology).groups:
         norms = _norms(group, flat)
         rank = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
-        scores.append((rank + 1) / group.size if name == "uniform" else norms / max(norms.mean(), 1e-30))
-    free = np.concatenate(scores)
-    # Branches are out of reach, but `select` needs finite numbers: above all others they go last.
-    free = np.where(np.isfinite(free), free, 10.0 + free[np.isfinite(free)].max() * topology.units)
-    return budget_lib.select(topology, limits, free, per_cost=False, rounds=1)
+        scores[group.name] = (rank + 1) / group.size if name == "uniform" else norms / max(norms.mean(), 1e-30)
+    return _select(topology, limits, scores)
+
+
+def check(topology: Topology, limits: Limits) -> None:
+    """Raises BudgetError where no baseline lands in the budget, whatever the weights are."""
+    _select(topology, limits, {group.name: 1.0 + np.arange(group.size) for group in _free(topology).groups})
+
+
+def _free(topology: Topology) -> Topology:
+    """The topology in which no branch may go."""
+    return topology.without({g.name: "baselines keep branches" for g in topology.groups if g.kind == "branches"})
+
+
+def _select(topology: Topology, limits: Limits, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if not scores:
+        raise BudgetError("baselines: they drop no branches, and gates allow nothing else; leave --baselines empty")
+    free = _free(topology)
+    try:
+        found = budget_lib.select(free, limits, free.flatten(scores), per_cost=False, rounds=1)
+    except BudgetError as error:
+        raise BudgetError(f"baselines: they drop no branches: {error}; or leave --baselines empty") from error
+    return {group.name: found.get(group.name, np.ones(group.size, bool)) for group in topology.groups}
 
 
 def _norms(group: Group, flat: dict[str, Any]) -> np.ndarray:

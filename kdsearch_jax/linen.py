@@ -219,22 +219,23 @@ def _freeze_hard_wired(network: Network, found: Walk, variables: Any) -> Topolog
     return topology.without(reasons)
 
 
-_SMALL = 6
+_SMALL = 12
 
 
 def _some_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
-    """What to keep of a group for a try: neighbours lose different numbers of units, each its first and its last.
+    """What to keep of a group for a try.
 
-    A small group cannot lose much at once: it loses its first in one of two turns, and its last in one of two more.
+    Each loses its first and its last unit, since places are counted from either end; more in its first half than in its
+    second, and another number than the group before it, since what is lost evenly may go unnoticed. A small group has
+    no room for all that: it loses its first in one of two turns, and its last in one of two more.
     """
     keep = np.ones(size, bool)
-    if not shrinks:
-        return keep
-    if size < _SMALL:
+    if shrinks and size < _SMALL:
         keep[-1 if turn // 2 else 0] = (number + turn) % 2 == 1
-        return keep
-    inner = np.random.default_rng(number).choice(size - 2, (number + turn) % (size - 4), replace=False)
-    keep[[0, -1, *(1 + inner)]] = False
+    elif shrinks:
+        more = (number + turn) % (size // 2 - 2)
+        inner = np.random.default_rng(number).choice(size // 2 - 2, more, replace=False)
+        keep[[0, 1, *(2 + inner), -1]] = False
     return keep
 
 

@@ -130,6 +130,8 @@ def prepare(
         network, limits = traced(experiment, architecture)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
         budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+        if experiment.baselines:
+            baselines.check(network.topology, limits)
     return Road(experiment, dataset, directory, given, found)
 
 

@@ -696,7 +696,12 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
     """The body is walked until it is known what comes around in the carry; then all of it is joined to what entered."""
     p = c.op.params
     body = flatten(p["jaxpr"])
-    fixed, carried = p["num_consts"], p["num_carry"]
+    # Constants, carry, slices come in, carry and slices go out; what is sliced has an axis more outside. (How the
+    # primitive's parameters say so differs between versions of JAX.)
+    sliced = sum(len(c.shape(i)) > len(body.shape(v)) for i, v in enumerate(body.inputs))
+    stacked = sum(len(c.out_shape(i)) > len(body.shape(v)) for i, v in enumerate(body.outputs))
+    carried = len(body.outputs) - stacked
+    fixed = len(body.inputs) - sliced - carried
     xs = []
     for v in ins[fixed + carried :]:
         c.found.freeze(v.axes[0], f"stacked over the steps of {c.where}")

@@ -330,6 +330,7 @@ def refused(message: str, directory: Path | None = None, lines: int = 1):
         (("--budget.round-to", "8", "--budget.macs", "0.5"), "lower budget.round_to"),
         (("--gates.include", "nothing/*"), "'nothing/.' matches no group; groups are block/conv1"),
         (("--gates.kinds", "heads"), "nothing in this network can be pruned"),
+        (("--gates.kinds", "branches", "--budget.macs", "0.39"), "gates allow nothing else; leave --baselines empty"),
         (("--gates.exclude", "*"), "nothing in this network can be pruned"),
         (("--teacher-from", "nowhere"), "teacher_from: nowhere does not exist"),
         (("--search-from", "nowhere"), "search_from: nowhere is no run with a finished search"),

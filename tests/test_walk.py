@@ -235,6 +235,13 @@ def halves_that_go_separate_ways(m, x):
     return out(nn.relu(nn.Dense(4, name="b")(a) + nn.Dense(4, name="c")(b)))
 
 
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "needs this size"})
+def halves_that_change_places(m, x):
+    """As long as both halves lose as many, all is well: that must not be taken for a rule."""
+    a, b = jnp.split(nn.Dense(14, name="a")(x), 2, axis=-1)
+    return out(nn.relu(nn.Dense(5, name="b")(jnp.concatenate([jnp.tanh(b), a], -1))))
+
+
 @case(VECTOR, neurons(b=2), {"a/kernel[1]": "needs this size"})
 def halves_of_two(m, x):
     """Groups so small that losing one unit is all they can do."""
