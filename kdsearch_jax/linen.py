@@ -34,6 +34,7 @@ class Layer:
 
     kind: type[nn.Module]
     sizes: dict[str, Any]
+    axis: int = -1  # of its kernel, where `features` is counted
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,15 @@ def trace(module: nn.Module, *inputs: Any, **kwargs: Any) -> Network:
             layers["/".join(context.module.path)] = _layer(context.module)
         return call(*args, **call_kwargs)
 
-    with nn.intercept_methods(record):
-        variables = _variables(module, shapes, kwargs)
+    variables = _variables(module, shapes, kwargs)
 
     def droppable(path: str) -> bool:
         return path in layers and _is_flax(layers[path].kind)
 
     leaves = topology_lib.leaf_shapes(variables)
-    found = walk(_program(module, variables, shapes, kwargs), leaves)
+    with nn.intercept_methods(record):
+        program = _program(module, variables, shapes, kwargs)
+    found = walk(program, leaves)
     topology = topology_lib.assemble(found, leaves, batch, droppable)
     network = Network(module, topology, layers, shapes, dict(kwargs))
     return replace(network, topology=_freeze_hard_wired(network, found, variables).require_groups())
@@ -153,24 +155,26 @@ _SIZES = {
 
 def _layer(module: nn.Module) -> Layer:
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    return Layer(type(module), {name: getattr(module, name) for name in names})
+    flipped = isinstance(module, nn.ConvTranspose) and module.transpose_kernel
+    return Layer(type(module), {name: getattr(module, name) for name in names}, -2 if flipped else -1)
 
 
 def resized(
     layers: Mapping[str, Layer], topology: Topology, keep: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """(sizes that differ from the base model's by layer, dropped layers)."""
-    shapes = topology.sliced_shapes(keep)
+    """(sizes by layer, dropped layers); no sizes where nothing is cut.
+
+    Layers that keep their size are named as well: the model's code may derive it from one that changes.
+    """
+    shapes, dropped = topology.sliced_shapes(keep), topology.dropped(keep)
+    if shapes == topology.shapes:
+        return {}, dropped
     result: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
         leaf = f"params/{path}/embedding" if issubclass(layer.kind, nn.Embed) else f"params/{path}/kernel"
-        if not layer.sizes or leaf not in shapes or shapes[leaf] == topology.shapes[leaf]:
-            continue
-        sizes = _sizes(layer, topology.shapes[leaf], shapes[leaf])
-        changed = {name: value for name, value in sizes.items() if value != layer.sizes[name]}
-        if changed:
-            result[path] = changed
-    return result, topology.dropped(keep)
+        if layer.sizes and leaf in shapes:  # dropped ones too: their zeros have a size
+            result[path] = _sizes(layer, topology.shapes[leaf], shapes[leaf])
+    return result, dropped
 
 
 def _sizes(layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def _sizes(layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> dic
     old = layer.sizes["features"]
     if isinstance(old, (tuple, list)):
         return {"features": after[len(after) - len(old) :]}
-    sizes: dict[str, Any] = {"features": after[-1]}
+    sizes: dict[str, Any] = {"features": after[layer.axis]}
     groups = layer.sizes.get("feature_group_count", 1)
     if groups > 1:  # whole groups go, so the outputs of each stay as many as they were
         sizes["feature_group_count"] = after[-1] * groups // before[-1]
@@ -188,27 +192,28 @@ def _sizes(layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> dic
 def _freeze_hard_wired(network: Network, found: Walk, variables: Any) -> Topology:
     """The topology without groups at whose other sizes the module's code does not run, or computes something else."""
     topology = network.topology
-    numbers = {group.name: i for i, group in enumerate(topology.groups)}
-    small = {group.name for group in topology.groups if group.size < _SMALL}
+    small = [g.name for g in topology.groups if g.size < _SMALL and g.kind != "branches"]
+    numbers = {g.name: i for i, g in enumerate(topology.groups)} | {name: i for i, name in enumerate(small)}
+    turns = 2 * max(2, (len(small) - 1).bit_length()) if small else 1
 
-    def broken(chosen: Sequence[str], turn: int = 0) -> str | None:
+    def broken(chosen: set[str], turn: int = 0) -> str | None:
         keep = {g.name: _some_left(numbers[g.name], turn, g.size, g.name in chosen) for g in topology.groups}
         masks = topology.masks(keep)
         reason = None
         if masks:
             left = sizes_lib.labels_left(found, masks, list(topology.shapes))
             reason = _unforeseen(network, found, keep, left, _sliced(topology, variables, keep))
-        if reason is None and turn < 3 and small.intersection(chosen):
+        if reason is None and turn + 1 < turns and not chosen.isdisjoint(small):
             return broken(chosen, turn + 1)
         return reason
 
     free = [group.name for group in topology.groups if group.kind != "branches"]
     reasons: dict[str, str] = {}
-    while free and (reason := broken(free)):
+    while free and (reason := broken(set(free))):
         intact, wrong = 0, len(free)  # how many of the first groups may shrink, and how many may not
         while wrong - intact > 1:
             middle = (intact + wrong) // 2
-            why = broken(free[:middle])
+            why = broken(set(free[:middle]))
             intact, wrong, reason = (intact, middle, why) if why else (middle, wrong, reason)
         name = free[wrong - 1]
         reasons[name] = reason
@@ -227,11 +232,13 @@ def _some_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
 
     Each loses its first and its last unit, since places are counted from either end; more in its first half than in its
     second, and another number than the group before it, since what is lost evenly may go unnoticed. A small group has
-    no room for all that: it loses its first in one of two turns, and its last in one of two more.
+    no room for all that: it loses one unit in turns that are the bits of its number, so that of any two groups each
+    shrinks without the other at some turn.
     """
     keep = np.ones(size, bool)
     if shrinks and size < _SMALL:
-        keep[-1 if turn // 2 else 0] = (number + turn) % 2 == 1
+        bit, value = divmod(turn, 2)
+        keep[-1 if bit % 2 else 0] = (number >> bit) % 2 != value
     elif shrinks:
         more = (number + turn) % (size // 2 - 2)
         inner = np.random.default_rng(number).choice(size // 2 - 2, more, replace=False)

@@ -37,7 +37,7 @@ class Architecture:
     Args:
       model: name in `kdsearch_jax.models`, or `package.module:factory`.
       arguments: the factory's keyword arguments, JSON values, number of classes included.
-      layers: {module path, joined by "/": {attribute: size}} for layers that differ from the base model.
+      layers: {module path, joined by "/": {attribute: size}}, for all layers that hold sizes where any differs.
       dropped: paths of layers that return zeros, since their residual branch is gone.
       input_shape: shape of one example, without the batch axis.
     """

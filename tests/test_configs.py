@@ -14,6 +14,7 @@ from kdsearch_jax import models, search
 from kdsearch_jax.config import check, config_names, from_json, load_experiment, to_json
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 # What the images of an experiment are like: (side, channels, classes).

@@ -186,6 +186,8 @@ STEPS = st.lists(
 @example((("conv", 4, 3, 1, True), ("residual", 3, True, "relu"), ("concat", 1), ("flatten",)))
 @example((("conv", 6, 1, 1, True), ("shuffle",), ("halves", False), ("conv", 4, 1, 1, False)))
 @example((("norm",), ("halves", False)))
+@example((("grouped", 2, 1), ("norm",), ("attention", 3, False), ("conv", 4, 1, 1, True)))
+@example((("grouped", 2, 1), ("attention", 3, False), ("residual", 4, False, "silu"), ("concat", 3), ("where",)))
 @settings(max_examples=EXAMPLES, derandomize=EXAMPLES <= 25, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(STEPS)
 def test_any_network_is_exact_or_says_why_not(steps):

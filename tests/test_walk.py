@@ -139,6 +139,19 @@ def tied_embedding(m, x):
     return embed.attend(nn.relu(nn.Dense(6, name="d")(x))).mean(1)
 
 
+@case(VECTOR, neurons(a=6, b=12))
+def size_derived_from_another(m, x):
+    """The code makes `b` twice as wide as `a`; a student's `b` may have any width."""
+    x = nn.relu(nn.Dense(6, name="a")(x))
+    return out(nn.relu(nn.Dense(2 * x.shape[-1], name="b")(x)))
+
+
+@case(IMAGE, channels(a=6, b=5))
+def transposed_convolution_with_a_flipped_kernel(m, x):
+    x = nn.relu(nn.ConvTranspose(6, (3, 3), strides=(2, 2), transpose_kernel=True, name="a")(x))
+    return out(pooled(nn.relu(nn.ConvTranspose(5, (2, 2), transpose_kernel=True, name="b")(x))))
+
+
 # --- moving axes ----------------------------------------------------------------------------------------------------
 
 
