@@ -1,8 +1,8 @@
 """CIFAR-10, ResNet-20 to half of its MACs in minutes on a CPU: the comparison in README.md.
 
 command:  python -m kdsearch_jax.search --config cifar10_resnet20_short --teacher-from resnet20.safetensors --run.seed 0
-hardware: 2 CPU cores
-time:     about a quarter of an hour a seed, baselines included
+hardware: one CPU core a run
+time:     minutes; not timed on an idle machine
 result:   88.19 ± 0.14% searched, 87.39 ± 0.29% magnitude, 87.02 ± 0.41% uniform, seeds 0 to 2 (README.md)
 
 Half an epoch in all: 234 updates of search and 156 of retraining, at batch 64; the hand-made students get 390 updates
