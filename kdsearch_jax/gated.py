@@ -14,7 +14,8 @@
 - `macs`, `params`: α_j = the marginal cost; `one`: α_j = 1. These are the plain readings of the method, for comparison.
 
 In each group the most important unit has α_j = 0, so no layer is emptied; a residual branch goes as a whole, by its own
-gate, when its own Fisher information per cost is the least.
+gate, when its own Fisher information per cost is the least. A branch so large that without it the cost would be below
+the budget has α_j = 0 as well.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
+HOLD = 1e6  # penalty of a gate at 0: what has died stays dead, at the budget too, where λ2 is 0
 WARMUP = 0.05  # share of the ramp in which importance is only measured
 
 
@@ -128,6 +130,7 @@ def weights_of_penalty(
         alpha = np.exp(np.clip(logs, -80.0, 80.0))
         alpha[cost <= 0] = 0.0
     alpha[budget_lib.protected(topology, np.where(gates > 0, importance, -1.0), limits.round_to)] = 0.0
+    alpha[budget_lib.too_large(topology, limits, alive)] = 0.0
     return alpha
 
 
@@ -156,7 +159,8 @@ def controller(
             goal = budget_lib.target(full, done + run.steps_per_dispatch, warmup, end)
             rate = config.learning_rate / (1.0 - config.momentum)
             lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
-        penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(lambda2 * alpha).items()}
+        weights = np.where(gates > 0, lambda2 * alpha, HOLD)
+        penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(weights).items()}
         macs, params = topology.cost(alive)
         full_macs, full_params = topology.total()
         history = {name: np.array(value) for name, value in state.extra["history"].items()}

@@ -112,7 +112,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # an extra of its own
     except ImportError as error:
         raise ImportError(
             f"reading {path} needs PyTorch: pip install torch, or, wherever PyTorch is, convert the state dict once by "

@@ -145,6 +145,7 @@ def alphas(config, gates=None, seed=0):
     limits = budget.resolve(BudgetConfig(), found)
     alpha = gated.weights_of_penalty(found, limits, config, gates, importance)
     free = ~budget.protected(found, np.where(gates > 0, importance, -1.0))
+    free &= ~budget.too_large(found, limits, (gates > 0).astype(float))
     return alpha, importance, limits, free
 
 
@@ -178,6 +179,18 @@ def test_dead_units_are_never_the_protected_ones():
     assert np.isfinite(alpha).all()
 
 
+def test_a_branch_too_large_to_go_has_no_penalty():
+    """The one branch has 61% of the MACs: at half of them no student lands without it, so it must not die."""
+    alpha, *_ = alphas(GatesConfig())
+    found = teacher()[0].topology
+    branches = np.concatenate([np.full(g.size, g.kind == "branches") for g in found.groups])
+    assert branches.sum() == 1 and alpha[branches] == 0
+    roomy = budget.resolve(BudgetConfig(0.39), found)
+    assert (
+        gated.weights_of_penalty(found, roomy, GatesConfig(), np.ones(found.units), np.ones(found.units))[branches] > 0
+    )
+
+
 # --- the controller -------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +219,21 @@ def test_the_controller_moves_lambda_and_remembers():
     at_budget = gates_lib.mask(state.extra["gates"], keep)
     _, metrics = between(state.replace(extra={**state.extra, "gates": at_budget}))
     assert metrics["lambda2"] == 0 and metrics["macs"] <= 0.5
+
+
+def test_what_is_dead_stays_dead_at_the_budget_too():
+    """There λ2 is 0, and the loss pulls at every gate; a gate that came back would undo the search."""
+    network, tx, state = begin()
+    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    between = gated.controller(network.topology, limits, STAGE, GatesConfig(), RUN)
+    keep = budget.select(network.topology, limits, np.random.default_rng(0).uniform(size=network.topology.units))
+    gates = gates_lib.mask(state.extra["gates"], keep)
+    state, metrics = between(state.replace(step=jnp.int32(20), extra={**state.extra, "gates": gates}))
+    assert metrics["lambda2"] == 0
+    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    for i in range(5):
+        state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
+    np.testing.assert_array_equal(flat(network, state.extra["gates"]) > 0, flat(network, keep))
 
 
 def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
