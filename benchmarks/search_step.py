@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget, gated, linen, models, train
+from kdsearch_jax import budget, gated, models, train
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.network import trace
 
 IMAGES = 1024
 
@@ -33,7 +34,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     stage = StageConfig(steps=100_000, batch_size=batch, learning_rate=0.01, schedule="constant")
     run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), train.data_mesh()
-    network = linen.trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
+    network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
     limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
     random = np.random.default_rng(0)
     resident: Any = {
@@ -61,7 +62,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     tx = gated.make_transformation(stage, config)
     search = caller(
         gated.begin(variables, network.topology, tx, stage),
-        gated.search_step(network, module, tx, DistillConfig(), config, run),
+        gated.search_step(module, tx, DistillConfig(), config, run),
         gated.controller(network.topology, limits, stage, config, run),
     )
     plain = train.make_optimizer(stage)

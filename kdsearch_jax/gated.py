@@ -34,7 +34,7 @@ from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import losses
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.config import DistillConfig, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.linen import Network
+from kdsearch_jax.network import Network
 from kdsearch_jax.prox import accelerated_proximal_l1
 from kdsearch_jax.topology import Topology
 from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create_state, make_optimizer

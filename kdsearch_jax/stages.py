@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kdsearch_jax import baselines, evaluate, export, gated, linen, models, pretrained, report, surgery, train
+from kdsearch_jax import baselines, evaluate, export, gated, models, pretrained, report, surgery, train
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import gates as gates_lib
@@ -32,7 +32,7 @@ from kdsearch_jax.checkpoint import load_network, save_network, written_whole
 from kdsearch_jax.cli import write_json
 from kdsearch_jax.config import Experiment, StageConfig, to_json
 from kdsearch_jax.data import Dataset
-from kdsearch_jax.linen import Network
+from kdsearch_jax.network import Network, count, trace
 from kdsearch_jax.student import Architecture
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ def traced(experiment: Experiment, teacher: Architecture) -> tuple[Network, Limi
     """The teacher's topology with the gates that the experiment allows, and its budget in absolute numbers."""
     config, module = experiment.gates, teacher.module()
     images = jax.ShapeDtypeStruct((PROOF, *teacher.input_shape), jnp.float32)
-    network = linen.trace(module, images, **train.mode(module, train=False))
+    network = trace(module, images, **train.mode(module, train=False))
     network = network.select(config.kinds, config.include, config.exclude)
     return network, budget_lib.resolve(experiment.budget, network.topology)
 
@@ -460,7 +460,7 @@ def _proof_batch(road: Road) -> jax.Array:
 def _save(directory: Path, road: Road, architecture: Architecture, module: nn.Module, variables: Any) -> None:
     """A network directory with what it takes to use the network on images."""
     images = jax.ShapeDtypeStruct((2, *architecture.input_shape), jnp.float32)
-    cost = linen.count(module, images, **train.mode(module, train=False))
+    cost = count(module, images, **train.mode(module, train=False))
     info = {
         "dataset": road.dataset.name,
         "num_classes": road.dataset.num_classes,

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import linen
 from kdsearch_jax import topology as topology_lib
-from kdsearch_jax.linen import Network
+from kdsearch_jax.network import Network, count, library_of, shapes_of
 from kdsearch_jax.student import Architecture
 
 TOLERANCE = 1e-5
@@ -101,11 +99,11 @@ def verify(
     return {"difference": worst, **verify_cost(network, keep, student)}
 
 
-def _check_shapes(network: Network, student: nn.Module, sliced: Any) -> None:
+def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
     """Raises SurgeryError where the student's own code would make other parameters than it is given."""
     advice = "the model's code decides by its sizes; keep a unit more or fewer, or exclude the group"
     try:
-        own = linen.shapes_of(student, *network.inputs, **network.kwargs)
+        own = shapes_of(student, *network.inputs, **network.kwargs)
     except Exception as error:  # whatever a stranger's model raises at sizes that it does not expect
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SurgeryError(f"the student's code does not run at these sizes ({message}): {advice}") from error
@@ -118,7 +116,7 @@ def _check_shapes(network: Network, student: nn.Module, sliced: Any) -> None:
             )
 
 
-def _run(module: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> Any:
+def _run(module: Any, variables: Any, inputs: Any, kwargs: Any) -> Any:
     return jax.jit(lambda v, *xs: module.apply(v, *xs, **kwargs))(variables, *inputs)
 
 
@@ -129,14 +127,14 @@ def difference(expected: Any, got: Any) -> float:
     return max(float(jnp.abs(a - b).max()) for a, b in pairs) / max(scale, 1e-30)
 
 
-def verify_cost(network: Network, keep: Mapping[str, Any], student: nn.Module) -> dict[str, float]:
+def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict[str, float]:
     """Counts the student again from its own code, and has XLA count it.
 
     Raises:
       SurgeryError: where the counts differ.
     """
     macs, params = network.topology.cost(keep)
-    fresh = linen.count(student, *network.inputs, **network.kwargs)
+    fresh = count(student, *network.inputs, **network.kwargs)
     if (fresh.macs, fresh.params) != (macs, params):
         raise SurgeryError(
             f"the student costs {fresh.macs:,} MACs and {fresh.params:,} parameters, "
@@ -155,8 +153,9 @@ def _first_difference(network: Network, student: Any, gated: Any, sliced: Any, k
     """
     masks = network.topology.masks(keep)
     dropped = [f"{path}/" for path in network.topology.dropped(keep)]
-    expected = _outputs(network.module, gated, inputs, network.kwargs)
-    got = _outputs(student, sliced, inputs, network.kwargs)
+    library = library_of(network.module)
+    expected = library.outputs(network.module, gated, inputs, network.kwargs)
+    got = library.outputs(student, sliced, inputs, network.kwargs)
     for path, value in expected.items():
         mask = next((m for (leaf, axis), m in masks.items() if _makes_last_axis(network, leaf, axis, path)), None)
         value = value if mask is None or value.shape[-1] != len(mask) else value[..., mask]
@@ -169,18 +168,3 @@ def _first_difference(network: Network, student: Any, gated: Any, sliced: Any, k
 
 def _makes_last_axis(network: Network, leaf: str, axis: int, path: str) -> bool:
     return leaf.split("/", 1)[1].rsplit("/", 1)[0] == path and axis == len(network.topology.shapes[leaf]) - 1
-
-
-def _outputs(module: nn.Module, variables: Any, inputs: Any, kwargs: Any) -> dict[str, jax.Array]:
-    """{layer path: its output} in the order of the calls, for layers that return one array."""
-    outputs: dict[str, jax.Array] = {}
-
-    def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
-        result = call(*args, **call_kwargs)
-        if context.method_name == "__call__" and isinstance(result, jax.Array):
-            outputs.setdefault("/".join(context.module.path), result)
-        return result
-
-    with nn.intercept_methods(record):
-        module.apply(variables, *inputs, **kwargs)
-    return outputs

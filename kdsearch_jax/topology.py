@@ -15,7 +15,7 @@ its gate scales the parameters that end the branch.
 
 Costs are exact: each convolution and dot is a product of axis sizes, each size is a count of kept units.
 
-This file knows jaxprs only; what a layer library adds (sizes held as attributes) is in `kdsearch_jax.linen`.
+This file knows jaxprs only; what a library of layers adds (sizes held as attributes) is behind `kdsearch_jax.library`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import numpy as np
 from scipy import sparse
 
 from kdsearch_jax import program as program_lib
-from kdsearch_jax.walk import Walk, walk
+from kdsearch_jax.findings import Walk
+from kdsearch_jax.walk import walk
 
 KINDS = ("channels", "neurons", "heads", "values", "groups", "branches")
 

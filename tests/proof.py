@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import linen, surgery
-from kdsearch_jax.linen import Network
+from kdsearch_jax import surgery
+from kdsearch_jax.network import Network, trace
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.topology import Topology
 
@@ -69,7 +69,7 @@ def prove(network: Network, variables: Any, *inputs: Any, hows: tuple[str, ...] 
 
 def traced(module: nn.Module, *inputs: Any, **kwargs: Any) -> Network:
     """The network, with every index of every parameter accounted for: in one group, or frozen for a reason."""
-    network = linen.trace(module, *inputs, **kwargs)
+    network = trace(module, *inputs, **kwargs)
     topology = network.topology
     counted = {(path, axis): 0 for path, shape in topology.shapes.items() for axis, n in enumerate(shape) if n > 1}
     for group in topology.groups:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import search_step
-from kdsearch_jax import budget, data, gated, linen, losses, models, train
+from kdsearch_jax import budget, data, gated, losses, models, train
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,7 +35,7 @@ def teacher():
         return jnp.asarray(scale + spread * random.normal(size=leaf.shape), jnp.float32)
 
     variables = jax.tree_util.tree_map_with_path(first, shapes)
-    return linen.trace(module, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), train=False), variables
+    return trace(module, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), train=False), variables
 
 
 @cache

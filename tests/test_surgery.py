@@ -11,7 +11,8 @@ from proof import ANY, image, prove, random_gates, random_keep, traced, variable
 from test_models import SMALL, small
 
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import linen, models, surgery
+from kdsearch_jax import models, surgery
+from kdsearch_jax.network import trace
 from kdsearch_jax.student import Architecture
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -60,7 +61,7 @@ def test_a_student_has_the_gates_folded_in(cnn):
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
     student = network.student(keep)
-    again = linen.trace(student, images)
+    again = trace(student, images)
     sizes = {group.name: group.size for group in again.topology.groups if group.kind != "branches"}
     kept = {g.name: int(keep[g.name].sum()) for g in network.topology.groups if g.kind != "branches"}
     assert sizes == {name: size for name, size in kept.items() if size > 1 and name in sizes}

@@ -15,7 +15,8 @@ from proof import image, random_gates, random_keep, reasons, traced, variables_o
 from test_models import SMALL, small
 
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import linen, models
+from kdsearch_jax import models
+from kdsearch_jax.network import count, trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,9 +114,9 @@ def test_costs_are_those_of_a_fresh_trace(case):
     rng = np.random.default_rng(4)
     for how in ("half", "one"):
         keep = random_keep(network.topology, rng, how)
-        fresh = linen.count(network.student(keep), *network.inputs)
+        fresh = count(network.student(keep), *network.inputs)
         assert network.topology.cost(keep) == (fresh.macs, fresh.params)
-    whole = linen.count(network.module, *network.inputs)
+    whole = count(network.module, *network.inputs)
     assert network.topology.total() == (whole.macs, whole.params)
 
 
@@ -135,7 +136,7 @@ def test_marginal_costs_are_differences(case, seed):
 
 def test_known_costs():
     """ResNet-20 on CIFAR-10, as published: 41 million MACs, .27 million parameters."""
-    network = linen.trace(
+    network = trace(
         models.build("cifar_resnet", {"num_classes": 10}), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     )
     assert network.topology.total() == (40_551_040, 269_722)
@@ -166,7 +167,7 @@ def test_select_freezes_the_rest_with_a_reason():
     assert why["block1/attention/value/kernel[2]"] == "excluded by the pattern '*/attention/value'"
     assert chosen.topology.excluded["block1:branch"] == "excluded: kind branches"
     keep = random_keep(chosen.topology, np.random.default_rng(0), "one")
-    fresh = linen.count(chosen.student(keep), *chosen.inputs)
+    fresh = count(chosen.student(keep), *chosen.inputs)
     assert chosen.topology.cost(keep) == (fresh.macs, fresh.params)
 
 
@@ -211,14 +212,14 @@ def test_option_a_frees_the_first_stream_only():
 
 def test_nothing_to_prune_says_why():
     with pytest.raises(ValueError) as raised:
-        linen.trace(nn.Dense(3), image(4))
+        trace(nn.Dense(3), image(4))
     for part in ("nothing in this network can be pruned", "params/kernel: the network's output", "params/bias"):
         assert part in str(raised.value)
 
 
 def test_inputs_need_a_batch():
     with pytest.raises(ValueError, match="the first input must be an array with a leading batch axis"):
-        linen.trace(nn.Dense(3))
+        trace(nn.Dense(3))
 
 
 def test_groups_are_named_by_the_layer_that_makes_them():
@@ -239,6 +240,6 @@ def test_published_networks_are_traced_in_seconds(name, arguments):
     """About .5 and 1 second of one core; the bound leaves room for a slow one. Nothing of the network is computed."""
     module = models.build(name, {"num_classes": 1000, **arguments})
     start = time.process_time()
-    network = linen.trace(module, jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
+    network = trace(module, jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
     assert time.process_time() - start < 6
     assert network.topology.units > 10_000

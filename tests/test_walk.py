@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from proof import groups, image, norm, pooled, prove, reasons, traced, variables_of
 
-from kdsearch_jax import linen
+from kdsearch_jax.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -496,5 +496,5 @@ def test_unknown_primitives_are_named_in_the_description():
     def net(m, x):
         return out(nn.relu(nn.Dense(5, name="b")(jnp.fft.fft(nn.Dense(6, name="a")(x)).real)))
 
-    text = linen.trace(net, image(*VECTOR)).topology.describe()
+    text = trace(net, image(*VECTOR)).topology.describe()
     assert "unknown primitive: fft" in text and "params/a/kernel[axis 1]" in text

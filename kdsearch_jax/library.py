@@ -1,0 +1,66 @@
+"""What a library of layers must tell the core, so that the core need not know it: one small module each.
+
+The core (`topology`, `gates`, `surgery`) sees pure functions and pytrees. A library (`kdsearch_jax.linen`,
+`kdsearch_jax.nnx`) says how a module becomes a function, which attributes of which layers hold sizes, and how the same
+code is run at other sizes. A module that implements `Library` has these functions and nothing else that is public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sizes = dict[str, Any]  # {attribute: its value}
+Layers = Mapping[str, Mapping[str, Any]]  # {path of a layer: its sizes}
+
+
+def _no_sizes(before: Shapes, after: Shapes) -> Sizes:
+    return {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module met during a call.
+
+    droppable: it can be left out, returning zeros, when its residual branch goes.
+    resize: (shapes of its own leaves, {"params/kernel": …}, before and after) → the attributes that hold its sizes.
+    """
+
+    droppable: bool = False
+    resize: Callable[[Shapes, Shapes], Sizes] = field(default=_no_sizes)
+
+
+class Library(Protocol):
+    """How modules of one library are traced and resized. Everything is abstract: no parameter is made."""
+
+    def variables(self, module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """{"params": …, other collections} of shapes, as the module's own code makes them."""
+        ...
+
+    def jaxpr(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The ClosedJaxpr of the module's call; its first inputs are the leaves of `variables`."""
+        ...
+
+    def traced(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What `jax.jit(call).trace(…)` gives for the same call: to be lowered, for XLA's own count."""
+        ...
+
+    def layers(
+        self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Layer], Any]:
+        """(every layer met during the call by its path, the ClosedJaxpr of that call)."""
+        ...
+
+    def cut(self, module: Any, layers: Layers, dropped: Sequence[str]) -> Any:
+        """The module of the student: the same code at these sizes, without the dropped layers."""
+        ...
+
+    def already_cut(self, module: Any) -> tuple[Layers, tuple[str, ...]]:
+        """(layers, dropped) with which `module` itself was cut; ({}, ()) for one that was not."""
+        ...
+
+    def outputs(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """{path of a layer: its output} in the order of the calls, for layers that return one array."""
+        ...
