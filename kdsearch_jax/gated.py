@@ -41,7 +41,7 @@ from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
-HOLD = 1e6  # penalty of a gate at 0: what has died stays dead, at the budget too, where λ2 is 0
+HOLD = 1e6  # penalty of a gate at 0: the dead stay dead, also at the budget where λ2 is 0; not if too many have died
 WARMUP = 0.05  # share of the ramp in which importance is only measured
 
 
@@ -159,7 +159,8 @@ def controller(
             goal = budget_lib.target(full, done + run.steps_per_dispatch, warmup, end)
             rate = config.learning_rate / (1.0 - config.momentum)
             lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
-        weights = np.where(gates > 0, lambda2 * alpha, HOLD)
+        returns = (gates > 0) | (pressure < budget_lib.FLOOR)
+        weights = np.where(returns, lambda2 * alpha, HOLD)
         penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(weights).items()}
         macs, params = topology.cost(alive)
         full_macs, full_params = topology.total()
