@@ -30,8 +30,7 @@ import numpy as np
 from scipy import sparse
 
 from kdsearch_jax import program as program_lib
-from kdsearch_jax.findings import Walk
-from kdsearch_jax.walk import walk
+from kdsearch_jax.walk import Walk, walk
 
 KINDS = ("channels", "neurons", "heads", "values", "groups", "branches")
 
