@@ -20,11 +20,10 @@ from flax import traverse_util
 from kdsearch_jax import linen
 from kdsearch_jax import sizes as sizes_lib
 from kdsearch_jax import topology as topology_lib
-from kdsearch_jax.findings import Walk
 from kdsearch_jax.library import Layer, Library
 from kdsearch_jax.program import flatten
 from kdsearch_jax.topology import Topology
-from kdsearch_jax.walk import again, walk
+from kdsearch_jax.walk import Walk, again, walk
 
 
 @dataclass(frozen=True)
