@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget, gated, models, train
+from kdsearch_jax import budget, devices, gated, models, optimizer, train
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.network import trace
+from kdsearch_jax.steps import Step, TrainState, create_state, distill_step
+from kdsearch_jax.task import classification
 
 IMAGES = 1024
 
@@ -33,42 +35,45 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     module = models.build("cifar_resnet", {"depth": depth, "num_classes": 10})
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     stage = StageConfig(steps=100_000, batch_size=batch, learning_rate=0.01, schedule="constant")
-    run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), train.data_mesh()
+    run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), devices.data_mesh()
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
+    task = classification(DistillConfig())
     limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
     random = np.random.default_rng(0)
     resident: Any = {
-        "images": random.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
-        "labels": random.integers(0, 10, IMAGES, dtype=np.int32),
+        "arrays": {
+            "images": random.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
+            "labels": random.integers(0, 10, IMAGES, dtype=np.int32),
+        },
         "mean": np.full(3, 0.5, np.float32),
         "std": np.full(3, 0.25, np.float32),
     }
-    resident, constants = train.replicate(resident, mesh), train.replicate(variables, mesh)
+    resident, constants = devices.replicate(resident, mesh), devices.replicate(variables, mesh)
 
-    def caller(state: train.TrainState, step: train.Step, between: Any) -> Callable[[int], None]:
+    def caller(state: TrainState, step: Step, between: Any) -> Callable[[int], None]:
         dispatch = train.make_dispatch(
             step, mesh, DataConfig(crop=4, flip=True), 0, scanned=jax.default_backend() != "cpu"
         )
-        held = [jax.tree.map(jnp.copy, train.replicate(state, mesh))]
+        held = [jax.tree.map(jnp.copy, devices.replicate(state, mesh))]
 
         def call(number: int) -> None:
             indices = np.random.default_rng(number).integers(0, IMAGES, (steps, batch)).astype(np.int32)
             state, metrics, _ = dispatch(held[0], indices, resident, constants)
             jax.block_until_ready(metrics)
-            held[0] = train.replicate(between(state)[0], mesh) if between else state
+            held[0] = devices.replicate(between(state)[0], mesh) if between else state
 
         return call
 
     tx = gated.make_transformation(stage, config)
     search = caller(
         gated.begin(variables, network.topology, tx, stage),
-        gated.search_step(module, tx, DistillConfig(), config, run),
+        gated.search_step(network, module, tx, task, config, run),
         gated.controller(network.topology, limits, stage, config, run),
     )
-    plain = train.make_optimizer(stage)
+    plain = optimizer.make_optimizer(stage)
     distill = caller(
-        train.create_state(variables, plain),
-        train.distill_step(module, module, plain, stage, DistillConfig(), run),
+        create_state(variables, plain),
+        distill_step(module, module, plain, stage, run, task),
         None,
     )
     return {"search": search, "distill": distill}

@@ -3,7 +3,7 @@
 command:  python -m kdsearch_jax.search --config cifar10_resnet20_short --teacher-from resnet20.safetensors --run.seed 0
 hardware: one CPU core a run
 time:     minutes; not timed on an idle machine
-result:   88.19 ± 0.14% searched, 87.39 ± 0.29% magnitude, 87.02 ± 0.41% uniform, seeds 0 to 2 (README.md)
+result:   88.24 ± 0.07% searched, 87.39 ± 0.29% magnitude, 87.02 ± 0.41% uniform, seeds 0 to 2 (README.md)
 
 Half an epoch in all: 234 updates of search and 156 of retraining, at batch 64; the hand-made students get 390 updates
 of retraining, from the same teacher's weights. The teacher is a published PyTorch network (91.73% on the test images).

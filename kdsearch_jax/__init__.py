@@ -11,16 +11,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kdsearch_jax.search import search
+
+__all__ = ["load", "search"]
+
 __version__ = "0.1.0"
 
 
-def load(path: str | Path) -> tuple[Any, Any]:
+def load(path: str | Path, module: Any = None) -> tuple[Any, Any]:
     """(module, variables) of the network in a directory, such as RUN/student or RUN/teacher/network.
+
+    module: the base model, for a network of a module object that the directory could not name.
 
     Raises:
       ValueError, OSError: where it is not a network's directory, or damaged.
     """
     from kdsearch_jax.checkpoint import load_network
 
-    module, variables, _, _ = load_network(path)
+    module, variables, _, _ = load_network(path, module)
     return module, variables

@@ -85,7 +85,7 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
     if not bounds:
         raise BudgetError("budget: give budget.macs or budget.params")
     limits = Limits(bounds.get("macs"), bounds.get("params"), config.round_to)
-    least, wide = topology.cost(_smallest(topology, config.round_to)), config.round_to
+    least, wide = topology.cost(smallest(topology, config.round_to)), config.round_to
     for name, cost in zip(("macs", "params"), least, strict=True):
         if name in bounds and cost > bounds[name]:
             units, share = f"{wide} unit{'s' * (wide > 1)}", cost / total[name]
@@ -96,7 +96,8 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
     return limits
 
 
-def _smallest(topology: Topology, round_to: int) -> np.ndarray:
+def smallest(topology: Topology, round_to: int = 1) -> np.ndarray:
+    """The flat keep of the smallest student: `round_to` units of each group, and no branch."""
     keep = {g.name: np.arange(g.size) < (0 if g.kind == "branches" else round_to) for g in topology.groups}
     return topology.flatten(keep).astype(float)
 

@@ -32,13 +32,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.student import Architecture
 
 PyTree = Any
@@ -631,8 +631,10 @@ def save_network(
     _meet("network")
 
 
-def load_network(directory: str | Path) -> tuple[nn.Module, dict[str, Any], Architecture, dict[str, Any]]:
+def load_network(directory: str | Path, module: Any = None) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
     """What `save_network` wrote: (module, variables, architecture, info), every array compared with its digest.
+
+    module: the base model, for a network of a module object that could not be named in a file.
 
     A network of `package.module:factory` imports that package, that is, runs its code: look into architecture.json
     before loading what a stranger sent.
@@ -659,16 +661,21 @@ def load_network(directory: str | Path) -> tuple[nn.Module, dict[str, Any], Arch
     if arrays is None:
         raise CheckpointError(f"{source} is damaged: {problem}; take another copy")
     variables = unflatten({name: jnp.asarray(array) for name, array in arrays.items()})
-    return fitting_module(architecture, variables, source), variables, architecture, payload["info"]
+    return fitting_module(architecture, variables, source, module), variables, architecture, payload["info"]
 
 
-def fitting_module(architecture: Architecture, variables: Mapping[str, Any], source: Path) -> nn.Module:
-    """The architecture's module; raises ValueError, naming `source`, where it cannot be made or run with these."""
-    module, problem = _attempt(architecture.module)
+def fitting_module(architecture: Architecture, variables: Mapping[str, Any], source: Path, base: Any = None) -> Any:
+    """The architecture's module; raises ValueError, naming `source`, where it cannot be made or run with these.
+
+    base: the base model, where the architecture cannot name it.
+    """
+    module, problem = _attempt(architecture.module, base)
     if module is None:
         raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
-    image = jax.ShapeDtypeStruct((1, *architecture.input_shape), jnp.float32)
-    _, problem = _attempt(jax.eval_shape, module.apply, variables, image)
+    _, problem = _attempt(
+        jax.eval_shape, lambda v, *xs: apply_eval(module, v, xs, call=architecture.call), variables,
+        *architecture.called.example(1),
+    )  # fmt: skip
     if problem:
         raise ValueError(f"{source}: the arrays are not those of the architecture: {problem}")
     return module

@@ -63,7 +63,8 @@ class RunOptions(Options):
     """Flags of every command that makes or continues a run."""
 
     config: str = "digits"
-    """An experiment of configs/ by name, an experiment file, or the config.json of a run."""
+    """An experiment of configs/ by name, an experiment file, or the config.json of a run; `own` where the line names a
+    model package.module:factory or data npz:FILE and no experiment."""
     quick: bool = False
     """The experiment's variant of a few steps, to see that everything works."""
     workdir: Path | None = None
@@ -79,11 +80,14 @@ def parse(argv: list[str], options: type[R], prog: str, description: str) -> tup
     experiment of an empty command line. The `workdir` returned is never None. Raises UsageError; exits after `--help`.
     """
     with _usage_errors():
+        argv = _in_full(argv)
         _known_flags(argv, (*_names(options), *SETTINGS))
         given = _first_pass(argv)
+        if options().config == RunOptions.config and _names_own(argv) and not {"config", "quick"} & set(given):
+            given["config"] = "own" if _run_config(given) is None else _run_config(given)
         chosen = dataclasses.replace(options(), **{k: given[k] for k in ("config", "quick") if k in given})
         base = load_experiment(_run_config(given) or chosen.config, chosen.quick)
-        parsed = _tyro(argv, {"options": chosen, "experiment": base}, prog, description)
+        parsed = _tyro(argv, {"options": chosen, "experiment": base}, prog, f"{description}\n\n{_SHORT}")
         experiment = check(dataclasses.replace(parsed.experiment, model=_model(base.model, parsed.experiment.model)))
     workdir = parsed.options.workdir or Path("runs") / experiment.name
     return dataclasses.replace(parsed.options, workdir=workdir), experiment
@@ -288,6 +292,32 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_ALIASES = {"--model": "--model.name", "--teacher": "--teacher-from", "--data": "--data.name"}
+_SHORT = "In short: " + ", ".join(f"{short} X is {full} X" for short, full in _ALIASES.items()) + "."
+
+
+def _in_full(argv: list[str]) -> list[str]:
+    """The line without aliases. Raises UsageError where one stands without a value, or beside its full name."""
+    full = []
+    for i, token in enumerate(argv):
+        name, equals, value = token.partition("=")
+        if name in _ALIASES:
+            if not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+                raise UsageError(f"{name}: no value; give one, as in {name} X (the same as {_ALIASES[name]} X)")
+            if any(other.partition("=")[0].replace("_", "-") == _ALIASES[name] for other in argv):
+                raise UsageError(f"{name} is {_ALIASES[name]} in short; give one of them")
+            token = _ALIASES[name] + equals + value
+        full.append(token)
+    return full
+
+
+def _names_own(argv: list[str]) -> bool:
+    """Whether the line names a model or data of the user's own."""
+    pairs = zip(argv, [*argv[1:], ""], strict=False)
+    values = {token.partition("=")[0]: token.partition("=")[2] or following for token, following in pairs}
+    return ":" in values.get("--model.name", "") or values.get("--data.name", "").startswith("npz:")
+
+
 def _known_flags(argv: list[str], known: tuple[str, ...]) -> None:
     """Raise UsageError for a flag that does not exist, with the nearest that does."""
     for token in argv:
@@ -403,8 +433,13 @@ def _read_arguments(tokens: list[str]) -> dict[str, Any]:
 
 
 def _model(base: ModelConfig, given: ModelConfig) -> ModelConfig:
-    """The model asked for; another model than the experiment's takes none of its arguments over."""
+    """The model asked for; another model than the experiment's takes none of its arguments and keywords over."""
     same = given.name == base.name
-    if isinstance(given.arguments, _Changes):
-        return ModelConfig(given.name, {**(base.arguments if same else {}), **given.arguments})
-    return ModelConfig(given.name, given.arguments if same or given.arguments is not base.arguments else {})
+
+    def merged(field: str) -> dict[str, Any]:
+        value, before = getattr(given, field), getattr(base, field)
+        if isinstance(value, _Changes):
+            return {**(before if same else {}), **value}
+        return value if same or value is not before else {}
+
+    return ModelConfig(given.name, *(merged(field) for field in ("arguments", "train_kwargs", "eval_kwargs")))

@@ -15,7 +15,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +26,23 @@ class ModelConfig:
     """The teacher's network.
 
     name: a model of `kdsearch_jax.models` (`cifar_resnet`, `vgg`, …) or `package.module:factory`.
-    arguments: its keyword arguments, all plain JSON; the number of classes is added from the data.
+    arguments: its keyword arguments, all plain JSON; `num_classes` is added from the data where the network takes it.
+    train_kwargs, eval_kwargs: keywords of the network's call in training and in inference, `deterministic=false` say;
+    `train`, `training`, `is_training` and `deterministic` are set by themselves where the call has them.
     """
 
     name: str = "cifar_resnet"
     arguments: dict[str, Any] = field(default_factory=lambda: {"depth": 20})
+    train_kwargs: dict[str, Any] = field(default_factory=dict)
+    eval_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images and labels.
+    """Examples: images and labels, or arrays of any kind.
 
+    inputs: where the network is not fed images alone: entries of `npz:FILE`, in the order of the call's arguments, or
+    `keyword=entry`; other entries are for the loss.
     name: `digits` (bundled), `npz:FILE` (arrays `images`, `labels`, or `train_images`, …), or a TFDS name (`cifar10`).
     data_dir: where TFDS keeps its data; None is TFDS's own default.
     validation: share of the training split held out where the data set has no validation split.
@@ -55,6 +61,7 @@ class DataConfig:
     crop: int = 0
     flip: bool = False
     train_limit: int | None = None
+    inputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,19 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """loss = (1 − cross_entropy)·T²·KL + cross_entropy·CE; direction as named in `kdsearch_jax.losses`."""
+    """loss = (1 − cross_entropy)·T²·KL + cross_entropy·CE; direction as named in `kdsearch_jax.losses`.
+
+    loss: `package.module:function` of (student's outputs, teacher's outputs, batch) in its place; metrics: one of
+    (outputs, batch), for the table. logits: outputs that are compared by KL, as paths or patterns (fnmatch); those of
+    classes with labels are found by themselves, others are compared by squared error. See `kdsearch_jax.task`.
+    """
 
     temperature: float = 4.0
     direction: Literal["forward", "reverse"] = "forward"
     cross_entropy: float = 0.0
+    loss: str | None = None
+    metrics: str | None = None
+    logits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,8 @@ class RunConfig:
 class Experiment:
     """Everything that decides a run; written to `config.json` of its directory.
 
-    teacher_from: a directory written by this package, a `.safetensors` or a `.pth`/`.th` file; None trains a teacher.
+    teacher_from: the teacher's weights: a directory written by this package, by Orbax or in Hugging Face's format, a
+    file `.safetensors`, `.msgpack` (Flax), `.pth` or `.th`; None trains a teacher.
     baselines: hand-made students of equal cost, trained for as many steps as search and retraining together.
     """
 
@@ -178,7 +194,7 @@ def from_json(values: dict[str, Any]) -> Experiment:
 def check(experiment: Experiment) -> Experiment:
     """The same record, every field of it looked at; ValueError names the setting, its value and the way out."""
     _read({f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}, Experiment, "")
-    values = {k: v for k, v in flatten(experiment).items() if not k.startswith("model.arguments.")}
+    values = {k: v for k, v in flatten(experiment).items() if not k.startswith(_OPEN)}
     for pattern, (holds, requirement) in RULES.items():
         for key, value in values.items():
             if value is not None and (key == pattern or (pattern[0] == "*" and key.endswith(pattern[1:]))):
@@ -211,7 +227,7 @@ def shorten(experiment: Experiment, **arguments: Any) -> Experiment:
     return dataclasses.replace(
         experiment,
         name=f"{experiment.name}-quick",
-        model=ModelConfig(experiment.model.name, {**experiment.model.arguments, **arguments}),
+        model=dataclasses.replace(experiment.model, arguments={**experiment.model.arguments, **arguments}),
         data=dataclasses.replace(experiment.data, train_limit=256),
         teacher=stage(experiment.teacher),
         search=stage(experiment.search),
@@ -232,6 +248,23 @@ def differences(a: Experiment, b: Experiment) -> list[str]:
         for key in keys
         if left.get(key, absent) != right.get(key, absent)
     ]
+
+
+def changed(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment with other values of some settings, by dotted name: {"search.optimizer": "adamw"}; checked.
+
+    Raises ValueError as `from_json`.
+    """
+    values: dict[str, Any] = to_json(experiment)
+    for key, value in settings.items():
+        *records, last = key.split(".")
+        node = values
+        for name in records:
+            node = node[name] if isinstance(node.get(name), dict) else {}
+        if last not in node:
+            raise ValueError(f"{key} is not a setting; {nearest(key, SETTINGS)}")
+        node[last] = value
+    return from_json(values)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -358,7 +391,9 @@ def _read_arguments(value: Any, key: str) -> dict[str, Any]:
 
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-SETTINGS = tuple(key for key in flatten(Experiment()) if not key.startswith("model.arguments.")) + ("model.arguments",)
+_DICTIONARIES = ("model.arguments", "model.train_kwargs", "model.eval_kwargs")
+_OPEN = tuple(f"{name}." for name in _DICTIONARIES)
+SETTINGS = tuple(key for key in flatten(Experiment()) if not key.startswith(_OPEN)) + _DICTIONARIES
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------------
@@ -384,6 +419,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.validation": (lambda v: 0 < v < 1, "give a share of the training split between 0 and 1"),
     "data.image_size": (lambda v: v >= 1, "give at least 1 pixel"),
     "data.crop": (lambda v: v >= 0, "give 0 or more pixels"),
+    "data.inputs": (bool, "name at least one entry, or None for images"),
     "data.train_limit": (lambda v: v >= 1, "give at least 1 image, or None for all"),
     "*.steps": (lambda v: v >= 0, "give 0 or more updates"),
     "*.batch_size": (lambda v: v >= 1, "give at least 1 image"),

@@ -4,78 +4,34 @@
 classification data set of TensorFlow Datasets in array_record form, without TensorFlow. Missing splits are held out by
 class, from constants of this module: runs of every seed are validated and tested on the same images.
 
-The order of training is a pure function, `batch_indices`: step n of seed s has the same batch in every run, so that a
-resumed run goes on as if it had never stopped. Augmentation and normalisation are jittable and run on the device.
-
-Not here: data larger than a device (nothing is streamed), anything but one class an image, augmentation beyond crop and
-flip. The order of this file: records, load, each source, checks, then what training calls at every step.
+Anything but one class an image is read by `kdsearch_jax.examples`. Not here: data larger than a device (nothing is
+streamed).
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import io
 import math
 import socket
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from numpy.typing import NDArray
 
 from kdsearch_jax.config import RULES, DataConfig
+from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
 from kdsearch_jax.metrics import Progress
 
 LARGEST = 4 * 2**30  # bytes of a split, as uint8: all of it lies on every device
-_SPLIT_SEED = 20200829  # of what is held out; never that of a run
-_TEST_SHARE = 0.1  # of a data set without a test split
 _CHUNK = 1000  # examples read at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Examples in a fixed order.
-
-    images: uint8 (examples, height, width, channels), 0 black to 255; labels: int32 (examples,), 0 … classes − 1.
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        """The number of examples."""
-        return len(self.labels)
-
-    def __getitem__(self, indices: NDArray[np.integer]) -> Split:
-        """The examples at `indices`, in their order."""
-        return Split(self.images[indices], self.labels[indices])
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Three disjoint splits of images of one shape, and how to normalise them.
-
-    mean, std: per channel, of images in [0, 1]; class_names: one a class, its number where nothing better is known.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    class_names: tuple[str, ...]
 
 
 def load(config: DataConfig, seed: int = 0) -> Dataset:
@@ -96,27 +52,31 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
       FileNotFoundError: no such file; or a data set that is not on this machine, with no network to fetch it.
     """
     _check_settings(config)
+    if config.inputs is not None:
+        return _own(config, seed)
     train, validation, test, names = _source(config)
     held = max(1, round(config.validation * len(train)))
     if test is None:
         validation, test = None, validation
     if test is None:
-        train, test = _hold_out(_read(train), max(1, round(_TEST_SHARE * len(train))), 0)
+        train, test = hold_out(_read(train), max(1, round(TEST_SHARE * len(train))), 0)
     keep = len(train) if validation is not None else len(train) - held
     if keep < 1:
         raise _bad(config.name, "has too few examples to be split into training, validation and test")
     if config.train_limit is not None and config.train_limit < keep:
-        order = np.random.default_rng([_SPLIT_SEED, 1]).permutation(len(train))
+        order = np.random.default_rng([SPLIT_SEED, 1]).permutation(len(train))
         if validation is None:
             held = max(1, round(held * config.train_limit / keep))
             validation, order = train[np.sort(order[:held])], order[held:]
-        chosen = np.random.default_rng([_SPLIT_SEED, 2, seed]).choice(order, config.train_limit, replace=False)
+        chosen = np.random.default_rng([SPLIT_SEED, 2, seed]).choice(order, config.train_limit, replace=False)
         train = train[np.sort(chosen)]
     elif validation is None:
-        train, validation = _hold_out(_read(train), held, 1)
+        train, validation = hold_out(_read(train), held, 1)
     splits = {"train": _read(train), "validation": _read(validation), "test": _read(test)}
     if config.image_size is not None:
-        splits = {key: Split(_resize(split.images, config.image_size), split.labels) for key, split in splits.items()}
+        splits = {
+            key: Split.of(_resize(split.images, config.image_size), split.labels) for key, split in splits.items()
+        }
     _check_splits(config, splits, names)
     mean, std = _normalisation(config, splits["train"].images)
     return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
@@ -142,23 +102,13 @@ def _digits() -> tuple[Split, None, Split, tuple[str, ...]]:
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    train, test = _hold_out(Split(images, labels.astype(np.int32)), round(0.2 * len(labels)), 0)
+    train, test = hold_out(Split.of(images, labels.astype(np.int32)), round(0.2 * len(labels)), 0)
     return train, None, test, tuple("0123456789")
 
 
 def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]:
     """`images`, `labels`, to be split; or `train_…`, `test_…` and perhaps `validation_…`. `class_names` is optional."""
-    path = Path(name.removeprefix("npz:")).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
-    try:
-        with path.open("rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise ValueError("it holds a single array, without a name")
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _bad(name, f"holds no plain arrays, or is damaged ({_line(error)}); write it with numpy.savez") from error
+    arrays = _npz_arrays(name)
     splits = {}
     for split, prefix in (("train", "train_"), ("validation", "validation_"), ("test", "test_"), ("all", "")):
         pair = [key for key in (f"{prefix}images", f"{prefix}labels") if key in arrays]
@@ -169,7 +119,7 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
         raise _bad(
             name,
             f"holds {', '.join(arrays) or 'nothing'}; it must hold images and labels, or train_images, train_labels, "
-            "test_images and test_labels",
+            "test_images and test_labels; or say by --data.inputs which entries feed the network",
         )
     train = splits["train" if parts else "all"]
     if "class_names" in arrays:
@@ -185,6 +135,44 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
             )
         names = tuple(map(str, classes))
     return train, splits.get("validation") if parts else None, splits["test"] if parts else None, names
+
+
+def _npz_arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file by name."""
+    path = Path(name.removeprefix("npz:")).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
+    try:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a single array, without a name")
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _bad(name, f"holds no plain arrays, or is damaged ({_line(error)}); write it with numpy.savez") from error
+
+
+def _own(config: DataConfig, seed: int) -> Dataset:
+    """Arrays of any names and shapes out of a file."""
+    if not config.name.startswith("npz:"):
+        raise ValueError(f"data.inputs: only npz:FILE has entries to choose from; leave it out for {config.name!r}")
+    arrays = _npz_arrays(config.name)
+    prefixes = {split: f"{split}_" for split in SPLITS}
+    parts = {
+        split: {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        for split, prefix in prefixes.items()
+    }
+    named = {split: part for split, part in parts.items() if part}
+    whole = sum(map(len, named.values())) == len(arrays) and "train" in named
+    for key in ("crop", "image_size"):
+        if getattr(config, key):
+            raise ValueError(
+                f"data.{key}: {getattr(config, key)} is not possible with data.inputs; arrays stay as they are"
+            )
+    return own(
+        named if whole else arrays, config.name, validation=config.validation, mean=config.mean, std=config.std,
+        train_limit=config.train_limit, seed=seed,
+    )  # fmt: skip
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray, what: str) -> Split:
@@ -210,7 +198,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray, what: str) -> Split:
         raise ValueError(f"{what}: labels of dtype {labels.dtype}; give whole numbers from 0")
     if labels.min() < 0 or labels.max() >= 2**31:
         raise ValueError(f"{what}: labels from {labels.min()} to {labels.max()}; number the classes from 0")
-    return Split(images, labels.astype(np.int32))
+    return Split.of(images, labels.astype(np.int32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +236,7 @@ class _Records:
                     images[i], labels[i] = image, example[self.label]
                 if progress is not None:
                     progress.update(min(start + _CHUNK, len(indices)), {})
-        return Split(images, labels)
+        return Split.of(images, labels)
 
     def examples(self, indices: NDArray[np.integer]) -> Sequence[dict[str, Any]]:
         """Records as TFDS gives them, their images not decoded."""
@@ -412,14 +400,6 @@ def _read(split: Split | _Records) -> Split:
     return split if isinstance(split, Split) else split[np.arange(len(split))]
 
 
-def _hold_out(split: Split, count: int, stream: int) -> tuple[Split, Split]:
-    """The split without `count` examples, and these: of every class its share, give or take one."""
-    shuffled = np.random.default_rng([_SPLIT_SEED, stream]).permutation(len(split))
-    by_class = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
-    held = by_class[((np.arange(count) + 0.5) * (len(split) / count)).astype(int)]
-    return split[np.setdiff1d(shuffled, held)], split[np.sort(held)]
-
-
 def _resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """(examples, size, size, channels); each channel by itself, as it may be anything."""
     if images.shape[1:3] == (size, size):
@@ -461,94 +441,3 @@ def _line(error: BaseException) -> str:
     """An error in one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-# --- what training calls at every step ------------------------------------------------------------------------------
-
-
-def batch_indices(seed: int, examples: int, batch_size: int, first_step: int, steps: int) -> NDArray[np.int32]:
-    """Which examples the updates `first_step`, …, `first_step + steps − 1` see: a pure function of its arguments.
-
-    Every epoch is a permutation of its own, without the examples at its end that do not fill a batch.
-
-    Returns:
-      (steps, batch_size), int32.
-
-    Raises:
-      ValueError: a batch is empty or larger than an epoch.
-    """
-    if not 1 <= batch_size <= examples:
-        raise ValueError(f"batch_size: {batch_size} is not possible with {examples} examples; give 1 to {examples}")
-    batches = np.empty((steps, batch_size), np.int32)
-    for row, step in enumerate(range(first_step, first_step + steps)):
-        epoch, place = divmod(step, examples // batch_size)
-        batches[row] = _epoch(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
-    return batches
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(examples)
-
-
-def padded_batches(examples: int, batch_size: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    """Every example once, in order, in batches of one size: (indices, weights), each (batch_size,).
-
-    The last batch is filled up with example 0 at weight 0; elsewhere weights are 1. No examples, no batches.
-
-    Raises:
-      ValueError: batch_size below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1")
-    for start in range(0, examples, batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        real = indices < examples
-        yield np.where(real, indices, 0).astype(np.int32), real.astype(np.float32)
-
-
-def augment(key: Array, images: Array, *, crop: int, flip: bool) -> Array:
-    """Shifts and mirrors every image by chance of its own; jittable.
-
-    Args:
-      key: random key; the same key gives the same images.
-      images: uint8 (batch, height, width, channels).
-      crop: pixels, 0 or more: an image is padded by so many zeros (black, whatever the mean) on each side, and a window
-        of the old size is cut out, all (2·crop + 1)² places being equally likely.
-      flip: whether to mirror left and right with probability ½.
-
-    Returns:
-      of the shape and dtype of `images`.
-    """
-    crop_key, flip_key = jax.random.split(key)
-    batch = len(images)
-    if crop:
-        padded = jnp.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
-        corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * crop + 1)
-        # One slice an image: fast on the CPU, and on accelerators better than looking up pixels one by one.
-        cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:]))
-        images = cut(padded, corners)
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return images
-
-
-def normalise(images: Array, mean: Any, std: Any, dtype: Any = jnp.float32) -> Array:
-    """(images/255 − mean)/std, per channel, computed in float32; jittable.
-
-    Args:
-      images: uint8 (…, channels).
-      mean, std: (channels,), of images in [0, 1].
-      dtype: of what is returned.
-
-    Raises:
-      ValueError: images are not uint8, or have another number of channels than mean and std.
-    """
-    if images.dtype != jnp.uint8:
-        raise ValueError(f"images: {images.dtype} is not possible; give uint8, 0 to 255, not normalised yet")
-    shape = (1,) * (images.ndim - 1) + (images.shape[-1],)
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    if not mean.shape == std.shape == shape[-1:]:
-        raise ValueError(f"mean {mean.shape} and std {std.shape} must have one value for each of {shape[-1]} channels")
-    return ((images.astype(jnp.float32) / 255 - mean.reshape(shape)) / std.reshape(shape)).astype(dtype)

@@ -9,38 +9,44 @@ are normalised as the network was trained, by the numbers stored with it, whatev
 
 # No `from __future__ import annotations` here: tyro, imported by `main` alone, must see types and not their names.
 
+import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax import cli, losses
+from kdsearch_jax.batches import normalise, padded_batches, prepared
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import DataConfig
-from kdsearch_jax.data import Dataset, Split, load, normalise, padded_batches
+from kdsearch_jax.data import load
+from kdsearch_jax.devices import data_mesh, place, replicate
+from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
 from kdsearch_jax.student import Architecture
-from kdsearch_jax.train import apply_eval, data_mesh, place, replicate
+from kdsearch_jax.task import Task
 
-Network = tuple[nn.Module, Any, Architecture, dict[str, Any]]  # as `load_network` gives it
+Network = tuple[Any, Any, Architecture, dict[str, Any]]  # as `load_network` gives it
 
 
 def predict(
-    module: nn.Module,
+    module: Any,
     variables: Any,
     images: np.ndarray,
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int = 500,
+    call: Call | None = None,
 ) -> np.ndarray:
     """Logits of all images, in inference mode and float32.
 
@@ -49,6 +55,7 @@ def predict(
       images: uint8 (examples, height, width, channels).
       mean, std: one number a channel, of images in [0, 1].
       batch_size: images a call, over all devices; rounded up to a multiple of their number.
+      call: how the module is called; None where its signature says it all.
 
     Returns:
       float32 (examples, classes), on every process.
@@ -63,7 +70,7 @@ def predict(
     mesh = data_mesh()
     size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
     constants = replicate((variables, np.asarray(mean, np.float32), np.asarray(std, np.float32)), mesh)
-    forward, spread = _forward(module, mesh), NamedSharding(mesh, PartitionSpec("data"))
+    forward, spread = _forward(module, mesh, call), NamedSharding(mesh, PartitionSpec("data"))
     found = []
     for indices, weights in padded_batches(len(images), size):
         logits = np.asarray(forward(*constants, place(images[indices], spread)))
@@ -74,17 +81,19 @@ def predict(
     return logits
 
 
-def _forward(module: nn.Module, mesh: Mesh) -> Any:
+def _forward(module: Any, mesh: Mesh, call: Call | None) -> Any:
     try:
-        return _cached_forward(module, mesh)
+        return _cached_forward(module, mesh, None if call is None else json.dumps(call.to_json()))
     except TypeError:  # a module with an attribute that has no hash is compiled at every call
-        return _cached_forward.__wrapped__(module, mesh)
+        return _cached_forward.__wrapped__(module, mesh, None if call is None else json.dumps(call.to_json()))
 
 
 @lru_cache(maxsize=16)
-def _cached_forward(module: nn.Module, mesh: Mesh) -> Any:
+def _cached_forward(module: Any, mesh: Mesh, called: str | None) -> Any:
+    call = None if called is None else Call.from_json(json.loads(called))  # which has no hash
+
     def forward(variables: Any, mean: jax.Array, std: jax.Array, images: jax.Array) -> jax.Array:
-        return apply_eval(module, variables, normalise(images, mean, std))
+        return apply_eval(module, variables, normalise(images, mean, std), call=call)
 
     return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -124,7 +133,7 @@ def _each(logits: jax.Array, labels: jax.Array, teacher_logits: jax.Array | None
 
 
 def evaluate(
-    module: nn.Module,
+    module: Any,
     variables: Any,
     split: Split,
     mean: Sequence[float],
@@ -132,18 +141,79 @@ def evaluate(
     *,
     batch_size: int = 500,
     teacher_logits: np.ndarray | None = None,
+    call: Call | None = None,
 ) -> dict[str, float]:
     """`score` of `predict` on a split, each example exactly once; arguments as there."""
-    return score(predict(module, variables, split.images, mean, std, batch_size), split.labels, teacher_logits)
+    return score(predict(module, variables, split.images, mean, std, batch_size, call), split.labels, teacher_logits)
+
+
+def measurer(
+    task: Task,
+    module: Any,
+    split: Split,
+    dataset: Dataset,
+    *,
+    batch_size: int = 500,
+    teacher: tuple[Any, Any] | None = None,
+) -> Callable[[Any], dict[str, float]]:
+    """variables → means of `task.figures` over a split, each example exactly once, whatever the outputs are.
+
+    A user's loss that is one number for a batch is the mean over whole batches, the last one smaller; of one that the
+    devices cannot share evenly, up to their number less one of examples are left out.
+
+    Args:
+      dataset: by whose mean and std images are normalised.
+      teacher: (module, variables) to compare with.
+    """
+    mesh = data_mesh()
+    size = -(-min(batch_size, len(split)) // mesh.size) * mesh.size
+    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+    whole, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    target_variables = replicate(None if teacher is None else teacher[1], mesh)
+
+    def figures(variables: Any, target_variables: Any, arrays: Any) -> dict[str, jax.Array]:
+        batch = prepared(arrays, mean, std)
+        inputs = task.call.bind(batch)
+        target = None if teacher is None else apply_eval(teacher[0], target_variables, inputs, call=task.call)
+        return task.figures(apply_eval(module, variables, inputs, call=task.call), batch, target)
+
+    compiled = jax.jit(figures, out_shardings=whole)
+
+    def measure(variables: Any) -> dict[str, float]:
+        variables = replicate(variables, mesh)
+
+        def of(indices: np.ndarray) -> dict[str, np.ndarray]:
+            return jax.device_get(compiled(variables, target_variables, place(split[indices].arrays, spread)))
+
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for indices, weights in padded_batches(len(split), size):
+            found, real = of(indices), int(weights.sum())
+            if real < size and any(np.ndim(value) == 0 for value in found.values()):  # padding is part of such a number
+                shared = real // mesh.size * mesh.size
+                alone = of(indices[:shared]) if shared else {}
+                found = {name: value if np.ndim(value) else alone.get(name) for name, value in found.items()}
+            for name, value in found.items():
+                if value is not None:
+                    one = np.ndim(value) == 0
+                    sums[name] = sums.get(name, 0.0) + (float(value) * real if one else float((value * weights).sum()))
+                    counts[name] = counts.get(name, 0.0) + real
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    return measure
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
 def measure_latency(
-    networks: Mapping[str, tuple[nn.Module, Any]], input_shape: Sequence[int], batch: int = 64, repeats: int = 30
+    networks: Mapping[str, tuple[Any, Any]],
+    input_shape: Sequence[int],
+    batch: int = 64,
+    repeats: int = 30,
+    call: Call | None = None,
 ) -> dict[str, float]:
-    """Milliseconds an image of each network, compiled, in float32, on one device.
+    """Milliseconds an example of each network, compiled, in float32, on one device.
 
     Networks take turns, so that whatever else the machine does meets all of them alike; the result is the median over
     the turns. `ratios` compares them.
@@ -151,20 +221,22 @@ def measure_latency(
     Args:
       networks: {name: (module, variables)}.
       input_shape: of one example, (height, width, channels).
-      batch: images a call.
+      batch: examples a call.
       repeats: turns, after two that are not counted.
+      call: how the modules are called, where that is not with one image.
     """
     device = jax.local_devices()[0]
-    images = jax.device_put(jax.random.normal(jax.random.key(0), (batch, *input_shape)), device)
+    call = call or Call.of_image(tuple(input_shape))
+    inputs = jax.device_put(call.random(batch, np.random.default_rng(0)), device)
     calls = {}
     for name, (module, variables) in networks.items():
-        call = jax.jit(lambda leaves, x, module=module: apply_eval(module, leaves, x))
-        calls[name] = (call, jax.device_put(jax.tree.map(np.asarray, variables), device))
+        run = jax.jit(lambda leaves, xs, module=module: apply_eval(module, leaves, xs, call=call))
+        calls[name] = (run, jax.device_put(jax.tree.map(np.asarray, variables), device))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
-        for name, (call, variables) in calls.items():
+        for name, (run, variables) in calls.items():
             start = time.perf_counter()
-            jax.block_until_ready(call(variables, images))
+            jax.block_until_ready(run(variables, inputs))
             seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(times[2:]) / batch for name, times in seconds.items()}
 
@@ -207,10 +279,10 @@ def main(argv: list[str]) -> int:
     dataset = _load_data(networks["network"], options.data, options.data_dir)
     split: Split = getattr(dataset, options.split)
     logits = {}
-    for name, (module, variables, _, info) in networks.items():
+    for name, (module, variables, architecture, info) in networks.items():
         _check_fits(named[name], networks[name], dataset)
         mean, std = info.get("mean", dataset.mean), info.get("std", dataset.std)
-        logits[name] = predict(module, variables, split.images, mean, std, options.batch_size)
+        logits[name] = predict(module, variables, split.images, mean, std, options.batch_size, architecture.call)
     rows = {name: score(values, split.labels, logits.get("teacher")) for name, values in logits.items()}
     if jax.process_index() == 0:
         print(f"{len(split)} images of {dataset.name}, {options.split}")
@@ -224,20 +296,26 @@ def _load_data(network: Network, name: str | None, data_dir: str | None) -> Data
     name = name or info.get("dataset")
     if not name:
         raise ValueError("data: the network does not say what it was trained on; give --data NAME")
-    height, width = architecture.input_shape[:2]
-    return load(DataConfig(name, data_dir=data_dir, image_size=height if height == width else None))
+    sides = set(architecture.input_shape[:2])
+    return load(DataConfig(name, data_dir=data_dir, image_size=sides.pop() if len(sides) == 1 else None))
 
 
 def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
     """Raises ValueError where the data set is not one that the network can be shown."""
     module, variables, architecture, _ = network
+    if not architecture.input_shape:
+        raise ValueError(
+            f"{directory} is not fed images alone ({', '.join(architecture.called.arguments)}), which is all that this "
+            "command shows a network; the table of its run, results.json, has what was measured"
+        )
     found, expected = dataset.test.images.shape[1:], tuple(architecture.input_shape)
     if found != expected:
         raise ValueError(
             f"{directory} takes images {expected}, those of {dataset.name} are {found}; give another --data"
         )
     image = jax.ShapeDtypeStruct((1, *expected), jnp.float32)
-    classes = jax.eval_shape(partial(apply_eval, module), variables, image).shape[-1]
+    forward = partial(apply_eval, call=architecture.call)
+    classes = jax.eval_shape(partial(forward, module), variables, image).shape[-1]
     if classes != dataset.num_classes:
         raise ValueError(
             f"{directory} tells apart {classes} classes, {dataset.name} has {dataset.num_classes}; give the data set "

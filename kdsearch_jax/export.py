@@ -6,9 +6,10 @@
                           any batch size. `jax.export.deserialize` runs it; neither Flax nor this package is needed.
     manifest.json         what each file holds, takes and returns, and how far it was off.
 
-Both take normalised float32 images (batch, height, width, channels) and return logits (batch, classes). Each file is
-read again by a fresh process, run on random images at two batch sizes, and compared with the network's own logits
-before it gets its name. That process runs on the CPU, in full float32, whatever this one runs on.
+Both take what the network takes (normalised float32 images, or the inputs that `architecture.json` describes) and
+return its outputs. Each file is read again by a fresh process, run on random inputs at two batch sizes, and compared
+with the network's own outputs before it gets its name. That process runs on the CPU, in full float32, always.
+A network of a module object, which no other process can make again, gives that process its outputs along.
 """
 
 import contextlib
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import safetensors.numpy
 
 from kdsearch_jax import cli
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, flush, load_network, unflatten, verified
+from kdsearch_jax.library import bound
 from kdsearch_jax.student import Architecture
 
 Format = Literal["safetensors", "stablehlo"]
@@ -40,23 +41,31 @@ FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of the largest logit
 _BATCH_SIZES = (2, 5)
+_EXPECTED = ".expected.npz"
 _USE = {
     "safetensors": "module, variables = kdsearch_jax.export.load_safetensors({file!r}); "
-    "logits = module.apply(variables, images)",
-    "stablehlo": "logits = jax.export.deserialize(bytearray(open({file!r}, 'rb').read())).call(images)",
+    "{outputs} = module.apply(variables, {inputs})",
+    "stablehlo": "{outputs} = jax.export.deserialize(bytearray(open({file!r}, 'rb').read())).call({inputs})",
 }
 _CHECK = (
     "import json, sys; from kdsearch_jax import export; print(json.dumps(export.check(*sys.argv[1:3], sys.argv[3:])))"
 )
 
 
-def export(network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS) -> dict[str, Any]:
+class CannotExportError(ValueError):
+    """The model's code does not allow this format."""
+
+
+def export(
+    network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS, module: Any = None
+) -> dict[str, Any]:
     """Writes a network in each format, checked by a fresh process, and manifest.json; returns the manifest.
 
     Args:
       network_dir: what `kdsearch_jax.checkpoint.save_network` wrote.
       out_dir: made if it is not there; may be `network_dir`. Files of the same names are replaced.
       formats: of "safetensors" and "stablehlo".
+      module: the base model, where the network is of a module object.
 
     Raises:
       ValueError: no such format, the network does not allow a free batch size, or a file computes something else than
@@ -65,7 +74,8 @@ def export(network_dir: str | Path, out_dir: str | Path, formats: Sequence[Forma
     """
     if unknown := [given for given in formats if given not in FORMATS]:
         raise ValueError(f"format {unknown[0]!r} is unknown; there are {', '.join(FORMATS)}")
-    module, variables, architecture, info = load_network(network_dir)
+    base = module
+    module, variables, architecture, info = load_network(network_dir, base)
     out = Path(out_dir).absolute()
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +89,11 @@ def export(network_dir: str | Path, out_dir: str | Path, formats: Sequence[Forma
                     else _stablehlo(module, variables, architecture)
                 )
                 (temporary / f"student.{format}").write_bytes(content)
+            if base is not None:
+                expected: Any = _expected(module, variables, architecture)
+                np.savez(temporary / _EXPECTED, **expected)
             differences = _checked_elsewhere(network_dir, temporary, formats)
+            (temporary / _EXPECTED).unlink(missing_ok=True)
             manifest = _manifest(temporary, architecture, info, differences)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "manifest.json"):
@@ -93,8 +107,10 @@ def export(network_dir: str | Path, out_dir: str | Path, formats: Sequence[Forma
     return manifest
 
 
-def load_safetensors(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_safetensors(path: str | Path, module: Any = None) -> tuple[Any, dict[str, Any]]:
     """The network in a file that `export` wrote: (module, variables).
+
+    module: the base model, for a network of a module object.
 
     A network of `package.module:factory` imports that package, that is, runs its code.
 
@@ -102,7 +118,11 @@ def load_safetensors(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
     """
-    path = Path(path)
+    architecture, variables = _read_safetensors(Path(path))
+    return fitting_module(architecture, variables, Path(path), module), variables
+
+
+def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
     try:
@@ -118,7 +138,7 @@ def load_safetensors(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
-    return fitting_module(architecture, variables, path), variables
+    return architecture, variables
 
 
 def check(
@@ -126,43 +146,73 @@ def check(
 ) -> dict[str, dict[str, float]]:
     """Compares exported files with the network: {format: {"max_difference", "logits_scale"}}.
 
-    Runs both on random normal images at two batch sizes, where JAX runs by default. On a GPU or TPU, whose matrix
-    products are not full float32 by default, the comparison fails for that alone: set JAX_PLATFORMS=cpu.
+    Runs both on random inputs at two batch sizes, where JAX runs by default. On a GPU or TPU, whose matrix products are
+    not full float32 by default, the comparison fails for that alone: set JAX_PLATFORMS=cpu.
 
     Raises:
-      ValueError: some logit is further off than 1e-5 of the largest, or a file cannot be read.
+      ValueError: some output is further off than 1e-5 of the largest, or a file cannot be read.
     """
-    module, variables, architecture, _ = load_network(network_dir)
-    own, found = jax.jit(lambda images: module.apply(variables, images)), {}
+    stored = Path(out_dir) / _EXPECTED
+    if stored.is_file():
+        architecture, expected = (
+            Architecture.from_json(json.loads((Path(network_dir) / "architecture.json").read_text())),
+            {},
+        )
+        with np.load(stored, allow_pickle=False) as file:
+            expected = dict(file)
+        formats_run = [format for format in formats if format != "safetensors"]
+    else:
+        module, variables, architecture, _ = load_network(network_dir)
+        expected, formats_run = _expected(module, variables, architecture), list(formats)
+    if not all(np.isfinite(value).all() for value in expected.values()):
+        raise ValueError(f"the logits of {network_dir} are not finite; its training diverged")
+    scale = max(float(np.abs(value).max()) for value in expected.values())
+    found = {}
     for format in formats:
-        path = Path(out_dir) / f"student.{format}"
-        theirs = _runner(path, format)
-        difference = scale = 0.0
-        for batch_size in _BATCH_SIZES:
-            rng = np.random.default_rng(batch_size)
-            images = rng.normal(size=(batch_size, *architecture.input_shape)).astype(np.float32)
-            expected, actual = np.asarray(own(images)), np.asarray(theirs(images))
-            if not np.isfinite(expected).all():
-                raise ValueError(f"the logits of {network_dir} are not finite; its training diverged")
-            if actual.shape != expected.shape:
-                raise ValueError(f"{path} returns logits {actual.shape}, the network {expected.shape}")
-            # A maximum that meets NaN is NaN, which no comparison below accepts.
-            difference = np.maximum(difference, np.abs(actual - expected).max())
-            scale = np.maximum(scale, np.abs(expected).max())
+        path, difference = Path(out_dir) / f"student.{format}", 0.0
+        if format in formats_run:
+            for name, actual in _outputs(_runner(path, format), architecture).items():
+                if actual.shape != expected[name].shape:
+                    raise ValueError(f"{path} returns {actual.shape}, the network {expected[name].shape}")
+                # A maximum that meets NaN is NaN, which no comparison below accepts.
+                difference = np.maximum(difference, np.abs(actual - expected[name]).max())
+        else:
+            _read_safetensors(path)  # every array is compared with its digest
         if not difference <= TOLERANCE * scale:
             raise ValueError(
                 f"{path} computes something else than the network: logits differ by {difference:.3g}, allowed are "
                 f"{TOLERANCE:g} of {scale:.3g}"
             )
-        found[format] = {"max_difference": float(difference), "logits_scale": float(scale)}
+        found[format] = {"max_difference": float(difference), "logits_scale": scale}
     return found
 
 
-def _runner(path: Path, format: Format) -> Callable[[np.ndarray], Any]:
-    """images → logits, by the file alone."""
+def _expected(module: Any, variables: Any, architecture: Architecture) -> dict[str, np.ndarray]:
+    """The network's own outputs on the inputs of `check`."""
+    return _outputs(jax.jit(_function(module, variables, architecture)), architecture)
+
+
+def _outputs(run: Callable[..., Any], architecture: Architecture) -> dict[str, np.ndarray]:
+    """Every output at every batch size, by a flat name."""
+    found = {}
+    for size in _BATCH_SIZES:
+        args, keywords = bound(architecture.called.random(size, np.random.default_rng(size)), {})
+        outputs = run(*args, **keywords)
+        found |= {f"{size}/{i}": np.asarray(leaf, np.float32) for i, leaf in enumerate(jax.tree.leaves(outputs))}
+    return found
+
+
+def _function(module: Any, variables: Any, architecture: Architecture) -> Callable[..., Any]:
+    """The network in inference mode as a function of its inputs alone."""
+    static = architecture.called.keywords(module, train=False)
+    return lambda *args, **keywords: module.apply(variables, *args, **keywords, **static)
+
+
+def _runner(path: Path, format: Format) -> Callable[..., Any]:
+    """The network's function of its inputs, by the file alone."""
     if format == "safetensors":
-        module, variables = load_safetensors(path)
-        return jax.jit(lambda images: module.apply(variables, images))
+        architecture, _ = _read_safetensors(path)
+        return jax.jit(_function(*load_safetensors(path), architecture))
     try:
         return jax.export.deserialize(bytearray(path.read_bytes())).call
     except Exception as error:  # flatbuffers trips over damage in ways of its own
@@ -180,17 +230,18 @@ def _safetensors(architecture: Architecture, variables: Mapping[str, Any], info:
     return safetensors.numpy.save(arrays, metadata)
 
 
-def _stablehlo(module: nn.Module, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
+def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *architecture.input_shape), jnp.float32)
+    args, keywords = bound(architecture.called.example(batch), {})
+    function = jax.jit(_function(module, variables, architecture))
     try:
-        exported = jax.export.export(jax.jit(lambda x: module.apply(variables, x)), platforms=PLATFORMS)(images)
+        exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
+        return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
-        raise ValueError(
+        raise CannotExportError(
             f"model {architecture.model!r} cannot be exported as stablehlo with a free batch size: "
             f"{' '.join(str(error).split())[:300]}; export safetensors only"
         ) from error
-    return bytes(exported.serialize())
 
 
 def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[Format]) -> dict[str, dict[str, float]]:
@@ -210,6 +261,11 @@ def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[
 def _manifest(
     folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
+    images = architecture.call is None
+    inputs, outputs = ("images", "logits") if images else (", ".join(architecture.called.arguments), "outputs")
+    taken: dict[str, Any] = {
+        "shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"
+    }  # fmt: skip
     files = {}
     for format, difference in differences.items():
         content = (folder / f"student.{format}").read_bytes()
@@ -218,11 +274,11 @@ def _manifest(
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
             **difference,
-            "use": _USE[format].format(file=f"student.{format}"),
+            "use": _USE[format].format(file=f"student.{format}", inputs=inputs, outputs=outputs),
         }
     return {
-        "input": {"shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"},
-        "output": {"dtype": "float32", "what": "logits (batch, classes)"},
+        "input": taken if images else architecture.called.to_json()["inputs"],
+        "output": {"dtype": "float32", "what": "logits (batch, classes)" if images else "as the network's"},
         "architecture": architecture.to_json(),
         "info": dict(info),
         "jax": jax.__version__,  # a newer one reads the stablehlo file as well, an older one may not

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,13 +30,15 @@ import optax
 
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import losses
 from kdsearch_jax.budget import Limits
-from kdsearch_jax.config import DistillConfig, GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.config import GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.forward import apply_eval, apply_train
 from kdsearch_jax.network import Network
+from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.prox import accelerated_proximal_l1
+from kdsearch_jax.steps import Step, TrainState, create_state
+from kdsearch_jax.task import Task
 from kdsearch_jax.topology import Topology
-from kdsearch_jax.train import Step, TrainState, apply_eval, apply_train, create_state, make_optimizer
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
@@ -68,23 +69,23 @@ def begin(variables: Any, topology: Topology, tx: Any, stage: StageConfig) -> Tr
     return state.replace(opt_state=tx.init({"weights": state.params, "gates": gates}))
 
 
-def search_step(
-    network: Network, teacher: nn.Module, tx: Any, distill: DistillConfig, config: GatesConfig, run: RunConfig
-) -> Step:
+def search_step(network: Network, teacher: Any, tx: Any, task: Task, config: GatesConfig, run: RunConfig) -> Step:
     """One update of weights, gates and importance; constants: the teacher's variables."""
-    losses.check(distill)
     decay = config.importance_decay
 
     def step(state: TrainState, batch: Any, key: jax.Array, constants: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        target = apply_eval(teacher, constants, batch["images"], run.precision)
+        inputs = task.call.bind(batch)
+        target = apply_eval(teacher, constants, inputs, run.precision, task.call)
 
-        def loss(both: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        def loss(both: Any) -> tuple[jax.Array, tuple[Any, Any]]:
             folded = gates_lib.fold({"params": both["weights"]}, both["gates"], network.topology)["params"]
-            logits, kept = apply_train(network.module, folded, state.model_state, batch["images"], key, run.precision)
-            return losses.distillation(logits, target, batch["labels"], distill).mean(), (logits, kept)
+            outputs, kept = apply_train(
+                network.module, folded, state.model_state, inputs, key, run.precision, task.call
+            )
+            return task.distance(outputs, target, batch).mean(), (outputs, kept)
 
         both: Any = {"weights": state.params, "gates": state.extra["gates"]}
-        (value, (logits, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(both)
+        (value, (outputs, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(both)
         # A running mean from the first step on, an exponential one once there are enough steps.
         rate = jnp.minimum(decay, state.step / (state.step + 1.0))
         importance = jax.tree.map(
@@ -97,11 +98,8 @@ def search_step(
         updates, opt_state = tx.update(gradient, state.opt_state, both, penalty=penalty)
         new: Any = optax.apply_updates(both, updates)
         extra = {**state.extra, "gates": new["gates"], "importance": importance}
-        metrics = {
-            "loss": value,
-            "accuracy": (logits.argmax(-1) == batch["labels"]).mean(),
-            "agreement": (logits.argmax(-1) == target.argmax(-1)).mean(),
-        }
+        measured = {**task.right(outputs, batch), **task.agrees(outputs, target)}
+        metrics = {"loss": value, **{name: each.mean() for name, each in measured.items()}}
         state = state.replace(
             step=state.step + 1, params=new["weights"], model_state=kept, opt_state=opt_state, extra=extra
         )

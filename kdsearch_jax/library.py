@@ -3,6 +3,7 @@
 The core (`topology`, `gates`, `surgery`) sees pure functions and pytrees. A library (`kdsearch_jax.linen`,
 `kdsearch_jax.nnx`) says how a module becomes a function, which attributes of which layers hold sizes, and how the same
 code is run at other sizes. A module that implements `Library` has these functions and nothing else that is public.
+`inputs` are pytrees with a leading batch axis, the last of which may be `Keywords`; `kwargs` are static.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import jax
 
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = dict[str, Any]  # {attribute: its value}
@@ -25,7 +28,7 @@ class Layer:
     """A module met during a call.
 
     droppable: it can be left out, returning zeros, when its residual branch goes.
-    resize: (shapes of its own leaves, {"params/kernel": …}, before and after) → the attributes that hold its sizes.
+    resize: (shapes of the leaves at and below it, {"params/kernel": …}, before and after) → attributes with sizes.
     """
 
     droppable: bool = False
@@ -64,3 +67,30 @@ class Library(Protocol):
     def outputs(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """{path of a layer: its output} in the order of the calls, for layers that return one array."""
         ...
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Keywords(dict[str, Any]):
+    """Array arguments that are given by keyword: may stand as the last of a module's inputs."""
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        """Values in the order of their names."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Sequence[Any]) -> Keywords:
+        """Inverts the above."""
+        return cls(zip(names, values, strict=True))
+
+
+def bound(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword arguments) of a call: `Keywords` at the end of `inputs` join the static `kwargs`."""
+    if inputs and isinstance(inputs[-1], Keywords):
+        return tuple(inputs[:-1]), {**kwargs, **inputs[-1]}
+    return tuple(inputs), dict(kwargs)
+
+
+def arrays(output: Any) -> list[Any]:
+    """The arrays of whatever a module returned; names, settings and the like are left out."""
+    return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]

@@ -6,28 +6,40 @@ how its calls are watched. See `kdsearch_jax.library.Library` for what each func
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from flax import errors
 from flax.core import freeze
+from flax.linen import recurrent
 
-from kdsearch_jax.library import Layer, Layers, Shapes, Sizes
-from kdsearch_jax.student import Student
+from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound
+from kdsearch_jax.student import Held, Student
+
+Resize = Callable[[Shapes, Shapes], Sizes]
 
 
 def variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Shapes of the module's variables."""
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    with nn.intercept_methods(_without_initializers):
-        return jax.eval_shape(lambda *xs: module.init(rngs, *xs, **kwargs), *inputs)
+
+    def init(*inputs: Any) -> Any:
+        args, keywords = bound(inputs, kwargs)
+        return module.init(rngs, *args, **keywords)
+
+    with _explained(module, inputs, kwargs), nn.intercept_methods(_without_initializers):
+        return jax.eval_shape(init, *inputs)
 
 
 def jaxpr(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operations of `module.apply`."""
-    with nn.intercept_methods(_without_initializers):
+    with _explained(module, inputs, kwargs), nn.intercept_methods(_without_initializers):
         return jax.make_jaxpr(_call(module, kwargs))(variables, *inputs)
 
 
@@ -44,9 +56,10 @@ def layers(
     met: dict[str, Layer] = {}
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
+        result = call(*args, **call_kwargs)
         if context.method_name == "__call__":
-            met["/".join(context.module.path)] = _layer(context.module)
-        return call(*args, **call_kwargs)
+            met["/".join(context.module.path)] = _layer(context.module, result)
+        return result
 
     with nn.intercept_methods(record):
         return met, jaxpr(module, variables, inputs, kwargs)
@@ -55,7 +68,7 @@ def layers(
 def cut(module: nn.Module, layers: Layers, dropped: Sequence[str]) -> nn.Module:
     """The module run at these sizes, as a module."""
     base = module.base if isinstance(module, Student) else module
-    return Student(base=base, layers=freeze(layers), dropped=tuple(dropped))
+    return Student(Held(base), layers=freeze(layers), dropped=tuple(dropped))
 
 
 def already_cut(module: nn.Module) -> tuple[Layers, tuple[str, ...]]:
@@ -73,13 +86,60 @@ def outputs(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Ma
             seen.setdefault("/".join(context.module.path), result)
         return result
 
+    args, keywords = bound(inputs, kwargs)
     with nn.intercept_methods(record):
-        module.apply(variables, *inputs, **kwargs)
+        module.apply(variables, *args, **keywords)
     return seen
 
 
 def _call(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    return lambda variables, *inputs: module.apply(variables, *inputs, **kwargs)
+    def call(variables: Any, *inputs: Any) -> list[Any]:
+        args, keywords = bound(inputs, kwargs)
+        return arrays(module.apply(variables, *args, **keywords))
+
+    return call
+
+
+@contextlib.contextmanager
+def _explained(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """What to do where a module cannot be called as described."""
+    args, keywords = bound(inputs, kwargs)
+    try:
+        inspect.signature(type(module).__call__).bind(module, *args, **keywords)
+    except TypeError as error:
+        raise ValueError(
+            f"the call does not fit {type(module).__name__} ({error}); give all its inputs by place, and its "
+            "keywords by name"
+        ) from error
+    called: list[str] = []
+
+    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        called.append("/".join(context.module.path))
+        result = call(*args, **kwargs)
+        called.pop()
+        return result
+
+    try:
+        with nn.intercept_methods(watch):
+            yield
+    except errors.InvalidRngError as error:
+        raise ValueError(
+            f"layer {_innermost(called, module)} is random while the network is traced ({_first(error)}); "
+            "switch that off by a keyword of the call, as deterministic=True or train=False"
+        ) from error
+    except errors.ModifyScopeVariableError as error:
+        raise ValueError(
+            f"layer {_innermost(called, module)} writes to its variables ({_first(error)}); switch that "
+            "off by a keyword of the call, as train=False, use_running_average=True or decode=False"
+        ) from error
+
+
+def _innermost(called: Sequence[str], module: nn.Module) -> str:
+    return repr(called[-1]) if called and called[-1] else type(module).__name__
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _without_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -90,13 +150,35 @@ def _without_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> An
         return call(*args, **kwargs)
     # Others than JAX's own may wrap what they return, to say how it is sharded.
     plain = [n for n, init in inits.items() if _is_jax(init) and not hasattr(init, "__wrapped__")]
+    scope = layer.scope
+    slow = scope.param
     try:
         for name in plain:
             object.__setattr__(layer, name, nn.initializers.zeros)
+        scope.param = partial(_parameter, scope, slow)
         return call(*args, **kwargs)
     finally:
+        scope.param = slow
         for name in plain:
             object.__setattr__(layer, name, inits[name])
+
+
+def _parameter(scope: Any, slow: Any, name: str, init: Any, *args: Any, unbox: bool = True, **kwargs: Any) -> Any:
+    """`scope.param`, without tracing the initializer to learn its shape, where it is zeros."""
+    if init is not nn.initializers.zeros or kwargs or not args:
+        return slow(name, init, *args, unbox=unbox, **kwargs)
+    if not scope.has_variable("params", name):
+        if not scope.is_mutable_collection("params"):
+            return slow(name, init, *args, unbox=unbox)
+        scope.reserve(name, "params")
+        scope.put_variable("params", name, init(None, *args))
+        return scope.get_variable("params", name)
+    scope.reserve(name, "params")
+    value = scope.get_variable("params", name)
+    value = nn.unbox(value) if unbox else value
+    if np.shape(value) != tuple(args[0]):
+        raise errors.ScopeParamShapeError(name, scope.path_text, np.shape(value), tuple(args[0]))
+    return value
 
 
 def _is_jax(value: Any) -> bool:
@@ -107,35 +189,87 @@ def _is_flax(kind: type[nn.Module]) -> bool:
     return kind.__module__.startswith("flax.linen")
 
 
-_SIZES = {
-    nn.Conv: ("features", "feature_group_count"),
-    nn.ConvTranspose: ("features",),
-    nn.ConvLocal: ("features",),
-    nn.Dense: ("features",),
-    nn.DenseGeneral: ("features",),
-    nn.Embed: ("features",),
-}
+def _layer(module: nn.Module, result: Any) -> Layer:
+    if not _is_flax(type(module)) and not isinstance(module, tuple(kind for kinds, _ in _RESIZE for kind in kinds)):
+        return Layer(isinstance(result, jax.Array), _strangers(module))
+    resize = next((make(module) for kinds, make in _RESIZE if isinstance(module, kinds)), None)
+    droppable = _is_flax(type(module))
+    return Layer(droppable) if resize is None else Layer(droppable, resize)
 
 
-def _layer(module: nn.Module) -> Layer:
-    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    if not names:
-        return Layer(_is_flax(type(module)))
+def _strangers(module: nn.Module) -> Resize:
+    """The whole numbers among the attributes of a layer that Flax does not know, where its own parameters have such a
+    size: a bias says best what is made, a kernel may have the same size twice."""
+    numbers = {
+        name: value
+        for name in type(module).__dataclass_fields__
+        if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 1
+    }
+
+    def resize(before: Shapes, after: Shapes) -> Sizes:
+        own = sorted((leaf for leaf in before if leaf.count("/") == 1), key=lambda leaf: len(before[leaf]))
+        if all(before[leaf] == after[leaf] for leaf in own):
+            return {}
+        pairs = [pair for leaf in own for pair in zip(before[leaf], after[leaf], strict=True)]
+        return {
+            name: next(new for old, new in pairs if old == value)
+            for name, value in numbers.items()
+            if any(old == value for old, _ in pairs)
+        }
+
+    return resize
+
+
+def _kernel(module: Any) -> Resize:
+    """`features`, counted on the last axis of the kernel or on its last axes."""
     flipped = isinstance(module, nn.ConvTranspose) and module.transpose_kernel
     leaf = "params/embedding" if isinstance(module, nn.Embed) else "params/kernel"
-    sizes = {name: getattr(module, name) for name in names}
-    return Layer(_is_flax(type(module)), partial(_resized, leaf, sizes, -2 if flipped else -1))
+    groups = getattr(module, "feature_group_count", 1)
+    return partial(_resized, leaf, module.features, groups, -2 if flipped else -1)
 
 
-def _resized(leaf: str, old: Sizes, axis: int, before: Shapes, after: Shapes) -> Sizes:
-    """A layer's attributes for its sliced kernel, on whose `axis` its features are counted."""
+def _resized(leaf: str, features: Any, groups: int, axis: int, before: Shapes, after: Shapes) -> Sizes:
     if leaf not in after:
         return {}
-    features = old["features"]
     if isinstance(features, (tuple, list)):
         return {"features": after[leaf][len(after[leaf]) - len(features) :]}
     sizes: Sizes = {"features": after[leaf][axis]}
-    groups = old.get("feature_group_count", 1)
     if groups > 1:  # whole groups go, so the outputs of each stay as many as they were
         sizes["feature_group_count"] = after[leaf][-1] * groups // before[leaf][-1]
     return sizes
+
+
+def _einsum(module: nn.Einsum) -> Resize:
+    return lambda before, after: {"shape": after["params/kernel"]} if "params/kernel" in after else {}
+
+
+def _group_norm(module: nn.GroupNorm) -> Resize:
+    """As many groups as are left: those that go, go whole."""
+
+    def resize(before: Shapes, after: Shapes) -> Sizes:
+        leaf = next((leaf for leaf in ("params/scale", "params/bias") if leaf in after), None)
+        if leaf is None or module_groups is None:
+            return {}
+        return {"num_groups": max(1, module_groups * after[leaf][0] // before[leaf][0])}
+
+    module_groups = module.num_groups
+    return resize
+
+
+def _cell(module: Any) -> Resize:
+    """`features` of a recurrent cell, in proportion to a recurrent kernel, which may hold several gates."""
+    features = module.features
+
+    def resize(before: Shapes, after: Shapes) -> Sizes:
+        leaf = next((leaf for leaf in after if leaf.endswith("/kernel")), None)
+        return {} if leaf is None else {"features": features * after[leaf][-1] // before[leaf][-1]}
+
+    return resize
+
+
+_RESIZE: list[tuple[tuple[type, ...], Callable[[Any], Resize]]] = [
+    ((nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Dense, nn.DenseGeneral, nn.Embed, recurrent.DenseParams), _kernel),
+    ((nn.Einsum,), _einsum),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.RNNCellBase,), _cell),
+]

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import flax.nnx
 import jax
 import numpy as np
-from flax import traverse_util
 
-from kdsearch_jax import linen
+from kdsearch_jax import linen, nnx
 from kdsearch_jax import sizes as sizes_lib
 from kdsearch_jax import topology as topology_lib
+from kdsearch_jax.findings import Walk
+from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Layer, Library
-from kdsearch_jax.program import flatten
+from kdsearch_jax.program import flatten, line_of
 from kdsearch_jax.topology import Topology
-from kdsearch_jax.walk import Walk, again, walk
+from kdsearch_jax.walk import again, walk
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,22 @@ class Network:
 
 
 def library_of(module: Any) -> Library:
-    """The library that a module is written in."""
-    return linen
+    """The library that a module is written in; an nnx.Module comes as a `Functional`."""
+    return nnx if isinstance(module, Functional) else linen
 
 
 def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     """Traces a call `module(*inputs, **kwargs)` abstractly: no parameter is made, nothing is computed.
 
     Args:
-      module: any Flax module; its randomness must be off (`train=False`, `deterministic=True`).
+      module: any Flax module; its randomness must be off (`train=False`, `deterministic=True`). Of an nnx.Module the
+        network's module is its `Functional`.
       inputs: pytrees of arrays or `jax.ShapeDtypeStruct`s with a leading batch axis.
 
     Raises:
       ValueError: where nothing can be pruned, with the reasons, or the inputs have no batch axis.
     """
+    module = Functional.split(module)[0] if isinstance(module, flax.nnx.Module) else module
     library, shapes = library_of(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
     variables = library.variables(module, shapes, kwargs)
@@ -102,10 +107,10 @@ def resized(
     if shapes == topology.shapes:
         return {}, dropped
     own: dict[str, dict[str, str]] = {}
-    for leaf in shapes:  # "params/block/conv/kernel" is "params/kernel" of the layer block/conv
-        collection, _, rest = leaf.partition("/")
-        path, _, name = rest.rpartition("/")
-        own.setdefault(path, {})[f"{collection}/{name}"] = leaf
+    for leaf in shapes:  # "params/block/conv/kernel" is "params/kernel" of block/conv and "params/conv/kernel" of block
+        collection, *parts = leaf.split("/")
+        for i in range(len(parts)):
+            own.setdefault("/".join(parts[:i]), {})["/".join([collection, *parts[i:]])] = leaf
     result: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():  # dropped ones too: their zeros have a size
         leaves = own.get(path, {})
@@ -159,15 +164,15 @@ def _some_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
 
     Each loses its first and its last unit, since places are counted from either end; more in its first half than in its
     second, and another number than the group before it, since what is lost evenly may go unnoticed. A small group has
-    no room for all that: it loses one unit in turns that are the bits of its number, so that of any two groups each
-    shrinks without the other at some turn.
+    no room for all that: it loses its first unit, or most of its last (7 // 2 is 6 // 2: one unit may go unnoticed), in
+    turns that are the bits of its number, so that of any two groups each shrinks without the other at some turn.
     """
     keep = np.ones(size, bool)
     if shrinks and size < _SMALL:
         bit, value = divmod(turn, 2)
-        keep[-1 if bit % 2 else 0] = (number >> bit) % 2 != value
+        keep[slice(max(2, size // 3) if size > 2 else 1, None) if bit % 2 else 0] = (number >> bit) % 2 != value
     elif shrinks:
-        more = (number + turn) % (size // 2 - 2)
+        more = size // 4 - 1 + (number + turn) % (size // 4 - 1)
         inner = np.random.default_rng(number).choice(size // 2 - 2, more, replace=False)
         keep[[0, 1, *(2 + inner), -1]] = False
     return keep
@@ -180,7 +185,9 @@ def _unforeseen(network: Network, found: Walk, keep: Any, left: np.ndarray, vari
         jaxpr = library_of(student).jaxpr(student, variables, network.inputs, network.kwargs)
     except Exception as error:  # whatever a stranger's model raises when a size changes
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"the model's code needs this size ({message[:120]})"
+        frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        line = line_of(frames[::-1])
+        return f"the model's code needs this size{f', at {line}' if line else ''} ({message[:120]})"
     return sizes_lib.difference(
         found, again(flatten(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
     )
@@ -192,15 +199,9 @@ def _pattern(name: str) -> str:
 
 def _sliced(topology: Topology, variables: Any, keep: Mapping[str, Any]) -> Any:
     """Shapes of the student's variables."""
-    shapes, gone = topology.sliced_shapes(keep), set(topology.dropped(keep))
-    flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
-    return traverse_util.unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(shapes[path], leaf.dtype)
-            for path, leaf in flat.items()
-            if path.split("/", 1)[1].rsplit("/", 1)[0] not in gone
-        },
-        sep="/",
+    shapes = topology.sliced_shapes(keep)
+    return topology_lib.map_left(
+        lambda path, leaf: jax.ShapeDtypeStruct(shapes[path], leaf.dtype), variables, topology.dropped(keep)
     )
 
 
@@ -208,7 +209,8 @@ def _sliced(topology: Topology, variables: Any, keep: Mapping[str, Any]) -> Any:
 class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
-    uncounted: primitives whose operations are counted by XLA only.
+    uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
+    or does not, and which are not among `flops`.
     """
 
     macs: int
@@ -216,6 +218,7 @@ class Count:
     flops: float
     xla_flops: float
     uncounted: tuple[str, ...]
+    foldable: float = 0.0
 
 
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
@@ -228,4 +231,5 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return Count(round(macs), params, found.flops, float(analysis["flops"]), tuple(sorted(found.uncounted)))
+    xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
+    return Count(round(macs), params, found.flops, xla, uncounted, found.foldable)

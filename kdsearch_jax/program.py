@@ -6,6 +6,9 @@ their body (`Op.params["jaxpr"]`). This file decides nothing about pruning.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call",
 }  # fmt: skip
+_PASSED_THROUGH = ("contextlib.py", "functools.py")
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -29,6 +33,30 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     scope: str
+    traceback: Any = None
+
+    def where(self) -> str:
+        """The operation, its module, and the line of the model's code that asked for it, where these are known."""
+        frames = ((f.file_name, f.line_num) for f in self.traceback.frames) if self.traceback else ()
+        line = line_of(frames)
+        return self.name + (f" of {self.scope}" if self.scope else "") + (f" ({line})" if line else "")
+
+
+def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
+    """As file:line, the innermost frame in the model's own code; frames: (file, line), innermost first."""
+    roots = [_root(sys.modules[name]) for name in ("jax", "jaxlib", "flax") if name in sys.modules]
+    own = os.path.dirname(__file__) + os.sep
+    for file, line in frames:
+        if file == os.path.join(own, "network.py"):
+            return None  # from here on it is who asked for the trace
+        ours = file.startswith(own) and not file.startswith(os.path.join(own, "models"))
+        if not ours and not file.startswith((*roots, "<")) and os.path.basename(file) not in _PASSED_THROUGH:
+            return f"{os.sep.join(file.split(os.sep)[-2:])}:{line}"
+    return None
+
+
+def _root(module: Any) -> str:
+    return os.path.dirname(module.__file__ or "") + os.sep
 
 
 @dataclass
@@ -79,6 +107,9 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
         here = f"{scope}/{here}" if scope and here else scope or here
         ins = [number(atom) for atom in eqn.invars]
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
+        platforms = eqn.params.get("branches_platforms") if name == "cond" else None
+        if platforms and None in platforms:  # `jax.lax.platform_dependent`: all compute the same
+            body, ins = eqn.params["branches"][list(platforms).index(None)], ins[1:]
         if body is not None:
             inner, inner_consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
             outs = _inline(program, inner, inner_consts, ins, here)
@@ -86,7 +117,7 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
             continue
         outs = [program.new(var.aval) for var in eqn.outvars]
         numbers.update(zip(eqn.outvars, outs, strict=True))
-        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here))
+        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here, eqn.source_info.traceback))
     return [number(atom) for atom in jaxpr.outvars]
 
 

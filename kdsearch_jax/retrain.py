@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdsearch_jax import cli, stages
+from kdsearch_jax.road import prepare
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     assert options.workdir is not None
     if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
         raise cli.UsageError("--search-from is missing; give a run whose search is finished")
-    road = stages.prepare(experiment, options.workdir, resume=options.resume, search_from=options.search_from)
+    road = prepare(experiment, options.workdir, resume=options.resume, search_from=options.search_from)
     cli.new_run_directory(options.workdir, experiment, options.resume)
     results = stages.run(road, resume=options.resume)
     assert results is not None

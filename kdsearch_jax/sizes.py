@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from kdsearch_jax.findings import Step, Walk
+from kdsearch_jax.labels import UNIFORM, Part, Value, labelled
 from kdsearch_jax.program import Program
-from kdsearch_jax.walk import ELEMENTWISE, UNIFORM, Step, Value, Walk
+from kdsearch_jax.rules.elementwise import NAMES as ELEMENTWISE
 
 # These may pass on a tensor that is constant along an axis of whatever size.
 _SIZELESS = ELEMENTWISE | {
     "broadcast_in_dim", "transpose", "expand_dims", "squeeze", "reshape", "concatenate", "pad", "slice", "split", "rev",
+    "stack", "unstack", "tile", "scan", "cond", "scatter", "scatter-add", "scatter-mul", "dynamic_update_slice",
 }  # fmt: skip
 _HOLD_SIZES = {
     "shape", "new_sizes", "sizes", "start_indices", "limit_indices", "slice_sizes", "feature_group_count",
@@ -46,21 +49,23 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
         return "its size decides which operations there are"
     for old, new in zip(before.steps, after.steps, strict=True):
         if old.op.name != new.op.name:
-            return f"its size decides which operations there are, in {_where(old)}"
+            return f"its size decides which operations there are, in {old.op.where()}"
         if _numbers(old) != _numbers(new) or _parameters(old) != _parameters(new):
-            return f"its size enters the computation as a number, in {_where(old)}"
+            return f"its size enters the computation as a number, in {old.op.where()}"
         sized = any(_stretched(*pair) for pair in zip(_shaped(old, "ins"), _shaped(new, "ins"), strict=True))
         if sized and old.op.name not in _SIZELESS:
-            return f"its size enters the computation as a number, in {_where(old)}"
+            return f"its size enters the computation as a number, in {old.op.where()}"
         for (a, shape_a), (b, shape_b) in zip(_shaped(old, "outs"), _shaped(new, "outs"), strict=True):
             for x, y, n, m in zip(a.axes, b.axes, shape_a, shape_b, strict=True):
-                if not _same(x, y, n, m, left, units):
-                    return f"the model's code needs this size, in {_where(old)}"
+                if not _same(x, y, n, m, left, units) and not _single(x, b, m, left, units):
+                    return f"the model's code needs this size, in {old.op.where()}"
     return None
 
 
 def _same(before: Any, after: Any, size: int, new_size: int, left: np.ndarray, units: np.ndarray) -> bool:
     """Whether an axis is what is left of it."""
+    if isinstance(before, Part):
+        return _same_parts(before, after, new_size, left, units)
     if not isinstance(before, np.ndarray):
         return size == new_size or before is UNIFORM
     expected = before[left[before]]
@@ -71,21 +76,44 @@ def _same(before: Any, after: Any, size: int, new_size: int, left: np.ndarray, u
     return bool((units[expected] == units[after]).all())
 
 
+def _single(before: Any, after: Value, new_size: int, left: np.ndarray, units: np.ndarray) -> bool:
+    """Whether one unit is left of an axis, so that a split showed its labels on another one."""
+    if not isinstance(before, np.ndarray):
+        return False
+    expected = units[before[left[before]]]
+    others = [units[axis] for axis in after.axes if isinstance(axis, np.ndarray)]
+    alike = len(expected) == new_size and (expected == expected[:1]).all()
+    return bool(alike and others and all((other == expected[0]).all() for other in others))
+
+
+def _same_parts(before: Part, after: Any, new_size: int, left: np.ndarray, units: np.ndarray) -> bool:
+    """Whether what is left of the labels is a box, and the very labels of the other."""
+    stay = left[before.labels]
+    if not stay.any():
+        return False
+    box = np.ix_(*(np.flatnonzero(stay.any(tuple(o for o in range(stay.ndim) if o != d))) for d in range(stay.ndim)))
+    expected = before.labels[box]
+    if not stay[box].all() or expected.shape[before.dim] != new_size:
+        return False
+    if new_size == 1:  # of which no part is made
+        return True
+    found = after.labels if isinstance(after, Part) else after
+    expected = expected.squeeze()
+    return (
+        isinstance(found, np.ndarray)
+        and found.shape == expected.shape
+        and bool((units[expected] == units[found]).all())
+    )
+
+
 def _stretched(before: tuple[Value, Any], after: tuple[Value, Any]) -> bool:
     """Whether a constant axis, or one that was thought fixed, has another size."""
-    return any(
-        n != m and not isinstance(axis, np.ndarray)
-        for axis, n, m in zip(before[0].axes, before[1], after[1], strict=True)
-    )
+    return any(n != m and not labelled(axis) for axis, n, m in zip(before[0].axes, before[1], after[1], strict=True))
 
 
 def _shaped(step: Step, side: str) -> list[tuple[Value, tuple[int, ...]]]:
     values, numbers = (step.ins, step.op.inputs) if side == "ins" else (step.outs, step.op.outputs)
     return [(value, step.program.shape(v)) for value, v in zip(values, numbers, strict=True)]
-
-
-def _where(step: Step) -> str:
-    return f"{step.op.name} of {step.op.scope}" if step.op.scope else step.op.name
 
 
 def _parameters(step: Step) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax.core import freeze
 
 from kdsearch_jax import models
+from kdsearch_jax.call import Call
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -39,7 +40,8 @@ class Architecture:
       arguments: the factory's keyword arguments, JSON values, number of classes included.
       layers: {module path, joined by "/": {attribute: size}}, for all layers that hold sizes where any differs.
       dropped: paths of layers that return zeros, since their residual branch is gone.
-      input_shape: shape of one example, without the batch axis.
+      input_shape: shape of one example, without the batch axis, where it is one image.
+      call: how the module is called, where that is not with one float32 image of `input_shape`.
     """
 
     model: str
@@ -47,6 +49,12 @@ class Architecture:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
+    call: Call | None = None
+
+    @property
+    def called(self) -> Call:
+        """How the module is called."""
+        return self.call or Call.of_image(self.input_shape)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; `Architecture.from_json` inverts it."""
@@ -57,6 +65,7 @@ class Architecture:
             "layers": {path: dict(sizes) for path, sizes in self.layers.items()},
             "dropped": list(self.dropped),
             "input_shape": list(self.input_shape),
+            **({"call": self.call.to_json()} if self.call else {}),
         }
 
     @staticmethod
@@ -73,8 +82,8 @@ class Architecture:
                 f"architecture: format {record.get('format')!r} is not known here; this version reads {FORMAT}"
             )
         for key in record:
-            if key != "format" and key not in _FIELDS:
-                near = difflib.get_close_matches(str(key), _FIELDS, 1)
+            if key not in ("format", "call", *_FIELDS):
+                near = difflib.get_close_matches(str(key), ["call", *_FIELDS], 1)
                 raise ValueError(
                     f"architecture: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
@@ -89,14 +98,24 @@ class Architecture:
         if not all(map(_is_int, record["input_shape"])):
             raise ValueError(f"architecture: 'input_shape' must list sizes, not {record['input_shape']!r:.80}")
         sized = {path: {k: _tupled(v) for k, v in sizes.items()} for path, sizes in record["layers"].items()}
-        return Architecture(
-            record["model"], record["arguments"], sized, tuple(record["dropped"]), tuple(record["input_shape"])
-        )
+        call = Call.from_json(record["call"]) if "call" in record else None
+        shape = tuple(record["input_shape"])
+        return Architecture(record["model"], record["arguments"], sized, tuple(record["dropped"]), shape, call)
 
-    def module(self) -> nn.Module:
-        """The network as a Linen module: the base model itself where nothing was pruned, else a `Student`."""
-        base = models.build(self.model, self.arguments)
-        return Student.of(base, self) if self.layers or self.dropped else base
+    def module(self, base: Any = None) -> Any:
+        """The network as a module: the base model itself where nothing was pruned, else a `Student`.
+
+        base: the base model, where `model` says that it was given as an object.
+
+        Raises:
+          ValueError: there is no such model, or none was given.
+        """
+        base = models.build(self.model, self.arguments) if base is None else base
+        if not self.layers and not self.dropped:
+            return base
+        if isinstance(base, nn.Module):
+            return Student.of(base, self)
+        return base.cut(self.layers, self.dropped)
 
 
 def _is_int(value: Any) -> bool:
@@ -111,6 +130,13 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+@dataclass(frozen=True)
+class Held:
+    """A module that Linen does not take for a part of the one that has it: it would reserve a name for it."""
+
+    module: nn.Module
+
+
 class Student(nn.Module):
     """A Linen module like any other: runs `base` at the sizes in `layers`, without the layers in `dropped`.
 
@@ -118,24 +144,30 @@ class Student(nn.Module):
     Arguments, outputs and training mode are those of `base`.
     """
 
-    base: nn.Module
+    wraps: ClassVar[str] = "base"  # whose signature is that of this module
+
+    held: Held
     layers: Mapping[str, Mapping[str, Any]]
     dropped: tuple[str, ...] = ()
 
     @staticmethod
     def of(base: nn.Module, architecture: Architecture) -> Student:
         """The student of `base` that `architecture` describes."""
-        return Student(base=base, layers=freeze(architecture.layers), dropped=tuple(architecture.dropped))
+        return Student(Held(base), layers=freeze(architecture.layers), dropped=tuple(architecture.dropped))
 
-    def setup(self) -> None:
-        """The variables of `base` are the student's own: no level of nesting between."""
-        nn.share_scope(self, self.base)
+    @property
+    def base(self) -> nn.Module:
+        """The unmodified module."""
+        return self.held.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `base` at the student's sizes."""
+        # In the student's own scope: its variables, and those of modules in its fields, have no level of nesting more.
+        base = self.base.clone(parent=self.scope, _deep_clone=True)
         met: set[str] = set()
-        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped, self.path, met)):
-            output = self.base(*args, **kwargs)
+        made: list[str] = []
+        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped, self.path, met, made)):
+            output = base(*args, **kwargs)
         for path in sorted({*self.layers, *self.dropped} - met):
             _check_met(path, met)
         return output
@@ -155,24 +187,55 @@ def _check_met(path: str, met: set[str]) -> None:
 
 
 def _intercept(
-    layers: Any, dropped: Any, root: tuple[str, ...], met: set[str], call: Any, args: Any, kwargs: Any, context: Any
+    layers: Any,
+    dropped: Any,
+    root: tuple[str, ...],
+    met: set[str],
+    made: list[str],
+    call: Any,
+    args: Any,
+    kwargs: Any,
+    context: Any,
 ) -> Any:
     """Runs one method of one layer at its size (a plain function: Linen would intercept a method of `Student` too)."""
-    layer, path = context.module, context.module.path
-    path = "/".join(path[len(root) :]) if path[: len(root)] == root else ""
-    met.add(path)
-    sizes = layers.get(path, {})
-    before = {name: _attribute(layer, path, name) for name in sizes}
-    try:
-        for name, value in sizes.items():
-            # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-            object.__setattr__(layer, name, _like(value, before[name]))
-        if path in dropped and context.method_name == "__call__":
-            return _zeros(layer, args, kwargs)
+    if made:  # zeros are being made of a copy of a dropped layer, whose paths are its own
         return call(*args, **kwargs)
+    layer = context.module
+    path = _path(layer, root) or ""
+    met.add(path)
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
+            for name, value in layers.get(_path(each, root), {}).items():
+                before.append((each, name, _attribute(each, path, name)))
+                # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
+                object.__setattr__(each, name, _like(value, before[-1][-1]))
+        if path not in dropped or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        made.append(path)
+        try:
+            return _zeros(layer, args, kwargs)
+        finally:
+            made.pop()
     finally:
-        for name, value in before.items():
-            object.__setattr__(layer, name, value)
+        for each, name, value in reversed(before):
+            object.__setattr__(each, name, value)
+
+
+def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:
+    """Where a layer is below the student; None for one that is not there yet."""
+    if layer.scope is None:
+        return None
+    path = layer.path
+    return "/".join(path[len(root) :]) if path[: len(root)] == root else ""
+
+
+def _held(layer: nn.Module) -> list[nn.Module]:
+    """Layers of Flax's own that another was given as an attribute."""
+    if not type(layer).__module__.startswith("flax.linen"):
+        return []
+    held = [getattr(layer, name) for name in type(layer).__dataclass_fields__ if name != "parent"]
+    return [each for each in held if isinstance(each, nn.Module)]
 
 
 def _attribute(layer: nn.Module, path: str, name: str) -> Any:

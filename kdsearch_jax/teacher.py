@@ -4,13 +4,14 @@
 """
 
 from kdsearch_jax import cli, stages
+from kdsearch_jax.road import prepare
 
 
 def main(argv: list[str]) -> int:
     """Runs the teacher's stage only."""
     options, experiment = cli.parse(argv, cli.RunOptions, "kdsearch_jax.teacher", __doc__ or "")
     assert options.workdir is not None
-    road = stages.prepare(experiment, options.workdir, resume=options.resume, searches=False)
+    road = prepare(experiment, options.workdir, resume=options.resume, searches=False)
     cli.new_run_directory(options.workdir, experiment, options.resume)
     stages.run(road, resume=options.resume, stop_after="teacher")
     print(f"teacher: {road.teacher}")

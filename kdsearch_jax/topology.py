@@ -21,7 +21,7 @@ This file knows jaxprs only; what a library of layers adds (sizes held as attrib
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ import numpy as np
 from scipy import sparse
 
 from kdsearch_jax import program as program_lib
-from kdsearch_jax.walk import Walk, walk
+from kdsearch_jax.findings import Walk
+from kdsearch_jax.walk import walk
 
 KINDS = ("channels", "neurons", "heads", "values", "groups", "branches")
 
@@ -327,6 +328,24 @@ def leaf_shapes(variables: Any) -> dict[str, tuple[int, ...]]:
     return {path_string(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
+def map_left(function: Callable[[str, Any], Any], variables: Any, gone: Collection[str]) -> Any:
+    """`function` of each leaf's path and value, in a tree without the leaves of the layers in `gone`."""
+    left = _without(variables, frozenset(gone), ()) if gone else variables
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_string(path), leaf), left)
+
+
+def _without(tree: Any, gone: frozenset[str], path: tuple[str, ...]) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    lost = "/".join(path[1:]) in gone
+    left = {
+        key: _without(value, gone, (*path, key))
+        for key, value in tree.items()
+        if isinstance(value, Mapping) or not lost
+    }
+    return {key: value for key, value in left.items() if not isinstance(value, Mapping) or value}
+
+
 def batch_size(inputs: Any) -> int:
     """The leading axis of the first input. Raises ValueError where it has none."""
     first = jax.tree.leaves(inputs)
@@ -348,20 +367,22 @@ def assemble(found: Walk, shapes: dict[str, tuple[int, ...]], batch: int, droppa
     refused = [
         Frozen(scope, -1, 1, "a residual branch that no parameters scale as a whole") for scope in found.unscaled
     ]
+    operations = _operations(found, names) if found.branches else {}
     for branch in found.branches:
         inside = [names[leaf] for leaf in sorted(branch.leaves)]
         layers = sorted({leaf.split("/", 1)[1].rsplit("/", 1)[0] for leaf in inside if leaf.count("/") > 1})
         layers = [layer for layer in layers if _whole(layer, inside, shapes) and droppable(layer)]
-        costly = {_layer(names[i]) for t in branch.terms for i in found.terms[t].leaves}
-        if not all(found.terms[t].leaves for t in branch.terms):  # dead code only if the branch's end is left out
-            costly |= {_layer(names[leaf]) for leaf in branch.scalers}
-        if not layers or not costly <= set(layers):
+        # A stranger's layer may hold the addition itself.
+        layers = [layer for layer in layers if layer in operations and operations[layer] <= branch.ops]
+        gone = {leaf for leaf in branch.leaves if _layer(names[leaf]) in layers}
+        assert found.graph is not None
+        if not layers or not found.graph.left(branch, gone).isdisjoint(branch.terms):
             refused.append(Frozen(inside[-1], -1, 1, "a residual branch whose layers cannot be left out by themselves"))
             continue
         name = _unique(_common(layers) + ":branch", taken)
         members = tuple(Member(names[leaf], -1, None, True) for leaf in sorted(branch.scalers))
         groups.append(Group(name, "branches", 1, members, tuple(layers)))
-        for t in branch.terms:
+        for t in (t for terms in branch.terms.values() for t in terms):
             branch_of_term[t] = (*branch_of_term[t], start)
         for leaf in inside:
             if leaf.split("/", 1)[1].rsplit("/", 1)[0] in layers:
@@ -399,7 +420,7 @@ def _units(found: Walk, names: list[str]) -> tuple[np.ndarray, np.ndarray, tuple
     free = np.flatnonzero((why < 0) & (labels.leaf >= 0))
     _, first, unit = np.unique(component[free], return_index=True, return_inverse=True)
     # Units of the same make have labels on the same axes: equal sums of random numbers, one for each axis.
-    random = np.random.default_rng(0).integers(2**63, size=int(keys.max()) + 1, dtype=np.uint64)
+    random = np.random.default_rng(0).integers(2**63, size=max(int(keys.max()), 0) + 1, dtype=np.uint64)
     sums = np.zeros(len(first), np.uint64)
     np.add.at(sums, unit, random[keys[free]])
     _, make, size = np.unique(sums, return_inverse=True, return_counts=True)
@@ -480,6 +501,23 @@ def _whole(layer: str, inside: Sequence[str], shapes: Mapping[str, Any]) -> bool
     """Whether every parameter of `layer` lies inside."""
     own = [leaf for leaf in shapes if leaf.split("/", 1)[1].rsplit("/", 1)[0] == layer]
     return set(own) <= set(inside)
+
+
+def _operations(found: Walk, names: Sequence[str]) -> dict[str, set[int]]:
+    """{path of a layer that has none below it: its operations}."""
+    assert found.graph is not None
+    scopes: dict[str, list[int]] = {}
+    for i, op in enumerate(found.graph.program.ops):
+        scopes.setdefault(op.scope, []).append(i)
+    layers = {_layer(name) for name in names}
+    above = {layer.rsplit("/", n)[0] for layer in layers for n in range(1, layer.count("/") + 1)}
+    result: dict[str, set[int]] = {layer: set() for layer in layers - above}
+    for scope, ops in scopes.items():
+        parts = [part.split(".")[0] for part in scope.split("/")]  # a method's name may stand behind that of its layer
+        for i in range(len(parts)):
+            for j in range(i + 1, len(parts) + 1):
+                result.get("/".join(parts[i:j]), set()).update(ops)
+    return result
 
 
 def _common(layers: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kdsearch_jax import surgery
 from kdsearch_jax.network import Network, trace
@@ -28,7 +29,7 @@ def variables_of(module: nn.Module, *inputs: Any, seed: int = 0, **kwargs: Any) 
     rng = np.random.default_rng(seed)
 
     def value(path: Any, leaf: Any) -> np.ndarray:
-        if path[-1].key in ("scale", "var", "gamma"):
+        if getattr(path[-1], "key", None) in ("scale", "var", "gamma"):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
         fan_in = max(1, math.prod(leaf.shape[:-1]))
         return (rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
@@ -96,6 +97,62 @@ def reasons(network: Network) -> dict[str, str]:
         name = f"{item.leaf.removeprefix('params/')}[{item.axis}]" if item.axis >= 0 else item.leaf
         found[name] = "; ".join(filter(None, [found.get(name), item.reason]))
     return found
+
+
+def network(function: Any) -> nn.Module:
+    """A module from the body of its `__call__`."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> Any:
+            return function(self, x)
+
+    Net.__name__ = function.__name__.strip("_")
+    return Net()
+
+
+class Cases(list[Any]):
+    """Networks, each with the groups and some of the frozen axes to be found in it: parameters of a test."""
+
+    def __call__(self, shape: tuple[int, ...], free: dict[str, tuple[str, int]], frozen: Any = None) -> Any:
+        """A decorator: a network with its groups, and a part of the reason for some of its frozen axes."""
+
+        def register(function: Any) -> Any:
+            self.append(pytest.param(network(function), shape, free, frozen or {}, id=function.__name__.strip("_")))
+            return function
+
+        return register
+
+
+def check(module: nn.Module, shape: tuple[int, ...], free: Any, frozen: Any, hows: tuple[str, ...]) -> None:
+    """Just these groups, frozen for these reasons, and proved."""
+    x = image(*shape)
+    found = traced(module, x)
+    assert groups(found) == free
+    why = reasons(found)
+    for axis, part in frozen.items():
+        assert axis in why and part in why[axis]
+    prove(found, variables_of(module, x), x, hows=hows)
+
+
+def channels(**sizes: int) -> dict[str, tuple[str, int]]:
+    """Groups of this kind."""
+    return {name: ("channels", size) for name, size in sizes.items()}
+
+
+def neurons(**sizes: int) -> dict[str, tuple[str, int]]:
+    """Groups of this kind."""
+    return {name: ("neurons", size) for name, size in sizes.items()}
+
+
+def branch(name: str) -> dict[str, tuple[str, int]]:
+    """A residual branch."""
+    return {f"{name}:branch": ("branches", 1)}
+
+
+def out(x: jax.Array) -> jax.Array:
+    """Three logits."""
+    return nn.Dense(3, name="out")(x)
 
 
 def norm(name: str) -> nn.BatchNorm:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdsearch_jax import baselines, budget, surgery, train
+from kdsearch_jax import baselines, budget, surgery
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
+from kdsearch_jax.call import mode
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.network import trace
 from kdsearch_jax.student import Architecture
@@ -31,7 +32,7 @@ def network(name):
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda x: random.uniform(0.5, 1.5, x.shape).astype(np.float32), shapes)
-    return trace(module, images, **train.mode(module, train=False)), variables, architecture
+    return trace(module, images, **mode(module, train=False)), variables, architecture
 
 
 @pytest.mark.parametrize("bounds", [BudgetConfig(0.5), BudgetConfig(None, 0.6), BudgetConfig(0.6, 0.7, 2)], ids=str)

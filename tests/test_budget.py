@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdsearch_jax import budget, models, train
+from kdsearch_jax import budget, models
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
+from kdsearch_jax.call import mode
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.network import trace
 from kdsearch_jax.topology import Topology
@@ -32,7 +33,7 @@ def topology(name: str) -> Topology:
     model, arguments, shape = NETWORKS[name]
     module = models.build(model, {"num_classes": 10, **arguments})
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    return trace(module, images, **train.mode(module, train=False)).topology
+    return trace(module, images, **mode(module, train=False)).topology
 
 
 def limits(name: str, macs: float | None = 0.5, params: float | None = None, round_to: int = 1) -> Limits:

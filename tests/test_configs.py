@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdsearch_jax import models, search
+from kdsearch_jax import models
 from kdsearch_jax.config import check, config_names, from_json, load_experiment, to_json
+from kdsearch_jax.search.__main__ import main as search_main
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,7 +51,7 @@ def test_a_header_gives_command_hardware_time_and_result(name):
     fields = dict(line.split(":", 1) for line in header.splitlines() if ":" in line[:10])
     assert {"command", "hardware", "time", "result"} <= set(fields)
     assert all(fields[k].strip() for k in ("command", "hardware", "time", "result"))
-    assert f"--config {name}" in fields["command"] or name == "digits"  # the default
+    assert f"--config {name}" in fields["command"] or name in ("digits", "own")  # the defaults
 
 
 def generated(path: Path, side: int, channels: int, classes: int, images: int = 240) -> Path:
@@ -63,22 +64,34 @@ def generated(path: Path, side: int, channels: int, classes: int, images: int = 
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_quick_variant_runs_the_whole_road(name, tmp_path):
+def quick_run(name: str, folder: Path, *options: str) -> Path:
+    """The directory of a run of the quick variant on generated data."""
     experiment = load_experiment(name, quick=True)
     side, channels, classes = SHAPES[experiment.data.name]
-    data = generated(tmp_path / "data.npz", experiment.data.image_size or side, channels, min(classes, 10))
-    run = tmp_path / "run"
-    status = search.main(
-        ["--config", name, "--quick", "--data.name", f"npz:{data}", "--baselines", "uniform", "--workdir", str(run)]
+    data = generated(folder / "data.npz", experiment.data.image_size or side, channels, min(classes, 10))
+    line = ["--config", name, "--quick", "--data.name", f"npz:{data}", "--workdir", str(folder / "run"), *options]
+    assert search_main(line) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quick_variant_trains_searches_cuts_and_retrains(name, tmp_path):
+    run = quick_run(name, tmp_path, "--baselines", "--stop-after", "retrain")
+    budget = load_experiment(name).budget
+    teacher, student = (
+        json.loads((run / stage / "network" / "network.json").read_text())["payload"]["info"]
+        for stage in ("teacher", "retrain")
     )
-    assert status == 0
+    for bound in ("macs", "params"):
+        share = getattr(budget, bound)
+        assert share is None or student[bound] <= share * teacher[bound]
+    assert json.loads((run / "search" / "selection.json").read_text())["proof"]["difference"] <= 1e-5
+
+
+def test_a_quick_variant_runs_the_whole_road(tmp_path):
+    run = quick_run("cifar10_resnet20", tmp_path, "--baselines", "uniform")
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
     assert {"teacher", "student", "uniform"} <= set(rows)
-    for bound in ("macs", "params"):
-        share = getattr(experiment.budget, bound)
-        if share is not None:
-            assert rows["student"][bound] <= share * rows["teacher"][bound]
     assert all(np.isfinite(value) for row in rows.values() for value in row.values() if isinstance(value, float))
     assert (run / "student" / "architecture.json").is_file()
 

@@ -23,8 +23,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kdsearch_jax import data
+from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batches
 from kdsearch_jax.config import DataConfig
-from kdsearch_jax.data import Dataset, augment, batch_indices, load, normalise, padded_batches
+from kdsearch_jax.data import load
+from kdsearch_jax.examples import Dataset, Split, hold_out
 
 SPLITS = ("train", "validation", "test")
 
@@ -98,8 +100,8 @@ def test_one_set_of_arrays_is_split_by_class(tmp_path, share):
 def test_every_class_gives_its_share_give_or_take_one(sizes, share, stream):
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     count = max(1, round(share * len(labels)))
-    split = data.Split(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
-    kept, held = data._hold_out(split, count, stream)
+    split = Split.of(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
+    kept, held = hold_out(split, count, stream)
     assert len(held) == count
     assert sorted([*kept.images.ravel(), *held.images.ravel()]) == list(range(len(labels)))
     expected = count / len(labels) * np.asarray(sizes)

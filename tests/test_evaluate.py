@@ -14,7 +14,8 @@ from flax import linen as nn
 from kdsearch_jax import cli, evaluate, models
 from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.config import DataConfig
-from kdsearch_jax.data import Split, load
+from kdsearch_jax.data import load
+from kdsearch_jax.examples import Split
 from kdsearch_jax.student import Architecture
 
 MEAN, STD = (0.4,), (0.3,)
@@ -155,7 +156,7 @@ def test_a_network_agrees_with_itself():
 
 def test_evaluate_is_the_score_of_predictions(network, images):
     labels = np.arange(101, dtype=np.int32) % 10
-    found = evaluate.evaluate(*network, Split(images, labels), MEAN, STD, batch_size=33)
+    found = evaluate.evaluate(*network, Split.of(images, labels), MEAN, STD, batch_size=33)
     logits = evaluate.predict(*network, images, MEAN, STD)
     assert found == pytest.approx(evaluate.score(logits, labels), rel=1e-5)
     assert set(found) == {"loss", "accuracy", "accuracy_top5"}

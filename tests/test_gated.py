@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from benchmarks import search_step
-from kdsearch_jax import budget, data, gated, losses, models, train
+from kdsearch_jax import budget, data, forward, gated, losses, models, optimizer, steps, train
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.batches import normalise
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.network import trace
+from kdsearch_jax.task import classification
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STAGE = StageConfig(steps=20, batch_size=32, learning_rate=0.02, schedule="constant")
 RUN = RunConfig(steps_per_dispatch=4)
 DISTILL = DistillConfig()
+TASK = classification(DISTILL)
 DATA = DataConfig("digits", train_limit=256)
 GATES, BUDGET = GatesConfig(), BudgetConfig()
 
@@ -54,7 +57,7 @@ def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network
     """A whole search: (network, limits, last state)."""
     network, tx, state = begin(config, stage, network)
     limits = budget.resolve(bounds, network.topology)
-    step = gated.search_step(network, network.module, tx, DISTILL, config, run)
+    step = gated.search_step(network, network.module, tx, TASK, config, run)
     between = gated.controller(network.topology, limits, stage, config, run)
     state = train.fit(
         state, step, digits(), DATA, stage, run, directory=directory, name="search", meta={},
@@ -71,7 +74,7 @@ def flat(network, tree):
 
 
 def batch():
-    images = data.normalise(digits().train.images[:32], np.asarray(digits().mean), np.asarray(digits().std))
+    images = normalise(digits().train.images[:32], np.asarray(digits().mean), np.asarray(digits().std))
     return {"images": jnp.asarray(images), "labels": jnp.asarray(digits().train.labels[:32])}
 
 
@@ -80,7 +83,7 @@ def test_importance_is_the_mean_square_of_gate_times_gradient():
     config = GatesConfig(importance_decay=0.5)
     network, tx, state = begin(config)
     assert (flat(network, state.extra["gates"]) == 1).all()
-    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, config, RUN))
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, config, RUN))
     # The teacher's own logits as the target would give a gradient of zero at the start: ask for other ones.
     constants = jax.tree.map(lambda x: 1.2 * x, teacher()[1])
 
@@ -88,8 +91,8 @@ def test_importance_is_the_mean_square_of_gate_times_gradient():
     def fisher(state, key):
         def loss(gates):
             folded = gates_lib.fold({"params": state.params}, gates, network.topology)["params"]
-            logits, _ = train.apply_train(network.module, folded, state.model_state, batch()["images"], key)
-            target = train.apply_eval(network.module, constants, batch()["images"])
+            logits, _ = forward.apply_train(network.module, folded, state.model_state, batch()["images"], key)
+            target = forward.apply_eval(network.module, constants, batch()["images"])
             return losses.distillation(logits, target, batch()["labels"], DISTILL).mean()
 
         gates = state.extra["gates"]
@@ -109,12 +112,12 @@ def test_importance_is_the_mean_square_of_gate_times_gradient():
 def test_without_a_penalty_gates_at_one_leave_the_teacher_as_it_is():
     """The first loss is that of distilling the teacher into itself, in training mode."""
     network, tx, state = begin()
-    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     _, metrics = step(state, batch(), jax.random.key(0), teacher()[1])
     plain = jax.jit(
-        train.distill_step(network.module, network.module, train.make_optimizer(STAGE), STAGE, DISTILL, RUN)
+        steps.distill_step(network.module, network.module, optimizer.make_optimizer(STAGE), STAGE, RUN, TASK)
     )
-    alone = train.create_state(teacher()[1], train.make_optimizer(STAGE))
+    alone = steps.create_state(teacher()[1], optimizer.make_optimizer(STAGE))
     _, expected = plain(alone, batch(), jax.random.key(0), teacher()[1])
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
 
@@ -124,7 +127,7 @@ def test_what_the_penalty_says_happens_to_the_gates_and_not_to_the_weights():
     name = network.topology.groups[0].name
     penalty = jax.tree.map(jnp.zeros_like, state.extra["penalty"])
     penalty[name] = penalty[name].at[1].set(1e6)
-    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     punished, _ = step(
         state.replace(extra={**state.extra, "penalty": penalty}), batch(), jax.random.key(0), teacher()[1]
     )
@@ -231,7 +234,7 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
     gates = gates_lib.mask(state.extra["gates"], keep)
     state, metrics = between(state.replace(step=jnp.int32(20), extra={**state.extra, "gates": gates}))
     assert metrics["lambda2"] == 0
-    step = jax.jit(gated.search_step(network, network.module, tx, DISTILL, GatesConfig(), RUN))
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     for i in range(5):
         state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
     np.testing.assert_array_equal(flat(network, state.extra["gates"]) > 0, flat(network, keep))

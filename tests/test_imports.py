@@ -16,15 +16,16 @@ PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 # From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
 # `models` and `report` stand for all their modules.
 LAYERS = [
-    {"config", "library", "program"},
-    {"branches", "losses", "models", "prox"},
-    {"labels", "findings", "rules", "walk", "pretrained", "student", "data", "metrics", "cli"},
-    {"topology", "sizes", "checkpoint"},
-    {"linen", "gates", "budget", "train"},
+    {"config", "library", "program", "attributes", "functional"},
+    {"branches", "losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution"},
+    {"labels", "findings", "rules", "walk", "pretrained", "student", "examples", "forward", "metrics", "cli"},
+    {"topology", "sizes", "checkpoint", "data", "task"},
+    {"linen", "nnx", "gates", "budget", "steps", "train"},
     {"network"},
-    {"surgery", "evaluate", "export", "report", "baselines", "gated"},
+    {"surgery", "evaluate", "export", "report", "baselines", "gated", "weights"},
+    {"road"},
     {"stages"},
-    {"teacher", "search", "retrain"},
+    {"teacher", "api", "search", "retrain", "inspect"},
     {"__init__"},
 ]
 
@@ -44,6 +45,9 @@ ONLY = {
     "losses": {"jax", "optax"},
     "prox": {"jax", "optax"},
     "student": {"flax", "jax", "numpy"},
+    "attributes": {"flax"},
+    "functional": {"flax", "jax", "numpy"},
+    "nnx": {"flax", "jax"},
     "models": {"flax", "jax", "numpy"},
 }
 

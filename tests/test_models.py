@@ -1,13 +1,13 @@
 """The networks: published sizes, PyTorch's padding, names that stay, the call that all share, and clear refusals."""
 
 import math
-import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import check_call, check_names
+from proof import variables_of
 
 from kdsearch_jax import models
 from kdsearch_jax.models import blocks
@@ -41,6 +41,22 @@ SMALL = {  # every network at a size that computes at once: name, arguments, inp
         {"patch": 4, "width": 12, "depth": 1, "heads": 3, "mlp_dim": 16, "pool": "mean"},
         (8, 12, 1),
     ),
+    "vit distilled": (
+        "vit",
+        {"patch": 4, "width": 12, "depth": 1, "heads": 3, "mlp_dim": 16, "distillation": "head"},
+        (8, 8, 3),
+    ),
+    "convnext": (
+        "convnext",
+        {"stage_blocks": [1, 1], "widths": [8, 12], "patch": 2, "layer_scale": 0.5},
+        (8, 8, 3),
+    ),
+    "mixer": ("mixer", {"patch": 4, "width": 12, "depth": 1, "token_neurons": 6, "channel_neurons": 8}, (8, 12, 1)),
+    "swin": (
+        "swin",
+        {"stage_blocks": [2], "heads": [2], "width": 12, "window": 4, "patch": 2},
+        (10, 12, 3),
+    ),
     "small_cnn": ("small_cnn", {"width": 4}, DIGITS),
     "mlp": ("mlp", {"hidden": [8, 6]}, DIGITS),
 }
@@ -49,20 +65,6 @@ SMALL = {  # every network at a size that computes at once: name, arguments, inp
 def small(case: str, num_classes: int = 5):
     name, arguments, shape = SMALL[case]
     return models.build(name, {"num_classes": num_classes, **arguments}), shape
-
-
-def random_variables(module, shape, seed=0):
-    """Variables with random values, BatchNorm's included, at sizes that keep activations near 1."""
-    rng = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        fan_in = max(1, math.prod(leaf.shape[:-1]))
-        return (rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
-
-    spec = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    return jax.tree_util.tree_map_with_path(value, spec)
 
 
 def leaf_shapes(name: str, shape: tuple[int, ...], **arguments) -> dict[str, tuple[int, ...]]:
@@ -100,49 +102,13 @@ def test_parameters_are_as_many_as_published(name, shape, arguments, published):
 
 @pytest.mark.parametrize("case", SMALL)
 def test_call(case):
-    """One convention: logits of every image that depend on that image alone, batch statistics and dropout in training
-    only, no type promotion on the sly, and bfloat16 in gives bfloat16 out."""
     module, shape = small(case)
-    images = np.random.default_rng(1).normal(size=(3, *shape)).astype(np.float32)
-    variables = random_variables(module, shape)
-    evaluate = jax.jit(module.apply)
-    with jax.numpy_dtype_promotion("strict"):
-        logits = evaluate(variables, images)
-    assert logits.shape == (3, 5) and logits.dtype == jnp.float32
-    assert np.ptp(np.asarray(logits), axis=0).min() > 0  # the images matter
-    others = np.concatenate([-images[:2], images[2:]])
-    np.testing.assert_allclose(evaluate(variables, others)[2], logits[2], rtol=1e-5, atol=1e-5)
-
-    @jax.jit
-    def train(variables, images):
-        return module.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)})
-
-    trained, changed = train(variables, images)
-    assert trained.shape == (3, 5)
-    assert jax.tree.structure(changed.get("batch_stats")) == jax.tree.structure(variables.get("batch_stats"))
-    before, after = (jax.tree.leaves(tree.get("batch_stats")) for tree in (variables, changed))
-    assert not any(np.array_equal(*pair) for pair in zip(before, after, strict=True))
-    regular = "batch_stats" not in variables and "dropout" not in SMALL[case][1]
-    assert np.allclose(trained, logits, atol=1e-5) == regular
-
-    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), (variables, images))
-    assert jax.eval_shape(module.apply, *half).dtype == jnp.bfloat16
+    check_call(module, shape, (5,), dropout="dropout" in SMALL[case][1])
 
 
 @pytest.mark.parametrize("case", SMALL)
 def test_every_layer_has_its_own_name(case):
-    """Linen's automatic names (`Conv_0`) count calls, so a dropped layer would rename those behind it."""
-    module, shape = small(case)
-    names = []
-
-    def note(next_function, args, kwargs, context):
-        names.append(context.module.name)
-        return next_function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
-    assert len(names) > 3
-    assert [name for name in names if name and re.search(r"[A-Z]|_\d+$", name)] == []
+    check_names(*small(case))
 
 
 def test_a_deeper_network_has_the_layers_of_the_shallower_one():
@@ -183,7 +149,7 @@ def test_vit_sees_a_set_of_patches_but_for_their_positions():
     module, _ = small("vit mean")
     images = np.random.default_rng(0).normal(size=(1, 8, 8, 1)).astype(np.float32)
     swapped = np.concatenate([images[:, 4:], images[:, :4]], axis=1)
-    params = random_variables(module, (8, 8, 1))["params"]
+    params = variables_of(module, np.zeros((1, 8, 8, 1), np.float32))["params"]
     apply = jax.jit(module.apply)
     blind = {"params": {**params, "positions": np.zeros_like(params["positions"])}}
     sighted = {"params": params}

@@ -4,6 +4,7 @@ clear refusals of what is damaged, dangerous or another network.
 The state dicts are written here as PyTorch's own sources name and shape them, apart from the code under test.
 """
 
+import hashlib
 import math
 import os
 import struct
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from kdsearch_jax import models, pretrained
 from kdsearch_jax.models.resnet import ResNet
 from kdsearch_jax.models.vgg import VGG
+from kdsearch_jax.pretrained import matching, torchvision
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CIFAR = (32, 32, 3)
@@ -173,6 +175,39 @@ def test_flattened_dense_layer_is_reordered(tmp_path):
     ours = image.ravel() @ np.asarray(variables["params"]["dense1"]["kernel"])
     theirs = tensors["classifier.0.weight"] @ image.transpose(2, 0, 1).ravel()
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# What fills what in torchvision's networks, each leaf's path with its tensor's name and shape, as a digest. All were
+# proved by tests/test_pretrained_torchvision.py, which is skipped where torchvision is missing: after a change, run it.
+TORCHVISION = {
+    ("resnet", 18): "504db2314dd3320d",
+    ("resnext", 50): "cf7b6f323cbbce1f",
+    ("vgg", 11): "8e2651394aff3e3b",
+    ("densenet", 121): "1ffbcf872acf50b3",
+    ("mobilenet_v2", None): "07d89c9c98db1f16",
+    ("mobilenet_v3", None): "6ab347550ac9a0b6",
+    ("efficientnet", None): "703920fd1ae22d21",
+}
+
+
+@pytest.mark.parametrize(("name", "depth"), TORCHVISION)
+def test_torchvision_names_are_as_proved(name, depth):
+    arguments = {"depth": depth} if depth else {}
+    module = models.build(name, {"num_classes": 1000, **arguments, **({"head": "flattened"} if name == "vgg" else {})})
+    found = matching.sources(module, (224, 224, 3), torchvision.naming(module, (224, 224, 3)))
+    lines = sorted(f"{'/'.join(leaf)} {source.names[0]} {source.shape}" for leaf, source in found.items())
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == TORCHVISION[name, depth]
+
+
+def test_another_width_lists_both_sides(tmp_path):
+    def naming(module):
+        return matching.sources(module, CIFAR, torchvision.naming(module, CIFAR)).values()
+
+    narrow = models.mobilenet_v2(num_classes=10, width=0.25)
+    tensors = random_tensors({source.names[0]: source.shape for source in naming(narrow)})
+    text = refusal(tmp_path, tensors, models.mobilenet_v2(num_classes=10, width=0.5))
+    assert "features.0.0.weight: 8x3x3x3 in the file, 16x3x3x3 in the network" in text
+    assert "the network needs" not in text and "the file has" not in text
 
 
 # The same logits as PyTorch
@@ -397,4 +432,4 @@ def test_other_shapes_are_listed_from_both_sides(tmp_path):
 
 def test_networks_without_names_in_pytorch_are_refused(tmp_path):
     text = refusal(tmp_path, random_tensors(RESNET20), models.mlp(num_classes=10))
-    assert "MLP" in text and "cifar_resnet, resnet and vgg" in text
+    assert "MLP" in text and "cifar_resnet, resnet" in text

@@ -320,7 +320,7 @@ def test_values_that_were_not_measured_leave_a_dash(small: Path) -> None:
     results["rows"][0]["agreement"] = None
     _write(small / "results.json", results)
     said = text(small)
-    assert "Top-5" not in said and "Time an image" not in said
+    assert "Top-5" not in said and "Time an example" not in said
     assert "Agrees with teacher 100.00% – not measured 92.62%" in said
 
 

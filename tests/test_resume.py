@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, search
+from kdsearch_jax import checkpoint
+from kdsearch_jax.search.__main__ import main as search_main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,7 +25,7 @@ LONG = ("--teacher.steps", "0", "--search.steps", "40", "--retrain.steps", "40",
 
 def road(directory, *argv) -> int:
     """The road in this process."""
-    return search.main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
+    return search_main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
 
 
 def same_results(a: Path, b: Path) -> None:

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import traverse_util
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, evaluate, export, models, pretrained, retrain, search, stages, teacher
+from kdsearch_jax import checkpoint, cli, evaluate, export, models, retrain, stages, teacher
 from kdsearch_jax.config import load_experiment
+from kdsearch_jax.pretrained import matching, torchvision
 from kdsearch_jax.report.__main__ import main as report_main
+from kdsearch_jax.search.__main__ import main as search_main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,7 +28,7 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for processes: what `quick_co
 SHORT = ("--teacher.steps", "0", "--search.steps", "4", "--retrain.steps", "0", "--baselines")
 
 
-def tiny(workdir, *argv, command=search.main) -> int:
+def tiny(workdir, *argv, command=search_main) -> int:
     """Runs a command on the tiny experiment, in this process."""
     return command(["--config", TINY, "--workdir", str(workdir), *map(str, argv)])
 
@@ -173,7 +174,7 @@ def test_a_run_that_is_finished_is_not_done_again(run, tmp_path):
     shutil.copytree(run, copy)
     networks = {name: contents(copy / name) for name in ("teacher", "search", "retrain", "uniform")}
     (copy / "results.json").unlink()
-    assert search.main(["--resume", "--workdir", str(copy)]) == 0
+    assert search_main(["--resume", "--workdir", str(copy)]) == 0
     assert (copy / "results.json").is_file()
     assert networks == {name: contents(copy / name) for name in networks}
     assert len(read(copy / "environment.json")["earlier"]) == 1
@@ -186,10 +187,10 @@ def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
     assert tiny(directory, *both, command=teacher.main) == 0
     assert str(directory / "teacher" / "network") in capsys.readouterr().out
     assert not (directory / "search").exists()
-    assert search.main(["--workdir", str(directory), "--resume", "--stop-after", "search"]) == 0
+    assert search_main(["--workdir", str(directory), "--resume", "--stop-after", "search"]) == 0
     assert "--resume" in capsys.readouterr().out
     assert (directory / "report" / "index.html").is_file() and not (directory / "retrain").exists()
-    assert search.main(["--workdir", str(directory), "--resume"]) == 0
+    assert search_main(["--workdir", str(directory), "--resume"]) == 0
     for name in ("teacher", "search", "retrain", "uniform"):
         assert same(arrays(directory / name / "network"), arrays(run / name / "network")), name
     assert same(arrays(directory / "student"), arrays(run / "student"))
@@ -213,11 +214,11 @@ def test_a_teacher_of_another_run(run, tmp_path, source):
 def test_a_teacher_from_pytorch(tmp_path):
     """A state dict under PyTorch's names: the network has its numbers, and no teacher is trained."""
     module = models.build("cifar_resnet", {"depth": 8, "width": 4, "num_classes": 10})
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-    layers, random, tensors = pretrained._layer_names(module), np.random.default_rng(0), {}
-    for leaf, spec in traverse_util.flatten_dict(shapes).items():
-        name = pretrained._tensor_name(leaf, layers, {})
-        tensors[name] = random.uniform(0.1, 0.5, pretrained._torch_shape(spec.shape)).astype(np.float32)
+    random, naming = np.random.default_rng(0), torchvision.naming(module, (8, 8, 1))
+    tensors = {
+        source.names[0]: random.uniform(0.1, 0.5, source.shape).astype(np.float32)
+        for source in matching.sources(module, (8, 8, 1), naming).values()
+    }
     safetensors.numpy.save_file(tensors, tmp_path / "teacher.safetensors")
     status = tiny(
         tmp_path / "run", *SHORT, "--stop-after", "search", "--teacher-from", tmp_path / "teacher.safetensors",
@@ -232,11 +233,11 @@ def test_a_teacher_from_pytorch(tmp_path):
     assert read(tmp_path / "run" / "search" / "architecture.json")["layers"]
 
 
-@pytest.mark.parametrize("command", [search.main, retrain.main], ids=["search", "retrain"])
+@pytest.mark.parametrize("command", [search_main, retrain.main], ids=["search", "retrain"])
 def test_a_search_of_another_run(run, tmp_path, command):
     """Without --config, the experiment is that of the run; the new directory needs the old one no more."""
     directory, before = tmp_path / "run", contents(run)
-    source = run if command is search.main else run / "search"
+    source = run if command is search_main else run / "search"
     argv = ["--search-from", str(source), "--workdir", str(directory), "--retrain.steps", "4", "--baselines"]
     assert command(argv) == 0
     assert contents(run) == before
@@ -363,8 +364,8 @@ def test_teachers_of_other_data_and_students_are_refused(run, tmp_path):
         (("--teacher-from", run, "--data.name", seven), "tells apart 10 classes, but .* has 7"),
         (("--teacher-from", run, "--data.name", large), r"takes images \(8, 8, 1\), those of .* are \(12, 12, 1\)"),
         (("--teacher-from", run / "student"), "was cut already"),
-        (("--teacher-from", run / "report"), "is not the directory of a network"),
-        (("--teacher-from", run / "student" / "student.safetensors"), "PyTorch|exported by kdsearch_jax"),
+        (("--teacher-from", run / "report"), "is no directory that is known"),
+        (("--teacher-from", run / "student" / "student.safetensors"), "holds another network: the model needs"),
         (("--search-from", run, "--data.name", seven), "tells apart 10 classes"),
         (("--search-from", run, "--budget.macs", "0.5"), "is not that of the search"),
         (("--search-from", run / "teacher"), "no run with a finished search"),
@@ -399,7 +400,7 @@ def test_a_directory_that_holds_a_run_stays_as_it_is(run):
     with refused(r"another experiment \(search.steps: 12, not 13\)", run):
         tiny(run, "--baselines", "uniform", "magnitude", "--search.steps", "13", "--resume")
     with refused("already holds a run", run):
-        search.main(["--search-from", str(run), "--workdir", str(run)])
+        search_main(["--search-from", str(run), "--workdir", str(run)])
 
 
 @pytest.mark.parametrize("damage", ["missing array", "flipped byte", "half of network.json", "no architecture"])

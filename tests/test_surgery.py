@@ -131,10 +131,10 @@ class Projects(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = nn.relu(nn.Dense(6, name="a")(x))
-        z = nn.Dense(8, name="b")(y)
+        y = nn.relu(nn.Dense(7, name="a")(x))
+        z = nn.Dense(16, name="b")(y)
         if y.shape != z.shape:
-            y = nn.Dense(8, name="p")(y)
+            y = nn.Dense(16, name="p")(y)
         return nn.Dense(3, name="out")(nn.relu(y + z))
 
 
@@ -144,7 +144,7 @@ def test_code_that_decides_by_its_sizes_is_found_by_the_proof():
     variables = variables_of(network.module, x)
     prove(network, variables, x, hows=("branches",))
     gates, keep = gates_lib.init(network.topology), gates_lib.everything(network.topology)
-    keep["b"][:2] = False  # 6 and 6: no projection
+    keep["b"][:9] = False  # 7 and 7: no projection
     sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
     with pytest.raises(surgery.SurgeryError) as raised:
         surgery.verify(network, variables, gates, keep, sliced, x)

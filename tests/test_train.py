@@ -22,10 +22,14 @@ import numpy as np
 import optax
 import pytest
 
-from kdsearch_jax import evaluate, train
+from kdsearch_jax import evaluate, forward, optimizer, steps, train
+from kdsearch_jax.batches import batch_indices
 from kdsearch_jax.config import DataConfig, DistillConfig, RunConfig, StageConfig
-from kdsearch_jax.data import Dataset, Split, batch_indices
+from kdsearch_jax.devices import data_mesh, replicate
+from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.task import classification
 
+TASK = classification(DistillConfig())
 RUN = RunConfig(steps_per_dispatch=4, checkpoint_every=8, evaluate_every=8)
 STAGE = StageConfig(steps=12, batch_size=16, learning_rate=0.1, warmup=2, clip=5.0)
 
@@ -67,7 +71,7 @@ def dataset(examples: int = 96, size: int = 8, classes: int = 3) -> Dataset:
     random = np.random.default_rng(0)
     labels = random.integers(0, classes, examples, dtype=np.int32)
     images = random.integers(0, 120, (examples, size, size, 1)) + 60 * labels[:, None, None, None]
-    split = Split(images.astype(np.uint8), labels)
+    split = Split.of(images.astype(np.uint8), labels)
     names = tuple(str(i) for i in range(classes))
     return Dataset("bright", split, split, split, classes, (0.5,), (0.25,), names)
 
@@ -89,9 +93,9 @@ def fit(directory, state=None, step=None, *, stage=STAGE, run=RUN, data=None, ex
     """`train.fit` of a small network on little data, with everything else as given."""
     if state is None:
         module, variables = network()
-        tx = train.make_optimizer(stage)
-        state = train.create_state(variables, tx, ema=stage.ema)
-        step = step or train.supervised_step(module, tx, stage, run)
+        tx = optimizer.make_optimizer(stage)
+        state = steps.create_state(variables, tx, ema=stage.ema)
+        step = step or steps.supervised_step(module, tx, stage, run, TASK)
     data = data or DataConfig("bright", crop=1, flip=True)
     options = {"name": "test", "meta": {}, "seed": 3, **options}
     return train.fit(state, step, examples or dataset(), data, stage, run, directory=Path(directory), **options)
@@ -114,7 +118,7 @@ def same(a, b) -> bool:
 
 
 def test_cosine_rises_in_the_warm_up_and_ends_at_zero():
-    schedule = train.make_schedule(StageConfig(steps=100, learning_rate=0.4, warmup=10))
+    schedule = optimizer.make_schedule(StageConfig(steps=100, learning_rate=0.4, warmup=10))
     np.testing.assert_allclose([schedule(0), schedule(9), schedule(10)], [0.04, 0.4, 0.4], rtol=1e-6)
     np.testing.assert_allclose(schedule(55), 0.2, rtol=1e-5)  # half of the way
     assert 0 < schedule(99) < 2e-4 and schedule(100) == 0
@@ -125,26 +129,26 @@ def test_cosine_rises_in_the_warm_up_and_ends_at_zero():
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_steps_fall_at_shares_of_all_steps(warmup):
     stage = StageConfig(steps=100, learning_rate=1.0, schedule="step", boundaries=(0.5, 0.75), decay=0.1, warmup=warmup)
-    schedule = train.make_schedule(stage)
+    schedule = optimizer.make_schedule(stage)
     found = [schedule(i) for i in (warmup, 49, 50, 74, 75, 99)]
     np.testing.assert_allclose(found, [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
 
 
 def test_two_boundaries_in_one_step_both_count():
     stage = StageConfig(steps=2, learning_rate=1.0, schedule="step", boundaries=(0.4, 0.6), decay=0.1)
-    np.testing.assert_allclose(train.make_schedule(stage)(1), 0.01, rtol=1e-5)
+    np.testing.assert_allclose(optimizer.make_schedule(stage)(1), 0.01, rtol=1e-5)
 
 
 def test_constant_stays_and_one_update_of_warm_up_is_none():
     for warmup in (0, 1):
-        schedule = train.make_schedule(StageConfig(steps=10, learning_rate=0.3, schedule="constant", warmup=warmup))
+        schedule = optimizer.make_schedule(StageConfig(steps=10, learning_rate=0.3, schedule="constant", warmup=warmup))
         np.testing.assert_allclose([schedule(i) for i in (0, 1, 9)], 0.3, rtol=1e-6)
 
 
 def test_sgd_is_nesterov_with_coupled_decay_of_kernels():
     """Two updates against the textbook: g += λw on kernels, v ← μv + g, w ← w − η(g + μv)."""
     stage = StageConfig(steps=9, schedule="constant", learning_rate=0.1, momentum=0.9, weight_decay=0.2)
-    tx = train.make_optimizer(stage)
+    tx = optimizer.make_optimizer(stage)
     params = {"layer": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0)}}
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
     state, found = tx.init(params), params
@@ -162,7 +166,7 @@ def test_sgd_is_nesterov_with_coupled_decay_of_kernels():
 
 def test_adamw_decays_kernels_apart_from_the_gradient():
     stage = StageConfig(steps=9, schedule="constant", optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
-    tx = train.make_optimizer(stage)
+    tx = optimizer.make_optimizer(stage)
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3, rtol=1e-6)
@@ -173,7 +177,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient():
     stage = StageConfig(steps=9, schedule="constant", learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip=0.25)
     params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -4.0)}
-    updates, _ = train.make_optimizer(stage).update(gradient, train.make_optimizer(stage).init(params), params)
+    updates, _ = optimizer.make_optimizer(stage).update(gradient, optimizer.make_optimizer(stage).init(params), params)
     np.testing.assert_allclose(optax.tree.norm(updates), 0.25, rtol=1e-5)
 
 
@@ -191,7 +195,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient():
 )
 def test_settings_out_of_range_are_named(setting, value, message):
     with pytest.raises(ValueError, match=message):
-        train.make_optimizer(replace(StageConfig(), **{setting: value}))
+        optimizer.make_optimizer(replace(StageConfig(), **{setting: value}))
 
 
 # --- one update -----------------------------------------------------------------------------------------------------
@@ -204,15 +208,15 @@ def test_modules_of_every_kind_train_and_evaluate():
         (Noisy(), {"deterministic": True}, {"calls"}),
         (network()[0], {}, {"batch_stats"}),
     ]:
-        state = train.create_state(
+        state = steps.create_state(
             jax.jit(partial(module.init, **arguments))(jax.random.key(0), images), optax.sgd(0.1)
         )
         assert set(state.model_state) == state_names
-        trained = jax.jit(partial(train.apply_train, module))
+        trained = jax.jit(partial(forward.apply_train, module))
         logits, kept = trained(state.params, state.model_state, images, jax.random.key(2))
         assert logits.shape == (4, 3) and logits.dtype == jnp.float32
         assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state.model_state)
-        quiet = jax.jit(partial(train.apply_eval, module))(state.variables, images)
+        quiet = jax.jit(partial(forward.apply_eval, module))(state.variables, images)
         if state_names:
             assert not same(kept, state.model_state)  # statistics move
             assert (logits != quiet).any()
@@ -221,10 +225,10 @@ def test_modules_of_every_kind_train_and_evaluate():
 def test_dropout_follows_the_key():
     images = jnp.ones((4, 8, 8, 1))
     variables = Noisy().init(jax.random.key(0), images, deterministic=True)
-    state = train.create_state(variables, optax.sgd(0.1))
+    state = steps.create_state(variables, optax.sgd(0.1))
 
     def logits(seed):
-        return train.apply_train(Noisy(), state.params, state.model_state, images, jax.random.key(seed))[0]
+        return forward.apply_train(Noisy(), state.params, state.model_state, images, jax.random.key(seed))[0]
 
     assert (logits(1) == logits(1)).all() and (logits(1) != logits(2)).any()
 
@@ -232,10 +236,10 @@ def test_dropout_follows_the_key():
 def test_bf16_computes_in_bf16_and_keeps_float32():
     module, variables = network()
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
-    state = train.create_state(variables, optax.sgd(0.1))
+    state = steps.create_state(variables, optax.sgd(0.1))
 
     def loss(params, precision):
-        logits, kept = train.apply_train(module, params, state.model_state, images, jax.random.key(2), precision)
+        logits, kept = forward.apply_train(module, params, state.model_state, images, jax.random.key(2), precision)
         return logits.mean(), (logits, kept)
 
     text = str(jax.make_jaxpr(lambda p: loss(p, "bf16"))(state.params))
@@ -257,14 +261,14 @@ def test_bf16_computes_in_bf16_and_keeps_float32():
 def test_unknown_precision_is_named():
     module, variables = network()
     with pytest.raises(ValueError, match="precision: 'fp16'.*bf16"):
-        train.apply_eval(module, variables, jnp.zeros((1, 8, 8, 1)), "fp16")
+        forward.apply_eval(module, variables, jnp.zeros((1, 8, 8, 1)), "fp16")
 
 
 def test_average_is_its_formula_and_forgets_the_first_values():
     values = [jnp.full(3, v) for v in (1.0, 2.0, 4.0)]
     average, expected = {"w": jnp.zeros(3), "n": jnp.zeros((), jnp.int32)}, 0.0
     for i, value in enumerate(values):
-        average = train.averaged(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
+        average = steps.averaged(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
         rate = min(0.15, (1 + i) / (10 + i))
         expected = rate * expected + (1 - rate) * float(value[0])
     np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
@@ -276,9 +280,9 @@ def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
     teacher_variables["params"]["dense"]["kernel"] *= 5
     module, variables = network()
     stage = StageConfig(steps=40, batch_size=32, learning_rate=0.05)
-    tx = train.make_optimizer(stage)
-    step = train.distill_step(module, teacher, tx, stage, DistillConfig(), RUN)
-    fit(tmp_path, train.create_state(variables, tx), step, stage=stage, constants=teacher_variables)
+    tx = optimizer.make_optimizer(stage)
+    step = steps.distill_step(module, teacher, tx, stage, RUN, TASK)
+    fit(tmp_path, steps.create_state(variables, tx), step, stage=stage, constants=teacher_variables)
     found = rows(tmp_path)
     assert found[-1]["loss"] < 0.5 * found[0]["loss"]
 
@@ -296,12 +300,17 @@ def test_supervised_training_learns(tmp_path):
 def updates(scanned: bool, lengths: tuple[int, ...]):
     """The state and the losses after calls of so many updates each, without the rest of `fit`."""
     module, variables = network()
-    tx, mesh, data, examples = train.make_optimizer(STAGE), train.data_mesh(), DataConfig(crop=1, flip=True), dataset()
-    step = train.supervised_step(module, tx, STAGE, RUN)
+    tx, mesh, data, examples = (
+        optimizer.make_optimizer(STAGE),
+        data_mesh(),
+        DataConfig(crop=1, flip=True),
+        dataset(),
+    )
+    step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
     dispatch = train.make_dispatch(step, mesh, data, 3, scanned=scanned)
     mean, std = np.asarray(examples.mean, np.float32), np.asarray(examples.std, np.float32)
-    resident = {"images": examples.train.images, "labels": examples.train.labels, "mean": mean, "std": std}
-    resident, state = train.replicate((resident, train.create_state(variables, tx)), mesh)
+    resident = {"arrays": examples.train.arrays, "mean": mean, "std": std}
+    resident, state = replicate((resident, steps.create_state(variables, tx)), mesh)
     found = []
     for length in lengths:
         indices = batch_indices(3, len(examples.train), STAGE.batch_size, int(state.step), length)
@@ -340,12 +349,12 @@ def test_looking_more_often_changes_nothing(tmp_path):
 def test_the_state_given_stays_usable_and_structure_stays(tmp_path):
     module, variables = network()
     stage = replace(STAGE, ema=0.9)
-    tx = train.make_optimizer(stage)
+    tx = optimizer.make_optimizer(stage)
     extra = {"gates": jnp.ones(3), "n": jnp.zeros((), jnp.int32)}
-    state = train.create_state(variables, tx, ema=0.9, extra=extra)
+    state = steps.create_state(variables, tx, ema=0.9, extra=extra)
     before = jax.tree.map(np.array, state)
     # The same arrays as trained parameters and as the fixed teacher: donating one must not take the other.
-    step = train.distill_step(module, module, tx, stage, DistillConfig(), RUN)
+    step = steps.distill_step(module, module, tx, stage, RUN, TASK)
     after = fit(tmp_path, state, step, stage=stage, constants=variables)
     assert same(before, state)
     assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -357,9 +366,9 @@ def test_nothing_compiles_after_the_first_update(tmp_path, caplog):
     """22 updates in calls of 4, the last one shorter, whatever the hook does to the state."""
     module, variables = network()
     stage = replace(STAGE, steps=22)
-    tx = train.make_optimizer(stage)
-    state = train.create_state(variables, tx, extra={"scale": jnp.ones(())})
-    step = train.supervised_step(module, tx, stage, RUN)
+    tx = optimizer.make_optimizer(stage)
+    state = steps.create_state(variables, tx, extra={"scale": jnp.ones(())})
+    step = steps.supervised_step(module, tx, stage, RUN, TASK)
 
     def between(state):
         moved = {"scale": np.float32(0.9) * np.asarray(state.extra["scale"])}  # a NumPy array, off the devices
@@ -373,9 +382,9 @@ def test_nothing_compiles_after_the_first_update(tmp_path, caplog):
 
 def test_between_must_keep_shapes_and_dtypes(tmp_path):
     module, variables = network()
-    tx = train.make_optimizer(STAGE)
-    state = train.create_state(variables, tx, extra={"scale": jnp.ones(2)})
-    step = train.supervised_step(module, tx, STAGE, RUN)
+    tx = optimizer.make_optimizer(STAGE)
+    state = steps.create_state(variables, tx, extra={"scale": jnp.ones(2)})
+    step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
     with pytest.raises(ValueError, match=r"between changed extra/scale.*\(3,\).*\(2,\)"):
         fit(tmp_path, state, step, between=lambda s: (s.replace(extra={"scale": jnp.ones(3)}), {}))
 
@@ -400,7 +409,7 @@ def test_rows_evaluations_and_checkpoints_come_when_asked(tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "message"),
-    [({"batch_size": 97}, "batch_size: 97.*96 training images"), ({"steps": 4, "warmup": 4}, "warmup: 4")],
+    [({"batch_size": 97}, "batch_size: 97.*96 training examples"), ({"steps": 4, "warmup": 4}, "warmup: 4")],
 )
 def test_stages_that_do_not_fit_the_data_are_named(tmp_path, stage, message):
     with pytest.raises(ValueError, match=message):
@@ -410,8 +419,10 @@ def test_stages_that_do_not_fit_the_data_are_named(tmp_path, stage, message):
 def test_no_steps_train_nothing(tmp_path):
     module, variables = network()
     stage = replace(STAGE, steps=0, warmup=0)
-    tx = train.make_optimizer(stage)
-    state = fit(tmp_path, train.create_state(variables, tx), train.supervised_step(module, tx, stage, RUN), stage=stage)
+    tx = optimizer.make_optimizer(stage)
+    state = fit(
+        tmp_path, steps.create_state(variables, tx), steps.supervised_step(module, tx, stage, RUN, TASK), stage=stage
+    )
     assert same(state.params, variables["params"])
 
 
@@ -421,8 +432,8 @@ def test_no_steps_train_nothing(tmp_path):
 def test_divergence_stops_and_says_where(tmp_path):
     """The tenth update makes one parameter NaN: it is named, with the checkpoint of step 8."""
     module, variables = network()
-    tx = train.make_optimizer(STAGE)
-    plain = train.supervised_step(module, tx, STAGE, RUN)
+    tx = optimizer.make_optimizer(STAGE)
+    plain = steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
     def step(state, batch, key, constants):
         new, metrics = plain(state, batch, key, constants)
@@ -431,7 +442,7 @@ def test_divergence_stops_and_says_where(tmp_path):
         return new, metrics
 
     with pytest.raises(train.TrainingDiverged) as caught:
-        fit(tmp_path, train.create_state(variables, tx), step)
+        fit(tmp_path, steps.create_state(variables, tx), step)
     message = str(caught.value)
     assert "loss is nan at step 11" in message and "is not finite" in message
     assert str(tmp_path / "checkpoints" / "8") in message and "learning_rate" in message
@@ -441,8 +452,8 @@ def test_divergence_stops_and_says_where(tmp_path):
 def test_a_parameter_lost_in_the_last_update_is_seen(tmp_path):
     """The loss of the last update is finite; the parameters that it leaves behind are not."""
     module, variables = network()
-    tx = train.make_optimizer(STAGE)
-    plain = train.supervised_step(module, tx, STAGE, RUN)
+    tx = optimizer.make_optimizer(STAGE)
+    plain = steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
     def step(state, batch, key, constants):
         new, metrics = plain(state, batch, key, constants)
@@ -450,7 +461,7 @@ def test_a_parameter_lost_in_the_last_update_is_seen(tmp_path):
         return new.replace(params={**new.params, "dense": {**new.params["dense"], "bias": bias}}), metrics
 
     with pytest.raises(train.TrainingDiverged, match="step 12, dense/bias is not finite"):
-        fit(tmp_path, train.create_state(variables, tx), step)
+        fit(tmp_path, steps.create_state(variables, tx), step)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -466,7 +477,7 @@ def test_resuming_what_is_finished_returns_it_at_once(tmp_path):
         raise AssertionError("an update was traced")
 
     _, variables = network()
-    again = fit(tmp_path, train.create_state(variables, train.make_optimizer(STAGE)), never, resume=True)
+    again = fit(tmp_path, steps.create_state(variables, optimizer.make_optimizer(STAGE)), never, resume=True)
     assert same(finished, again)
 
 
@@ -479,9 +490,9 @@ def test_resuming_with_another_config_is_refused(tmp_path):
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
     """SIGTERM in the second call: the run stops at its end, between checkpoints, with the hook's memory saved."""
     module, variables = network()
-    tx = train.make_optimizer(STAGE)
-    state = train.create_state(variables, tx, extra={"memory": jnp.zeros(())})
-    step = train.supervised_step(module, tx, STAGE, RUN)
+    tx = optimizer.make_optimizer(STAGE)
+    state = steps.create_state(variables, tx, extra={"memory": jnp.zeros(())})
+    step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
     def run(directory, signal_at=None, **options):
         def between(state):
@@ -507,15 +518,16 @@ from pathlib import Path
 import jax, numpy as np
 sys.path.insert(0, {tests!r})
 import test_train as t
-from kdsearch_jax import evaluate, train
+from kdsearch_jax import evaluate, optimizer, steps, train
+from test_train import TASK
 from kdsearch_jax.config import RunConfig, StageConfig
 
 stage = StageConfig(steps=60, batch_size=16, learning_rate=0.1, ema=0.9)
 run = RunConfig(steps_per_dispatch=3, checkpoint_every=4)
 module, variables = t.network()
-tx = train.make_optimizer(stage)
-state = train.create_state(variables, tx, ema=stage.ema, extra={{"memory": np.zeros(2, np.float32)}})
-plain = train.supervised_step(module, tx, stage, run)
+tx = optimizer.make_optimizer(stage)
+state = steps.create_state(variables, tx, ema=stage.ema, extra={{"memory": np.zeros(2, np.float32)}})
+plain = steps.supervised_step(module, tx, stage, run, TASK)
 
 def step(state, batch, key, constants):
     "The hook's memory scales the images, so that a lost memory is a different run."

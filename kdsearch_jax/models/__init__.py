@@ -7,34 +7,130 @@ package's by `package.module:factory`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
+import json
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax import nnx
 
+from kdsearch_jax.functional import Functional, parameters_of
 from kdsearch_jax.models.cifar_resnet import cifar_resnet
-from kdsearch_jax.models.resnet import resnet
+from kdsearch_jax.models.convnext import convnext
+from kdsearch_jax.models.deit import deit
+from kdsearch_jax.models.densenet import cifar_densenet, densenet
+from kdsearch_jax.models.efficientnet import efficientnet
+from kdsearch_jax.models.mixer import mixer
+from kdsearch_jax.models.mobilenet import mobilenet_v2, mobilenet_v3
+from kdsearch_jax.models.resnet import resnet, resnext
 from kdsearch_jax.models.small import mlp, small_cnn
+from kdsearch_jax.models.swin import swin
+from kdsearch_jax.models.unet import unet
 from kdsearch_jax.models.vgg import vgg
 from kdsearch_jax.models.vit import vit
 from kdsearch_jax.models.wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "build", "cifar_resnet", "mlp", "resnet", "small_cnn", "vgg", "vit", "wide_resnet"]
+__all__ = [
+    "MODELS",
+    "build",
+    "cifar_densenet",
+    "cifar_resnet",
+    "convnext",
+    "deit",
+    "densenet",
+    "efficientnet",
+    "mixer",
+    "mlp",
+    "mobilenet_v2",
+    "mobilenet_v3",
+    "resnet",
+    "resnext",
+    "small_cnn",
+    "swin",
+    "unet",
+    "vgg",
+    "vit",
+    "wide_resnet",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    factory.__name__: factory for factory in (cifar_resnet, wide_resnet, resnet, vgg, vit, small_cnn, mlp)
+    factory.__name__: factory
+    for factory in (
+        cifar_resnet,
+        wide_resnet,
+        resnet,
+        resnext,
+        vgg,
+        cifar_densenet,
+        densenet,
+        mobilenet_v2,
+        mobilenet_v3,
+        efficientnet,
+        unet,
+        convnext,
+        vit,
+        deit,
+        swin,
+        mixer,
+        small_cnn,
+        mlp,
+    )
 }
 
 
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network `name` with these keyword arguments.
+GIVEN = "given:"  # begins the name of a network that was given as an object and that `describe` cannot name
+
+
+def describe(module: Any) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) by which `build` makes an equal module; or, where none can be, a name that says so.
+
+    A Linen module can be named where its class is at the top of a module that can be imported, and its attributes are
+    plain JSON.
+    """
+    kind = type(module)
+    given = (f"{GIVEN}{kind.__module__}.{kind.__qualname__}", {})
+    package = sys.modules.get(kind.__module__)
+    if not isinstance(module, nn.Module) or kind.__module__ == "__main__":
+        return given
+    if getattr(package, kind.__qualname__, None) is not kind:
+        return given
+    fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in ("parent", "name")]
+    arguments = {f.name: getattr(module, f.name) for f in fields if not _is_default(f, getattr(module, f.name))}
+    try:
+        plain = json.loads(json.dumps(arguments, allow_nan=False))
+        same = module.name is None and kind(**plain) == module
+    except (TypeError, ValueError):
+        return given
+    return (f"{kind.__module__}:{kind.__qualname__}", plain) if same else given
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    try:
+        return type(value) is type(field.default) and bool(value == field.default)
+    except (TypeError, ValueError):  # arrays
+        return False
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether the factory of that name has an argument of that name. Raises ValueError for an unknown network."""
+    factory = _imported(name) if ":" in name and not name.startswith(GIVEN) else MODELS.get(name)
+    if factory is None:
+        return True
+    parameters = inspect.signature(factory).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The network `name` with these keyword arguments: a Linen module, or the `Functional` of an NNX module.
 
     Args:
-      name: one of `MODELS`, or `package.module:factory` where `factory` is a Linen module's class, or a function
+      name: one of `MODELS`, or `package.module:factory` where `factory` is a Linen or NNX module's class, or a function
         annotated to return one. Nothing else is ever called, since the name may come from a file that somebody else
         wrote; but the package is imported, that is, its code runs.
       arguments: keyword arguments of the factory, all plain JSON.
@@ -42,6 +138,11 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
       ValueError: no such network, no such argument, or a value that the network refuses.
     """
+    if name.startswith(GIVEN):
+        raise ValueError(
+            f"this network was made of a module object, {name.removeprefix(GIVEN)}, which a file cannot hold; give an "
+            "equal one: kdsearch_jax.load(path, module=…)"
+        )
     if ":" in name:
         factory = _imported(name)
     elif name in MODELS:
@@ -52,6 +153,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             "and package.module:factory for your own"
         )
     _check_arguments(name, factory, arguments)
+    if _made_by(factory, nnx.Module):
+        made: Any = factory
+        return Functional.make(made, arguments)
     module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"model {name!r} must return a flax.linen.Module, got {type(module).__name__}")
@@ -80,30 +184,32 @@ def _imported(name: str) -> Callable[..., Any]:
         what = "has no" if factory is None else "has, but cannot call,"
         hint = _nearest(attribute, vars(module))
         raise ValueError(f"model {name!r}: module {module_name!r} {what} {attribute!r}{hint}")
-    if not _makes_modules(factory):
+    if not _made_by(factory, (nn.Module, nnx.Module)):
         raise ValueError(
             f"model {name!r}: {attribute!r} is not known to return a network, so it is not called; annotate it "
-            f"(`def {attribute}(...) -> nn.Module`), or name a subclass of flax.linen.Module"
+            f"(`def {attribute}(...) -> nn.Module`), or name a subclass of flax.linen.Module or flax.nnx.Module"
         )
     return factory
 
 
-def _makes_modules(factory: Callable[..., Any]) -> bool:
-    """Whether it is a Linen module's class or a function annotated to return one; it is not called to find out."""
+def _made_by(factory: Callable[..., Any], kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is a class of these kinds or a function annotated to return one; it is not called to find out."""
     made: Any = factory
     if inspect.isfunction(factory):
         try:
             made = typing.get_type_hints(factory).get("return")
         except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
             return False
-    return isinstance(made, type) and issubclass(made, nn.Module)
+    return isinstance(made, type) and issubclass(made, kinds)
 
 
 def _check_arguments(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Raises ValueError where the factory does not take an argument, or lacks one that it needs."""
-    parameters = inspect.signature(factory).parameters
+    parameters = parameters_of(factory)
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         parameters = {key: value for key, value in parameters.items() if key not in ("parent", "name")}
+    if _made_by(factory, nnx.Module):  # random streams are not JSON
+        parameters = {key: value for key, value in parameters.items() if key != "rngs"}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     valid = f"valid arguments are {', '.join(named) or 'none'}"

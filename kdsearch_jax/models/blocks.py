@@ -6,7 +6,7 @@ never by comparing the channels that arrive with `features`: a block does not kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,24 +14,42 @@ import jax
 import jax.numpy as jnp
 
 Shortcut = Literal["identity", "pad", "project"]
+Padding = Literal["symmetric", "same"]
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def conv(features: int, size: int, *, name: str, stride: int = 1, use_bias: bool = False) -> nn.Conv:
+def conv(
+    features: int,
+    size: int,
+    *,
+    name: str,
+    stride: int = 1,
+    use_bias: bool = False,
+    groups: int = 1,
+    padding: Padding = "symmetric",
+) -> nn.Conv:
     """A square convolution with `size // 2` zeros on every side.
 
-    That is PyTorch's padding. XLA's "SAME" at stride 2 pads one side only, so trained weights would see shifted images.
+    That is PyTorch's padding. TensorFlow's, "same", pads an even image at stride 2 on one side only, so weights trained
+    with the one would see shifted images with the other.
     """
-    padding = ((size // 2, size // 2),) * 2
+    pads: Any = ((size // 2, size // 2),) * 2 if padding == "symmetric" else "SAME"
     return nn.Conv(
-        features, (size, size), (stride, stride), padding, use_bias=use_bias, kernel_init=kernel_init, name=name
+        features,
+        (size, size),
+        (stride, stride),
+        pads,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        name=name,
     )
 
 
-def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
+def batch_norm(train: bool, *, name: str, epsilon: float = 1e-5, momentum: float = 0.9) -> nn.BatchNorm:
     """BatchNorm with PyTorch's constants; its momentum of .1 (of the new batch) is .9 (of the old) in Flax."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name)
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -107,6 +125,22 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_rate(name: str, value: float) -> None:
-    """Raises ValueError where a dropout rate is outside [0, 1)."""
+    """Raises ValueError where a dropout rate, or an epsilon, is outside [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number from 0 up to, not including, 1, got {value!r}")
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes as a tuple; raises ValueError, naming the argument, unless they are whole numbers above 0."""
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(f"{name} must be a list of whole numbers, got {sizes!r}")
+    check_positive(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
+    return tuple(sizes)
+
+
+def check_patches(network: str, shape: tuple[int, ...], patch: int) -> None:
+    """Raises ValueError where images of this shape (batch, height, width, channels) are no whole number of patches."""
+    if shape[1] % patch or shape[2] % patch:
+        raise ValueError(
+            f"{network} needs images whose sides are multiples of patch={patch}, got {shape[1]}x{shape[2]}"
+        )

@@ -1,11 +1,15 @@
 """ResNets for large images, as torchvision has them: bottlenecks carry the stride in their 3x3 convolution ("v1.5").
 
+ResNeXt (Xie et al. 2017) splits that convolution into groups, each of which reads only its own channels: a whole group
+is then one unit.
+
 Weights of torchvision load with `kdsearch_jax.pretrained`. `stem="small"` replaces the 7x7 convolution and the pooling
 by one 3x3 convolution, which is how these networks are used on 32x32 images.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,18 +23,24 @@ EXPANSION = 4  # a bottleneck's output channels over its inner ones
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; `features` counts the channels that come out."""
+    """1x1, 3x3, 1x1 convolutions beside a shortcut.
+
+    features: channels that come out. groups: of the 3x3 convolution. group_width: channels of each; None, together a
+    quarter of `features`.
+    """
 
     features: int
     stride: int = 1
     shortcut: blocks.Shortcut = "identity"
+    groups: int = 1
+    group_width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Activations (batch, height, width, channels) in and out."""
-        inner = self.features // EXPANSION
+        inner = self.groups * self.group_width if self.group_width else self.features // EXPANSION
         y = nn.relu(blocks.batch_norm(train, name="bn1")(blocks.conv(inner, 1, name="conv1")(x)))
-        y = blocks.conv(inner, 3, stride=self.stride, name="conv2")(y)
+        y = blocks.conv(inner, 3, stride=self.stride, groups=self.groups, name="conv2")(y)
         y = nn.relu(blocks.batch_norm(train, name="bn2")(y))
         y = blocks.batch_norm(train, name="bn3")(blocks.conv(self.features, 1, name="conv3")(y))
         if self.shortcut == "project":
@@ -40,13 +50,18 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of basic blocks or bottlenecks; their inner channels are `width` times 1, 2, 4, 8."""
+    """Four stages of basic blocks or bottlenecks; their inner channels are `width` times 1, 2, 4, 8.
+
+    With `group_width`, the inner channels of the bottlenecks are `groups` times `group_width` times 1, 2, 4, 8.
+    """
 
     stage_blocks: tuple[int, ...]
     num_classes: int
     bottleneck: bool = False
     stem: Literal["large", "small"] = "large"
     width: int = 64
+    groups: int = 1
+    group_width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,8 +72,12 @@ class ResNet(nn.Module):
         if large:
             x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=PADDING)
         for i, count in enumerate(self.stage_blocks):
+            block: Any = blocks.BasicBlock
+            if self.bottleneck:
+                group_width = self.group_width and self.group_width * 2**i
+                block = partial(Bottleneck, groups=self.groups, group_width=group_width)
             x = blocks.Stage(
-                block=Bottleneck if self.bottleneck else blocks.BasicBlock,
+                block=block,
                 blocks=count,
                 features=self.width * 2**i * (EXPANSION if self.bottleneck else 1),
                 stride=1 if i == 0 else 2,
@@ -84,3 +103,31 @@ def resnet(*, num_classes: int, depth: int = 50, stem: Literal["large", "small"]
     blocks.check_choice("depth", depth, tuple(STAGE_BLOCKS))
     blocks.check_choice("stem", stem, ("large", "small"))
     return ResNet(STAGE_BLOCKS[depth], num_classes, depth >= 50, stem, width)
+
+
+def resnext(
+    *,
+    num_classes: int,
+    depth: int = 50,
+    groups: int = 32,
+    group_width: int = 4,
+    stem: Literal["large", "small"] = "large",
+    width: int = 64,
+) -> ResNet:
+    """A ResNeXt; the defaults are ResNeXt-50 32x4d. `groups=1, group_width=128` is torchvision's Wide ResNet-50-2.
+
+    Args:
+      num_classes: how many logits.
+      depth: 50, 101 or 152.
+      groups: groups of each 3x3 convolution.
+      group_width: channels of a group in the first stage.
+      stem: "large" divides the image's sides by 4, "small" keeps them.
+      width: channels of the stem; the first stage returns four times as many.
+
+    Raises:
+      ValueError: no such network.
+    """
+    blocks.check_positive(num_classes=num_classes, groups=groups, group_width=group_width, width=width)
+    blocks.check_choice("depth", depth, tuple(depth for depth in STAGE_BLOCKS if depth >= 50))
+    blocks.check_choice("stem", stem, ("large", "small"))
+    return ResNet(STAGE_BLOCKS[depth], num_classes, True, stem, width, groups, group_width)

@@ -1,4 +1,4 @@
-"""VGG networks with BatchNorm: five stages of 3x3 convolutions, pooling between them.
+"""VGG networks, with BatchNorm or, as first published, without: five stages of 3x3 convolutions, pooling between them.
 
 Two heads: "pooled" averages what is left of the image and has one dense layer (the usual form for 32x32 images);
 "flattened" is the published one, two wide dense layers on the flattened 7x7 image. Convolutions have a bias, as in
@@ -19,17 +19,18 @@ CHANNELS = (1, 2, 4, 8, 8)  # of the stages, times `width`
 
 
 class VGGStage(nn.Module):
-    """`convs` times convolution, BatchNorm, relu."""
+    """`convs` times convolution, BatchNorm if `norm`, relu."""
 
     convs: int
     features: int
+    norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Activations (batch, height, width, channels) in and out."""
         for i in range(1, self.convs + 1):
             x = blocks.conv(self.features, 3, use_bias=True, name=f"conv{i}")(x)
-            x = nn.relu(blocks.batch_norm(train, name=f"bn{i}")(x))
+            x = nn.relu(blocks.batch_norm(train, name=f"bn{i}")(x) if self.norm else x)
         return x
 
 
@@ -43,6 +44,7 @@ class VGG(nn.Module):
     width: int = 64
     hidden: int = 4096
     dropout: float = 0.0
+    norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,7 +59,7 @@ class VGG(nn.Module):
                 f"{x.shape[1]}x{x.shape[2]}; use fewer pools or larger images"
             )
         for i, convs in enumerate(self.stage_convs):
-            x = VGGStage(convs, self.width * CHANNELS[i], name=f"stage{i + 1}")(x, train)
+            x = VGGStage(convs, self.width * CHANNELS[i], self.norm, name=f"stage{i + 1}")(x, train)
             if i < self.pools:
                 x = nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         if self.head == "flattened":
@@ -80,8 +82,9 @@ def vgg(
     width: int = 64,
     hidden: int = 4096,
     dropout: float = 0.0,
+    norm: bool = True,
 ) -> VGG:
-    """A VGG network with BatchNorm.
+    """A VGG network.
 
     Args:
       num_classes: how many logits.
@@ -91,6 +94,7 @@ def vgg(
       width: channels of the first stage.
       hidden: neurons of the two inner dense layers of the flattened head.
       dropout: rate behind each of these layers.
+      norm: whether a BatchNorm follows every convolution.
 
     Raises:
       ValueError: no such network.
@@ -100,4 +104,4 @@ def vgg(
     blocks.check_choice("head", head, ("pooled", "flattened"))
     blocks.check_choice("pools", pools, tuple(range(6)))
     blocks.check_rate("dropout", dropout)
-    return VGG(STAGE_CONVS[depth], num_classes, head, pools, width, hidden, dropout)
+    return VGG(STAGE_CONVS[depth], num_classes, head, pools, width, hidden, dropout, norm)

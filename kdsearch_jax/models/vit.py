@@ -13,10 +13,7 @@ import jax.numpy as jnp
 
 from kdsearch_jax.models import blocks
 
-
-def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm with the epsilon of the published networks."""
-    return nn.LayerNorm(epsilon=1e-6, name=name)
+Distillation = Literal["none", "token", "head"]
 
 
 class TransformerBlock(nn.Module):
@@ -25,21 +22,27 @@ class TransformerBlock(nn.Module):
     heads: int
     mlp_dim: int
     dropout: float = 0.0
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Tokens (batch, tokens, width) in and out."""
         dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
-        y = layer_norm("norm1")(x)
+        y = nn.LayerNorm(epsilon=self.epsilon, name="norm1")(x)
         y = nn.MultiHeadDotProductAttention(num_heads=self.heads, name="attention")(y)
         x = x + dropout(y)
-        y = nn.Dense(self.mlp_dim, name="dense1")(layer_norm("norm2")(x))
+        y = nn.LayerNorm(epsilon=self.epsilon, name="norm2")(x)
+        y = nn.Dense(self.mlp_dim, name="dense1")(y)
         y = dropout(nn.gelu(y, approximate=False))
         return x + dropout(nn.Dense(x.shape[-1], name="dense2")(y))
 
 
 class ViT(nn.Module):
-    """`depth` transformer blocks, named block1, block2, …, on square patches of `patch` pixels."""
+    """`depth` transformer blocks, named block1, block2, …, on square patches of `patch` pixels.
+
+    distillation: "token" gives the blocks a second token beside that of the class, "head" that token a classifier too;
+      the logits are then the mean of both classifiers'.
+    """
 
     num_classes: int
     patch: int
@@ -49,6 +52,8 @@ class ViT(nn.Module):
     mlp_dim: int
     pool: Literal["token", "mean"] = "token"
     dropout: float = 0.0
+    distillation: Distillation = "none"
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,24 +62,23 @@ class ViT(nn.Module):
         Raises:
           ValueError: the image is no whole number of patches.
         """
-        if x.shape[1] % self.patch or x.shape[2] % self.patch:
-            raise ValueError(
-                f"vit needs images whose sides are multiples of patch={self.patch}, got {x.shape[1]}x{x.shape[2]}"
-            )
+        blocks.check_patches("vit", x.shape, self.patch)
         patch = (self.patch, self.patch)
         x = nn.Conv(self.width, patch, patch, padding="VALID", name="patches")(x)
         batch, rows, columns, channels = x.shape
         x = x.reshape(batch, rows * columns, channels)
-        if self.pool == "token":
-            token = self.param("token", nn.initializers.zeros, (1, 1, channels))
-            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, channels)), x], axis=1)
+        names = ["token", "distillation_token"][: (self.pool == "token") + (self.distillation != "none")]
+        tokens = [self.param(name, nn.initializers.zeros, (1, 1, channels)) for name in names]
+        x = jnp.concatenate([*(jnp.broadcast_to(token, (batch, 1, channels)) for token in tokens), x], axis=1)
         x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         for i in range(self.depth):
-            x = TransformerBlock(self.heads, self.mlp_dim, self.dropout, name=f"block{i + 1}")(x, train)
-        x = layer_norm("norm")(x)
-        x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        return nn.Dense(self.num_classes, name="dense")(x)
+            x = TransformerBlock(self.heads, self.mlp_dim, self.dropout, self.epsilon, name=f"block{i + 1}")(x, train)
+        x = nn.LayerNorm(epsilon=self.epsilon, name="norm")(x)
+        logits = nn.Dense(self.num_classes, name="dense")(x[:, 0] if self.pool == "token" else x.mean(axis=1))
+        if self.distillation == "head":
+            logits = (logits + nn.Dense(self.num_classes, name="distillation_dense")(x[:, 1])) / 2
+        return logits
 
 
 def vit(
@@ -87,8 +91,12 @@ def vit(
     mlp_dim: int = 3072,
     pool: Literal["token", "mean"] = "token",
     dropout: float = 0.0,
+    distillation: Distillation = "none",
+    epsilon: float = 1e-6,
 ) -> ViT:
     """A vision transformer; the defaults are ViT-B/16.
+
+    ViT-S/16 has width=384, heads=6, mlp_dim=1536; ViT-L/16 width=1024, depth=24, heads=16, mlp_dim=4096.
 
     Args:
       num_classes: how many logits.
@@ -99,6 +107,8 @@ def vit(
       mlp_dim: neurons of a block's MLP.
       pool: what the classifier sees: a class "token", or the "mean" over the patches.
       dropout: rate behind the positions, the attention and both MLP layers.
+      distillation: whether there is a distillation "token" or a "head" on it too, as in DeiT; needs pool="token".
+      epsilon: of the LayerNorms.
 
     Raises:
       ValueError: no such network.
@@ -107,5 +117,9 @@ def vit(
     if width % heads:
         raise ValueError(f"width must be a multiple of heads, got width={width} and heads={heads}")
     blocks.check_choice("pool", pool, ("token", "mean"))
+    blocks.check_choice("distillation", distillation, ("none", "token", "head"))
+    if distillation != "none" and pool != "token":
+        raise ValueError(f"distillation={distillation!r} needs pool='token', got pool={pool!r}")
     blocks.check_rate("dropout", dropout)
-    return ViT(num_classes, patch, width, depth, heads, mlp_dim, pool, dropout)
+    blocks.check_rate("epsilon", epsilon)
+    return ViT(num_classes, patch, width, depth, heads, mlp_dim, pool, dropout, distillation, epsilon)

@@ -51,7 +51,11 @@ def _use(run: Run) -> str:
     path = run.directory
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
+    call = (run.architecture or {}).get("call")
     shape = (run.architecture or {}).get("input_shape") or ["height", "width", "channels"]
+    if call is not None:
+        code, text = _call(str(path / "student"), run.architecture or {}, call)
+        return f"<pre tabindex='0'><code>{escape(code)}</code></pre><p>{escape(text)}</p>"
     code = (
         f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({str(path / 'student')!r})\n"
         "logits = module.apply(variables, images)"
@@ -61,6 +65,19 @@ def _use(run: Run) -> str:
     if not row_of(run, "student"):
         text += " This works once the run has written its student."
     return f"<pre tabindex='0'><code>{escape(code)}</code></pre><p>{text}</p>"
+
+
+def _call(student: str, architecture: Mapping[str, Any], call: Mapping[str, Any]) -> tuple[str, str]:
+    """(code, sentence) for a network that is not fed one image."""
+    given = str(architecture.get("model", "")).startswith("given:")
+    static = [f"{name}={value!r}" for name, value in call.get("eval", {}).items()]
+    arguments = ", ".join(["variables", *call.get("arguments", []), *static])
+    code = (
+        f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({student!r}{', module=net' if given else ''})\n"
+        f"outputs = module.apply({arguments})"
+    )
+    taken = "; ".join(f"{name}: {json.dumps(spec)} an example" for name, spec in call.get("inputs", {}).items())
+    return code, f"It takes {taken}." + (" net is the module that was searched." if given else "")
 
 
 # --- the figures' sections --------------------------------------------------------------------------------------------

@@ -73,10 +73,12 @@ def networks(run: Run) -> str:
         ["Top-5 accuracy", *(_accuracy_cell(r, teacher, "accuracy_top5") for r in run.rows)],
         ["Agrees with teacher", *(cell(r.get("agreement"), lambda v: f"{100 * v:.2f}%") for r in run.rows)],
         ["KL to teacher", *(cell(r.get("kl"), lambda v: f"{v:.3g}") for r in run.rows)],
+        ["Distance to teacher", *(cell(r.get("distance"), lambda v: f"{v:.3g}") for r in run.rows)],
+        *([escape(name), *(cell(r.get(name), lambda v: f"{v:.4g}") for r in run.rows)] for name in _own(run)),
         [f"MACs{share}", *(_cost_cell(r, teacher, "macs", amount) for r in run.rows)],
         [f"Parameters{share}", *(_cost_cell(r, teacher, "params", amount) for r in run.rows)],
         [f"File size{share}", *(_cost_cell(r, teacher, "bytes", lambda v: amount(v) + "B") for r in run.rows)],
-        [f"Time an image{share}", *(_cost_cell(r, teacher, "ms_per_image", _milliseconds) for r in run.rows)],
+        [f"Time an example{share}", *(_cost_cell(r, teacher, "ms_per_image", _milliseconds) for r in run.rows)],
         ["Training steps", *(cell(r.get("steps"), lambda v: f"{v:,}") for r in run.rows)],
     ]
     known = [line for line in lines if any(text != NOTHING for text in line[1:])]
@@ -85,6 +87,15 @@ def networks(run: Run) -> str:
         *(escape(NAMES.get(r.get("name", ""), r.get("name", "?"))) for r in run.rows),
     ]
     return table("Teacher, student and baselines", head, known, "numbers") + _notes(run)
+
+
+_KNOWN = {"name", "accuracy", "accuracy_top5", "agreement", "kl", "loss", "distance", "macs", "params", "bytes",
+          "ms_per_image", "ms_batch", "steps"}  # fmt: skip
+
+
+def _own(run: Run) -> list[str]:
+    """Names of what a user's own metrics measured."""
+    return [name for name in dict.fromkeys(key for row in run.rows for key in row) if name not in _KNOWN]
 
 
 def _accuracy_cell(row: dict[str, Any], teacher: dict[str, Any], key: str) -> str:
@@ -110,15 +121,17 @@ def _notes(run: Run) -> str:
     where = f"the {results.get('split', 'test')} split of {results.get('dataset', 'the data set')}"
     count = results.get("examples")
     notes.append(
-        f"Measured on {where}{f' ({count:,} images)' if count else ''}, one seed ({results.get('seed', '?')})."
+        f"Measured on {where}{f' ({count:,} examples)' if count else ''}, one seed ({results.get('seed', '?')})."
     )
+    if results.get("compared"):
+        notes.append(f"Here {results['compared']}; the distance is the mean of that.")
     accuracy = row_of(run, "student").get("accuracy")
     if count and accuracy is not None:
         error = (accuracy * (1 - accuracy) / count) ** 0.5
-        notes.append(f"The images alone leave ± {100 * error:.2f} points (one standard error) to every accuracy.")
+        notes.append(f"The examples alone leave ± {100 * error:.2f} points (one standard error) to every accuracy.")
     batch = next((row["ms_batch"] for row in run.rows if row.get("ms_batch")), None)
     if batch:
-        notes.append(f"Time an image is wall-clock time at batch {batch} on the devices named below.")
+        notes.append(f"Time an example is wall-clock time at batch {batch} on the devices named below.")
     for name, share in curves.budget(run).items():
         notes.append(_budget_note(run, name, share))
     others = [f"{NAMES[r['name']]}: {_EXPLAINED[r['name']]}." for r in run.rows if r.get("name") in _EXPLAINED]

@@ -1,8 +1,9 @@
 """The main job: `python -m kdsearch_jax.search [--config NAME] [--budget.macs 0.5] [any setting]`.
 
 Teacher → search → cut and proof → retraining → baselines → export, table and report, in one run directory. With no
-arguments it does so for the bundled digits. A teacher from elsewhere is given by `--teacher-from`; `--stop-after
-search` ends early; `--search-from RUN` starts from a finished search of another run; `--resume` goes on.
+arguments it does so for the bundled digits. A model of one's own is given by `--model package.module:factory`, a
+teacher from elsewhere by `--teacher`; `--stop-after search` ends early; `--search-from RUN` starts from a finished
+search of another run; `--resume` goes on.
 """
 
 # No `from __future__ import annotations` here: the command line is read off the types.
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdsearch_jax import cli, stages
+from kdsearch_jax.road import prepare
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
     """Runs the road that the command line asks for, and prints its table."""
     options, experiment = cli.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
     assert options.workdir is not None
-    road = stages.prepare(
+    road = prepare(
         experiment,
         options.workdir,
         resume=options.resume,

@@ -1,0 +1,158 @@
+"""What `kdsearch_jax.search` does: makes an experiment of its arguments, goes the road, and gives back the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdsearch_jax import cli, models, stages
+from kdsearch_jax import data as data_lib
+from kdsearch_jax.call import signature_of
+from kdsearch_jax.config import (
+    BudgetConfig,
+    DataConfig,
+    DistillConfig,
+    Experiment,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    changed,
+)
+from kdsearch_jax.examples import Dataset, own
+from kdsearch_jax.functional import Functional
+from kdsearch_jax.road import Loaded, Own, prepare
+
+
+@dataclass(frozen=True)
+class Result:
+    """A student and how it came about.
+
+    Attributes:
+      module, variables: the student, trained: a Linen module and its variables. Of an NNX teacher, an NNX module of the
+        teacher's class at smaller sizes, and None.
+      architecture: the student as plain JSON: sizes of layers, dropped layers, how it is called.
+      results: the table teacher / student / baselines of `results.json`.
+      report: the page that shows it all; directory: of the run, where everything is stored.
+    """
+
+    module: Any
+    variables: Any
+    architecture: dict[str, Any]
+    results: dict[str, Any]
+    report: Path
+    directory: Path
+
+    def __str__(self) -> str:
+        """The table."""
+        return stages.table(self.results)
+
+
+def run(
+    module: Any,
+    variables: Any,
+    data: Any,
+    *,
+    budget: float | Mapping[str, Any],
+    loss: Any,
+    metrics: Any,
+    inputs: Sequence[str] | Mapping[str, str] | None,
+    train_kwargs: Mapping[str, Any] | None,
+    eval_kwargs: Mapping[str, Any] | None,
+    search_steps: int,
+    retrain_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    baselines: Sequence[str],
+    seed: int,
+    workdir: str | Path | None,
+    resume: bool,
+    settings: Mapping[str, Any] | None,
+) -> Result:
+    """See `kdsearch_jax.search`."""
+    nnx = not hasattr(module, "apply")
+    if nnx:
+        module, own_variables = Functional.split(module)
+        variables = own_variables if variables is None else variables
+    data_config = DataConfig(
+        data if isinstance(data, str) else "arrays",
+        mean=None if mean is None else tuple(map(float, mean)),
+        std=None if std is None else tuple(map(float, std)),
+        inputs=_inputs(inputs, data, module),
+    )
+    # Clipped, as the scale of a stranger's loss is not known.
+    stage = StageConfig(batch_size=batch_size, learning_rate=learning_rate, clip=1.0)
+    experiment = Experiment(
+        name=type(module).__name__,
+        model=ModelConfig(models.describe(module)[0], {}, dict(train_kwargs or {}), dict(eval_kwargs or {})),
+        data=data_config,
+        search=dataclasses.replace(stage, steps=search_steps, schedule="constant"),
+        retrain=dataclasses.replace(stage, steps=retrain_steps),
+        distill=DistillConfig(loss=_told(loss), metrics=_told(metrics)),
+        budget=BudgetConfig(**budget) if isinstance(budget, Mapping) else BudgetConfig(macs=float(budget)),
+        baselines=tuple(baselines),  # type: ignore  # checked below
+        run=RunConfig(seed=seed),
+    )
+    experiment = changed(experiment, settings or {})
+    dataset = _dataset(data, experiment)
+    directory = Path(tempfile.mkdtemp(prefix="kdsearch-")) / "run" if workdir is None else Path(workdir)
+    road = prepare(experiment, directory, resume=resume, own=Own(module, variables, dataset, loss, metrics))
+    cli.new_run_directory(directory, experiment, resume)
+    results = stages.run(road, resume=resume)
+    assert results is not None
+    student = Loaded.of(directory / "student", road.base)
+    bound = (student.module.bind(student.variables), None) if nnx else (student.module, student.variables)
+    report = directory / "report" / "index.html"
+    return Result(*bound, student.architecture.to_json(), results, report, directory)
+
+
+def _told(function: Any) -> str | None:
+    """What `config.json` says of a function that was given as an object."""
+    if function is None:
+        return None
+    return f"{models.GIVEN}{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
+def _dataset(data: Any, experiment: Experiment) -> Dataset:
+    config = experiment.data
+    if isinstance(data, str):
+        return data_lib.load(config, 0)
+    return own(
+        data, "arrays", validation=config.validation, mean=config.mean, std=config.std, train_limit=config.train_limit
+    )
+
+
+def _inputs(inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module: Any) -> tuple[str, ...] | None:
+    """`data.inputs` of what a user said, or of the entries' names."""
+    if isinstance(inputs, Mapping):
+        return tuple(f"{argument}={entry}" for argument, entry in inputs.items())
+    if isinstance(inputs, str):
+        return (inputs,)
+    if inputs is not None:
+        return tuple(inputs)
+    if not isinstance(data, Mapping):
+        return None
+    entries = data["train"] if isinstance(data.get("train"), Mapping) else data
+    if "images" in entries:
+        return None
+    others = [entry for entry in entries if entry != "labels"]
+    if len(others) == 1:
+        return (str(others[0]),)
+    signature = signature_of(module)
+    parameters = {} if signature is None else signature.parameters
+    named = [name for name, p in parameters.items() if name in entries]
+    needed = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty and p.kind <= 1]
+    if named and all(name in entries for name in needed if name not in ("train", "training", "deterministic")):
+        return tuple(f"{name}={name}" if name not in needed else name for name in named)
+    raise ValueError(
+        f"inputs: which of {', '.join(map(str, entries))} feed the network is not clear; name them, as in "
+        f"inputs=({others[0]!r},)"
+        if others
+        else "inputs: the data have labels only; add what the network is fed"
+    )

@@ -1,0 +1,141 @@
+"""One update: the state that training changes, and what an update does to it.
+
+A `Step` is a pure function (state, batch, key, constants) → (state, metrics). Two are here, supervised and distilling;
+the search has its own (`kdsearch_jax.gated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import unfreeze
+from jax import Array
+
+from kdsearch_jax.config import RunConfig, StageConfig
+from kdsearch_jax.forward import apply_eval, apply_train, dtype_of
+from kdsearch_jax.optimizer import make_schedule
+from kdsearch_jax.task import Task
+
+Batch = dict[str, Any]  # {entry: pytree of arrays (batch, …)}; images are normalised
+Metrics = dict[str, Array]  # scalars; "loss" must be among them
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training changes; what is not in here is not in a checkpoint.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: the trained parameters, float32 whatever the precision of the computation.
+      model_state: the module's other collections, {"batch_stats": …}; {} where it has none.
+      opt_state: the optimiser's state.
+      ema: averaged {"params": …, **model_state}, or None.
+      extra: whatever else a `Step` or `between` carries along: gates, importance, a controller's memory; or None.
+    """
+
+    step: Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema: Any = None
+    extra: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What to evaluate and to keep: the averaged variables where there are such, else the current ones."""
+        return {"params": self.params, **self.model_state} if self.ema is None else self.ema
+
+
+Step = Callable[[TrainState, Batch, Array, Any], tuple[TrainState, Metrics]]
+
+
+def create_state(
+    variables: Any, tx: optax.GradientTransformation, *, ema: float | None = None, extra: Any = None
+) -> TrainState:
+    """The state before the first update of a network's `variables`, {"params": …, "batch_stats": …}."""
+    model_state = {name: leaves for name, leaves in unfreeze(variables).items() if name != "params" and leaves}
+    params = unfreeze(variables)["params"]
+    average = None if ema is None else {"params": params, **model_state}
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params), average, extra)
+
+
+def update(
+    state: TrainState, gradient: Any, model_state: Any, tx: optax.GradientTransformation, ema: float | None
+) -> TrainState:
+    """The state after one update of the parameters by their `gradient`; `extra` is left alone."""
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if ema is not None:
+        average = averaged(state.ema, {"params": params, **model_state}, ema, state.step)
+    return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=average)
+
+
+def averaged(average: Any, variables: Any, decay: float, step: Array) -> Any:
+    """a ← d·a + (1 − d)·v with d = min(decay, (1 + step)/(10 + step)), so that the first values are soon forgotten.
+
+    Statistics are averaged as parameters are; leaves that are no floats are taken over.
+    """
+    count = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + count) / (10 + count))
+
+    def mix(old: Array, new: Array) -> Array:
+        return (rate * old + (1 - rate) * new).astype(old.dtype) if jnp.issubdtype(old.dtype, jnp.floating) else new
+
+    return jax.tree.map(mix, average, variables)
+
+
+def supervised_step(
+    module: Any, tx: optax.GradientTransformation, stage: StageConfig, run: RunConfig, task: Task
+) -> Step:
+    """One update on the cross-entropy with the labels; takes no constants."""
+
+    def loss(outputs: Any, batch: Batch, _: Any) -> Array:
+        return task.supervised(outputs, batch)
+
+    return _gradient_step(module, tx, stage, run, task, loss)
+
+
+def distill_step(
+    module: Any, teacher: Any, tx: optax.GradientTransformation, stage: StageConfig, run: RunConfig, task: Task
+) -> Step:
+    """One update on the task's distance from a fixed teacher, whose variables are the constants given to `fit`."""
+
+    def loss(outputs: Any, batch: Batch, teacher_variables: Any) -> Array:
+        target = apply_eval(teacher, teacher_variables, task.call.bind(batch), run.precision, task.call)
+        return task.distance(outputs, jax.lax.stop_gradient(target), batch)
+
+    return _gradient_step(module, tx, stage, run, task, loss)
+
+
+def _gradient_step(
+    module: Any,
+    tx: optax.GradientTransformation,
+    stage: StageConfig,
+    run: RunConfig,
+    task: Task,
+    example_loss: Callable[[Any, Batch, Any], Array],
+) -> Step:
+    schedule = make_schedule(stage)
+    dtype_of(run.precision)
+
+    def step(state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[TrainState, Metrics]:
+        def loss(params: Any) -> tuple[Array, tuple[Any, Any]]:
+            inputs = task.call.bind(batch)
+            outputs, kept = apply_train(module, params, state.model_state, inputs, key, run.precision, task.call)
+            return example_loss(outputs, batch, constants).mean(), (outputs, kept)
+
+        (value, (outputs, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        metrics = {
+            "loss": value,
+            **{name: each.mean() for name, each in task.right(outputs, batch).items()},
+            "gradient_norm": optax.tree.norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return update(state, gradient, kept, tx, stage.ema), metrics
+
+    return step

@@ -1,0 +1,122 @@
+"""What `inspect` says of a network: the same as tracing and cutting it says, in the words of the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from kdsearch_jax import budget, inspect
+from kdsearch_jax.config import Experiment
+from kdsearch_jax.models import build
+from kdsearch_jax.network import trace
+
+SMALL = ("--model", "cifar_resnet", "--model.arguments", "depth=8", "width=8", "--input-shape", "16", "16", "3")
+
+
+class Masked(nn.Module):
+    """Tokens and a mask that is given by keyword."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
+        x = nn.Embed(11, 6, name="embed")(tokens) * mask[..., None]
+        x = nn.relu(nn.Dense(12, name="dense1")(x))
+        return nn.Dense(self.num_classes, name="dense2")(nn.Dropout(0.5)(x, deterministic=deterministic).mean(1))
+
+
+def records(capsys, *argv):
+    assert inspect.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_what_tracing_finds(capsys):
+    record = records(capsys, *SMALL)
+    module = build("cifar_resnet", {"depth": 8, "width": 8, "num_classes": 1000})
+    topology = trace(module, np.zeros((2, 16, 16, 3), np.float32), train=False).topology
+    assert (record["macs"], record["params"]) == topology.total()
+    assert [(g["name"], g["kind"], g["size"]) for g in record["groups"]] == [
+        (g.name, g.kind, g.size) for g in topology.groups
+    ]
+    assert {f["reason"] for f in record["frozen"]} == {f.reason for f in topology.frozen}
+    one = {g.name: np.arange(g.size) < (g.kind != "branches") for g in topology.groups}
+    assert (record["smallest"]["macs"]["count"], record["smallest"]["params"]["count"]) == topology.cost(one)
+    assert record["inputs"] == {"input0": "float32[16,16,3]"}
+    assert 0 < record["seconds"] < 60
+
+
+def test_text_names_every_group_and_every_reason(capsys):
+    assert inspect.main([*SMALL]) == 0
+    text = capsys.readouterr().out
+    module = build("cifar_resnet", {"depth": 8, "width": 8, "num_classes": 1000})
+    network = trace(module, np.zeros((2, 16, 16, 3), np.float32), train=False)
+    for group in network.topology.groups:
+        assert group.name in text or inspect.pattern(group.name) in text
+    lines = inspect.group_lines(network)
+    assert sum(int(line[2]) for line in lines) == len(network.topology.groups)
+    assert sum(int(line[3].replace(",", "")) for line in lines) == network.topology.units
+    frozen = inspect.frozen_lines(network)
+    assert sum(int(line[1]) for line in frozen) == len(network.topology.frozen)
+    assert all(line[0] in text for line in frozen) and len(frozen) < len(network.topology.frozen)
+
+
+@pytest.mark.parametrize(("macs", "reachable"), [("0.5", True), ("0.001", False)])
+def test_says_whether_the_budget_can_be_met(capsys, macs, reachable):
+    record = records(capsys, *SMALL, "--budget.macs", macs)
+    assert record["budget"]["macs"] == float(macs) and record["budget"]["reachable"] is reachable
+    assert reachable or "out of reach" in record["budget"]["reason"]
+
+
+def test_only_some_kinds(capsys):
+    record = records(capsys, *SMALL, "--gates.kinds", "branches")
+    assert {group["kind"] for group in record["groups"]} == {"branches"}
+    assert any(item["reason"] == "excluded: kind channels" for item in record["frozen"])
+
+
+def test_the_data_set_of_an_experiment_says_the_shape(capsys):
+    record = records(capsys, "--config", "cifar10_resnet20")
+    assert record["inputs"] == {"input0": "float32[32,32,3]"} and record["arguments"]["num_classes"] == 10
+    assert 40e6 < record["macs"] < 42e6  # as published
+
+
+def test_several_inputs_and_keywords(capsys):
+    record = records(capsys, "--model", "test_inspect:Masked", "--inputs", "int32[9]", "mask=float32[9]")
+    assert {group["name"]: group["size"] for group in record["groups"]} == {"embed": 6, "dense1": 12}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--inputs", "int32 9"], r"--inputs: 'int32 9' is not understood; write float32\[224,224,3\]"),
+        (["--inputs", "int32[9]", "maks=float32[9]"], "takes no 'maks'"),
+        (["--inputs", "int32[9]", "float32[9]", "bool[1]", "bool[1]"], "are 4 arguments, but"),
+        (["--input-dtype", "float31"], "float31"),
+    ],
+)
+def test_a_mistake_is_one_line(argv, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        inspect.main(["--model", "test_inspect:Masked", *argv])
+    assert "\n" not in str(refusal.value)
+
+
+def test_unreachable_is_what_the_search_would_say():
+    network = trace(build("mlp", {"hidden": [8], "num_classes": 3}), np.zeros((2, 4, 4, 1), np.float32), train=False)
+    experiment = Experiment()
+    assert inspect.report(network, experiment)["budget"]["reachable"]
+    budget.resolve(experiment.budget, network.topology)
+
+
+def test_as_a_command(python, tmp_path):
+    command = [python, "-m", "kdsearch_jax.inspect", "--model", "mlp", "--input-shape", "4", "4", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("mlp(num_classes=1000) of float32[4,4,1]: ")
+    assert list(tmp_path.iterdir()) == []
+    refused = subprocess.run([*command, "--model.arguments", "hiden=3"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stdout == "" and refused.stderr.count("\n") == 1
+    assert "hiden" in refused.stderr
