@@ -35,6 +35,7 @@ from kdsearch_jax import cli
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, flush, load_network, unflatten, verified
 from kdsearch_jax.library import bound
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.topology import path_string
 
 Format = Literal["safetensors", "stablehlo"]
 FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
@@ -205,7 +206,19 @@ def _outputs(run: Callable[..., Any], architecture: Architecture) -> dict[str, n
 def _function(module: Any, variables: Any, architecture: Architecture) -> Callable[..., Any]:
     """The network in inference mode as a function of its inputs alone."""
     static = architecture.called.keywords(module, train=False)
-    return lambda *args, **keywords: module.apply(variables, *args, **keywords, **static)
+    return lambda *args, **keywords: _plain(module.apply(variables, *args, **keywords, **static))
+
+
+def _plain(outputs: Any) -> Any:
+    """Outputs of a type of the model's own, which a file cannot hold, as {path: array}; others as they are."""
+
+    def builtin(tree: Any) -> bool:
+        if isinstance(tree, (dict, list, tuple)) and type(tree) in (dict, list, tuple):
+            return all(map(builtin, tree.values() if isinstance(tree, dict) else tree))
+        return tree is None or jax.tree_util.all_leaves([tree])
+
+    named = jax.tree_util.tree_flatten_with_path(outputs)[0]
+    return outputs if builtin(outputs) else {path_string(path): leaf for path, leaf in named}
 
 
 def _runner(path: Path, format: Format) -> Callable[..., Any]:

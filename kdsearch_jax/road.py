@@ -323,7 +323,7 @@ def _task(
         task_lib.prove(task, target, batch)
     if task.classes and not dataset.num_classes:
         outputs: Any = jax.eval_shape(lambda v, *xs: apply_eval(module, v, xs, call=call), variables, *call.example(2))
-        classes = outputs.shape[-1]
+        classes = task.logits(outputs).shape[-1]
         dataset = dataclasses.replace(dataset, num_classes=classes, class_names=tuple(map(str, range(classes))))
     if not is_plain(task, dataset):
         log.info("%s", task.describe())

@@ -154,7 +154,7 @@ def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict
             f"but {macs:,} and {params:,} were counted"
         )
     counted = min(max(fresh.xla_flops, fresh.flops), fresh.flops + fresh.foldable)  # the nearest to XLA's
-    ratio = fresh.xla_flops / max(counted, 1.0)
+    ratio = fresh.xla_flops / counted if counted else 1.0 + fresh.xla_flops  # nothing is left to compute: 1
     if abs(ratio - 1) > XLA_TOLERANCE and not fresh.uncounted:
         raise SurgeryError(f"XLA counts {fresh.xla_flops:,.0f} operations for a batch, {fresh.flops:,.0f} were counted")
     return {"macs": macs, "params": params, "xla_flops_ratio": ratio}

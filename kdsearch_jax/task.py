@@ -69,9 +69,14 @@ class Task:
         if self.loss is not None:
             return self.loss(student, teacher, batch)
         if self.classes:
-            return _per_example(losses.distillation(student, teacher, batch["labels"], self.distill))
+            pair = self.logits(student), self.logits(teacher)
+            return _per_example(losses.distillation(*pair, batch["labels"], self.distill))
         pairs = zip(self.outputs, jax.tree.leaves(student), jax.tree.leaves(teacher), strict=True)
         return sum(self._compare(output, *pair) for output, *pair in pairs if output.kind != "left out")  # type: ignore
+
+    def logits(self, outputs: Any) -> Array:
+        """The class logits, which may be the one array of a structure."""
+        return jax.tree.leaves(outputs)[0]
 
     def _compare(self, output: Output, student: Array, teacher: Array) -> Array:
         if output.kind == "values":
@@ -83,15 +88,17 @@ class Task:
         """(batch,) cross-entropy with the labels. Raises ValueError where there are none."""
         if not self.classes:
             raise ValueError("teacher: only a network of class logits with labels is trained here; give a trained one")
-        return _per_example(losses.cross_entropy(outputs, batch["labels"]))
+        return _per_example(losses.cross_entropy(self.logits(outputs), batch["labels"]))
 
     def right(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Array]:
         """{"accuracy": (batch, …) bool}, or {} where the outputs are no class logits."""
-        return {"accuracy": outputs.argmax(-1) == batch["labels"]} if self.classes else {}
+        return {"accuracy": self.logits(outputs).argmax(-1) == batch["labels"]} if self.classes else {}
 
     def agrees(self, outputs: Any, target: Any) -> dict[str, Array]:
         """{"agreement": (batch, …) bool}: whether the most likely class is the teacher's; {} without classes."""
-        return {"agreement": outputs.argmax(-1) == target.argmax(-1)} if self.classes else {}
+        if not self.classes:
+            return {}
+        return {"agreement": self.logits(outputs).argmax(-1) == self.logits(target).argmax(-1)}
 
     def figures(self, outputs: Any, batch: Mapping[str, Any], target: Any = None) -> dict[str, Array]:
         """All that is measured, per example: (batch,) each, but () for the distance of a loss that is one number.
@@ -105,8 +112,9 @@ class Task:
         if target is not None:
             found["distance"] = self.distance(outputs, target, batch)
             if self.classes:
-                found["agreement"] = _per_example(agreement(outputs, target))
-                found["kl"] = _per_example(losses.kl(outputs, target))
+                pair = self.logits(outputs), self.logits(target)
+                found["agreement"] = _per_example(agreement(*pair))
+                found["kl"] = _per_example(losses.kl(*pair))
         return {**found, **self._measured(outputs, batch)}
 
     def _measured(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Array]:

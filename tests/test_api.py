@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
+from flax import serialization, struct
 
 import kdsearch_jax
 from kdsearch_jax import surgery
@@ -122,11 +122,19 @@ def test_two_inputs_two_heads_and_keywords(two_heads, tmp_path):
     assert "Distance" in page and "Top-5" not in page
 
 
+@struct.dataclass
+class Answer:
+    """Outputs of a type of the model's own, as many packages have them."""
+
+    logits: jax.Array
+    hidden: jax.Array | None = None
+
+
 def test_a_module_that_no_file_can_name_is_loaded_with_itself(tmp_path):
     class Local(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(4, name="out")(nn.relu(nn.Dense(12, name="hidden")(x)))
+            return Answer(nn.Dense(4, name="out")(nn.relu(nn.Dense(12, name="hidden")(x))))
 
     x = RANDOM.normal(size=(40, 5)).astype(np.float32)
     result = kdsearch_jax.search(
@@ -137,7 +145,10 @@ def test_a_module_that_no_file_can_name_is_loaded_with_itself(tmp_path):
     with pytest.raises(ValueError, match=r"module object.*Local.*module="):
         kdsearch_jax.load(tmp_path / "run" / "student")
     module, variables = kdsearch_jax.load(tmp_path / "run" / "student", module=Local())
-    np.testing.assert_array_equal(module.apply(variables, x), result.module.apply(result.variables, x))
+    logits = module.apply(variables, x).logits
+    np.testing.assert_array_equal(logits, result.module.apply(result.variables, x).logits)
+    exported = jax.export.deserialize(bytearray((tmp_path / "run" / "student" / "student.stablehlo").read_bytes()))
+    np.testing.assert_allclose(exported.call(x)["logits"], logits, atol=1e-5)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -54,6 +54,16 @@ def low_rank_adapter(m, x):
     return out(nn.relu(nn.Dense(6, name="d")(x) + update))
 
 
+@case(VECTOR, neurons(a=6, b=6))
+def sum_of_kernels(m, x):
+    """What reads the units is added up of two parameters, one of them as the imaginary part of complex numbers."""
+    x, y = nn.relu(nn.Dense(6, name="a")(x)), nn.relu(nn.Dense(6, name="b")(x))
+    real, imaginary = (m.param(name, normal, (x.shape[-1], 3)) for name in ("real", "imaginary"))
+    plain, less = (m.param(name, normal, (y.shape[-1], 3)) for name in ("plain", "less"))
+    whole = x @ (real + 1j * imaginary)
+    return jnp.abs(whole) + whole.imag + y @ (plain - 0.5 * less)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +234,23 @@ class Stack(nn.Module):
 def loop_of_checkpointed_layers(m, x):
     loop = nn.scan(nn.remat(Stack), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
     return out(pooled(loop(name="layers")(x, None)[0]))
+
+
+class Wide(nn.Module):
+    """A step that has parameters and a width of its own."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.gelu(nn.Dense(10, name="up")(x))
+        return x + nn.Dense(self.width, name="down")(h) * self.param("scale", normal, (1, 1, self.width)), None
+
+
+@case(TOKENS, {"layers/up": ("neurons", 10)}, {"layers/up/kernel[0]": "stacked over the steps"})
+def unrolled_loop_of_layers_with_a_width(m, x):
+    loop = nn.scan(Wide, variable_axes={"params": 0}, split_rngs={"params": True}, length=3, unroll=2)
+    return out(pooled(loop(width=8, name="layers")(x, None)[0]))
 
 
 # --- what strangers write -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ _EXPANDED = {
     "erfc": 62, "erf_inv": 37, "logistic": 3, "sinh": 10, "cosh": 3, "asin": 5, "acos": 3, "asinh": 11, "acosh": 7,
     "atanh": 6, "lgamma": 53, "digamma": 73, "copy": 0, "copy_p": 0, "stop_gradient": 0, "name": 0,
 }  # fmt: skip
+_SUMS = {"add", "add_any", "sub"}
 _UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e"}
 
 
@@ -51,6 +52,10 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     if name == "mul" and len(weights) == 2:  # a kernel times a kernel: scaling either scales the product
         ins = sorted(ins, key=lambda v: not (v.linear and _covers(v, ins)))
         linear = ins[0].linear and _covers(ins[0], ins)
+    if name in _SUMS and len(weights) == len(ins) == len(full) and all(v.linear and _covers(v, ins) for v in ins):
+        linear = True  # a sum of kernels: scaling all scales the sum
+        for i in range(len(shape)):
+            c.found.join_kernels(ins, i)
     axes = [_one([v.axes[i] for v in full], c) for i in range(len(shape))]
     return [blend(ins, axes, linear)]
 

@@ -38,8 +38,18 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
             for a, b in zip(carry, outs[:carried], strict=True)
         ]
         if [_outline(v) for v in entered] == [_outline(v) for v in carry]:
+            _unroll(c.found, before, p["length"], int(p["unroll"]))
             return carry + [v._replace(axes=(FIXED, *v.axes), number=None) for v in outs[carried:]]
         _forget(c.found, before)
+
+
+def _unroll(found: Walk, before: tuple[dict[str, int], float, float], length: int, unroll: int) -> None:
+    """XLA counts a loop's body once, and an unrolled one as often as it is written out."""
+    _, flops, foldable = before
+    more = (unroll + length % unroll if unroll < length else length) - 1
+    if unroll > 1 and more > 0:
+        found.flops += more * (found.flops - flops)
+        found.foldable += more * (found.foldable - foldable)
 
 
 def _cond(c: Context, ins: list[Value]) -> list[Value]:
