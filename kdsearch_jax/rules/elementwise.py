@@ -37,7 +37,7 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     if name in _UNCOUNTED:
         c.found.uncounted.add(name)
     (c.fold if _folded(name, ins) else c.count)(math.prod(shape) * _flops(c.op))
-    number = _number(name, [v.number for v in ins])
+    number = _number(c.op, [v.number for v in ins])
     if number is not None:
         return [Value((UNIFORM,) * len(shape), number=number)]
     if len(ins) == 1 and len(ins[0].axes) == len(shape):
@@ -116,13 +116,13 @@ def _folded(name: str, ins: list[Value]) -> bool:
     return None not in numbers or any(n in which for n in neutral.get(name, ()))
 
 
-def _number(name: str, numbers: list[float | None]) -> float | None:
+def _number(op: Op, numbers: list[float | None]) -> float | None:
     """What is computed of constants that are one number everywhere; None where that is not known."""
     known = [n for n in numbers if n is not None]
-    if len(known) != len(numbers) or not known or name not in _OF_NUMBERS:
+    if len(known) != len(numbers) or not known or op.name not in _OF_NUMBERS:
         return None
     try:
-        number = float(_OF_NUMBERS[name](*known))
+        number = float(_OF_NUMBERS[op.name](*known, *([op.params["y"]] if op.name == "integer_pow" else [])))
     except (ArithmeticError, ValueError):
         return None
     return number if math.isfinite(number) else None
@@ -131,7 +131,7 @@ def _number(name: str, numbers: list[float | None]) -> float | None:
 _OF_NUMBERS = {
     "add": operator.add, "add_any": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "max": max, "min": min, "neg": operator.neg, "tanh": math.tanh, "exp": math.exp, "erf": math.erf, "sqrt": math.sqrt,
-    "square": lambda n: n * n, "logistic": lambda n: 0.5 * (1 + math.tanh(n / 2)),
+    "integer_pow": operator.pow, "square": lambda n: n * n, "logistic": lambda n: 0.5 * (1 + math.tanh(n / 2)),
     "convert_element_type": lambda n: n if n == int(n) else math.nan,
 }  # fmt: skip
 
