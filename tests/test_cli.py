@@ -181,8 +181,9 @@ def main(argv):
         import numpy
         numpy.zeros(3).reshape(2)
     cli.new_run_directory(options.workdir, experiment, options.resume)
-    import jax
-    print("processes", jax.process_count(), "devices", jax.device_count())
+    import json, pathlib, jax
+    found = {"processes": jax.process_count(), "devices": jax.device_count()}
+    pathlib.Path(f"process-{jax.process_index()}.json").write_text(json.dumps(found))  # stdout is the runtime's as well
     return 0
 
 cli.run(main)
@@ -243,12 +244,13 @@ class TestFailing:
 
 def test_two_processes_share_one_run_directory(command, repository, tmp_path):
     launcher = (str(repository / "launch" / "local.py"), "--devices", "2", "2")
-    status, out, err = command("--workdir", "run", launcher=launcher)
+    status, _, err = command("--workdir", "run", launcher=launcher)
     assert status == 0, err
-    assert "processes 2 devices 4" in out
-    assert "processes 2 devices 4" in (tmp_path / "launch-1.log").read_text()
+    for process in range(2):
+        assert json.loads((tmp_path / f"process-{process}.json").read_text()) == {"processes": 2, "devices": 4}
+    assert (tmp_path / "launch-1.log").is_file()
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
-    status, out, err = command("--workdir", "run", launcher=launcher)
+    status, _, err = command("--workdir", "run", launcher=launcher)
     assert status == 1
     assert "error: run already holds a run" in err
     assert "error: run: refused by process 0" in (tmp_path / "launch-1.log").read_text()
