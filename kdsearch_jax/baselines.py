@@ -17,7 +17,7 @@ from flax import traverse_util
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax.budget import BudgetError, Limits
 from kdsearch_jax.config import nearest
-from kdsearch_jax.topology import Group, Topology
+from kdsearch_jax.tracing.topology import Group, Topology
 
 NAMES = ("uniform", "magnitude")
 

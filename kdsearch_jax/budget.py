@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.topology import Topology
+from kdsearch_jax.tracing.topology import Topology
 
 FLOOR = 0.98
 TRIALS = 200  # choices that `select` looks at before it gives up

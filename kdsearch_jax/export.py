@@ -35,7 +35,7 @@ from kdsearch_jax import cli
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, flush, load_network, unflatten, verified
 from kdsearch_jax.library import bound
 from kdsearch_jax.student import Architecture
-from kdsearch_jax.topology import path_string
+from kdsearch_jax.tracing.topology import path_string
 
 Format = Literal["safetensors", "stablehlo"]
 FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")

@@ -38,7 +38,7 @@ from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.prox import accelerated_proximal_l1
 from kdsearch_jax.steps import Step, TrainState, create_state
 from kdsearch_jax.task import Task
-from kdsearch_jax.topology import Topology
+from kdsearch_jax.tracing.topology import Topology
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax.topology import Topology, path_string
+from kdsearch_jax.tracing.topology import Topology, path_string
 
 Gates = dict[str, jax.Array]
 

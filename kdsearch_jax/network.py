@@ -19,14 +19,14 @@ import jax
 import numpy as np
 
 from kdsearch_jax import linen, nnx
-from kdsearch_jax import sizes as sizes_lib
-from kdsearch_jax import topology as topology_lib
-from kdsearch_jax.findings import Walk
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Layer, Library
-from kdsearch_jax.program import flatten, line_of
-from kdsearch_jax.topology import Topology
-from kdsearch_jax.walk import again, walk
+from kdsearch_jax.tracing import sizes as sizes_lib
+from kdsearch_jax.tracing import topology as topology_lib
+from kdsearch_jax.tracing.findings import Walk
+from kdsearch_jax.tracing.program import flatten, line_of
+from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.tracing.walk import again, walk
 
 
 @dataclass(frozen=True)

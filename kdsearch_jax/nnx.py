@@ -19,7 +19,7 @@ from flax import nnx, traverse_util
 
 from kdsearch_jax.functional import Functional, path_name
 from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, bound
-from kdsearch_jax.program import Program, flatten
+from kdsearch_jax.tracing.program import Program, flatten
 
 
 def variables(module: Functional, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

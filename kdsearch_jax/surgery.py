@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import topology as topology_lib
 from kdsearch_jax.library import arrays, bound
 from kdsearch_jax.network import Network, count, library_of, shapes_of
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing import topology as topology_lib
 
 TOLERANCE = 1e-5
 XLA_TOLERANCE = 0.02

@@ -14,7 +14,7 @@ import pytest
 from kdsearch_jax import surgery
 from kdsearch_jax.network import Network, trace
 from kdsearch_jax.student import Architecture
-from kdsearch_jax.topology import Topology
+from kdsearch_jax.tracing.topology import Topology
 
 ANY = Architecture("none", {}, input_shape=(1,))  # where only the sizes matter
 

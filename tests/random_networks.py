@@ -26,7 +26,7 @@ from random_steps import STEPS, pooled, spread, widths
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import surgery
-from kdsearch_jax.topology import Topology
+from kdsearch_jax.tracing.topology import Topology
 
 BATCH = 3
 SHAPES = {"image": (4, 4, 3), "wide": (2, 6, 4), "tokens": (5, 4), "square": (4, 6), "vector": (7,), "ints": (4,)}

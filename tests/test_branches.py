@@ -8,7 +8,7 @@ import pytest
 from proof import groups, image, network, norm, out, pooled, prove, reasons, traced, variables_of
 
 from kdsearch_jax import gates, surgery
-from kdsearch_jax.program import flatten
+from kdsearch_jax.tracing.program import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,7 +15,7 @@ from kdsearch_jax.budget import FLOOR, BudgetError, Limits
 from kdsearch_jax.call import mode
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.network import trace
-from kdsearch_jax.topology import Topology
+from kdsearch_jax.tracing.topology import Topology
 
 NETWORKS = {
     "cnn": ("small_cnn", {"width": 4}, (8, 8, 1)),

@@ -14,13 +14,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 
 # From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
-# `models` and `report` stand for all their modules.
+# `tracing`, `models` and the other packages stand for all their modules.
 LAYERS = [
-    {"config", "library", "program", "attributes", "functional"},
-    {"branches", "losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution"},
-    {"labels", "findings", "rules", "walk", "pretrained", "student", "examples", "forward", "metrics", "cli"},
-    {"topology", "sizes", "checkpoint", "data", "task"},
-    {"linen", "nnx", "gates", "budget", "steps", "train"},
+    {"config", "library", "attributes", "functional", "tracing"},
+    {"losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution", "gates", "budget"},
+    {"pretrained", "student", "examples", "forward", "metrics", "cli"},
+    {"checkpoint", "data", "task"},
+    {"linen", "nnx", "steps", "train"},
     {"network"},
     {"surgery", "evaluate", "export", "report", "baselines", "gated", "weights"},
     {"road"},
@@ -32,14 +32,7 @@ LAYERS = [
 # Of other packages, these modules import only what is named here (and the standard library).
 ONLY = {
     "config": set(),
-    "program": {"jax", "numpy", "scipy"},
-    "branches": {"jax", "numpy", "scipy"},
-    "walk": {"jax", "numpy", "scipy"},
-    "labels": {"numpy"},
-    "findings": {"numpy", "scipy"},
-    "rules": {"jax", "numpy"},
-    "topology": {"jax", "numpy", "scipy"},
-    "sizes": {"jax", "numpy", "scipy"},
+    "tracing": {"jax", "numpy", "scipy"},
     "gates": {"jax", "numpy", "scipy"},
     "budget": {"jax", "numpy", "scipy"},
     "losses": {"jax", "optax"},

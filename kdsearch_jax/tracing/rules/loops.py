@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdsearch_jax.findings import Context, Rule, Walk
-from kdsearch_jax.labels import FIXED, Value, blend, labelled
-from kdsearch_jax.program import Program, flatten
+from kdsearch_jax.tracing.findings import Context, Rule, Walk
+from kdsearch_jax.tracing.labels import FIXED, Value, blend, labelled
+from kdsearch_jax.tracing.program import Program, flatten
 
 
 def _scan(c: Context, ins: list[Value]) -> list[Value]:

@@ -6,9 +6,9 @@ import math
 import operator
 from collections.abc import Sequence
 
-from kdsearch_jax.findings import Context, Rule
-from kdsearch_jax.labels import FIXED, UNIFORM, Axis, Part, Value, blend, labelled
-from kdsearch_jax.program import Op
+from kdsearch_jax.tracing.findings import Context, Rule
+from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Part, Value, blend, labelled
+from kdsearch_jax.tracing.program import Op
 
 LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "real", "reduce_precision", "stop_gradient", "name",
           "sharding_constraint", "device_put"}  # fmt: skip

@@ -14,9 +14,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from kdsearch_jax import branches
-from kdsearch_jax.labels import FIXED, UNIFORM, Axis, Labels, Part, Value, labelled
-from kdsearch_jax.program import Op, Program
+from kdsearch_jax.tracing import branches
+from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Labels, Part, Value, labelled
+from kdsearch_jax.tracing.program import Op, Program
 
 
 class Step(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import jax
 
-from kdsearch_jax.findings import Context, Rule
-from kdsearch_jax.labels import FIXED, UNIFORM, Axis, Value, blend
+from kdsearch_jax.tracing.findings import Context, Rule
+from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
 
 
 def _spare(c: Context, value: Value, mixed: Collection[int]) -> Value:

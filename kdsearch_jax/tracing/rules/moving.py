@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdsearch_jax.findings import Context, Rule
-from kdsearch_jax.labels import FIXED, UNIFORM, Axis, Part, Value, blend, labelled, parts, remake
+from kdsearch_jax.tracing.findings import Context, Rule
+from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Part, Value, blend, labelled, parts, remake
 
 
 def _identity(c: Context, ins: list[Value]) -> list[Value]:

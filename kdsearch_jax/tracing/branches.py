@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdsearch_jax.program import Program
+from kdsearch_jax.tracing.program import Program
 
 _PASS = {
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "neg", "slice",

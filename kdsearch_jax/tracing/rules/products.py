@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kdsearch_jax.findings import Context, Rule, Term
-from kdsearch_jax.labels import FIXED, Axis, Value, blend
+from kdsearch_jax.tracing.findings import Context, Rule, Term
+from kdsearch_jax.tracing.labels import FIXED, Axis, Value, blend
 
 
 def _contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:

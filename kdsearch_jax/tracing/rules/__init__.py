@@ -1,7 +1,7 @@
 """The rules of the walk, by primitive: each moves, joins or freezes the labels of its operands."""
 
-from kdsearch_jax.findings import Rule
-from kdsearch_jax.rules import elementwise, loops, mixing, moving, products
+from kdsearch_jax.tracing.findings import Rule
+from kdsearch_jax.tracing.rules import elementwise, loops, mixing, moving, products
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,

@@ -1,19 +1,18 @@
-"""The walk over a network's operations: one rule a primitive (`kdsearch_jax.rules`), over labels of parameter indices.
+"""The walk over a network's operations: one rule a primitive (`rules`), over labels of indices.
 
-What a value knows of its axes is in `kdsearch_jax.labels`, what a rule may do and what is found in
-`kdsearch_jax.findings`.
+What a value knows of its axes is in `labels`, what a rule may do and what is found in `findings`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from kdsearch_jax import branches
-from kdsearch_jax.findings import Context, Step, Walk
-from kdsearch_jax.labels import FIXED, Labels, Value, constant
-from kdsearch_jax.program import Program
-from kdsearch_jax.rules import RULES
-from kdsearch_jax.rules.mixing import unknown
+from kdsearch_jax.tracing import branches
+from kdsearch_jax.tracing.findings import Context, Step, Walk
+from kdsearch_jax.tracing.labels import FIXED, Labels, Value, constant
+from kdsearch_jax.tracing.program import Program
+from kdsearch_jax.tracing.rules import RULES
+from kdsearch_jax.tracing.rules.mixing import unknown
 
 
 def walk(program: Program, shapes: dict[str, tuple[int, ...]]) -> Walk:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from kdsearch_jax.findings import Step, Walk
-from kdsearch_jax.labels import UNIFORM, Part, Value, labelled
-from kdsearch_jax.program import Program
-from kdsearch_jax.rules.elementwise import NAMES as ELEMENTWISE
+from kdsearch_jax.tracing.findings import Step, Walk
+from kdsearch_jax.tracing.labels import UNIFORM, Part, Value, labelled
+from kdsearch_jax.tracing.program import Program
+from kdsearch_jax.tracing.rules.elementwise import NAMES as ELEMENTWISE
 
 # These may pass on a tensor that is constant along an axis of whatever size.
 _SIZELESS = ELEMENTWISE | {

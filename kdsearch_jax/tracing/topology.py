@@ -29,9 +29,9 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from kdsearch_jax import program as program_lib
-from kdsearch_jax.findings import Walk
-from kdsearch_jax.walk import walk
+from kdsearch_jax.tracing import program as program_lib
+from kdsearch_jax.tracing.findings import Walk
+from kdsearch_jax.tracing.walk import walk
 
 KINDS = ("channels", "neurons", "heads", "values", "groups", "branches")
 
