@@ -122,7 +122,7 @@ class GatesConfig:
     """Which structures may go, and how the proximal search treats their gates.
 
     kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`; include, exclude: patterns (fnmatch) of
-    group names. penalty: α_j, see `kdsearch_jax.search`. ramp: share of the steps over which the cost falls to the
+    group names. penalty: α_j, see `kdsearch_jax.penalty`. ramp: share of the steps over which the cost falls to the
     budget. lambda2: a fixed λ2, instead of the closed loop that follows the budget.
     """
 

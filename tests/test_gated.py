@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import search_step
-from kdsearch_jax import budget, data, forward, gated, losses, models, optimizer, steps, train
+from kdsearch_jax import budget, data, forward, gated, losses, models, optimizer, penalty, steps, train
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.batches import normalise
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
@@ -147,7 +147,7 @@ def alphas(config, gates=None, seed=0):
     importance = random.exponential(1e-3, found.units)
     gates = np.ones(found.units) if gates is None else gates
     limits = budget.resolve(BudgetConfig(), found)
-    alpha = gated.weights_of_penalty(found, limits, config, gates, importance)
+    alpha = penalty.weights(found, limits, config, gates, importance)
     free = ~budget.protected(found, np.where(gates > 0, importance, -1.0))
     free &= ~budget.too_large(found, limits, (gates > 0).astype(float))
     return alpha, importance, limits, free
@@ -190,9 +190,7 @@ def test_a_branch_too_large_to_go_has_no_penalty():
     branches = np.concatenate([np.full(g.size, g.kind == "branches") for g in found.groups])
     assert branches.sum() == 1 and alpha[branches] == 0
     roomy = budget.resolve(BudgetConfig(0.39), found)
-    assert (
-        gated.weights_of_penalty(found, roomy, GatesConfig(), np.ones(found.units), np.ones(found.units))[branches] > 0
-    )
+    assert penalty.weights(found, roomy, GatesConfig(), np.ones(found.units), np.ones(found.units))[branches] > 0
 
 
 # --- the controller -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 LAYERS = [
     {"config", "library", "attributes", "functional", "tracing"},
     {"losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution", "gates", "budget"},
+    {"penalty"},
     {"pretrained", "student", "examples", "forward", "metrics", "cli"},
     {"checkpoint", "data", "task"},
     {"linen", "nnx", "steps", "train"},
