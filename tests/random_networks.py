@@ -208,8 +208,9 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
     """Proves one network; the gradient by the gates only if asked, since it takes longest to compile.
 
     Returns:
-      "exact"; "partly frozen", where more stays than in any network; or "insensitive", where its outputs depend on
-      neither inputs nor gates, so that equality would prove nothing.
+      "exact"; "partly frozen", where more stays than in any network; "insensitive", where its outputs depend on
+      neither inputs nor gates, so that equality would prove nothing; or "outgrown", where squares of squares have left
+      what float32 can add up, so that the network itself is not finite under another order of operations.
 
     Raises:
       AssertionError, SurgeryError: where a promise is broken.
@@ -226,6 +227,8 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
     gated = jax.jit(functools.partial(_gated, network, inputs, gradient))
     for turn in range(6):  # a few rectifiers may all be off, but hardly for every choice of parameters
         variables = variables_of(module, *inputs, seed=seed + turn)
+        if _largest(module, variables, inputs) > OUTGROWN:
+            return "outgrown"
         if _sensitive(*gated(variables, random_gates(topology, rng))):
             break
     else:
@@ -260,6 +263,12 @@ def _gated(network: Any, inputs: Any, by_gates: bool, variables: Any, gates: Any
     return folded, outputs, gradient
 
 
+def _largest(module: Any, variables: Any, inputs: Any) -> float:
+    """The largest absolute value that any layer of the network returns."""
+    _, kept = module.apply(variables, *inputs, capture_intermediates=True, mutable=["intermediates"])
+    return max(float(np.abs(np.asarray(leaf)).max(initial=0.0)) for leaf in jax.tree.leaves(kept))
+
+
 def _sensitive(folded: Any, outputs: Any, gradient: Any) -> bool:
     """Whether outputs differ between examples, and with the gates: else the proof would be an empty one.
 
@@ -275,6 +284,7 @@ def _sensitive(folded: Any, outputs: Any, gradient: Any) -> bool:
     return bool(varies and (not slopes or max(np.abs(leaf).max() for leaf in slopes) > 1e-4))
 
 
+OUTGROWN = 1e4  # of a layer: its products in attention, 1e8, have an error of several units in an exponent
 NATURAL = (  # reasons for which any network has something frozen
     "the network's output", "an axis of fixed size", "a convolution's window", "no kernel reads it", "a single unit",
     "indexed by gather",

@@ -490,11 +490,12 @@ def along(s, x, a, b, c):
 def outer(s, x, a, b, c):
     """Products of all pairs: a bilinear layer, or a gram matrix of the places."""
     if a % 2 or x.ndim == 2:
-        left = nn.Dense(2 + b % 3, name=s.name("left"))(x)
-        right = nn.Dense(2 + c % 3, name=s.name("right"))(x)
+        # Bounded: products of products outgrow float32, and then the network itself is not finite.
+        left = jnp.tanh(nn.Dense(2 + b % 3, name=s.name("left"))(x))
+        right = jnp.tanh(nn.Dense(2 + c % 3, name=s.name("right"))(x))
         y = jnp.einsum("...i,...j->...ij", left, right)
         return y.reshape(*y.shape[:-2], -1)
-    t = x.reshape(x.shape[0], -1, x.shape[-1])
+    t = jnp.tanh(x.reshape(x.shape[0], -1, x.shape[-1]))
     if s.whole(t)[1] > 8:
         return x
     gram = jnp.einsum("bsc,btc->bst", t, t) if b % 2 else jnp.einsum("bsc,bsd->bcd", t, t)
@@ -657,7 +658,7 @@ def sequence(s, x, a, b, c):
         y = nn.gelu(nn.Dense(widths(b), name=s.name("mix1"))(x.swapaxes(1, 2)))
         return x + nn.Dense(t, name=s.name("mix2"))(y).swapaxes(1, 2)
     u, v = jnp.split(nn.Dense(2 * widths(b), name=s.name("gate"))(x), 2, axis=-1)  # as in gMLP
-    return u * nn.Dense(t, name=s.name("places"))(v.swapaxes(1, 2)).swapaxes(1, 2)
+    return u * jnp.tanh(nn.Dense(t, name=s.name("places"))(v.swapaxes(1, 2)).swapaxes(1, 2))
 
 
 @step
