@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget, devices, gated, models, optimizer, train
+from kdsearch_jax import budget, devices, front, gated, models, optimizer, train
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.network import trace
+from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import Step, TrainState, create_state, distill_step
 from kdsearch_jax.task import classification
 
@@ -39,6 +40,8 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
     task = classification(DistillConfig())
     limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
+    pressure = limits.pressure(network.topology, np.ones(network.topology.units))
+    path = front.legs((limits,), (1.0,), pressure, stage, config, steps)
     random = np.random.default_rng(0)
     resident: Any = {
         "arrays": {
@@ -68,7 +71,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     search = caller(
         gated.begin(variables, network.topology, tx, stage),
         gated.search_step(network, module, tx, task, config, run),
-        gated.controller(network.topology, limits, stage, config, run),
+        gated.controller(Part.of(network), path, stage, config, run),
     )
     plain = optimizer.make_optimizer(stage)
     distill = caller(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax import cli, models, stages
+from kdsearch_jax import cli, delivery, front, models, stages
 from kdsearch_jax import data as data_lib
 from kdsearch_jax.call import signature_of
 from kdsearch_jax.config import (
@@ -49,7 +49,34 @@ class Result:
 
     def __str__(self) -> str:
         """The table."""
-        return stages.table(self.results)
+        return delivery.table(self.results)
+
+
+@dataclass(frozen=True)
+class Front:
+    """Students of several budgets, from one search.
+
+    Attributes:
+      students: the largest first; budgets: theirs. results, report, directory: of the run, as in `Result`.
+    """
+
+    students: tuple[Result, ...]
+    budgets: tuple[float, ...]
+    results: dict[str, Any]
+    report: Path
+    directory: Path
+
+    def __len__(self) -> int:
+        """How many students there are."""
+        return len(self.students)
+
+    def __getitem__(self, number: int) -> Result:
+        """One of the students."""
+        return self.students[number]
+
+    def __str__(self) -> str:
+        """The table."""
+        return delivery.table(self.results)
 
 
 def run(
@@ -57,7 +84,7 @@ def run(
     variables: Any,
     data: Any,
     *,
-    budget: float | Mapping[str, Any],
+    budget: float | Sequence[float] | Mapping[str, Any],
     loss: Any,
     metrics: Any,
     inputs: Sequence[str] | Mapping[str, str] | None,
@@ -74,8 +101,9 @@ def run(
     workdir: str | Path | None,
     resume: bool,
     settings: Mapping[str, Any] | None,
-) -> Result:
+) -> Result | Front:
     """See `kdsearch_jax.search`."""
+    bounds, budgets = _bounds(budget)
     nnx = not hasattr(module, "apply")
     if nnx:
         module, own_variables = Functional.split(module)
@@ -95,7 +123,8 @@ def run(
         search=dataclasses.replace(stage, steps=search_steps, schedule="constant"),
         retrain=dataclasses.replace(stage, steps=retrain_steps),
         distill=DistillConfig(loss=_told(loss), metrics=_told(metrics)),
-        budget=BudgetConfig(**budget) if isinstance(budget, Mapping) else BudgetConfig(macs=float(budget)),
+        budget=bounds,
+        budgets=budgets,
         baselines=tuple(baselines),  # type: ignore  # checked below
         run=RunConfig(seed=seed),
     )
@@ -106,10 +135,43 @@ def run(
     cli.new_run_directory(directory, experiment, resume)
     results = stages.run(road, resume=resume)
     assert results is not None
-    student = Loaded.of(directory / "student", road.base)
-    bound = (student.module.bind(student.variables), None) if nnx else (student.module, student.variables)
     report = directory / "report" / "index.html"
-    return Result(*bound, student.architecture.to_json(), results, report, directory)
+
+    def result(name: str) -> Result:
+        student = Loaded.of(directory / name, road.base)
+        bound = (student.module.bind(student.variables), None) if nnx else (student.module, student.variables)
+        return Result(*bound, student.architecture.to_json(), results, report, directory)
+
+    students = [result(point.student) for point in front.points(experiment)]
+    return Front(tuple(students), budgets, results, report, directory) if budgets else students[0]
+
+
+def _bounds(budget: Any) -> tuple[BudgetConfig, tuple[float, ...]]:
+    """(budget, budgets) of an experiment, of what a user gave for both."""
+    if isinstance(budget, Mapping):
+        several = {name: value for name, value in budget.items() if isinstance(value, (list, tuple))}
+        if not several:
+            return BudgetConfig(**budget), ()
+        if len(several) > 1:
+            raise ValueError(
+                f"budget: {', '.join(several)} have several values each; one bound may, others hold for all"
+            )
+        (name, values), rest = *several.items(), {k: v for k, v in budget.items() if k not in several}
+        budgets = _falling(values)
+        config = BudgetConfig(**{"macs": None, **rest, name: budgets[0]})
+        if front.driver(config) != name:
+            raise ValueError(f"budget: several values of {name} need {front.driver(config)} left out")
+        return config, budgets
+    if isinstance(budget, Sequence):
+        budgets = _falling(budget)
+        return BudgetConfig(macs=budgets[0]), budgets
+    return BudgetConfig(macs=float(budget)), ()
+
+
+def _falling(budgets: Any) -> tuple[float, ...]:
+    if not len(budgets):
+        raise ValueError("budget: none is given; give one, or several as in [0.7, 0.5, 0.3]")
+    return tuple(sorted(map(float, budgets), reverse=True))
 
 
 def _told(function: Any) -> str | None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+from kdsearch_jax import processes
 from kdsearch_jax.config import (
     SETTINGS,
     Experiment,
@@ -56,6 +57,14 @@ class Options:
 
     traceback: bool = False
     """Show where an error came from, not its line alone (also KDSEARCH_TRACEBACK=1)."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a run of several processes that JAX does not find by itself."""
+    num_processes: int | None = None
+    """How many processes the run has; 1 for a run of its own, whoever started others beside it."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    join_timeout: int = 300
+    """Seconds to wait for the others."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     configure_logging()
     try:
         if not {"-h", "--help"} & set(argv):
-            join_processes()
+            join_processes(argv)
         status = main(argv)
     except Exception as error:
         status = exit_status(error)
@@ -120,7 +129,10 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
             traceback.print_exc()
         print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         status = INTERRUPTED
-    sys.exit(FAILED if status is None else status)
+    status = FAILED if status is None else status
+    if status:
+        processes.leave(status)
+    sys.exit(status)
 
 
 def exit_status(error: Exception) -> int | None:
@@ -156,14 +168,16 @@ def configure_logging() -> None:
     logging.captureWarnings(True)
 
 
-def join_processes() -> None:
-    """Join the other processes of the run where the launcher says that there are some, by JAX_COORDINATOR_ADDRESS."""
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
-        import jax
-
-        count, rank = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(address, count, rank)
+def join_processes(argv: list[str]) -> None:
+    """Join the other processes of the run, where there are some; see `processes`. Raises UsageError, ValueError."""
+    with _usage_errors():
+        given = _values(argv, (*processes.FLAGS, "join_timeout"))
+        timeout = given.pop("join_timeout", str(Options.join_timeout))
+        if not timeout.isascii() or not timeout.isdigit() or not int(timeout):
+            raise UsageError(f"--join-timeout: {timeout!r} is not possible; give seconds, at least 1")
+        place = processes.find(given, os.environ)
+    if place is not None:
+        processes.join(place, int(timeout))
 
 
 # --- the run directory ----------------------------------------------------------------------------------------------
@@ -292,8 +306,9 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_ALIASES = {"--model": "--model.name", "--teacher": "--teacher-from", "--data": "--data.name"}
-_SHORT = "In short: " + ", ".join(f"{short} X is {full} X" for short, full in _ALIASES.items()) + "."
+_ALIASES = {"--model": "--model.name", "--teacher": "--teacher-from", "--data": "--data.name", "--from": "--front-from"}
+_SHORT = "In short: " + ", ".join(f"{short} X is {full} X" for short, full in _ALIASES.items())
+_SHORT += "; --teacher-from X Y Z is --teacher-from X --distill.teachers Y Z."
 
 
 def _in_full(argv: list[str]) -> list[str]:
@@ -308,7 +323,36 @@ def _in_full(argv: list[str]) -> list[str]:
                 raise UsageError(f"{name} is {_ALIASES[name]} in short; give one of them")
             token = _ALIASES[name] + equals + value
         full.append(token)
-    return full
+    return _budgets(_one_teacher(full))
+
+
+def _budgets(argv: list[str]) -> list[str]:
+    """The line with the values of `--budgets`, which commas may part as well, one by one; UsageError without any."""
+    split, inside = [], False
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        inside = flag == "--budgets" or (inside and not token.startswith("--"))
+        if flag == "--budgets" and equals:
+            token = f"{flag},{value}"
+        split += [part for part in token.split(",") if part] if inside else [token]
+    place = split.index("--budgets") + 1 if "--budgets" in split else 0
+    if place and (place == len(split) or split[place].startswith("--")):
+        raise UsageError("--budgets: none is given; give some, as in --budgets 0.7 0.5 0.3")
+    return split
+
+
+def _one_teacher(argv: list[str]) -> list[str]:
+    """The line with one value of --teacher-from; further ones are those of --distill.teachers."""
+    names = [token.partition("=")[0].replace("_", "-") for token in argv]
+    if "--teacher-from" not in names:
+        return argv
+    first = names.index("--teacher-from") + (1 if "=" in argv[names.index("--teacher-from")] else 2)
+    end = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
+    if first >= end:
+        return argv
+    if "--distill.teachers" in names:
+        raise UsageError("--teacher-from X Y is --teacher-from X --distill.teachers Y in short; give one of them")
+    return [*argv[:first], *argv[end:], "--distill.teachers", *argv[first:end]]
 
 
 def _names_own(argv: list[str]) -> bool:
@@ -332,13 +376,25 @@ def _known_flags(argv: list[str], known: tuple[str, ...]) -> None:
         raise UsageError(f"{_dashed(name)} is not an option; {nearest(_dashed(name), map(_dashed, known))}")
 
 
+def _values(argv: list[str], names: tuple[str, ...]) -> dict[str, str]:
+    """The values, as text, of those flags that stand on the line. Raises UsageError where one has none."""
+    given = {}
+    for token, following in zip(argv, [*argv[1:], "--"], strict=False):
+        name = _flag(token)
+        if token.startswith("--") and name in names:
+            given[name] = token.partition("=")[2] if "=" in token else following
+            if not given[name] or given[name].startswith("--"):
+                raise UsageError(f"{_dashed(name)}: no value; give one")
+    return given
+
+
 def _first_pass(argv: list[str]) -> dict[str, Any]:
-    """Those given of config, quick, workdir, search-from and resume: they decide on the defaults of everything else."""
+    """Those given of config, quick, workdir, resume and the runs to start from: they decide on all other defaults."""
     given: dict[str, Any] = {}
     for token, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = token.partition("=")
         name = name.replace("_", "-")
-        if name in ("--config", "--workdir", "--search-from"):
+        if name in ("--config", "--workdir", "--search-from", "--front-from"):
             value = value or following
             if not value or value.startswith("--"):
                 raise UsageError(
@@ -357,6 +413,8 @@ def _run_config(given: dict[str, Any]) -> str | None:
     named = [given["workdir"]] if given.get("resume") and "workdir" in given else []
     if "search-from" in given:  # a run, or its search stage
         named += [given["search-from"], str(Path(given["search-from"]).parent)]
+    if "front-from" in given:
+        named.append(given["front-from"])
     return next((str(path) for name in named if (path := Path(name) / "config.json").is_file()), None)
 
 

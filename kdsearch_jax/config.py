@@ -90,7 +90,14 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """loss = (1 − cross_entropy)·T²·KL + cross_entropy·CE; direction as named in `kdsearch_jax.losses`.
+    """loss = (1 − cross_entropy)·Σ weight·loss + cross_entropy·CE, over `losses`; see `kdsearch_jax.losses`.
+
+    losses: `name` or `name:weight` each. Of predictions, times T²: kl (in `direction`), dkd (decoupled KL, by
+    `dkd_beta`), dist. Of features: at (weights of 1000 are usual), hint, rkd_distance (25), rkd_angle (50), crd (0.8).
+    retrain_losses: those of retraining, if others than the search's.
+    features: layers whose outputs are compared, as paths or patterns (fnmatch); by default the last of each resolution.
+    teachers: more teachers, each as in `teacher_from`; the mean is learned from, of softened probabilities or of
+    logits (`ensemble`). cache: teachers' outputs are computed once, where data are not augmented and no features asked.
 
     loss: `package.module:function` of (student's outputs, teacher's outputs, batch) in its place; metrics: one of
     (outputs, batch), for the table. logits: outputs that are compared by KL, as paths or patterns (fnmatch); those of
@@ -100,6 +107,13 @@ class DistillConfig:
     temperature: float = 4.0
     direction: Literal["forward", "reverse"] = "forward"
     cross_entropy: float = 0.0
+    losses: tuple[str, ...] = ("kl",)
+    retrain_losses: tuple[str, ...] = ()
+    dkd_beta: float = 8.0
+    features: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    ensemble: Literal["probabilities", "logits"] = "probabilities"
+    cache: bool = True
     loss: str | None = None
     metrics: str | None = None
     logits: tuple[str, ...] = ()
@@ -109,12 +123,18 @@ class DistillConfig:
 class BudgetConfig:
     """What the student may cost: at most 1 is a fraction of the teacher's, above 1 an absolute number; None: no bound.
 
-    macs: multiply-accumulates of one example; params: trainable parameters; round_to: widths are multiples of it.
+    macs: multiply-accumulates of one example; params: trainable parameters. latency: milliseconds of a call with
+    `batch_size` examples; memory: bytes that such a call takes; both as measured on the device that runs, in inference
+    mode and float32 (`kdsearch_jax.evaluate`). round_to: widths are multiples of it; `hardware`: of what this device
+    does not pad (`kdsearch_jax.hardware`).
     """
 
     macs: float | None = 0.5
     params: float | None = None
-    round_to: int = 1
+    round_to: int | Literal["hardware"] = 1
+    latency: float | None = None
+    memory: float | None = None
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,12 @@ class GatesConfig:
 
     kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`; include, exclude: patterns (fnmatch) of
     group names. penalty: α_j, see `kdsearch_jax.penalty`. ramp: share of the steps over which the cost falls to the
-    budget. lambda2: a fixed λ2, instead of the closed loop that follows the budget.
+    budget; warmup: share of the ramp in which nothing goes and importance is measured. lambda2: a fixed λ2, instead of
+    the closed loop that follows the budget. init: gates start at 1 (`one`), or at the norm of the kernel slices that
+    they scale, 1 on average (`norm`), which are divided by it; either way the gated network starts as the teacher.
+    batch_norm: in the search it normalises by the batch and learns (`train`), or by the teacher's statistics (`frozen`;
+    then all of the network runs in inference mode, without dropout). shrink: whenever the living cost less than this
+    share of the MACs that are computed, the search goes on without the dead (`kdsearch_jax.shrinking`); None: never.
     """
 
     kinds: tuple[str, ...] = ("channels", "neurons", "heads", "values", "groups", "branches")
@@ -135,7 +160,11 @@ class GatesConfig:
     importance_decay: float = 0.97
     sharpness: float = 8.0
     ramp: float = 0.5
+    warmup: float = 0.05
     lambda2: float | None = None
+    init: Literal["one", "norm"] = "one"
+    batch_norm: Literal["train", "frozen"] = "train"
+    shrink: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +191,8 @@ class Experiment:
     teacher_from: the teacher's weights: a directory written by this package, by Orbax or in Hugging Face's format, a
     file `.safetensors`, `.msgpack` (Flax), `.pth` or `.th`; None trains a teacher.
     baselines: hand-made students of equal cost, trained for as many steps as search and retraining together.
+    budgets: a student for each, from one search (`kdsearch_jax.front`): values of budget.macs, or of the first bound
+    that is given where that is None; other bounds hold for every student.
     """
 
     name: str = "digits"
@@ -174,6 +205,7 @@ class Experiment:
     retrain: StageConfig = StageConfig()
     distill: DistillConfig = DistillConfig()
     budget: BudgetConfig = BudgetConfig()
+    budgets: tuple[float, ...] = ()
     baselines: tuple[Literal["uniform", "magnitude"], ...] = ("uniform",)
     run: RunConfig = RunConfig()
 
@@ -267,6 +299,31 @@ def changed(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     return from_json(values)
 
 
+LOSSES = ("kl", "dkd", "dist", "at", "hint", "rkd_distance", "rkd_angle", "crd")
+
+
+def loss_weights(losses: Iterable[str], setting: str = "distill.losses") -> dict[str, float]:
+    """{name: weight} of `name` and `name:weight`; a name alone has weight 1.
+
+    Raises ValueError for none, a loss that does not exist (with the nearest that does), one given twice, or a weight
+    that is no number above 0.
+    """
+    weights: dict[str, float] = {}
+    for item in losses:
+        name, colon, text = item.partition(":")
+        if name not in LOSSES:
+            raise ValueError(f"{setting}: {name!r} is no loss; {nearest(name, LOSSES)}")
+        try:
+            weight = float(text) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        _require(0 < weight < math.inf, setting, item, f"give a weight above 0, as in {name}:0.5")
+        _require(name not in weights, setting, item, f"{name} is there twice; name each loss once")
+        weights[name] = weight
+    _require(bool(weights), setting, tuple(losses), "name at least one loss, as in kl")
+    return weights
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: what may have been meant, or else everything that exists."""
     known = list(known)
@@ -347,7 +404,13 @@ def _read(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _read_record(value, hint, key)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(value, next(a for a in arguments if a is not type(None)), key)
+        first, *others = [a for a in arguments if a is not type(None)]
+        words = typing.get_args(others[0]) if others else ()  # a number, or one of some words
+        if words and isinstance(value, str):
+            if value not in words:
+                raise ValueError(f"{key}: {value!r} is neither {WORDS[first]} nor {' or '.join(words)}")
+            return value
+        return None if value is None and type(None) in arguments else _read(value, first, key)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{key}: {value!r} is not one of {', '.join(arguments)}")
@@ -410,6 +473,7 @@ def _amount(value: float) -> bool:
 
 _AMOUNT = "give a fraction of the teacher's in (0, 1], or a whole number above 1 for an absolute bound"
 _KINDS = GatesConfig().kinds
+BOUNDS = ("macs", "params", "latency", "memory")
 
 # {setting or *.ending: (what holds, what to give instead)}; None is left alone.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -421,6 +485,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.crop": (lambda v: v >= 0, "give 0 or more pixels"),
     "data.inputs": (bool, "name at least one entry, or None for images"),
     "data.train_limit": (lambda v: v >= 1, "give at least 1 image, or None for all"),
+    "gates.warmup": (lambda v: 0 <= v < 1, "give a share of the ramp from 0 to below 1"),
     "*.steps": (lambda v: v >= 0, "give 0 or more updates"),
     "*.batch_size": (lambda v: v >= 1, "give at least 1 image"),
     "*.eval_batch_size": (lambda v: v >= 1, "give at least 1 image"),
@@ -444,11 +509,19 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gates.sharpness": (lambda v: v > 0, "give a number above 0"),
     "gates.ramp": (lambda v: 0 < v <= 1, "give a share of the steps above 0, up to 1"),
     "gates.lambda2": (lambda v: v >= 0, "give a number from 0, or None for the closed loop"),
+    "gates.shrink": (lambda v: 0 <= v < 1, "give a share of the MACs from 0 to below 1, or None"),
     "distill.temperature": (lambda v: v > 0, "give a number above 0"),
     "distill.cross_entropy": (lambda v: 0 <= v <= 1, "give a share of the loss from 0 to 1"),
+    "distill.dkd_beta": (lambda v: v >= 0, "give a number from 0"),
     "budget.macs": (_amount, _AMOUNT),
     "budget.params": (_amount, _AMOUNT),
-    "budget.round_to": (lambda v: v >= 1, "give at least 1"),
+    "budget.latency": (lambda v: v > 0, "give a fraction of the teacher's in (0, 1], or milliseconds above 1"),
+    "budget.memory": (_amount, "give a fraction of the teacher's in (0, 1], or a whole number of bytes above 1"),
+    "budget.round_to": (lambda v: v == "hardware" or v >= 1, "give at least 1, or hardware"),
+    "budgets": (
+        lambda v: all(b > 0 for b in v) and len(set(v)) == len(v) and len({b <= 1 for b in v}) <= 1,
+        "give each once, all in (0, 1] as shares of the teacher's, or all above 1 as absolute bounds",
+    ),
     "baselines": (lambda v: len(set(v)) == len(v), "name each once"),
     "run.seed": (lambda v: 0 <= v < 2**32, "give a whole number from 0 to 4294967295"),
     "run.steps_per_dispatch": (lambda v: v >= 1, "give at least 1 update"),
@@ -460,8 +533,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _check_together(experiment: Experiment) -> None:
     """What two settings must not say of each other."""
-    if experiment.budget.macs is None and experiment.budget.params is None:
-        raise ValueError("budget.macs and budget.params are both None; bound at least one, as in --budget.macs 0.5")
+    distill = experiment.distill
+    loss_weights(distill.losses)
+    if distill.retrain_losses:
+        loss_weights(distill.retrain_losses, "distill.retrain_losses")
+    if distill.loss is not None and (distill.losses, distill.retrain_losses) != (DistillConfig.losses, ()):
+        raise ValueError(
+            f"distill.loss and distill.losses: {distill.loss} takes the place of all losses of this package; give one"
+        )
+    if not any(getattr(experiment.budget, name) is not None for name in BOUNDS):
+        settings = ", ".join(f"budget.{name}" for name in BOUNDS)
+        raise ValueError(f"{settings} are all None; bound at least one, as in --budget.macs 0.5")
     mean, std = experiment.data.mean, experiment.data.std
     if (mean is None) != (std is None):
         raise ValueError(f"data.mean is {mean} and data.std is {std}; give both, or neither to measure them")

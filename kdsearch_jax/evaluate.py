@@ -206,6 +206,42 @@ def measurer(
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
+def executable(module: Any, variables: Any, batch: int, call: Call) -> tuple[Any, tuple[Any, Any]]:
+    """(the network compiled for one device, in inference mode and float32; the arguments that it is called with)."""
+    device = jax.local_devices()[0]
+    inputs = jax.device_put(call.random(batch, np.random.default_rng(0)), device)
+    arguments = (jax.device_put(jax.tree.map(np.asarray, variables), device), inputs)
+    run = jax.jit(lambda leaves, xs: apply_eval(module, leaves, xs, call=call))
+    return run.lower(*arguments).compile(), arguments
+
+
+def clock(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> Callable[[], dict[str, float]]:
+    """A function that gives the milliseconds of a call of each network, with `batch` examples.
+
+    Compiled as `executable` says, run before. Networks take turns, one with each call of the function, so that
+    whatever else the machine does meets all of them alike. A turn repeats short calls until `TURN` seconds are over,
+    each timed by itself, and gives their median.
+    """
+    calls = {name: executable(module, variables, batch, call) for name, (module, variables) in networks.items()}
+
+    def seconds(name: str, count: int) -> float:
+        run, arguments = calls[name]
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    for name in calls:
+        seconds(name, 1)
+    counts = {name: max(1, min(100, round(TURN / max(seconds(name, 5), 1e-9)))) for name in calls}
+    return lambda: {name: 1000 * seconds(name, count) for name, count in counts.items()}
+
+
+TURN = 4e-3
+
+
 def measure_latency(
     networks: Mapping[str, tuple[Any, Any]],
     input_shape: Sequence[int],
@@ -213,32 +249,37 @@ def measure_latency(
     repeats: int = 30,
     call: Call | None = None,
 ) -> dict[str, float]:
-    """Milliseconds an example of each network, compiled, in float32, on one device.
-
-    Networks take turns, so that whatever else the machine does meets all of them alike; the result is the median over
-    the turns. `ratios` compares them.
+    """Milliseconds an example of each network: the median over `repeats` turns of `clock`. `ratios` compares them.
 
     Args:
       networks: {name: (module, variables)}.
       input_shape: of one example, (height, width, channels).
       batch: examples a call.
-      repeats: turns, after two that are not counted.
       call: how the modules are called, where that is not with one image.
     """
-    device = jax.local_devices()[0]
-    call = call or Call.of_image(tuple(input_shape))
-    inputs = jax.device_put(call.random(batch, np.random.default_rng(0)), device)
-    calls = {}
+    turn = clock(networks, batch, call or Call.of_image(tuple(input_shape)))
+    times = [turn() for _ in range(repeats)]
+    return {name: statistics.median(each[name] for each in times) / batch for name in networks}
+
+
+def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> dict[str, float]:
+    """Bytes that a call of each network with `batch` examples takes on the device, as XLA has laid it out.
+
+    Arguments (parameters, statistics and inputs), outputs, and the largest amount of temporary arrays at any time
+    (activations above all), compiled as `executable` says. What kernels of a library allocate by themselves while they
+    run is not known to XLA and not in it. The same program gives the same number.
+
+    Raises:
+      ValueError: this backend does not tell.
+    """
+    found = {}
     for name, (module, variables) in networks.items():
-        run = jax.jit(lambda leaves, xs, module=module: apply_eval(module, leaves, xs, call=call))
-        calls[name] = (run, jax.device_put(jax.tree.map(np.asarray, variables), device))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 2):
-        for name, (run, variables) in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(variables, inputs))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(times[2:]) / batch for name, times in seconds.items()}
+        told = executable(module, variables, batch, call)[0].memory_analysis()
+        if told is None:
+            raise ValueError(f"memory: the backend {jax.default_backend()!r} does not tell what a program takes")
+        parts = (told.argument_size_in_bytes, told.output_size_in_bytes, told.temp_size_in_bytes)
+        found[name] = float(sum(parts) - told.alias_size_in_bytes)
+    return found
 
 
 def ratios(latencies: Mapping[str, float]) -> dict[str, float]:

@@ -2,14 +2,15 @@
 
     min over w, g ≥ 0 of   E KL(teacher, student(w, g))  +  λ1 ‖w‖²  +  λ2 Σ_j α_j |g_j|
 
-λ1 is the weight decay of the stage. λ2 follows the budget in a closed loop (`budget.level`). α_j decides what dies, see
-`kdsearch_jax.penalty`; a residual branch goes as a whole, by its own gate.
+λ1 is the weight decay of the stage. λ2 follows the budget, or a path through several (`kdsearch_jax.front`), in a
+closed loop (`budget.level`). α_j decides what dies, see `kdsearch_jax.penalty`; a residual branch goes as a whole, by
+its own gate. What is dead may be left out of the computation (`kdsearch_jax.shrinking`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,24 @@ import numpy as np
 import optax
 
 from kdsearch_jax import budget as budget_lib
+from kdsearch_jax import front
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import penalty as penalty_lib
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.config import GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.forward import apply_eval, apply_train
+from kdsearch_jax.distilling import Distiller
+from kdsearch_jax.front import Leg
 from kdsearch_jax.network import Network
 from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.prox import accelerated_proximal_l1
+from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import Step, TrainState, create_state
 from kdsearch_jax.task import Task
-from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.tracing.topology import Topology, path_string
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
 HOLD = 1e6  # penalty of a gate at 0: the dead stay dead, also at the budget where λ2 is 0; not if too many have died
-WARMUP = 0.05  # share of the ramp in which importance is only measured
 
 
 def make_transformation(stage: StageConfig, config: GatesConfig) -> optax.GradientTransformationExtraArgs:
@@ -47,34 +50,83 @@ def make_transformation(stage: StageConfig, config: GatesConfig) -> optax.Gradie
     )
 
 
-def begin(variables: Any, topology: Topology, tx: Any, stage: StageConfig) -> TrainState:
-    """The state before the first update: the teacher's variables, all gates 1, nothing known of importance."""
-    gates = gates_lib.init(topology)
+def begin(
+    variables: Any,
+    topology: Topology,
+    tx: Any,
+    stage: StageConfig,
+    init: Literal["one", "norm"] = "one",
+    learned: Any = None,
+) -> TrainState:
+    """The state before the first update: the teacher, as weights and gates; nothing known of importance.
+
+    learned: what losses of features learn beside, never delivered; see `kdsearch_jax.distilling`.
+    """
+    variables, gates = started(variables, topology, init)
     zeros = jax.tree.map(jnp.zeros_like, gates)
     rows = min(SNAPSHOTS, stage.steps) + 1
     history = {"gates": jnp.full((rows, topology.units), jnp.nan), "rows": jnp.full((rows, 4), jnp.nan)}
-    extra = {"gates": gates, "importance": zeros, "penalty": zeros, "gain": jnp.ones(()), "history": history}
+    whole = {"gates": jnp.concatenate(list(gates.values())), "importance": jnp.zeros(topology.units)}
+    extra = {
+        "gates": gates, "importance": zeros, "penalty": zeros, "gain": jnp.ones(()), "history": history, "whole": whole,
+        **({} if learned is None else {"learned": learned}),
+    }  # fmt: skip
     state = create_state(variables, optax.identity(), extra=extra)
     return state.replace(opt_state=tx.init({"weights": state.params, "gates": gates}))
 
 
-def search_step(network: Network, teacher: Any, tx: Any, task: Task, config: GatesConfig, run: RunConfig) -> Step:
-    """One update of weights, gates and importance; constants: the teacher's variables."""
-    decay = config.importance_decay
+def started(variables: Any, topology: Topology, init: str) -> tuple[Any, gates_lib.Gates]:
+    """(variables, gates) whose gated network is the network of the given variables.
+
+    `one`: gates of 1. `norm`: g_j = n_j / mean n over the group, n_j the L2 norm of all kernel entries that read unit
+    j, and these entries divided by g_j. A unit that is read by zeros only starts dead.
+    """
+    gates = gates_lib.init(topology)
+    if init == "one":
+        return variables, gates
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]}
+    for group in topology.groups:
+        squares = np.zeros(group.size + 1)
+        for member in group.members:
+            if member.consumes and member.units is not None:
+                leaf = np.moveaxis(np.asarray(leaves[member.leaf], float), member.axis, 0)
+                np.add.at(squares, member.units, np.square(leaf).reshape(len(leaf), -1).sum(1))
+        norms = np.sqrt(squares[:-1])  # the last: entries of no unit
+        if group.kind != "branches" and norms.any():
+            gates[group.name] = jnp.asarray(norms / norms.mean(), jnp.float32)
+    inverse = {name: 1.0 / jnp.where(gate > 0, gate, 1.0) for name, gate in gates.items()}
+    return gates_lib.fold(variables, inverse, topology), gates
+
+
+def search_step(
+    network: Network,
+    teacher: Any,
+    tx: Any,
+    task: Task,
+    config: GatesConfig,
+    run: RunConfig,
+    distiller: Distiller | None = None,
+) -> Step:
+    """One update of weights, gates and importance.
+
+    distiller: what teaches, and by which losses; None: `teacher`, by the task's distance. Constants are those that it
+    wants, of one teacher its variables.
+    """
+    decay, frozen = config.importance_decay, config.batch_norm == "frozen"
+    by = distiller or Distiller.of(task, teacher, run)
 
     def step(state: TrainState, batch: Any, key: jax.Array, constants: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        inputs = task.call.bind(batch)
-        target = apply_eval(teacher, constants, inputs, run.precision, task.call)
+        target = by.target(constants, batch)
 
-        def loss(both: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-            folded = gates_lib.fold({"params": both["weights"]}, both["gates"], network.topology)["params"]
-            outputs, kept = apply_train(
-                network.module, folded, state.model_state, inputs, key, run.precision, task.call
-            )
-            return task.distance(outputs, target, batch).mean(), (outputs, kept)
+        def loss(both: Any, maps: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+            gates = both["gates"]
+            folded = gates_lib.fold({"params": both["weights"]}, gates, network.topology)["params"]
+            shown, kept = by.train(network.module, folded, state.model_state, batch, key, gates, frozen=frozen)
+            return by.distance(maps, shown, target, batch).mean(), (shown.outputs, kept)
 
         both: Any = {"weights": state.params, "gates": state.extra["gates"]}
-        (value, (outputs, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(both)
+        graded = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, (outputs, kept)), (gradient, slope) = graded(both, by.learned(state.extra))
         # A running mean from the first step on, an exponential one once there are enough steps.
         rate = jnp.minimum(decay, state.step / (state.step + 1.0))
         importance = jax.tree.map(
@@ -86,8 +138,8 @@ def search_step(network: Network, teacher: Any, tx: Any, task: Task, config: Gat
         penalty = {"weights": jax.tree.map(jnp.zeros_like, state.params), "gates": state.extra["penalty"]}
         updates, opt_state = tx.update(gradient, state.opt_state, both, penalty=penalty)
         new: Any = optax.apply_updates(both, updates)
-        extra = {**state.extra, "gates": new["gates"], "importance": importance}
-        measured = {**task.right(outputs, batch), **task.agrees(outputs, target)}
+        extra = {**state.extra, "gates": new["gates"], "importance": importance, **by.advance(state.extra, slope)}
+        measured = {**task.right(outputs, batch), **task.agrees(outputs, target.outputs)}
         metrics = {"loss": value, **{name: each.mean() for name, each in measured.items()}}
         state = state.replace(
             step=state.step + 1, params=new["weights"], model_state=kept, opt_state=opt_state, extra=extra
@@ -98,33 +150,34 @@ def search_step(network: Network, teacher: Any, tx: Any, task: Task, config: Gat
 
 
 def controller(
-    topology: Topology, limits: Limits, stage: StageConfig, config: GatesConfig, run: RunConfig
+    part: Part, path: Sequence[Leg], stage: StageConfig, config: GatesConfig, run: RunConfig
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, float]]]:
-    """The hook between compiled calls: re-estimates α, moves λ2, keeps the history."""
-    full = limits.pressure(topology, np.ones(topology.units))
-    end = int(config.ramp * stage.steps)
-    warmup = int(WARMUP * end)
+    """The hook between compiled calls: re-estimates α, moves λ2, keeps the history.
+
+    Everything is reckoned in the units of the whole network, whatever part of it is computed.
+    """
+    topology = part.whole.topology
     spacing = -(-stage.steps // SNAPSHOTS)
 
     def between(state: TrainState) -> tuple[TrainState, dict[str, float]]:
         done = int(state.step)
-        gates = topology.flatten(jax.tree.map(np.asarray, state.extra["gates"])).astype(float)
-        importance = topology.flatten(jax.tree.map(np.asarray, state.extra["importance"])).astype(float)
-        alpha = penalty_lib.weights(topology, limits, config, gates, importance)
+        leg = front.at(path, done)
+        limits, gates, importance = leg.limits, part.gates(state), part.importance(state)
+        goal = leg.goal(done + run.steps_per_dispatch)
+        alpha = penalty_lib.weights(topology, limits, config, gates, importance, goal)
         alive = (gates > 0).astype(float)
         pressure, gain = limits.pressure(topology, alive), float(state.extra["gain"])
         if config.lambda2 is not None:
             lambda2 = config.lambda2 if pressure > 1.0 else 0.0
         else:
             # The loss may push gates up against the penalty: λ2 grows for as long as the cost lags behind.
-            behind = pressure > budget_lib.target(full, done, warmup, end) * LAG
+            behind = pressure > leg.goal(done) * LAG
             gain = min(gain * GAIN, 1e6) if behind else max(gain / GAIN, 1.0)
-            goal = budget_lib.target(full, done + run.steps_per_dispatch, warmup, end)
             rate = config.learning_rate / (1.0 - config.momentum)
             lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
         returns = (gates > 0) | (pressure < budget_lib.FLOOR)
         weights = np.where(returns, lambda2 * alpha, HOLD)
-        penalty = {name: value.astype(np.float32) for name, value in topology.unflatten(weights).items()}
+        penalty = {name: value.astype(np.float32) for name, value in part.take(weights).items()}
         macs, params = topology.cost(alive)
         full_macs, full_params = topology.total()
         history = {name: np.array(value) for name, value in state.extra["history"].items()}
@@ -143,14 +196,13 @@ def controller(
     return between
 
 
-def landing(topology: Topology, limits: Limits, state: TrainState) -> dict[str, np.ndarray]:
-    """The units to keep after the search: those whose gates live, and from there exactly into the budget.
+def landing(topology: Topology, limits: Limits, gates: Any, importance: Any) -> dict[str, np.ndarray]:
+    """The units to keep after the search, {group: bool}: those whose gates live, from there exactly into the budget.
 
     Raises:
       BudgetError: where that is impossible.
     """
-    gates = topology.flatten(jax.tree.map(np.asarray, state.extra["gates"])).astype(float)
-    importance = topology.flatten(jax.tree.map(np.asarray, state.extra["importance"])).astype(float)
+    gates, importance = (topology.flatten(jax.tree.map(np.asarray, tree)).astype(float) for tree in (gates, importance))
     # The dead go first, whatever their last importance was; among the living, importance per cost decides.
     return budget_lib.select(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
 

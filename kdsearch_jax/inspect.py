@@ -3,9 +3,12 @@
     python -m kdsearch_jax.inspect --model vit
     python -m kdsearch_jax.inspect --model mypkg.models:make_net --input-shape 224 224 3 [--json]
     python -m kdsearch_jax.inspect --model mypkg.models:Encoder --inputs int32[128] mask=bool[128]
+    python -m kdsearch_jax.inspect --model vit --measure --budget.batch-size 8
 
 Groups that are named alike but for numbers share a line: what they cost together, where all of them could be emptied.
-What is frozen is listed by reason. The smallest student keeps one unit of each group and no residual branch.
+What is frozen is listed by reason. The smallest student keeps one unit of each group (one multiple of budget.round_to)
+and no residual branch. `--measure` builds both with random parameters and measures time and memory of a call on this
+device; whether a budget on these can be met is known only then.
 """
 
 # No `from __future__ import annotations` here: the command line is read off the types.
@@ -19,13 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
-from kdsearch_jax import budget, cli
+from kdsearch_jax import budget, cli, evaluate, hardware, measured
 from kdsearch_jax.call import Call
-from kdsearch_jax.config import Experiment
+from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.models import build, takes
-from kdsearch_jax.network import Network, trace
+from kdsearch_jax.network import Network, library_of, trace
 
 # Shape and classes of data sets that need not be read to be known; others are taken for ImageNet.
 KNOWN = {
@@ -50,6 +54,8 @@ class InspectOptions(cli.RunOptions):
     """Its type."""
     inputs: tuple[str, ...] = ()
     """Several inputs instead, as `float32[224,224,3]`, or `mask=bool[16]` for one that is given by keyword."""
+    measure: bool = False
+    """Measure time and memory of a call as well, of the network and of the smallest student."""
     json: bool = False
     """One JSON object, with a record for every group and everything frozen."""
 
@@ -74,6 +80,8 @@ def main(argv: list[str]) -> int:
     gates = experiment.gates
     network = network.select(gates.kinds, gates.include, gates.exclude)
     record = report(network, experiment)
+    if options.measure:
+        record = _measured(record, network, experiment, call)
     record |= {"model": model, "arguments": arguments, "inputs": call.to_json()["inputs"], "seconds": round(seconds, 3)}
     if options.json:
         print(json.dumps(record, indent=1))
@@ -109,40 +117,80 @@ def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords:
 
 def report(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Everything that was found, as plain JSON."""
-    topology = network.topology
-    least = topology.cost(budget.smallest(topology))
+    topology, config = network.topology, experiment.budget
+    round_to = hardware.multiples(topology) if config.round_to == "hardware" else config.round_to
+    keep = budget.smallest(topology, round_to)
     smallest = {
         name: {"count": cost, "share": cost / max(total, 1)}
-        for name, cost, total in zip(("macs", "params"), least, topology.total(), strict=True)
+        for name, cost, total in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True)
     }
-    return {**topology.to_json(), "smallest": smallest, "budget": _reach(network, experiment)}
+    ones, platform = np.ones(topology.units), hardware.platform()
+    padded = {"platform": platform, "share": hardware.padded_share(topology, ones, platform)}
+    return {**topology.to_json(), "smallest": smallest, "padded": padded, "budget": _reach(network, experiment)}
 
 
 def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Whether the experiment's budget can be met, and if not why."""
-    given = {"macs": experiment.budget.macs, "params": experiment.budget.params}
+    """Whether the experiment's budget can be met, and if not why; None: that must be measured."""
+    given = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
         budget.resolve(experiment.budget, network.topology)
     except budget.BudgetError as error:
         return {**given, "reachable": False, "reason": str(error)}
+    if asked := measured.asked(experiment.budget):
+        return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
     return {**given, "reachable": True, "reason": None}
 
 
+def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: Call) -> dict[str, Any]:
+    """The record with milliseconds and bytes of a call, and whether a budget on these can be met."""
+    config, random = experiment.budget, np.random.default_rng(0)
+    shapes = library_of(network.module).variables(network.module, network.inputs, network.kwargs)
+    drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
+    networks = {
+        "whole": (network.module, drawn),
+        "smallest": measured.cut(network, drawn, budget.smallest(network.topology)),
+    }
+    found = {
+        "latency": measured.medians(evaluate.clock(networks, config.batch_size, call)),
+        "memory": evaluate.measure_memory(networks, config.batch_size, call),
+    }
+    smallest = dict(record["smallest"])
+    for name, values in found.items():
+        smallest[name] = {"count": values["smallest"], "share": values["smallest"] / values["whole"]}
+    whole = {name: values["whole"] for name, values in found.items()}
+    reach = dict(record["budget"])
+    if reach["reachable"] is None:
+        reach |= {"reachable": True, "reason": None}
+        try:
+            for name in measured.asked(config):
+                measured.check_reach(name, getattr(config, name), found[name]["whole"], found[name]["smallest"])
+        except budget.BudgetError as error:
+            reach |= {"reachable": False, "reason": str(error)}
+    return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
+
+
 def heading(record: dict[str, Any]) -> str:
-    """The network in three lines: what it is and costs, how small it can become, whether the budget can be met."""
+    """The network in a few lines: what it is and costs, how small it can become, whether the budget can be met."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in record["arguments"].items())
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
-    least, goal = record["smallest"], record["budget"]
-    asked = " and ".join(f"{name} {goal[name]:g}" for name in ("macs", "params") if goal[name] is not None)
-    return "\n".join(
-        (
-            f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
-            f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
-            f"smallest student: {least['macs']['count']:,} MACs ({least['macs']['share']:.1%}), "
-            f"{least['params']['count']:,} parameters ({least['params']['share']:.1%})",
-            f"budget of {asked}: {'within reach' if goal['reachable'] else goal['reason']}",
+    least, goal, padded = record["smallest"], record["budget"], record["padded"]
+    asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
+    reached = {True: "within reach", False: goal["reason"], None: goal["reason"]}[goal["reachable"]]
+    lines = [
+        f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
+        f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
+        f"smallest student: {least['macs']['count']:,} MACs ({least['macs']['share']:.1%}), "
+        f"{least['params']['count']:,} parameters ({least['params']['share']:.1%})",
+    ]
+    if "latency" in record:
+        lines.append(
+            f"a call with {record['batch_size']} examples: {record['latency']:.3g} ms, {record['memory']:,.0f} bytes; "
+            f"smallest student: {least['latency']['count']:.3g} ms ({least['latency']['share']:.1%}), "
+            f"{least['memory']['count']:,.0f} bytes ({least['memory']['share']:.1%})"
         )
-    )
+    if padded["share"] > 1.005:
+        lines.append(f"padded to the widths of this {padded['platform']}: {padded['share']:.3f} times the MACs")
+    return "\n".join([*lines, f"budget of {asked}: {reached}"])
 
 
 def group_lines(network: Network) -> Table:

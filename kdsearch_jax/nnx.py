@@ -63,7 +63,7 @@ def layers(
         with jax.named_scope(path.removeprefix(f"{parent}/")):  # the layer's name, on its operations
             return call()
 
-    with _watched(module, scoped):
+    with watched(module, scoped):
         made = jaxpr(module, variables, inputs, kwargs)
     _check_certain(made)
     return {path: Layer(droppable(path), _shapes) for path in paths}, made
@@ -89,7 +89,7 @@ def outputs(module: Functional, variables: Any, inputs: Sequence[Any], kwargs: M
             seen.setdefault(path, result)
         return result
 
-    with _watched(module, record):
+    with watched(module, record):
         _call(module, kwargs)(variables, *inputs)
     return seen
 
@@ -119,7 +119,7 @@ OnCall = Callable[[str, str, Callable[[], Any]], Any]
 
 
 @contextmanager
-def _watched(module: Functional, on_call: OnCall) -> Iterator[None]:
+def watched(module: Functional, on_call: OnCall) -> Iterator[None]:
     """While it lasts, `on_call(path, path of the caller, call)` stands around every layer's call.
 
     NNX has no interceptors: the layers' classes are changed for the time, as `nnx.capture` does. Each layer is told its

@@ -1,12 +1,12 @@
 """The weights α_j of the penalty on gates: what decides which units go.
 
 - `importance` (the default): α_j = (c_j / I_j)^s, re-estimated at every call of the compiled steps. c_j is what unit j
-  adds to the cost, I_j the running mean of (g_j ∂KL/∂g_j)², the Fisher information of the distillation loss at the
-  gate: to second order, what the loss gains if the unit goes. So the teacher sets the weights. A penalty that is
-  constant over the gates shrinks all of them for free where BatchNorm follows, and damages what should stay; this one
-  is a re-weighted L1 that takes the unimportant to zero within a few steps and leaves the important unshrunk. The
-  sharpness s ≥ 1 sets how clearly: a unit worth k times the threshold shrinks k^s times slower than one at the
-  threshold.
+  adds to the cost (of several bounds so weighted that they are met together, see `kdsearch_jax.budget.multipliers`),
+  I_j the running mean of (g_j ∂KL/∂g_j)², the Fisher information of the distillation loss at the gate: to second
+  order, what the loss gains if the unit goes. So the teacher sets the weights. A penalty that is constant over the
+  gates shrinks all of them for free where BatchNorm follows, and damages what should stay; this one is a re-weighted L1
+  that takes the unimportant to zero within a few steps and leaves the important unshrunk. The sharpness s ≥ 1 sets how
+  clearly: a unit worth k times the threshold shrinks k^s times slower than one at the threshold.
 - `macs`, `params`: α_j = the marginal cost; `one`: α_j = 1. These are the plain readings of the method, for comparison.
 
 In each group the most important unit has α_j = 0, so no layer is emptied; a residual branch goes as a whole, by its own
@@ -25,21 +25,31 @@ from kdsearch_jax.tracing.topology import Topology
 
 
 def weights(
-    topology: Topology, limits: Limits, config: GatesConfig, gates: np.ndarray, importance: np.ndarray
+    topology: Topology,
+    limits: Limits,
+    config: GatesConfig,
+    gates: np.ndarray,
+    importance: np.ndarray,
+    goal: float = 1.0,
 ) -> np.ndarray:
-    """(units,) α_j as the module's docstring states it, up to a common factor (λ2 carries the scale)."""
-    alive = (gates > 0).astype(float)
+    """(units,) α_j as the module's docstring states it, up to a common factor (λ2 carries the scale).
+
+    goal: the pressure that the gates are to be brought to next.
+    """
+    living = gates > 0
+    alive = living.astype(float)
     if config.penalty == "one":
         alpha = np.ones(topology.units)
     elif config.penalty in ("macs", "params"):
         alpha = getattr(topology, config.penalty).marginal(alive)
-        alpha = alpha / max(alpha.mean(), 1e-30)
+        alpha = alpha / max(alpha[living].sum() / max(living.sum(), 1), 1e-30)
     else:
-        cost = limits.marginal(topology, alive)
-        floor = 1e-12 * max(importance.mean(), 1e-30)
+        # The scale is that of the living: what is dead is worth less at every step, and would carry it away.
+        cost = budget_lib.cost_of(topology, limits, alive, importance, goal)
+        floor = 1e-12 * max(importance[living].sum() / max(living.sum(), 1), 1e-30)
         with np.errstate(divide="ignore"):
             logs = config.sharpness * (np.log(cost) - np.log(importance + floor))
-        finite = logs[np.isfinite(logs)]
+        finite = logs[living & np.isfinite(logs)]
         logs = logs - (np.median(finite) if len(finite) else 0.0)
         alpha = np.exp(np.clip(logs, -80.0, 80.0))
         alpha[cost <= 0] = 0.0

@@ -8,7 +8,7 @@ Takes teacher and search from RUN, retrains in a run directory of its own, and d
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdsearch_jax import cli, stages
+from kdsearch_jax import cli, delivery, stages
 from kdsearch_jax.road import prepare
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     cli.new_run_directory(options.workdir, experiment, options.resume)
     results = stages.run(road, resume=options.resume)
     assert results is not None
-    print(stages.table(results))
+    print(delivery.table(results))
     return 0
 
 

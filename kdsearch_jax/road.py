@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, models, pretrained, weights
+from kdsearch_jax import baselines, distilling, front, measured, models, pretrained, weights
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
@@ -29,6 +30,7 @@ from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval
+from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
@@ -70,7 +72,7 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, where files cannot name it.
+    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`.
     """
 
     experiment: Experiment
@@ -80,6 +82,7 @@ class Road:
     given: Loaded | None = None
     search_from: Path | None = None
     base: Any = None
+    further: tuple[Loaded, ...] = ()
 
     @property
     def teacher(self) -> Path:
@@ -119,6 +122,12 @@ def prepare(
     Raises:
       ValueError, OSError: where one of them cannot serve.
     """
+    points = front.points(experiment)
+    if experiment.budgets and search_from is not None:
+        raise ValueError(
+            f"search_from: {search_from} is for one budget, not for budgets {experiment.budgets}; --from RUN --budgets "
+            "adds budgets to a run"
+        )
     found = None if search_from is None else _finished_search(search_from, experiment, directory)
     source = experiment.teacher_from
     if resume and finished(directory / "teacher"):
@@ -139,22 +148,47 @@ def prepare(
     module = given.module if given else architecture.module()
     dataset, task = _task(experiment, dataset, architecture, module, given, own)
     if searches and found is None and not (resume and finished(directory / "search")):
-        network, limits = traced(experiment, architecture, module)
+        network = _network(experiment, architecture, module)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
-        budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
-        if experiment.baselines:
-            baselines.check(network.topology, limits)
+        every = limits_of(experiment, network, points)
+        front.path(experiment, every, network.topology)  # whether there are steps enough
+        for limits in every:
+            budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+            if experiment.baselines:
+                baselines.check(network.topology, limits)
     base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
-    return Road(experiment, dataset, directory, task, given, found, base)
+    further = tuple(_further(experiment, dataset, source) for source in experiment.distill.teachers)
+    return Road(experiment, dataset, directory, task, given, found, base, further)
 
 
 def traced(experiment: Experiment, architecture: Architecture, module: Any = None) -> tuple[Network, Limits]:
-    """The teacher's topology with the gates that the experiment allows, and its budget in absolute numbers."""
+    """The teacher's topology with the gates that the experiment allows, and its first budget in absolute numbers."""
+    network = _network(experiment, architecture, module)
+    return network, limits_of(experiment, network)[0]
+
+
+def _network(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
     config, call = experiment.gates, architecture.called
     module = architecture.module() if module is None else module
     network = trace(module, *call.example(PROOF), **call.keywords(module, train=False))
-    network = network.select(config.kinds, config.include, config.exclude)
-    return network, budget_lib.resolve(experiment.budget, network.topology)
+    return network.select(config.kinds, config.include, config.exclude)
+
+
+def limits_of(
+    experiment: Experiment, network: Network, points: Sequence[Point] | None = None, search: Path | None = None
+) -> tuple[Limits, ...]:
+    """The budgets of an experiment, or of some of its points, in absolute numbers.
+
+    search: the search stage's directory, which knows what was measured; without it only what is counted is bounded.
+
+    Raises:
+      BudgetError: one of them cannot be met.
+    """
+    chosen = front.points(experiment) if points is None else points
+    found = [budget_lib.resolve(point.budget, network.topology) for point in chosen]
+    if search is not None:
+        found = [measured.bounded(each, point.budget, search) for each, point in zip(found, chosen, strict=True)]
+    return tuple(found)
 
 
 def proof_batch(dataset: Dataset) -> dict[str, Any]:
@@ -226,7 +260,13 @@ def _is_huggingface(source: str | None) -> bool:
 
 
 def _given(
-    experiment: Experiment, dataset: Dataset, source: str | None, start: Path | None, own: Own | None
+    experiment: Experiment,
+    dataset: Dataset,
+    source: str | None,
+    start: Path | None,
+    own: Own | None,
+    *,
+    searched: bool = True,
 ) -> Loaded | None:
     """The teacher that is given, in whatever way; None where it is to be trained."""
     if own is not None:
@@ -238,6 +278,8 @@ def _given(
         return Loaded(own.module, variables, architecture, {})
     if start is not None:
         given = Loaded.of(start)
+        if searched and (given.architecture.layers or given.architecture.dropped):
+            raise ValueError(f"teacher_from: {start} was cut already and cannot be searched again; give its teacher")
         _check_teacher(str(start), given, experiment, dataset)
         return given
     if source is None:
@@ -258,11 +300,21 @@ def _given(
     return Loaded(module, variables, architecture, {})
 
 
+def _further(experiment: Experiment, dataset: Dataset, source: str) -> Loaded:
+    """One of `distill.teachers`; unlike the one that is searched, it may be a student itself."""
+    if not Path(source).exists():
+        raise FileNotFoundError(f"distill.teachers: {source} does not exist")
+    try:
+        found = _given(experiment, dataset, source, _network_directory(source), None, searched=False)
+    except ValueError as error:
+        raise ValueError(str(error).replace("teacher_from:", "distill.teachers:")) from error
+    assert found is not None
+    return found
+
+
 def _check_teacher(path: str, teacher: Loaded, experiment: Experiment, dataset: Dataset) -> None:
-    """Raises ValueError where the network at `path` cannot be the teacher on this data."""
+    """Raises ValueError where the network at `path` cannot be a teacher on this data."""
     architecture = teacher.architecture
-    if architecture.layers or architecture.dropped:
-        raise ValueError(f"teacher_from: {path} was cut already and cannot be searched again; give its teacher")
     call, shape = call_of(experiment, dataset)
     if architecture.input_shape and tuple(architecture.input_shape) != shape:
         raise ValueError(
@@ -325,6 +377,7 @@ def _task(
         outputs: Any = jax.eval_shape(lambda v, *xs: apply_eval(module, v, xs, call=call), variables, *call.example(2))
         classes = task.logits(outputs).shape[-1]
         dataset = dataclasses.replace(dataset, num_classes=classes, class_names=tuple(map(str, range(classes))))
+    distilling.examine(task, module, given.variables if given else variables)
     if not is_plain(task, dataset):
         log.info("%s", task.describe())
     return dataset, task

@@ -3,6 +3,9 @@
 Each stage reads directories and writes one of its own; a stage whose result is there is not run again, and one that was
 interrupted goes on from its last checkpoint. What a stage hands on is a network directory (`checkpoint.save_network`),
 so any stage can start from files that another run wrote.
+
+With several budgets the search keeps its state at each (RUN/search/at-0.5/kept), and there is a student for each: cut
+there, retrained in RUN/at-0.5 for as long as search and retraining take in all, and delivered as RUN/student-0.5.
 """
 
 from __future__ import annotations
@@ -10,28 +13,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from kdsearch_jax import baselines, evaluate, export, gated, report, surgery, train
-from kdsearch_jax import budget as budget_lib
+from kdsearch_jax import baselines, cutting, distilling, front, gated, measured, report, shrinking, surgery
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.budget import Limits
-from kdsearch_jax.checkpoint import save_network, written_whole
-from kdsearch_jax.cli import write_json
-from kdsearch_jax.config import StageConfig, to_json
+from kdsearch_jax.checkpoint import written_whole
+from kdsearch_jax.config import StageConfig
+from kdsearch_jax.delivery import compare, deliver
+from kdsearch_jax.fitting import fit, meet, save, write, write_npz
+from kdsearch_jax.front import Leg, Point
 from kdsearch_jax.library import bound
-from kdsearch_jax.network import Network, count
+from kdsearch_jax.network import Network
 from kdsearch_jax.optimizer import make_optimizer
-from kdsearch_jax.road import Loaded, Road, architecture_of, finished, is_plain, proof_batch, traced
-from kdsearch_jax.steps import Step, TrainState, create_state, distill_step, supervised_step
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.road import Loaded, Road, architecture_of, finished, limits_of, proof_batch, traced
+from kdsearch_jax.shrinking import Part
+from kdsearch_jax.steps import TrainState, create_state, distill_step, supervised_step
+from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.weights import stored
 
 log = logging.getLogger(__name__)
@@ -49,15 +52,24 @@ def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str,
     if stop_after == "search":
         _report(road)
         return None
-    steps = road.experiment.search.steps + road.experiment.retrain.steps
-    retrain(road, "retrain", road.search / "network", road.experiment.retrain, resume)
-    for number, name in enumerate(road.experiment.baselines):
-        log.info("baseline %s: %d steps, as many as search and retraining", name, steps)
-        source = baseline(road, name)
-        retrain(road, name, source, dataclasses.replace(road.experiment.retrain, steps=steps), resume, number + 1)
+    experiment = road.experiment
+    steps, points = experiment.search.steps + experiment.retrain.steps, front.points(experiment)
+    for point in points:
+        begun = cutting.land(road, point)
+        left = steps - begun if point.tail and begun is not None else experiment.retrain.steps
+        stage = dataclasses.replace(experiment.retrain, steps=left)
+        retrain(road, point.name, point.cut(road.search) / "network", stage, resume)
+        _confirm(road, point)
+    for number, name in enumerate(experiment.baselines):
+        for point in points:
+            log.info("baseline %s%s: %d steps, as many as search and retraining", name, point.tail, steps)
+            source = baseline(road, name, point)
+            stage = dataclasses.replace(experiment.retrain, steps=steps)
+            retrain(road, f"{name}{point.tail}", source, stage, resume, number + 1)
     if stop_after == "retrain":
         return None
-    deliver(road)
+    for point in points:
+        deliver(road, point.name, point.student)
     results = compare(road)
     _report(road)
     return results
@@ -75,9 +87,9 @@ def _take_over(road: Road) -> None:
             continue
         if jax.process_index() == 0:
             with written_whole(road.directory / name) as part:
-                skipped = shutil.ignore_patterns("checkpoints", "tensorboard")
+                skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(road.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
-        _meet(f"{name} taken over")
+        meet(f"{name} taken over")
 
 
 def teach(road: Road, resume: bool) -> None:
@@ -87,7 +99,7 @@ def teach(road: Road, resume: bool) -> None:
         return
     experiment, dataset = road.experiment, road.dataset
     if (given := road.given) is not None:
-        _save(directory / "network", road, given.architecture, given.module, given.variables)
+        save(directory / "network", road, given.architecture, given.module, given.variables)
         return
     architecture = architecture_of(experiment, dataset)
     module = architecture.module()
@@ -99,83 +111,108 @@ def teach(road: Road, resume: bool) -> None:
     variables = jax.jit(lambda key: module.init(key, *args, **keywords))(jax.random.key(experiment.run.seed))
     state = create_state(stored(variables), tx, ema=stage.ema)
     step = supervised_step(module, tx, stage, experiment.run, road.task)
-    state = _fit(road, state, step, stage, directory, resume, module=module)
-    _save(directory / "network", road, architecture, module, state.variables)
+    state = fit(road, state, step, stage, directory, resume, module=module)
+    save(directory / "network", road, architecture, module, state.variables)
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
 def search(road: Road, resume: bool) -> None:
-    """Searches, cuts and proves the cut; writes the stage's directory."""
+    """Searches, and cuts and proves a student for each budget; writes the stage's directory."""
     directory = road.search
     if finished(directory):
         return
-    experiment, teacher = road.experiment, road.load(road.teacher)
-    network, limits = traced(experiment, teacher.architecture, teacher.module)
-    topology = network.topology
+    experiment, teacher, points = road.experiment, road.load(road.teacher), front.points(road.experiment)
+    network, _ = traced(experiment, teacher.architecture, teacher.module)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / "topology.json", topology.to_json())
-    log.info("%s", topology.describe())
-    inputs = road.task.call.bind(proof_batch(road.dataset))
-    _rehearse(network, teacher, limits, inputs)
+    measured.prepare(network, teacher.variables, points[0].budget, road.task.call, directory)
+    limits = limits_of(experiment, network, search=directory)
+    write(directory / "topology.json", network.topology.to_json())
+    log.info("%s", network.topology.describe())
+    for each in limits:
+        cutting.rehearse(network, teacher, each, road.task.call.bind(proof_batch(road.dataset)))
+    path = front.path(experiment, limits, network.topology)
+    part, state = _descend(road, network, teacher, path, resume)
+    cutting.keep(road, part, state, teacher, points[-1])
+    write_npz(directory / "history.npz", gated.history(network.topology, state))
+    for point in points:
+        cutting.land(road, point, network)
+    cutting.publish(points[-1].cut(directory), directory)
 
-    stage = experiment.search
+
+def _descend(
+    road: Road, network: Network, teacher: Loaded, path: Sequence[Leg], resume: bool
+) -> tuple[Part, TrainState]:
+    """The search's training, through all budgets, with what is alive of the network; the state at its end, in NumPy."""
+    experiment, points, stage = road.experiment, front.points(road.experiment), road.experiment.search
     tx = gated.make_transformation(stage, experiment.gates)
-    step = gated.search_step(network, teacher.module, tx, road.task, experiment.gates, experiment.run)
-    control = gated.controller(topology, limits, stage, experiment.gates, experiment.run)
-    state = gated.begin(teacher.variables, topology, tx, stage)
+    part = Part.of(network)
+    lesson = _lesson(road, stage, teacher.module, teacher.variables, network.topology)
+    state = gated.begin(teacher.variables, network.topology, tx, stage, experiment.gates.init, lesson.learned)
+    checkpoints = road.search / "checkpoints"
+    while True:
+        module, topology = part.network.module, part.network.topology
+        step = gated.search_step(
+            part.network, teacher.module, tx, lesson.task, experiment.gates, experiment.run, lesson.distiller
+        )
+        control = gated.controller(part, path, stage, experiment.gates, experiment.run)
+        ends = {leg.end: point for leg, point in zip(path[:-1], points[:-1], strict=True)}
 
-    def variables_of(state: TrainState) -> Any:
-        return gates_lib.fold({"params": state.params, **state.model_state}, state.extra["gates"], topology)
+        def between(state: TrainState, part: Part = part, control: Any = control, ends: Any = ends) -> Any:
+            if point := ends.get(int(state.step)):
+                cutting.keep(road, part, state, teacher, point)
+            return control(state)
 
-    state = _fit(
-        road, state, step, stage, directory, resume,
-        module=teacher.module, teacher=teacher, variables_of=variables_of, constants=teacher.variables, between=control,
-    )  # fmt: skip
-    state = jax.tree.map(np.asarray, state)  # off the devices of other processes
-    keep = gated.landing(topology, limits, state)
-    gates, variables = state.extra["gates"], {"params": state.params, **state.model_state}
-    sliced, architecture = surgery.prune(variables, gates, keep, network, teacher.architecture)
-    proof = surgery.verify(network, variables, gates, keep, sliced, *inputs)
-    log.info("the student is the gated network: outputs agree to %.1e of their scale", proof["difference"])
-    _write_npz(directory / "history.npz", gated.history(topology, state))
-    _write_npz(directory / "gates.npz", gates)
-    kept = {name: np.flatnonzero(mask).tolist() for name, mask in keep.items()}
-    budget = dataclasses.asdict(experiment.budget)
-    macs, params = topology.cost(keep)
-    _write(
-        directory / "selection.json", {"kept": kept, "macs": macs, "params": params, "budget": budget, "proof": proof}
+        def variables_of(state: TrainState, topology: Any = topology) -> Any:
+            return gates_lib.fold({"params": state.params, **state.model_state}, state.extra["gates"], topology)
+
+        dead = shrinking.until(part, path, experiment.gates.shrink, stage.steps)
+        state = fit(
+            road, state, step, stage, road.search, resume,
+            module=module, teacher=teacher, variables_of=variables_of, constants=lesson.constants, between=between,
+            until=dead, checkpoints_in=checkpoints, dataset=lesson.dataset,
+        )  # fmt: skip
+        state = jax.tree.map(np.asarray, state)  # off the devices of other processes
+        if not dead(state):
+            return part, state
+        part, state = _shrink(road, part, state, teacher, tx)
+        if lesson.distiller.taps:  # the layers compared have other channels now
+            variables = {"params": state.params, **state.model_state}
+            lesson = _lesson(road, stage, part.network.module, variables, part.network.topology)
+            state = _relearning(state, lesson)
+        checkpoints = road.search / f"checkpoints-{int(state.step)}"
+
+
+def _shrink(road: Road, part: Part, state: TrainState, teacher: Loaded, tx: Any) -> tuple[Part, TrainState]:
+    """The living part and its state, proved to be the gated network."""
+    topology = part.whole.topology
+    variables, gates, _ = shrinking.expanded(part, state, teacher.variables)
+    smaller, state = shrinking.shrink(part, state, tx)
+    folded = gates_lib.fold(
+        {"params": state.params, **state.model_state}, state.extra["gates"], smaller.network.topology
     )
-    _write(directory / "architecture.json", architecture.to_json())
-    _save(directory / "network", road, architecture, architecture.module(road.base), sliced)
+    inputs = road.task.call.bind(proof_batch(road.dataset))
+    surgery.verify(part.whole, variables, gates, smaller.keep, folded, *inputs)
+    costs = [topology.cost(each.keep)[0] for each in (part, smaller)]
+    log.info("search: shrunk at step %d from %s to %s MACs", int(state.step), *(f"{cost:,}" for cost in costs))
+    return smaller, state
 
 
-def _rehearse(network: Network, teacher: Loaded, limits: Limits, inputs: Any) -> None:
-    """Cuts at random and proves it, before the long work: a model whose student would differ is found now."""
-    topology, random = network.topology, np.random.default_rng(0)
-    keep = budget_lib.select(topology, limits, random.uniform(0.1, 1.0, topology.units), per_cost=False, rounds=1)
-    gates = {group.name: random.uniform(0.5, 1.0, group.size).astype(np.float32) for group in topology.groups}
-    sliced, _ = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
-    surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
+# --- students -------------------------------------------------------------------------------------------------------
 
 
-# --- retraining -----------------------------------------------------------------------------------------------------
-
-
-def baseline(road: Road, name: str) -> Path:
+def baseline(road: Road, name: str, point: Point | None = None) -> Path:
     """Cuts a hand-made student of the same cost from the teacher's own weights; returns its network directory."""
-    directory = road.directory / name / "start"
+    point = point or front.points(road.experiment)[0]
+    directory = road.directory / f"{name}{point.tail}" / "start"
     if (directory / "network.json").is_file():
         return directory
     teacher = road.load(road.teacher)
-    network, limits = traced(road.experiment, teacher.architecture, teacher.module)
+    network, _ = traced(road.experiment, teacher.architecture, teacher.module)
+    limits = limits_of(road.experiment, network, [point], road.search)[0]
     keep = baselines.keep(name, teacher.variables, network.topology, limits)
-    gates = gates_lib.init(network.topology)
-    sliced, architecture = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
-    inputs = road.task.call.bind(proof_batch(road.dataset))
-    surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
-    _save(directory, road, architecture, architecture.module(road.base), sliced)
+    cutting.cut(road, network, teacher, keep, directory)
     return directory
 
 
@@ -186,201 +223,44 @@ def retrain(road: Road, name: str, source: Path, stage: StageConfig, resume: boo
         return
     experiment, teacher, student = road.experiment, road.load(road.teacher), road.load(source)
     tx = make_optimizer(stage)
-    step = distill_step(student.module, teacher.module, tx, stage, experiment.run, road.task)
-    state = create_state(student.variables, tx, ema=stage.ema)
-    state = _fit(
+    lesson = _lesson(road, stage, student.module, student.variables)
+    step = distill_step(student.module, teacher.module, tx, stage, experiment.run, lesson.task, lesson.distiller)
+    state = create_state(student.variables, tx, ema=stage.ema, extra=lesson.extra)
+    state = fit(
         road, state, step, stage, directory, resume,
-        module=student.module, teacher=teacher, constants=teacher.variables, stream=100 + stream,
+        module=student.module, teacher=teacher, constants=lesson.constants, dataset=lesson.dataset, stream=100 + stream,
     )  # fmt: skip
-    _save(directory / "network", road, student.architecture, student.module, state.variables)
+    save(directory / "network", road, student.architecture, student.module, state.variables)
 
 
-# --- delivery -------------------------------------------------------------------------------------------------------
+def _confirm(road: Road, point: Point) -> None:
+    """Measures the trained student, where the budget is of what can only be measured."""
+    directory = road.directory / point.name
+    teacher, student = road.load(road.teacher), road.load(directory / "network")
+    networks = (teacher.module, teacher.variables), (student.module, student.variables)
+    measured.confirm(*networks, point.budget, road.task.call, directory / "measured.json")
 
 
-def deliver(road: Road) -> None:
-    """RUN/student: the network, `.safetensors` and StableHLO, each proved equal in a fresh process."""
-    directory = road.directory / "student"
-    found = road.load(road.directory / "retrain" / "network")
-    if not (directory / "network.json").is_file():
-        save_network(directory, found.architecture, found.variables, found.info)
-    if jax.process_index() == 0:
-        log.info("exporting to %s", directory)
-        try:
-            export.export(directory, directory, module=road.base)
-        except export.CannotExportError as error:
-            log.warning("%s: done so", error)
-            export.export(directory, directory, ("safetensors",), module=road.base)
+def _lesson(
+    road: Road, stage: StageConfig, module: Any, variables: Any, topology: Topology | None = None
+) -> distilling.Lesson:
+    """By whom and by what a student is taught in a stage; topology: in the search, that of its gates."""
+    loaded = (road.load(road.teacher), *road.further)
+    teachers = [distilling.Teacher(n.module, n.variables, n.architecture.called, n.info) for n in loaded]
+    return distilling.prepare(
+        road.task, teachers, road.dataset, road.experiment, stage, module, variables,
+        retraining=topology is None, topology=topology,
+    )  # fmt: skip
 
 
-def compare(road: Road) -> dict[str, Any]:
-    """The table teacher / student / baselines on the test split, each example once; writes results.json."""
-    experiment, dataset = road.experiment, road.dataset
-    places = {"teacher": road.teacher, "student": road.directory / "retrain" / "network"}
-    places |= {name: road.directory / name / "network" for name in experiment.baselines}
-    networks = {name: road.load(path) for name, path in places.items()}
-    scores = _scores(road, networks)
-    batch = min(64, len(dataset.test))
-    times = evaluate.measure_latency(
-        {k: (n.module, n.variables) for k, n in networks.items()}, (), batch, call=road.task.call
-    )
-    searched = experiment.search.steps + experiment.retrain.steps
-    rows = []
-    for name, network in networks.items():
-        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(network.variables))
-        cost = {"macs": network.info["macs"], "params": network.info["params"], "bytes": size}
-        steps = {} if name == "teacher" else {"steps": searched}
-        rows.append({"name": name, **scores[name], **cost, "ms_per_image": times[name], "ms_batch": batch, **steps})
-    results = {
-        "dataset": dataset.name,
-        "split": "test",
-        "examples": len(dataset.test),
-        "seed": experiment.run.seed,
-        "budget": dataclasses.asdict(experiment.budget),
-        **({} if is_plain(road.task, dataset) else {"compared": road.task.describe()}),
-        "rows": rows,
-    }
-    _write(road.directory / "results.json", results)
-    return results
-
-
-def _scores(road: Road, networks: Mapping[str, Loaded]) -> dict[str, dict[str, float]]:
-    """What each network does on the test split, compared with the teacher."""
-    dataset, size, teacher = road.dataset, road.experiment.run.eval_batch_size, networks["teacher"]
-    if not is_plain(road.task, dataset):
-        found = {}
-        for name, n in networks.items():
-            other = None if name == "teacher" else (teacher.module, teacher.variables)
-            measure = evaluate.measurer(road.task, n.module, dataset.test, dataset, batch_size=size, teacher=other)
-            found[name] = measure(n.variables)
-        return found
-    logits = {
-        name: evaluate.predict(
-            n.module, n.variables, dataset.test.images, dataset.mean, dataset.std, size, n.architecture.call
-        )
-        for name, n in networks.items()
-    }
-    return {
-        name: evaluate.score(values, dataset.test.labels, None if name == "teacher" else logits["teacher"])
-        for name, values in logits.items()
-    }
-
-
-# --- shared ---------------------------------------------------------------------------------------------------------
-
-
-def _fit(
-    road: Road,
-    state: TrainState,
-    step: Step,
-    stage: StageConfig,
-    directory: Path,
-    resume: bool,
-    *,
-    module: Any,
-    teacher: Loaded | None = None,
-    variables_of: Any = None,
-    constants: Any = None,
-    between: Any = None,
-    stream: int = 0,
-) -> TrainState:
-    """`train.fit` with the run's settings, evaluated on the validation split."""
-    experiment, dataset = road.experiment, road.dataset
-
-    size, call = experiment.run.eval_batch_size, road.task.call
-    measure = None
-    if not is_plain(road.task, dataset):
-        other = None if teacher is None else (teacher.module, teacher.variables)
-        measure = evaluate.measurer(road.task, module, dataset.validation, dataset, batch_size=size, teacher=other)
-
-    def assess(state: TrainState) -> dict[str, float]:
-        variables = state.variables if variables_of is None else variables_of(state)
-        if measure is not None:
-            return {f"validation_{name}": value for name, value in measure(variables).items()}
-        scores = evaluate.evaluate(
-            module, variables, dataset.validation, dataset.mean, dataset.std, batch_size=size, call=call
-        )
-        return {f"validation_{name}": scores[name] for name in ("accuracy", "loss")}
-
-    return train.fit(
-        state,
-        step,
-        dataset,
-        experiment.data,
-        stage,
-        experiment.run,
-        directory=directory,
-        name=directory.name,
-        meta={"config": to_json(experiment)},
-        constants=constants,
-        evaluate=assess,
-        between=between,
-        seed=experiment.run.seed * 1000 + stream,
-        resume=resume,
-    )
-
-
-def _save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any) -> None:
-    """A network directory with what it takes to use the network."""
-    call = architecture.called
-    cost = count(module, *call.example(2), **call.keywords(module, train=False))
-    info = {
-        "dataset": road.dataset.name,
-        "num_classes": road.dataset.num_classes,
-        "mean": list(road.dataset.mean),
-        "std": list(road.dataset.std),
-        "class_names": list(road.dataset.class_names),
-        "macs": cost.macs,
-        "params": cost.params,
-    }
-    save_network(directory, architecture, variables, info)
-
-
-def _meet(what: str) -> None:
-    """Waits for the other processes of the run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-def _write(path: Path, value: Any) -> None:
-    if jax.process_index() == 0:
-        write_json(path, value)
-
-
-def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
-    if jax.process_index() == 0:
-        part = path.with_name(f".{path.name}")
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
-        part.replace(path)
+def _relearning(state: TrainState, lesson: distilling.Lesson) -> TrainState:
+    """The state with what the losses learn begun anew, where its shapes are others now."""
+    old = (state.extra or {}).get("learned")
+    if lesson.learned is None or jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, lesson.learned):
+        return state
+    return state.replace(extra={**(state.extra or {}), "learned": lesson.learned})
 
 
 def _report(road: Road) -> None:
     if jax.process_index() == 0:
         report.write(road.directory)
-
-
-def table(results: dict[str, Any]) -> str:
-    """The rows of `results.json` as plain text: what was measured, then what it costs."""
-    rows = results["rows"]
-    known = {"loss", "accuracy", "accuracy_top5", "kl", *_COSTS}
-    own = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in {*known, *_SHARES, "distance"}]
-    shown = [name for name in (*_SHARES, "distance", *own) if any(name in row for row in rows)]
-    lines = [("", *(_SHARES.get(name, name) for name in shown), "MACs", "parameters", "size", "ms/example")]
-    for row in rows:
-        cells = [
-            "–" if name not in row else f"{row[name]:.2%}" if name in _SHARES else f"{row[name]:.4g}" for name in shown
-        ]
-        lines.append(
-            (row["name"], *cells, f"{row['macs']:,}", f"{row['params']:,}", f"{row['bytes'] / 1e3:,.0f} kB",
-             f"{row['ms_per_image']:.3f}")
-        )  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-
-
-_SHARES = {"accuracy": "accuracy", "agreement": "agreement"}
-_COSTS = ("name", "macs", "params", "bytes", "ms_per_image", "ms_batch", "steps")

@@ -17,7 +17,8 @@ from flax.core import unfreeze
 from jax import Array
 
 from kdsearch_jax.config import RunConfig, StageConfig
-from kdsearch_jax.forward import apply_eval, apply_train, dtype_of
+from kdsearch_jax.distilling import Distiller
+from kdsearch_jax.forward import apply_train, dtype_of
 from kdsearch_jax.optimizer import make_schedule
 from kdsearch_jax.task import Task
 
@@ -94,48 +95,61 @@ def supervised_step(
 ) -> Step:
     """One update on the cross-entropy with the labels; takes no constants."""
 
-    def loss(outputs: Any, batch: Batch, _: Any) -> Array:
-        return task.supervised(outputs, batch)
+    def loss(params: Any, _: Any, state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[Array, Any]:
+        inputs = task.call.bind(batch)
+        outputs, kept = apply_train(module, params, state.model_state, inputs, key, run.precision, task.call)
+        return task.supervised(outputs, batch).mean(), (outputs, kept)
 
-    return _gradient_step(module, tx, stage, run, task, loss)
+    return _gradient_step(tx, stage, run, task, loss)
 
 
 def distill_step(
-    module: Any, teacher: Any, tx: optax.GradientTransformation, stage: StageConfig, run: RunConfig, task: Task
-) -> Step:
-    """One update on the task's distance from a fixed teacher, whose variables are the constants given to `fit`."""
-
-    def loss(outputs: Any, batch: Batch, teacher_variables: Any) -> Array:
-        target = apply_eval(teacher, teacher_variables, task.call.bind(batch), run.precision, task.call)
-        return task.distance(outputs, jax.lax.stop_gradient(target), batch)
-
-    return _gradient_step(module, tx, stage, run, task, loss)
-
-
-def _gradient_step(
     module: Any,
+    teacher: Any,
     tx: optax.GradientTransformation,
     stage: StageConfig,
     run: RunConfig,
     task: Task,
-    example_loss: Callable[[Any, Batch, Any], Array],
+    distiller: Distiller | None = None,
 ) -> Step:
+    """One update on the distance from a fixed teacher; constants: its variables, or those that the distiller wants.
+
+    distiller: what teaches, and by which losses; None: `teacher`, by the task's distance.
+    """
+    by = distiller or Distiller.of(task, teacher, run)
+
+    def loss(params: Any, maps: Any, state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[Array, Any]:
+        shown, kept = by.train(module, params, state.model_state, batch, key)
+        return by.distance(maps, shown, by.target(constants, batch), batch).mean(), (shown.outputs, kept)
+
+    return _gradient_step(tx, stage, run, task, loss, by)
+
+
+def _gradient_step(
+    tx: optax.GradientTransformation,
+    stage: StageConfig,
+    run: RunConfig,
+    task: Task,
+    loss: Callable[..., tuple[Array, Any]],
+    distiller: Distiller | None = None,
+) -> Step:
+    """An update by the gradient of `loss`, (params, maps, state, batch, key, constants) → (value, (outputs, kept))."""
     schedule = make_schedule(stage)
     dtype_of(run.precision)
 
     def step(state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[TrainState, Metrics]:
-        def loss(params: Any) -> tuple[Array, tuple[Any, Any]]:
-            inputs = task.call.bind(batch)
-            outputs, kept = apply_train(module, params, state.model_state, inputs, key, run.precision, task.call)
-            return example_loss(outputs, batch, constants).mean(), (outputs, kept)
-
-        (value, (outputs, kept)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        maps = None if distiller is None else distiller.learned(state.extra)
+        both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, (outputs, kept)), (gradient, slope) = both(state.params, maps, state, batch, key, constants)
         metrics = {
             "loss": value,
             **{name: each.mean() for name, each in task.right(outputs, batch).items()},
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return update(state, gradient, kept, tx, stage.ema), metrics
+        new = update(state, gradient, kept, tx, stage.ema)
+        if maps is not None and distiller is not None:
+            new = new.replace(extra={**state.extra, **distiller.advance(state.extra, slope)})
+        return new, metrics
 
     return step

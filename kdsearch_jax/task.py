@@ -30,7 +30,7 @@ from jax import Array
 
 from kdsearch_jax import losses
 from kdsearch_jax.call import Call
-from kdsearch_jax.config import DistillConfig
+from kdsearch_jax.config import DistillConfig, loss_weights
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement
@@ -133,7 +133,8 @@ class Task:
         """One line: what is compared, and how."""
         if self.loss is not None:
             return f"student and teacher are compared by {_name(self.loss)}"
-        kl = f"KL at temperature {self.distill.temperature:g}"
+        parts = [part for part in self.distill.losses if part != "kl"] if self.classes else []
+        kl = f"{' + '.join(self.distill.losses) if parts else 'KL'} at temperature {self.distill.temperature:g}"
         told = {"classes": f"class logits by {kl}", "logits": f"by {kl}", "left out": "not at all (no floating point)"}
         how = [
             f"{output.path} {told.get(output.kind, f'by squared error over its variance, {output.scale:.3g}')}"
@@ -184,6 +185,7 @@ def examine(
     if loss is None and not any(output.kind != "left out" for output in outputs):
         raise ValueError(f"outputs: {_shapes(small)} has nothing of floating point to compare; give a loss of your own")
     task = Task(call, distill, outputs, loss, metrics)
+    _check_losses(task)
     _check_own(task, small, dataset)
     return task
 
@@ -275,6 +277,23 @@ def _labelled(leaf: Any, dataset: Dataset, strict: bool) -> bool:
             f"{leaf.shape[-1] - 1}; number them so, or name the entry otherwise than labels and give a loss of your own"
         )
     return False
+
+
+def _check_losses(task: Task) -> None:
+    """Raises ValueError where losses or several teachers are asked for that need class logits with labels."""
+    distill = task.distill
+    asked = {**loss_weights(distill.losses), **loss_weights(distill.retrain_losses or ("kl",))}
+    others = [name for name in asked if name != "kl"]
+    alone = task.classes and task.loss is None
+    if others and not alone:
+        raise ValueError(
+            f"distill.losses: {others[0]} is for networks whose only output is class logits, with labels in the data; "
+            "leave kl, which stands for however these outputs are compared, or give a loss of your own"
+        )
+    if distill.teachers and not alone:
+        raise ValueError(
+            "distill.teachers: only class logits with labels have a mean over teachers here; give one teacher"
+        )
 
 
 def _check_own(task: Task, outputs: Any, dataset: Dataset) -> None:

@@ -63,6 +63,8 @@ def fit(
     constants: Any = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     between: Callable[[TrainState], tuple[TrainState, dict[str, float]]] | None = None,
+    until: Callable[[TrainState], bool] | None = None,
+    checkpoints_in: Path | None = None,
     seed: int = 0,
     resume: bool = False,
 ) -> TrainState:
@@ -83,6 +85,9 @@ def fit(
         of the state that it gets are gone after the next update: keep none of them.
       between: called on the host after each call; may change values of the state (not shapes or dtypes), and returns
         metrics too. Its memory belongs into `state.extra`, or a resumed run would go another way.
+      until: asked on the host before the first call and after each; True ends the training there, as its last step
+        would.
+      checkpoints_in: where the checkpoints lie, if not in `directory`/checkpoints.
       seed: of batches, augmentation and dropout.
       resume: go on from the newest good checkpoint of `directory`, if there is one.
 
@@ -106,10 +111,10 @@ def fit(
         "std": np.asarray(dataset.std, np.float32),
     }
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpointer(Path(directory) / "checkpoints", run.keep))
+        checkpoints = stack.enter_context(Checkpointer(checkpoints_in or Path(directory) / "checkpoints", run.keep))
         state = _begin(owned(state, mesh), checkpoints, meta, resume, mesh)
         first = int(state.step)
-        if first >= stage.steps:
+        if first >= stage.steps or (until is not None and until(state)):
             return state
         report = stack.enter_context(_report(Path(directory), name, stage.steps, first))
         stop = stack.enter_context(preemption())
@@ -133,6 +138,7 @@ def fit(
             if between is not None:
                 state, more = between(state)
                 state, row = _settled(state, kind, mesh), row | more
+            last = last or (until is not None and until(state))
             stopping = stop.requested
             if evaluate is not None and not stopping and (last or _passes(first, done, run.evaluate_every)):
                 row |= evaluate(state)
@@ -141,6 +147,8 @@ def fit(
                 checkpoints.save(done, state, meta, row, wait=last or stopping)
             if stopping:
                 raise Preempted(f"{name}: stopped by SIGTERM and saved at step {done} of {stage.steps}; resume goes on")
+            if last:
+                break
             first = done
     return state
 

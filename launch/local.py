@@ -1,88 +1,183 @@
-"""Start N processes of one command on this machine, joined by JAX's coordinator.
+"""Start N processes of one command on this machine, joined by JAX's coordinator, to develop and test without a cluster.
 
-python launch/local.py [--devices D] 2 -m kdsearch_jax.search --workdir runs/two
+    python launch/local.py -n 2 -- python -m kdsearch_jax.search --workdir runs/two
+
+A bare `python` is the interpreter that runs this file. What process 0 prints is shown as it is; the others print into
+launch-1.log and so on. SIGINT, SIGTERM and SIGHUP are passed on, so that every process can save; a second one ends them
+all. When one fails, the others get a moment to end by themselves, then everything that is left is killed, and the
+status is that of the first failure (128 + signal where a signal ended it).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from types import FrameType
+from pathlib import Path
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOWN = 20  # lines of the log of a process that failed
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def reserved_port(tries: int = 200) -> Iterator[int]:
+    """A TCP port of this machine that is free, and that no other launcher takes while this one has it.
+
+    The coordinator itself has to open it, so it cannot be kept open here. It is taken from below the range from which
+    the operating system serves others, and the UDP port of the same number, which nobody needs, stands for it.
+    """
+    for _ in range(tries):
+        port = random.randrange(15000, 32000)
+        with socket.socket(type=socket.SOCK_DGRAM) as mark, socket.socket() as probe:
+            try:
+                mark.bind(("127.0.0.1", port))
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            probe.close()
+            yield port
+            return
+    raise OSError(f"no free port found in {tries} tries")
 
 
-def launch(count: int, command: list[str], devices: int | None = None) -> int:
-    """Run `python *command` in `count` processes; the first non-zero exit status stops the rest and is returned."""
-    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-    if devices is not None:
-        common["JAX_NUM_CPU_DEVICES"] = str(devices)
-    processes: list[subprocess.Popen[bytes]] = []
+class Processes:
+    """The processes of a run; on leaving the context nothing of them is left."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            process.send_signal(number)
+    def __init__(self, command: list[str], count: int, devices: int | None, logs: Path, grace: float):
+        self.command, self.count, self.devices, self.logs, self.grace = command, count, devices, logs, grace
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.signals = 0
+        self._stack = ExitStack()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    with ExitStack() as stack:
-        for rank in range(count):
-            output = None if rank == 0 else stack.enter_context(open(f"launch-{rank}.log", "wb"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    env={**os.environ, **common, "JAX_PROCESS_ID": str(rank)},
-                    stdout=output,
-                    stderr=None if output is None else subprocess.STDOUT,
-                    start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on once
-                )
+    def __enter__(self) -> Processes:
+        """Itself, nothing started."""
+        for number in PASSED_ON:
+            self._stack.callback(signal.signal, number, signal.signal(number, self._pass_on))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kills what is left, with all that it has started."""
+        for process in self.running:
+            _kill(process)
+            process.wait()
+        self._stack.close()
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self.signals += 1
+        for process in self.running:
+            if self.signals > 1:
+                _kill(process)
+            elif process.poll() is None:
+                process.send_signal(number)
+
+    def start(self) -> None:
+        """Starts all; fewer where a signal comes meanwhile."""
+        port = self._stack.enter_context(reserved_port())
+        address = f"127.0.0.1:{port}"
+        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.count)}
+        common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # JAX alone would listen to the whole network
+        if self.devices is not None:
+            common["JAX_NUM_CPU_DEVICES"] = str(self.devices)
+        for rank in range(self.count):
+            output = None
+            if rank:
+                output = self._stack.enter_context(self.log(rank).open("wb"))
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **common, "JAX_PROCESS_ID": str(rank)},
+                stdin=subprocess.DEVNULL if rank else None,
+                stdout=output,
+                stderr=subprocess.STDOUT if rank else None,
+                preexec_fn=_end_with_launcher if sys.platform == "linux" else None,
+                start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on once
             )
-        return wait(processes)
+            self.running.append(process)
+            if self.signals:
+                process.terminate()
+                return
+
+    def log(self, rank: int) -> Path:
+        """Where process `rank` prints."""
+        return self.logs / f"launch-{rank}.log"
+
+    def wait(self) -> int:
+        """Waits for all, or for the first failure; returns its status, 0 where there is none."""
+        while True:
+            states = {rank: process.poll() for rank, process in enumerate(self.running)}
+            # Of two that ended since the last look: one that a signal ended is rather the consequence.
+            failed = sorted((state < 0, rank) for rank, state in states.items() if state)
+            if failed:
+                rank = failed[0][1]
+                return self._failed(rank, states[rank] or 0)
+            if None not in states.values():
+                return 0
+            time.sleep(0.05)
+
+    def _failed(self, rank: int, state: int) -> int:
+        deadline = time.monotonic() + self.grace
+        # After a signal they may take as long as they need to save: whoever cannot wait sends it once more.
+        while None in [p.poll() for p in self.running] and (self.signals or time.monotonic() < deadline):
+            time.sleep(0.05)
+        status = 128 - state if state < 0 else state
+        if not self.signals:
+            left = [str(i) for i, process in enumerate(self.running) if process.poll() is None]
+            end = f"; ending {', '.join(left)}" if left else ""
+            print(f"launch: process {rank} ended with status {status}{end}", file=sys.stderr)
+            if rank:
+                lines = self.log(rank).read_text(errors="replace").splitlines()[-SHOWN:]
+                print(f"launch: the end of {self.log(rank)}:", *lines, sep="\n", file=sys.stderr)
+        return status
 
 
-def wait(processes: list[subprocess.Popen[bytes]], grace: float = 30.0) -> int:
-    """Wait for all; after a failure give the rest `grace` seconds, as they may be saving, then end them."""
-    while True:
-        states = [process.poll() for process in processes]
-        failed = [state for state in states if state]
-        if all(state is not None for state in states):
-            break
-        if failed:
-            deadline = time.monotonic() + grace
-            for process in processes:
-                try:
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            break
-        time.sleep(0.1)
-    return next((128 - state if state < 0 else state for state in failed), 0)
+def _end_with_launcher() -> None:
+    """In a new process, before it begins: Linux will kill it when the launcher is killed, which can pass nothing on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process with what it has started; one that has ended may have left something, too."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:
-    """The command line: a count, options, then what `python` is to run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, help="how many processes")
-    parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="arguments of python, such as -m kdsearch_jax.search")
+    """The command line: options, then what to run."""
+    parser = argparse.ArgumentParser(
+        prog="local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="local.py -n N [--devices D] [--logs DIR] [--grace S] -- COMMAND ...",
+    )  # fmt: skip
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="how many processes")
+    parser.add_argument("--devices", type=int, metavar="D", help="virtual devices of each process, on CPUs")
+    parser.add_argument("--logs", type=Path, default=Path(), metavar="DIR", help="where launch-1.log and so on go (.)")
+    parser.add_argument("--grace", type=float, default=15.0, metavar="S",
+                        help="seconds that the others have to end by themselves after a failure (15)")  # fmt: skip
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="such as python -m kdsearch_jax.search")
     arguments = parser.parse_args(argv)
-    if arguments.count < 1:
-        parser.error(f"count: {arguments.count} is not possible; give at least 1")
-    if not arguments.command:
-        parser.error("no command; give what python is to run, such as -m kdsearch_jax.search")
-    return launch(arguments.count, arguments.command, arguments.devices)
+    command = arguments.command[arguments.command[:1] == ["--"] :]
+    for name, value in (("-n", arguments.n), ("--devices", arguments.devices)):
+        if value is not None and value < 1:
+            parser.error(f"{name}: {value} is not possible; give at least 1")
+    if not arguments.logs.is_dir():
+        parser.error(f"--logs: {arguments.logs} is not a directory")
+    if not command:
+        parser.error("no command; give one after --, such as -- python -m kdsearch_jax.search")
+    if command[0] in ("python", "python3"):
+        command[0] = sys.executable
+    with Processes(command, arguments.n, arguments.devices, arguments.logs, arguments.grace) as processes:
+        try:
+            processes.start()
+        except OSError as error:
+            parser.error(str(error))
+        return processes.wait()
 
 
 if __name__ == "__main__":

@@ -301,3 +301,23 @@ def test_the_command_on_a_model_data_and_loss_of_ones_own(tmp_path, monkeypatch,
     student, variables = kdsearch_jax.load(tmp_path / "run" / "student")
     assert student.apply(variables, TOKENS["tokens"], TOKENS["mask"], deterministic=True).shape == (64, 6, 5)
     assert search_main(["--resume", "--workdir", str(tmp_path / "run")]) == 0
+
+
+def test_several_budgets_give_a_front_of_results(tmp_path):
+    """By parameters, as `macs` is not asked for."""
+    module, x = UNet(), IMAGES
+    labels = RANDOM.integers(0, 3, (64, 8, 8))
+    front = kdsearch_jax.search(
+        module, some(module, x[:2]), {"images": x, "labels": labels}, budget={"params": [0.5, 0.7]}, baselines=(),
+        search_steps=24, retrain_steps=2, batch_size=8, workdir=tmp_path / "run",
+        settings={"run.steps_per_dispatch": 4},
+    )  # fmt: skip
+    assert front.budgets == (0.7, 0.5) and len(front) == 2
+    total = front.results["rows"][0]["params"]
+    for result, budget in zip(front, front.budgets, strict=True):
+        params = sum(leaf.size for leaf in jax.tree.leaves(result.variables["params"]))
+        assert 0.97 * budget <= params / total <= budget
+        assert result.module.apply(result.variables, x[:2]).shape == (2, 8, 8, 3)
+    assert "at-0.7" in str(front)
+    with pytest.raises(ValueError, match="budget: none is given"):
+        kdsearch_jax.search(module, some(module, x[:2]), {"images": x, "labels": labels}, budget=[])

@@ -1,4 +1,4 @@
-"""Hand-made students: the units of largest norm, at the cost of the searched one, and every branch stays."""
+"""Hand-made students: at the cost of the searched one, what their rule says of units and branches."""
 
 from functools import cache
 
@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdsearch_jax import baselines, budget, surgery
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
@@ -23,6 +26,10 @@ NETWORKS = {
 }
 
 
+KEEPING = ("uniform", "magnitude", "random", "bn_scale")  # every branch
+BUDGETS = [BudgetConfig(0.5), BudgetConfig(None, 0.6), BudgetConfig(0.6, 0.7, 2)]
+
+
 @cache
 def network(name):
     """(traced network, random variables, architecture) of one of NETWORKS."""
@@ -35,14 +42,18 @@ def network(name):
     return trace(module, images, **mode(module, train=False)), variables, architecture
 
 
-@pytest.mark.parametrize("bounds", [BudgetConfig(0.5), BudgetConfig(None, 0.6), BudgetConfig(0.6, 0.7, 2)], ids=str)
+@pytest.mark.parametrize("bounds", BUDGETS, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("baseline", baselines.NAMES)
+@pytest.mark.parametrize("baseline", KEEPING)
 def test_a_baseline_costs_what_the_searched_student_may(baseline, name, bounds):
     traced, variables, _ = network(name)
     found = traced.topology
     limits = budget.resolve(bounds, found)
     baselines.check(found, limits)
+    if (baseline, name) == ("bn_scale", "vit"):
+        with pytest.raises(BudgetError, match="no unit that may go is followed by a BatchNorm"):
+            baselines.keep(baseline, variables, found, limits)
+        return
     keep = baselines.keep(baseline, variables, found, limits)
     assert list(keep) == [group.name for group in found.groups]
     assert FLOOR <= limits.pressure(found, found.flatten(keep).astype(float)) <= 1
@@ -74,7 +85,7 @@ def test_the_units_of_largest_norm_stay():
                 for part in member.leaf.split("/")[1:]:
                     leaf = leaf[part]
                 leaf *= 1 + order[group.name][member.units]
-    for baseline in baselines.NAMES:
+    for baseline in ("uniform", "magnitude"):
         keep = baselines.keep(baseline, variables, found, budget.resolve(BudgetConfig(0.6), found))
         for name, ranks in order.items():
             if not keep[name].all():
@@ -98,6 +109,87 @@ def test_magnitude_compares_layers_by_norms_over_their_mean():
     assert sum((~mask).sum() for name, mask in keep.items() if name != flat_group.name) > 0
 
 
+def test_the_largest_batch_norm_scales_stay_over_all_layers():
+    """Scales that are all different, some negative: those that stay are the largest, but for a layer's last unit."""
+    traced, variables, _ = network("resnet")
+    found, random = traced.topology, np.random.default_rng(3)
+    variables = jax.tree.map(np.array, variables)
+    scales = {}
+    for path, leaf in flatten_dict(variables["params"], sep="/").items():
+        if path.endswith("/scale"):
+            leaf[...] = random.uniform(0.1, 1, leaf.shape) * random.choice([-1, 1], leaf.shape)
+            scales[path] = np.abs(leaf)
+    keep = baselines.keep("bn_scale", variables, found, budget.resolve(BudgetConfig(0.6), found))
+    stays, goes = [], []
+    for group in found.groups:
+        if group.kind == "branches":
+            continue
+        own = [(m, scales[m.leaf.split("/", 1)[1]]) for m in group.members if m.leaf.endswith("/scale")]
+        each = np.mean([values[np.argsort(m.units)[-group.size :]] for m, values in own], axis=0)
+        assert own and (np.sort(own[0][0].units)[-group.size :] == np.arange(group.size)).all()
+        stays += each[keep[group.name]].tolist() if keep[group.name].sum() > 1 else []
+        goes += each[~keep[group.name]].tolist()
+    # What was taken back to fill the budget up lies between the two.
+    assert goes and np.quantile(goes, 0.95) <= min(stays) and np.quantile(stays, 0.05) >= np.median(goes)
+
+
+def test_random_units_are_others_each_time():
+    traced, variables, _ = network("cnn")
+    limits = budget.resolve(BudgetConfig(), traced.topology)
+
+    def drawn(seed):
+        keep = baselines.keep("random", variables, traced.topology, limits, np.random.default_rng(seed))
+        return traced.topology.flatten(keep).tolist()
+
+    assert drawn(0) == drawn(0) and len({tuple(drawn(seed)) for seed in range(5)}) == 5
+
+
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+def test_even_choices_are_even(size):
+    total, count = size
+    choices = list(baselines.even(total, count))
+    assert choices and len(set(choices)) == len(choices)
+    for places in choices:
+        assert len(places) == len(set(places)) == count and places[0] >= 0 and places[-1] < total
+        gaps = np.diff([*places, places[0] + total])
+        assert gaps.max() - gaps.min() <= 1
+    covered = set().union(*choices)
+    assert covered == set(range(total))  # no place is always spared
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_fewer_layers_are_as_few_branches_as_meet_the_budget(name):
+    traced, variables, _ = network(name)
+    found = traced.topology
+    limits = budget.resolve(BudgetConfig(0.5), found)
+    keep = baselines.keep("layers", variables, found, limits)
+    gone = [g.name for g in found.groups if g.kind == "branches" and not keep[g.name].all()]
+    assert gone and all(keep[g.name].all() for g in found.groups if g.kind != "branches")
+    assert limits.pressure(found, found.flatten(keep).astype(float)) <= 1
+    for places in baselines.even(sum(g.kind == "branches" for g in found.groups), len(gone) - 1):
+        names = [g.name for g in found.groups if g.kind == "branches"]
+        fewer = {g.name: np.full(g.size, g.name not in [names[i] for i in places]) for g in found.groups}
+        assert limits.pressure(found, found.flatten(fewer).astype(float)) > 1
+
+
+@pytest.mark.parametrize("bounds", [BudgetConfig(0.4), BudgetConfig(0.4, 0.5)], ids=str)
+def test_fewer_layers_and_channels_share_the_reduction(bounds):
+    traced, variables, architecture = network("resnet")
+    found = traced.topology
+    limits = budget.resolve(bounds, found)
+    keep = baselines.keep("both", variables, found, limits)
+    assert FLOOR <= limits.pressure(found, found.flatten(keep).astype(float)) <= 1
+    branches = {g.name: keep[g.name] if g.kind == "branches" else np.ones(g.size, bool) for g in found.groups}
+    share = np.log(limits.pressure(found, found.flatten(branches).astype(float)))
+    assert 0.25 <= share / np.log(limits.pressure(found, np.ones(found.units))) <= 0.75
+    assert any((~keep[g.name]).any() for g in found.groups if g.kind != "branches")
+    gates = {group.name: np.ones(group.size, np.float32) for group in found.groups}
+    sliced, _ = surgery.prune(variables, gates, keep, traced, architecture)
+    assert (
+        surgery.verify(traced, variables, gates, keep, sliced, jnp.ones((2, 16, 16, 3)))["macs"] == found.cost(keep)[0]
+    )
+
+
 def test_a_baseline_is_a_network_that_runs():
     traced, variables, architecture = network("cnn")
     keep = baselines.keep("uniform", variables, traced.topology, budget.resolve(BudgetConfig(), traced.topology))
@@ -113,6 +205,10 @@ def test_what_cannot_be_is_named():
     limits = budget.resolve(BudgetConfig(), found)
     with pytest.raises(ValueError, match="baselines: 'unifrom' is unknown; did you mean 'uniform'"):
         baselines.keep("unifrom", variables, found, limits)
+    with pytest.raises(BudgetError, match="no residual branch may go: the network has none, or gates.kinds"):
+        baselines.keep("layers", variables, found.select(("channels",)), limits)
+    with pytest.raises(BudgetError, match="whichever branches are left out, evenly over the depth, no widths"):
+        baselines.keep("both", variables, found, limits)  # its one branch is most of the network
     branches = found.select(("branches",))
     with pytest.raises(BudgetError, match="gates allow nothing else; leave --baselines empty"):
         baselines.check(branches, limits)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdsearch_jax import budget, models
-from kdsearch_jax.budget import FLOOR, BudgetError, Limits
+from kdsearch_jax.budget import FLOOR, BudgetError, Limits, selection
+from kdsearch_jax.budget.multipliers import balance
 from kdsearch_jax.call import mode
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.network import trace
@@ -287,7 +288,8 @@ def test_an_unimportant_branch_goes_where_that_helps():
 
 @pytest.mark.parametrize("name", ["resnet20", "vit"])
 def test_what_has_no_importance_goes_first(name):
-    found = topology(name).select(("channels", "neurons", "heads", "values"))
+    coarse = ("conv",) if name == "resnet20" else ()  # as above
+    found = topology(name).select(("channels", "neurons", "heads", "values"), exclude=coarse)
     bounds, random = budget.resolve(BudgetConfig(), found), np.random.default_rng(0)
     worthless = random.uniform(size=found.units) < 0.15
     importance = np.where(worthless, 0.0, random.exponential(1.0, found.units) ** 3)
@@ -329,3 +331,93 @@ def test_selection_does_not_depend_on_the_scale_of_importance():
     found, bounds, importance = topology("resnet"), limits("resnet"), importances("resnet", 5)
     a, b = (budget.select(found, bounds, scale * importance) for scale in (1.0, 1e-12))
     assert all((a[name] == b[name]).all() for name in a)
+
+
+# --- several bounds -------------------------------------------------------------------------------------------------
+
+
+def equal_weights(found: Topology, bounds: Limits, importance: np.ndarray) -> np.ndarray:
+    """What `select` would keep if it knew no multipliers: prices of the unmet bounds, added up."""
+    chunks = selection._chunks(found, importance, bounds)
+    return selection._land(found, bounds, importance, chunks, selection._Ranking(None, True, 20))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["resnet20", "vit", "mlp"]), st.floats(0.3, 0.8), st.floats(0.3, 0.8))
+def test_with_multipliers_never_less_is_kept_than_with_equal_weights(seed, name, macs, params):
+    found, random = topology(name), np.random.default_rng(seed)
+    bounds = limits(name, macs, params)
+    importance = random.exponential(1.0, found.units) ** random.choice([1.0, 3.0])
+    keep = flat(name, budget.select(found, bounds, importance))
+    assert FLOOR <= bounds.pressure(found, keep) <= 1.0 and (bounds.pressures(found, keep) <= 1.0).all()
+    assert importance @ keep >= importance @ equal_weights(found, bounds, importance)
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 10**6), st.floats(0.4, 0.6), st.floats(0.4, 0.6), st.floats(0.2, 0.9))
+def test_on_the_way_each_bound_goes_the_same_share_of_what_is_left(seed, macs, params, share):
+    """Prices for a goal are those for limits on the line to the budget: what has weight arrives there together."""
+    found = topology("resnet20").select(("channels",), exclude=("conv",))
+    bounds = budget.resolve(BudgetConfig(macs, params), found)
+    importance, keep = np.random.default_rng(seed).exponential(1.0, found.units), np.ones(found.units)
+    full = bounds.pressures(found, keep)
+    goal = full.max() + (1.0 - full.max()) * share
+    line = full + (1.0 - full) * share
+    cost = budget.cost_of(found, bounds, keep, importance, goal)
+    for unit in np.argsort(importance / cost):
+        if (bounds.pressures(found, keep) <= line).all():
+            break
+        keep[unit] = 0.0
+    weights = budget.multipliers(found, bounds.times(line), np.ones(found.units), importance)
+    assert -1e-9 <= weights @ (1.0 - bounds.pressures(found, keep) / line) <= 0.02
+    np.testing.assert_allclose(bounds.times(line).pressures(found, keep) * line, bounds.pressures(found, keep))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["resnet20", "vit"]), st.floats(0.35, 0.9), st.floats(0.35, 0.9))
+def test_multipliers_are_complementary_to_what_is_left(seed, name, macs, params):
+    """μ ≥ 0, Σμ = 1, and a bound has weight only if it binds; checked on the linearised way that they are made for."""
+    coarse = ("conv",) if name == "resnet20" else ()  # as above
+    found = topology(name).select(("channels", "neurons", "heads", "values"), exclude=coarse)
+    bounds = budget.resolve(BudgetConfig(macs, params), found)
+    importance = np.random.default_rng(seed).exponential(1.0, found.units)
+    ones = np.ones(found.units)
+    weights = budget.multipliers(found, bounds, ones, importance)
+    assert (weights >= 0).all() and weights.sum() == pytest.approx(1)
+    price = weights @ bounds.prices(found, ones)[0]
+    np.testing.assert_allclose(budget.cost_of(found, bounds, ones, importance), price)
+    order = np.argsort(importance / price)
+    order = order[~budget.protected(found, importance)[order]]
+    keep = ones.copy()
+    for unit in order:
+        if bounds.pressure(found, keep) <= 1:
+            break
+        keep[unit] = 0
+    gap = weights @ (1 - bounds.pressures(found, keep))
+    assert -1e-9 <= gap <= 0.03  # one head or neuron of a small network is so much of it
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_three_bounds_are_weighed_too(seed):
+    """Random convex resources with a common optimum: the gap of complementary slackness closes."""
+    random = np.random.default_rng(seed)
+    prices, importance = random.exponential(1.0, (3, 4000)), random.exponential(1.0, 4000)
+    room = np.array([0.5, 0.45, 0.6]) * prices.sum(1)
+
+    def outcome(weights):
+        order = np.argsort(-importance / (weights @ prices))
+        spent = np.cumsum(prices[:, order], axis=1) / room[:, None]
+        return spent[:, np.searchsorted(spent.max(0), 1.0) - 1]
+
+    weights = balance(outcome, 3)
+    pressures = outcome(weights)
+    assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
+    assert weights @ (1 - pressures) < 0.005
+    assert pressures[weights > 0.05].min() > 0.98
+
+
+def test_one_bound_has_all_the_weight():
+    found = topology("mlp")
+    assert budget.multipliers(found, limits("mlp"), np.ones(found.units), np.ones(found.units)).tolist() == [1.0]
+    np.testing.assert_array_equal(
+        budget.cost_of(found, limits("mlp"), np.ones(found.units), np.ones(found.units)),
+        limits("mlp").marginal(found, np.ones(found.units)),
+    )

@@ -85,7 +85,7 @@ class TestCommandLine:
             (["--search.steps", "-3"], r"search\.steps: -3 is not possible"),
             (["--search.optimizer", "adam"], r"'adam' for argument '--search\.optimizer'.*sgd"),
             (["--budget.macs", "0"], r"budget\.macs: 0\.0 is not possible"),
-            (["--budget.macs", "None"], "both None"),
+            (["--budget.macs", "None"], "all None"),
             (["--config", "digit"], "did you mean 'digits'"),
             (["--config"], "--config: no value"),
             (["--config", "none/such.py"], "no such file"),
@@ -243,7 +243,7 @@ class TestFailing:
 
 
 def test_two_processes_share_one_run_directory(command, repository, tmp_path):
-    launcher = (str(repository / "launch" / "local.py"), "--devices", "2", "2")
+    launcher = (str(repository / "launch" / "local.py"), "-n", "2", "--devices", "2", "--", "python")
     status, _, err = command("--workdir", "run", launcher=launcher)
     assert status == 0, err
     for process in range(2):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks import search_step
-from kdsearch_jax import budget, data, forward, gated, losses, models, optimizer, penalty, steps, train
+from kdsearch_jax import budget, data, forward, front, gated, losses, models, optimizer, penalty, steps, train
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.batches import normalise
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.network import trace
+from kdsearch_jax.shrinking import Part
 from kdsearch_jax.task import classification
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,7 +51,14 @@ def begin(config=GATES, stage=STAGE, network=None):
     """(network, optimiser, first state) of a search."""
     network = network or teacher()[0]
     tx = gated.make_transformation(stage, config)
-    return network, tx, gated.begin(teacher()[1], network.topology, tx, stage)
+    return network, tx, gated.begin(teacher()[1], network.topology, tx, stage, config.init)
+
+
+def control(network, limits, config=GATES, stage=STAGE, run=RUN):
+    """The hook of a search for one budget."""
+    whole = limits.pressure(network.topology, np.ones(network.topology.units))
+    path = front.legs([limits], [1.0], whole, stage, config, run.steps_per_dispatch)
+    return gated.controller(Part.of(network), path, stage, config, run)
 
 
 def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network=None):
@@ -58,7 +66,7 @@ def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network
     network, tx, state = begin(config, stage, network)
     limits = budget.resolve(bounds, network.topology)
     step = gated.search_step(network, network.module, tx, TASK, config, run)
-    between = gated.controller(network.topology, limits, stage, config, run)
+    between = control(network, limits, config, stage, run)
     state = train.fit(
         state, step, digits(), DATA, stage, run, directory=directory, name="search", meta={},
         constants=teacher()[1], between=between, seed=1,
@@ -138,6 +146,39 @@ def test_what_the_penalty_says_happens_to_the_gates_and_not_to_the_weights():
         np.testing.assert_array_equal(x, y)
 
 
+def test_gates_may_start_at_the_norm_of_what_they_scale():
+    """1 on average in each group, as large as the kernel entries that read the unit; the network is the teacher's."""
+    network, variables = teacher()
+    kernel = np.array(variables["params"]["dense"]["kernel"])
+    kernel[1] = 0.0  # nothing reads unit 1 of the last layer
+    variables = {
+        **variables,
+        "params": {**variables["params"], "dense": {**variables["params"]["dense"], "kernel": kernel}},
+    }
+    started, gates = gated.started(variables, network.topology, "norm")
+    for group in network.topology.groups:
+        np.testing.assert_allclose(gates[group.name].mean(), 1.0, rtol=1e-5)
+    norms = np.linalg.norm(kernel, axis=1)
+    np.testing.assert_allclose(gates["stage3/conv"], norms / norms.mean(), rtol=1e-5)
+    assert gates["stage3/conv"][1] == 0 and np.ptp(gates["stage3/conv"]) > 0.1
+    for a, b in zip(
+        jax.tree.leaves(gates_lib.fold(started, gates, network.topology)), jax.tree.leaves(variables), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    same, ones = gated.started(variables, network.topology, "one")
+    assert same is variables and all((gate == 1).all() for gate in ones.values())
+
+
+def test_frozen_statistics_stay_the_teachers_and_the_first_loss_is_zero():
+    config = GatesConfig(batch_norm="frozen")
+    network, tx, state = begin(config)
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, config, RUN))
+    new, metrics = step(state, batch(), jax.random.key(0), teacher()[1])
+    assert abs(metrics["loss"]) < 1e-6 and metrics["agreement"] == 1
+    for a, b in zip(jax.tree.leaves(new.model_state), jax.tree.leaves(state.model_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # --- α --------------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +224,22 @@ def test_dead_units_are_never_the_protected_ones():
     assert np.isfinite(alpha).all()
 
 
+@pytest.mark.parametrize("penalty_name", ["one", "macs", "params", "importance"])
+def test_what_the_dead_were_worth_changes_nothing(penalty_name):
+    """Most of the units are dead and worth less and less: α of the living stays as it was."""
+    found = teacher()[0].topology
+    random = np.random.default_rng(5)
+    importance = random.exponential(1e-3, found.units)
+    gates = (random.uniform(size=found.units) < 0.3) * 1.0
+    gates[budget.protected(found, importance)] = 1.0
+    limits, living = budget.resolve(BudgetConfig(), found), gates > 0
+    config = GatesConfig(penalty=penalty_name)
+    before = penalty.weights(found, limits, config, gates, importance)
+    after = penalty.weights(found, limits, config, gates, np.where(living, importance, importance * 1e-30))
+    np.testing.assert_allclose(after[living], before[living], rtol=1e-9)
+    assert (before[living] > 0).any()
+
+
 def test_a_branch_too_large_to_go_has_no_penalty():
     """The one branch has 61% of the MACs: at half of them no student lands without it, so it must not die."""
     alpha, *_ = alphas(GatesConfig())
@@ -199,7 +256,7 @@ def test_a_branch_too_large_to_go_has_no_penalty():
 def test_the_controller_moves_lambda_and_remembers():
     network, _, state = begin()
     limits = budget.resolve(BudgetConfig(0.5), network.topology)
-    between = gated.controller(network.topology, limits, STAGE, GatesConfig(ramp=0.8), RUN)
+    between = control(network, limits, GatesConfig(ramp=0.8))
     random = np.random.default_rng(0)
     importance = network.topology.unflatten(random.exponential(1, network.topology.units).astype(np.float32))
     state = state.replace(extra={**state.extra, "importance": jax.tree.map(jnp.asarray, importance)})
@@ -227,7 +284,7 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
     """There λ2 is 0, and the loss pulls at every gate; a gate that came back would undo the search."""
     network, tx, state = begin()
     limits = budget.resolve(BudgetConfig(0.5), network.topology)
-    between = gated.controller(network.topology, limits, STAGE, GatesConfig(), RUN)
+    between = control(network, limits)
     keep = budget.select(network.topology, limits, np.random.default_rng(0).uniform(size=network.topology.units))
     gates = gates_lib.mask(state.extra["gates"], keep)
     state, metrics = between(state.replace(step=jnp.int32(20), extra={**state.extra, "gates": gates}))
@@ -241,7 +298,7 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
 def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
     network, _, state = begin()
     limits = budget.resolve(BudgetConfig(0.5), network.topology)
-    between = gated.controller(network.topology, limits, STAGE, GatesConfig(lambda2=0.125), RUN)
+    between = control(network, limits, GatesConfig(lambda2=0.125))
     state, metrics = between(state.replace(step=jnp.int32(4)))
     assert metrics["lambda2"] == 0.125
     dead = jax.tree.map(jnp.zeros_like, state.extra["gates"])
@@ -254,7 +311,7 @@ def test_history_is_bounded_and_in_order(steps):
     stage = replace(STAGE, steps=steps)
     network, _, state = begin(stage=stage)
     limits = budget.resolve(BudgetConfig(), network.topology)
-    between = gated.controller(network.topology, limits, stage, GatesConfig(), RunConfig(steps_per_dispatch=1))
+    between = control(network, limits, GATES, stage, RunConfig(steps_per_dispatch=1))
     for done in sorted({1, 2, steps // 2, steps - 1, steps}):
         state, _ = between(state.replace(step=jnp.int32(done)))
     found = gated.history(network.topology, state)
@@ -266,7 +323,7 @@ def test_history_is_bounded_and_in_order(steps):
 
 
 def check_landing(network, limits, state):
-    keep = gated.landing(network.topology, limits, state)
+    keep = gated.landing(network.topology, limits, state.extra["gates"], state.extra["importance"])
     pressure = limits.pressure(network.topology, flat(network, keep).astype(float))
     assert budget.FLOOR <= pressure <= 1
     assert all(keep[g.name].any() for g in network.topology.groups if g.kind != "branches")

@@ -16,17 +16,19 @@ PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 # From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
 # `tracing`, `models` and the other packages stand for all their modules.
 LAYERS = [
-    {"config", "library", "attributes", "functional", "tracing"},
-    {"losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution", "gates", "budget"},
-    {"penalty"},
+    {"config", "processes", "library", "attributes", "functional", "tracing"},
+    {"losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution", "gates"},
+    {"budget", "hardware"},
+    {"penalty", "front"},
     {"pretrained", "student", "examples", "forward", "metrics", "cli"},
     {"checkpoint", "data", "task"},
-    {"linen", "nnx", "steps", "train"},
+    {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "train"},
     {"network"},
-    {"surgery", "evaluate", "export", "report", "baselines", "gated", "weights"},
+    {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
     {"road"},
+    {"fitting", "cutting", "delivery"},
     {"stages"},
-    {"teacher", "api", "search", "retrain", "inspect"},
+    {"teacher", "api", "search", "retrain", "inspect", "compare"},
     {"__init__"},
 ]
 
@@ -36,6 +38,7 @@ ONLY = {
     "tracing": {"jax", "numpy", "scipy"},
     "gates": {"jax", "numpy", "scipy"},
     "budget": {"jax", "numpy", "scipy"},
+    "hardware": {"jax", "numpy", "scipy"},
     "losses": {"jax", "optax"},
     "prox": {"jax", "optax"},
     "student": {"flax", "jax", "numpy"},

@@ -72,6 +72,28 @@ def test_says_whether_the_budget_can_be_met(capsys, macs, reachable):
     assert reachable or "out of reach" in record["budget"]["reason"]
 
 
+def test_measures_on_request_and_says_what_that_means_for_a_budget(capsys):
+    small = ("--model", "mlp", "--model.arguments", "hidden=[16]", "--input-shape", "4", "4", "1")
+    asked = ("--budget.memory", "0.9", "--budget.batch-size", "8")
+    record = records(capsys, *small, *asked)
+    assert record["budget"]["reachable"] is None and "--measure" in record["budget"]["reason"]
+    try:
+        record = records(capsys, *small, *asked, "--measure")
+    except budget.BudgetError as error:
+        assert "too noisy" in str(error)
+        return
+    assert record["budget"]["reachable"] and record["batch_size"] == 8 and record["latency"] > 0
+    assert 0 < record["smallest"]["memory"]["count"] < record["memory"]
+    assert "a call with 8 examples" in inspect.heading(record)
+
+
+def test_the_smallest_student_has_whole_multiples(capsys):
+    one, eight = (records(capsys, *SMALL, "--budget.round-to", n)["smallest"]["macs"]["count"] for n in ("1", "8"))
+    assert one < eight
+    padded = records(capsys, *SMALL, "--budget.round-to", "hardware")["padded"]
+    assert padded == {"platform": "cpu", "share": 1.0}
+
+
 def test_only_some_kinds(capsys):
     record = records(capsys, *SMALL, "--gates.kinds", "branches")
     assert {group["kind"] for group in record["groups"]} == {"branches"}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kdsearch_jax import config, report
-from kdsearch_jax.report import figures, look, page, record
+from kdsearch_jax.report import deaths, evidence, figures, found, look, merging, page, record
 from kdsearch_jax.report.__main__ import main
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -135,9 +135,21 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, "utf-8")
 
 
+def add_evidence(run: Path, classes: int = 10, count: int = 400, images: bool = True, names: tuple = ()) -> dict:
+    """Writes the predictions of a teacher that errs now and then and of a student that errs more often."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, count)
+    teacher = 3 * rng.standard_normal((count, classes)) + 7 * np.eye(classes)[labels]
+    logits = {"teacher": teacher, "student": teacher + 1.5 * rng.standard_normal(teacher.shape)}
+    logits["uniform"] = logits["student"] + rng.standard_normal(teacher.shape)
+    pixels = rng.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8) if images else None
+    evidence.write(run, "test", logits, labels, pixels, names)
+    return {"labels": labels, **{name: values.argmax(-1) for name, values in logits.items()}}
+
+
 # --- reading a page ---------------------------------------------------------------------------------------------------
 
-VOID = {"meta", "img", "source", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -173,7 +185,9 @@ def text(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "resnet20")
+    run = make_run(tmp_path_factory.mktemp("runs") / "resnet20")
+    add_evidence(run)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -226,20 +240,62 @@ def test_a_budget_that_was_missed_is_called_missed(small: Path) -> None:
 
 
 def test_figures_are_files_and_in_the_page(index: Path) -> None:
-    for name in ("architecture", "gates", "search"):
+    names = ("architecture", "deaths", "gates", "search", "confusion", "examples")
+    for name in names:
         png = (index.parent / f"{name}.png").read_bytes()
         width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
         assert png.startswith(b"\x89PNG") and width > 1500 and height > 400 and len(png) > 10_000
-    assert len(Page(index).all("img")) == 3 and len(Page(index).all("source")) == 9
+    drawings = Page(index).all("svg")
+    assert [svg["class"] for svg in drawings] == ["wide", "narrow"] * 5
+    assert all(svg["role"] == "img" and len(svg["aria-label"]) > 40 for svg in drawings)
 
 
-@pytest.mark.parametrize("blocks", [18, 21], ids=["54 panels", "more groups than panels"])
-def test_large_networks_have_the_same_figures(tmp_path: Path, blocks: int) -> None:
-    run = record.read(make_run(tmp_path / "large", blocks))
-    assert page.architecture_title(run).endswith(f"1 of {3 * blocks} residual branches removed")
-    for draw in (figures.architecture, figures.gates):
-        figure = draw(run, look.Look(3.7))
-        assert figure is not None and len(look.png(figure)) > 30_000
+@pytest.mark.parametrize("blocks", [14, 21], ids=["42 layers", "63 layers, more than panels"])
+def test_deep_networks_are_folded(tmp_path: Path, blocks: int) -> None:
+    directory = make_run(tmp_path / "large", blocks)
+    run = record.read(directory)
+    assert found.architecture_title(run).endswith(f"1 of {3 * blocks} residual branches removed")
+    short = merging.merged(run.units)
+    assert [group.name for group in short] == ["stage1", "stage2", "stage3"]
+    for stage, group in enumerate(short, 1):
+        inside = [g for g in run.units if g.name.startswith(f"stage{stage}/")]
+        assert (group.size, group.kept_units) == (sum(g.size for g in inside), sum(g.kept_units for g in inside))
+    if blocks == 14:
+        index = report.write(directory)
+        assert index.stat().st_size < 2e6 and len(Page(index).all("svg")) == 2 * 4 + 2
+        assert (index.parent / "deaths-all.png").stat().st_size > 30_000
+    else:
+        for draw in (figures.architecture, figures.every, deaths.figure, deaths.every):
+            assert draw(run, look.Look(3.7)) is not None
+
+
+def test_names_that_share_nothing_are_merged_with_their_neighbours() -> None:
+    groups = tuple(
+        record.Group(f"layer_{i}", "channels", i + 1, (), 0.1, np.ones(i + 1, bool), None) for i in range(50)
+    )
+    short = merging.merged(groups, 10)
+    assert [g.name for g in short][:2] == ["layer_0 … layer_4", "layer_5 … layer_9"] and len(short) == 10
+    assert sum(g.size for g in short) == sum(g.size for g in groups)
+    assert merging.merged(groups, 50) is groups
+
+
+def test_which_unit_died_when(run_dir: Path, index: Path) -> None:
+    """The page lists every removed unit once, at the step where the history first has it at zero for good."""
+    run = record.read(run_dir)
+    for group in run.units:
+        seen = deaths.of(run, group)
+        assert seen is not None and group.kept is not None and group.path is not None
+        assert np.array_equal((seen.step >= 0) | seen.cut, ~group.kept)
+        for step, units in deaths.units_by_step(seen):
+            at = int(np.flatnonzero(step == STEPS)[0])
+            assert (group.path[at:, units] == 0).all() and (group.path[at - 1, units] > 0).all()
+    first = run.units[0]
+    step, units = deaths.units_by_step(deaths.of(run, first))[0]
+    assert f"{first.name} step {step} {found.ranges(units)}" in Page(index).text
+
+
+def test_numbers_are_abridged() -> None:
+    assert found.ranges([0, 2, 3, 5, 6, 7, 9]) == "0, 2, 3, 5–7, 9" and found.ranges([]) == ""
 
 
 def test_the_same_run_gives_the_same_report(small: Path) -> None:
@@ -296,20 +352,31 @@ def test_without_a_baseline_the_search_is_not_praised(small: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "drawn", "said"),
     [
-        (["search/selection.json", "results.json", "retrain"], {"architecture", "gates", "search"}, "Preliminary: "),
+        (
+            ["search/selection.json", "results.json", "retrain"],
+            {"architecture", "deaths", "gates", "search"},
+            "Preliminary: ",
+        ),
         (["search/history.npz"], {"architecture", "search"}, "There is no history of the gates"),
         (["search/history.npz", "search/selection.json", "retrain"], {"search"}, "No choice of units yet"),
         (["search", "retrain", "uniform"], set(), "There are no metrics of a search or a training"),
     ],
 )
 def test_figures_that_cannot_be_drawn_are_left_out(small: Path, missing: list[str], drawn: set[str], said: str) -> None:
-    for name in ("architecture", "gates", "search"):  # figures of an earlier report, which must not survive
+    for name in (
+        "architecture",
+        "deaths",
+        "gates",
+        "search",
+        "confusion",
+        "examples",
+    ):  # figures of an earlier report, which must not survive
         _write(small / "report" / f"{name}.png", "old")
     remove(small, *missing)
     index = report.write(small)
     files = list(index.parent.glob("*.png"))
     assert {file.stem for file in files} == drawn and all(file.stat().st_size > 10_000 for file in files)
-    assert len(Page(index).all("img")) == len(drawn) and said in Page(index).text
+    assert len(Page(index).all("svg")) == 2 * len(drawn) and said in Page(index).text
 
 
 def test_values_that_were_not_measured_leave_a_dash(small: Path) -> None:
@@ -347,6 +414,8 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
         ("search/topology.json", b'{"groups": [{"name": "a"}]}'),
         ("search/topology.json", b'{"grou'),
         ("search/history.npz", b"PK no archive"),
+        ("evidence.npz", b"PK no archive"),
+        ("front.json", b'{"points": [{"name": "at-0.5", "accuracy": "high"}], "teacher": {}}'),
         ("search/metrics.jsonl", b'{"step"\n{"step": 2}\n'),
     ],
 )
@@ -392,30 +461,51 @@ def test_the_page_can_be_read_without_eyes_or_network(index: Path) -> None:
     assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
     identifiers = [attributes["id"] for _, attributes in shown.tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
-    assert all(len(image["alt"]) > 40 for image in shown.all("img"))
+    assert all("labelled" in image["alt"] for image in shown.all("img"))
+    anchors = [link["href"].removeprefix("#") for link in shown.all("a")]
+    assert anchors and set(anchors) <= set(identifiers) and len(shown.all("nav")) == 1
     assert len(shown.all("caption")) == len(shown.all("table")) and all("scope" in head for head in shown.all("th"))
-    loaded = [image["src"] for image in shown.all("img")] + [source["srcset"] for source in shown.all("source")]
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in loaded)
+    loaded = [image["src"] for image in shown.all("img")] + [image["xlink:href"] for image in shown.all("image")]
+    assert loaded and all(address.startswith("data:image/png;base64,") for address in loaded)
     assert not shown.all("script", "link", "iframe", "object", "embed", "base", "form")
     assert "default-src 'none'" in shown.all("meta")[1]["content"]
 
 
 PROBE = """<!doctype html><meta charset="utf-8"><body>%s<pre id="measured"></pre><script>
+const light = c => {
+  const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+const contrast = (frame, e) => {
+  const style = x => frame.contentWindow.getComputedStyle(x);
+  let behind = e;
+  while (behind.parentElement && style(behind).backgroundColor == 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+  const paper = style(behind).backgroundColor == 'rgba(0, 0, 0, 0)' ? style(e.ownerDocument.body) : style(behind);
+  const [a, b] = [light(style(e).color), light(paper.backgroundColor)];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+};
 onload = () => {
   const look = frame => {
     const d = frame.contentDocument, root = d.documentElement, images = [...d.images];
     d.querySelectorAll('details').forEach(e => e.open = true);
     return {
       inner: frame.contentWindow.innerWidth, needs: root.scrollWidth, paper: getComputedStyle(d.body).backgroundColor,
-      images: images.map(i => ({ natural: i.naturalWidth, width: i.getBoundingClientRect().width,
-        height: i.getBoundingClientRect().height, drawn: i.currentSrc })),
+      drawn: [...d.querySelectorAll('figure > svg')]
+        .filter(s => s.getBoundingClientRect().width && !s.closest('details'))
+        .map(s => ({ kind: s.getAttribute('class'), width: s.getBoundingClientRect().width,
+          inks: [...new Set([...s.querySelectorAll('[style*="--ink"]')].map(e => getComputedStyle(e).fill))] })),
+      broken: images.filter(i => !i.naturalWidth).length, images: images.length,
+      faint: [...d.querySelectorAll('body *')].filter(e => !e.closest('svg, .hidden') && e.checkVisibility() &&
+        [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) && contrast(frame, e) < 4.5)
+        .map(e => e.outerHTML.slice(0, 80)),
       unreachable: [...d.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.tabIndex < 0 &&
         ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).map(e => e.outerHTML.slice(0, 80)) };
   };
   measured.textContent = JSON.stringify([...document.querySelectorAll('iframe')].map(look));
 };
 </script>"""
-WIDTHS = (390, 1280)
+WIDTHS = (360, 1280)
 
 
 def browse(page: str, dark: bool) -> tuple[list[dict], list[str]]:
@@ -437,28 +527,31 @@ def browse(page: str, dark: bool) -> tuple[list[dict], list[str]]:
     return json.loads(html.unescape(measured[1])), console
 
 
+INKS = {False: "rgb(28, 30, 33)", True: "rgb(232, 230, 227)"}
+
+
 def test_a_browser_shows_it_light_and_dark_on_phone_and_desk(index: Path) -> None:
-    drawn = []
     for dark in (False, True):
         frames, console = browse(index.read_text("utf-8"), dark)
         assert console == []
-        for frame, width in zip(frames, WIDTHS, strict=True):
+        for frame, width, kind in zip(frames, WIDTHS, ("narrow", "wide"), strict=True):
             assert frame["inner"] == width and frame["needs"] <= width, "the page scrolls sideways"
             assert frame["unreachable"] == [], "cannot be scrolled by keyboard"
-            assert len(frame["images"]) == 3
-            assert all(
-                i["natural"] > 0 and i["width"] > 0.6 * min(width, 992) and i["height"] > 100 for i in frame["images"]
-            )
-            drawn += [image["drawn"] for image in frame["images"]]
-        light_paper = frames[0]["paper"] == "rgb(255, 255, 255)"
-        assert light_paper != dark
-    assert len(set(drawn)) == 12, "each width and colour scheme has drawings of its own"
+            assert frame["faint"] == [], "contrast below 4.5"
+            assert frame["broken"] == 0 and frame["images"] >= 12
+            assert [drawing["kind"] for drawing in frame["drawn"]] == [kind] * 5
+            assert all(0.6 * min(width, 992) < drawing["width"] <= width for drawing in frame["drawn"])
+            assert all(drawing["inks"] == [INKS[dark]] for drawing in frame["drawn"]), "ink follows the colour scheme"
+        assert (frames[0]["paper"] == "rgb(255, 255, 255)") != dark
 
 
 def test_the_browser_test_sees_what_it_looks_for(index: Path) -> None:
     broken = index.read_text("utf-8").replace(
-        "<main>", '<main><div style="width:3000px">wide</div><img src="https://example.invalid/a.png" alt="">', 1
+        "<main>",
+        '<main><div style="width:3000px;color:#bbb">wide</div><img src="https://example.invalid/a.png" alt="">',
+        1,
     )
     frames, console = browse(broken, False)
     assert all(frame["needs"] >= 3000 for frame in frames)
+    assert all(frame["broken"] == 1 and len(frame["faint"]) == 1 for frame in frames)
     assert any("Content Security Policy" in line for line in console)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, evaluate, export, models, retrain, stages, teacher
+from kdsearch_jax import checkpoint, cli, delivery, evaluate, export, models, retrain, teacher
 from kdsearch_jax.config import load_experiment
 from kdsearch_jax.pretrained import matching, torchvision
 from kdsearch_jax.report.__main__ import main as report_main
@@ -90,7 +90,7 @@ def test_the_search_explains_what_it_chose(run):
         for name, size in sizes.items():
             assert history[f"gate/{name}"].shape == (3, size) and gates[name].shape == (size,)
             assert (gates[name] >= 0).all()
-    assert selection["budget"] == {"macs": 0.6, "params": None, "round_to": 1}
+    assert selection["budget"]["macs"] == 0.6 and selection["budget"]["params"] is None and selection["step"] == 12
     assert 0.98 * 0.6 * 30_112 <= selection["macs"] <= 0.6 * 30_112
     assert selection["proof"]["difference"] <= 1e-5
     assert read(run / "search" / "architecture.json") == read(run / "search" / "network" / "architecture.json")
@@ -101,7 +101,7 @@ def test_the_table_compares_students_of_equal_cost(run):
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["teacher", "student", "uniform", "magnitude"]
     assert (results["dataset"], results["split"], results["examples"]) == ("digits", "test", 359)
-    assert results["budget"] == {"macs": 0.6, "params": None, "round_to": 1}
+    assert results["budget"]["macs"] == 0.6 and results["budget"]["params"] is None
     for name, row in rows.items():
         assert 0 <= row["accuracy"] <= row["accuracy_top5"] <= 1 and row["ms_per_image"] > 0 and row["ms_batch"] > 0
         leaves = arrays(run / {"student": "retrain"}.get(name, name) / "network")
@@ -110,7 +110,7 @@ def test_the_table_compares_students_of_equal_cost(run):
         if name != "teacher":
             assert 0.98 * 0.6 * 30_112 <= row["macs"] <= 0.6 * 30_112
             assert 0 <= row["agreement"] <= 1 and row["kl"] >= 0 and row["steps"] == 20
-    table = stages.table(results).splitlines()
+    table = delivery.table(results).splitlines()
     assert [line.split()[0] for line in table[1:]] == list(rows) and len(set(map(len, table))) == 1
 
 
@@ -163,6 +163,99 @@ def test_evaluate_export_and_report_work_on_a_run(run, tmp_path, capsys):
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "report"))
     assert report_main([str(copy)]) == 0
     assert (copy / "report" / "index.html").is_file()
+
+
+# --- several budgets ------------------------------------------------------------------------------------------------
+
+FRONT = ("--teacher.steps", "0", "--search.steps", "24", "--retrain.steps", "4", "--gates.shrink", "0.9", "--baselines")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, quick_compilation) -> Path:
+    """A run of two budgets, to which a third was added; do not write into it."""
+    directory = tmp_path_factory.mktemp("front") / "run"
+    assert tiny(directory, *FRONT, "--budgets", "0.5,0.8") == 0
+    search, two = contents(directory / "search"), contents(directory / "student-0.5")
+    assert search_main(["--from", str(directory), "--budgets", "0.6"]) == 0
+    after = contents(directory / "search")
+    assert {name: after[name] for name in search} == search  # the search went on from nowhere
+    assert {name for name in after.keys() - search.keys() if name.count("/") == 0} == {"at-0.6"}
+    assert contents(directory / "student-0.5") == two
+    return directory
+
+
+def test_a_front_has_a_student_for_each_budget_from_one_search(several):
+    record = read(several / "front.json")
+    assert [point["name"] for point in record["points"]] == ["at-0.8", "at-0.6", "at-0.5"]
+    assert read(several / "config.json")["budgets"] == [0.8, 0.6, 0.5] and not record["baselines"]
+    for point, budget in zip(record["points"], (0.8, 0.6, 0.5), strict=True):
+        assert 0.98 * budget * 30_112 <= point["macs"] <= budget * 30_112
+        assert point["budget"]["macs"] == budget and point["path"] == f"student-{budget}" and point["steps"] == 28
+        selection = read(several / "search" / point["name"] / "selection.json")
+        assert selection["proof"]["difference"] <= 1e-5 and selection["step"] == point["search_steps"]
+        trained = [json.loads(line) for line in (several / point["name"] / "metrics.jsonl").read_text().splitlines()]
+        assert trained[-1]["step"] + point["search_steps"] == 28  # equal steps in all
+        assert same(arrays(several / point["path"]), arrays(several / point["name"] / "network"))
+        assert (several / point["path"] / "student.stablehlo").is_file()
+    steps = [point["search_steps"] for point in record["points"]]
+    assert steps[0] < steps[2] == 24 and steps[1] == steps[0]  # 0.6 starts from the state next above it
+    names = [row["name"] for row in read(several / "results.json")["rows"]]
+    assert names == ["teacher", "at-0.8", "at-0.6", "at-0.5"]
+    assert same(arrays(several / "search" / "network"), arrays(several / "search" / "at-0.5" / "network"))
+    assert (several / "report" / "index.html").is_file()
+
+
+def test_a_front_that_was_killed_goes_on(several, tmp_path):
+    """In its second part, shrunk: what is lost comes again bit by bit."""
+    copy = tmp_path / "run"
+    shutil.copytree(several, copy)
+    parts = sorted((copy / "search").glob("checkpoints-*"), key=lambda path: int(path.name.partition("-")[2]))
+    assert parts, "the search has shrunk"
+    for name in ("network", "at-0.5", "at-0.8/network", "selection.json", "history.npz"):
+        path = copy / "search" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (*parts, copy / "at-0.5", copy / "student-0.5", copy / "report"):
+        shutil.rmtree(name)
+    values = read(copy / "config.json")  # as before the third was added: checkpoints tell what they were made with
+    values["budgets"] = [0.8, 0.5]
+    (copy / "config.json").write_text(json.dumps(values))
+    assert search_main(["--resume", "--workdir", str(copy)]) == 0
+    for name in ("search/network", "search/at-0.8/network", "search/at-0.5/kept/network", "at-0.5/network"):
+        assert same(arrays(copy / name), arrays(several / name)), name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--budgets", "0.7", "0.7"), "budgets: .* is not possible; give each once"),
+        (("--budgets",), "--budgets: none is given"),
+        (("--budgets", "0.7", "0.001"), "budget.macs: 0.001 is out of reach"),
+        (("--budgets", "0.7", "nought"), "budgets"),
+        (("--budgets", "1.0", "0.5"), "not below the teacher's"),
+        (("--budgets", "0.8", "0.6", "0.5", "0.4"), "search.steps 12, in calls of .* 4, are too few to stay at 4"),
+        (("--budgets", "0.7", "--budget.macs", "0.5"), "both say what the MACs may be"),
+        (("--budgets", "0.7", "--search-from", "nowhere"), "search_from: nowhere is for one budget"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_budgets_that_cannot_be_are_refused(tmp_path, argv, message):
+    with refused(message, tmp_path):
+        tiny(tmp_path / "run", *argv)
+
+
+def test_budgets_that_cannot_be_added_are_refused(several, tmp_path):
+    for argv, message in [
+        (("--budgets", "0.9"), "above all states that .* has kept"),
+        (("--budgets", "0.5"), "budgets: 0.5 is in .* already"),
+        (("--budgets", "0.01"), "budget.macs: 0.01 is out of reach"),
+        (("--budgets", "0.4", "--retrain.steps", "5"), "leave out retrain.steps: 5, not 4"),
+        (("--budgets", "0.4", "--workdir", tmp_path), "leave out --workdir"),
+        ((), "which budgets are to be added"),
+    ]:
+        with refused(message, several):
+            search_main(["--from", str(several), *map(str, argv)])
+    with refused("nowhere is no finished run"):
+        search_main(["--from", "nowhere", "--budgets", "0.4"])
 
 
 # --- where a run may start and stop ---------------------------------------------------------------------------------
@@ -283,7 +376,11 @@ def test_settings_go_all_the_way(tmp_path, changes):
 
 @pytest.mark.slow
 def test_two_processes_search_together(repository, tmp_path, python):
-    launcher = [python, repository / "launch" / "local.py", "--devices", "1", "2", "-m", "kdsearch_jax.search"]
+    launcher = [
+        python,
+        repository / "launch" / "local.py",
+        *["-n", "2", "--devices", "1", "--", "python", "-m", "kdsearch_jax.search"],
+    ]
     argv = ["--config", TINY, "--workdir", tmp_path / "run", *SHORT, "--stop-after", "search"]
     done = subprocess.run(
         [*map(str, [*launcher, *argv])], cwd=tmp_path, env={**os.environ, **QUICK}, capture_output=True, text=True,

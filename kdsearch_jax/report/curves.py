@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +15,12 @@ from kdsearch_jax.report.record import Run
 LABELS = {"search": "search", "retrain": "student, retrained", "uniform": "uniform baseline",
           "magnitude": "magnitude baseline"}  # fmt: skip
 _MAX_POINTS = 200  # points drawn of one curve; more are averaged
+
+
+def label(stage: str) -> str:
+    """A stage's name for readers."""
+    method, dash, budget = stage.partition("-")
+    return f"{'student' if method == 'at' else method} at {budget}" if dash else LABELS.get(stage, stage)
 
 
 def search(run: Run, look: Look) -> Canvas | None:
@@ -37,10 +42,10 @@ def search(run: Run, look: Look) -> Canvas | None:
     return figure
 
 
-def _finish(axes: Axes, title: str, corner: Literal["upper right", "lower right"] = "upper right") -> None:
+def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     if len(axes.lines) > 1:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.4, loc=corner)
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.4, loc="best")
 
 
 def _cost(axes: Axes | None, run: Run) -> bool:
@@ -97,7 +102,7 @@ def _accuracy(axes: Axes | None, run: Run) -> bool:
         for label, accuracy in teacher_accuracy(run).items():
             axes.axhline(100 * accuracy, color=SOFT, linewidth=1, linestyle=":", label=label)
         split = "Validation" if _has(run, "validation_accuracy") else "Training"
-        _finish(axes, f"{split} accuracy, %", "lower right")
+        _finish(axes, f"{split} accuracy, %")
     return drawn
 
 
@@ -128,12 +133,15 @@ def _curves(axes: Axes | None, run: Run, keys: Sequence[str], scale: float) -> b
     if axes is None or key is None:
         return key is not None
     searched = max((row["step"] for row in run.metrics["search"]), default=0)
-    for stage, first in (("search", 0), ("retrain", searched), ("uniform", 0), ("magnitude", 0)):
-        points = [(row["step"], row[key]) for row in run.metrics[stage] if row.get(key) is not None]
-        if points:
+    for stage, rows in run.metrics.items():
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        method, front = stage.partition("-")[::2]
+        if points and stage != "teacher" and not (front and method != "at"):
             x, y = _thinned(np.array(points, float))
-            style = {"uniform": "--", "magnitude": "-."}.get(stage, "-")
-            axes.plot(first + x, scale * y, style, color=STAGES[stage], linewidth=1.6, label=LABELS[stage])
+            first = searched if method in ("retrain", "at") else 0
+            style = {"uniform": "--", "magnitude": "-."}.get(method, "-")
+            colour = KEPT if front else STAGES[stage]
+            axes.plot(first + x, scale * y, style, color=colour, linewidth=1.6, label=label(stage))
     return True
 
 

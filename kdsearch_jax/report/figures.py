@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.ticker import MaxNLocator
 
+from kdsearch_jax.report import deaths
 from kdsearch_jax.report.look import GONE, INK, KEPT, REMOVED, SOFT, Canvas, Look, bare, blank, legend, plain
+from kdsearch_jax.report.merging import PANELS, merged
 from kdsearch_jax.report.record import Group, Run, short_names
 
-MAX_PANELS = 60  # more groups than this share one heat-map of the gates
 _MAX_COLUMNS = 240  # recorded steps drawn across one panel of gates
 
 
@@ -27,18 +28,30 @@ def architecture(run: Run, look: Look) -> Canvas | None:
 
     Lengths are to scale among groups of one kind. Beside it, how much of the teacher's MACs runs through the group.
     """
+    return bars(look, merged(architecture_rows(run)))
+
+
+def every(run: Run, look: Look) -> Canvas | None:
+    """The same with a bar for each group, where `architecture` has merged some."""
     rows = architecture_rows(run)
+    return None if merged(rows) == rows else bars(look, rows)
+
+
+def bars(look: Look, rows: tuple[Group, ...]) -> Canvas | None:
+    """The figure for these groups, without MACs where none has a share of its own; None where there are none."""
     if not rows:
         return None
     height = 0.24 if len(rows) <= 24 else 0.17
     font = 9 if len(rows) <= 24 else 8
     figure = blank(look, 1.0 + height * len(rows))
-    left, right = figure.subplots(1, 2, width_ratios=(2.3, 1) if look.narrow else (2.6, 1), sharey=True)
+    costed = any(group.macs_share for group in rows)
+    ratios = ((2.3 if look.narrow else 2.6), 1)[: 1 + costed]
+    left, *beside = figure.subplots(1, len(ratios), width_ratios=ratios, sharey=True, squeeze=False).ravel()
     names = short_names(rows)
     longest = {kind: max(g.size for g in rows if g.kind == kind) for kind in {g.kind for g in rows}}
     for y, group in enumerate(rows):
         _bar(left, y, group, group.size / longest[group.kind], font)
-        if group.kind != "branches":
+        for right in beside if group.kind != "branches" else ():
             share = 100 * group.macs_share
             right.barh(y, share, 0.68, color=GONE)
             right.barh(y, share * group.kept_units / group.size, 0.68, color=KEPT)
@@ -46,14 +59,13 @@ def architecture(run: Run, look: Look) -> Canvas | None:
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(0, 1.24 if look.narrow else 1.14)
     left.set_xticks([])
-    for axes, title in (
-        (left, "Units kept / in the teacher"),
-        (right, "MACs, %" if look.narrow else "% of teacher’s MACs"),
-    ):
-        bare(axes).set_title(title, loc="left", fontsize=9.5, color=SOFT)
+    bare(left).set_title("Units kept / in the teacher", loc="left", fontsize=9.5, color=SOFT)
     left.tick_params(labelsize=font, labelcolor=INK)
-    right.tick_params(left=False, labelleft=False)
-    right.xaxis.set_major_locator(MaxNLocator(3))
+    for right in beside:
+        title = "MACs, %" if look.narrow else "% of teacher’s MACs"
+        bare(right).set_title(title, loc="left", fontsize=9.5, color=SOFT)
+        right.tick_params(left=False, labelleft=False)
+        right.xaxis.set_major_locator(MaxNLocator(3))
     entries = [("kept", {"color": KEPT}), ("removed", {"color": GONE})]
     if any(group.kept_units == 0 for group in rows):
         entries.append(("nothing left: branch removed", {"facecolor": "none", "edgecolor": SOFT, "linestyle": "--"}))
@@ -90,7 +102,7 @@ def gates(run: Run, look: Look) -> Canvas | None:
     branches = [group for group in run.branches if group.path is not None]
     if run.history is None or len(run.history["steps"]) < 2 or not groups + branches:
         return None
-    if len(groups) > MAX_PANELS:
+    if len(groups) > PANELS:
         return _alive(run, look, groups)
     images = [_image(group) for group in groups]
     names = short_names(groups)
@@ -125,17 +137,10 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
     axes.tick_params(labelsize=8, length=2, colors=SOFT)
 
 
-def last_alive(group: Group) -> np.ndarray:
-    """For each unit the index of the last recorded row with a gate above zero; -1 for never: (size,) int."""
-    assert group.path is not None
-    alive = group.path > 0
-    return np.where(alive.any(0), len(alive) - 1 - np.argmax(alive[::-1], axis=0), -1)
-
-
 def _image(group: Group) -> np.ndarray:
     """Gates as colours, units sorted by when they went: (size, columns, 4) in [0, 1]."""
     assert group.path is not None and group.kept is not None
-    order = np.lexsort((group.path[-1], last_alive(group), group.kept))
+    order = np.lexsort((group.path[-1], deaths.last_alive(group), group.kept))
     columns = np.unique(np.linspace(0, len(group.path) - 1, _MAX_COLUMNS).round().astype(int))
     values = np.maximum(group.path[columns][:, order].T, 0)
     image = np.empty((*values.shape, 4))

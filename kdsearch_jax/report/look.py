@@ -2,12 +2,13 @@
 
 Figures are made directly, never through pyplot: no global state, any thread, no display. One piece of code draws for
 wide and narrow pages. Colours of data are the same on light and dark paper (after Okabe and Ito, told apart with any
-colour vision, and at least 3:1 against both); what differs is the ink, which `dark` exchanges in a finished drawing.
+colour vision, and at least 3:1 against both); what differs is the ink, which in a page is the page's own.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
-from kdsearch_jax.report.record import Run
-
 INK, SOFT = "#1c1e21", "#5a6068"  # text and lines; those of second rank
-_DARK = {INK: "#e8e6e3", SOFT: "#a9adb3"}
+_INKS = {INK: "var(--ink)", SOFT: "var(--soft)"}  # so that a page's colour scheme is its figures' too
+_LONG = re.compile(r"-?\d+\.\d{3,}")
 KEPT, REMOVED = "#1f83c0", "#d55e00"
 GONE = (0.47, 0.51, 0.55, 0.28)  # where something was: see-through, so it is faint on any paper
 STAGES = {"search": REMOVED, "retrain": KEPT, "uniform": "#009e73", "magnitude": "#cc79a7"}
@@ -41,7 +41,7 @@ class Look:
 
 
 Canvas = Figure | SubFigure  # a figure, or the part of one below its title; `.figure` is the whole
-Draw = Callable[[Run, Look], Canvas | None]
+Draw = Callable[[Any, Look], Canvas | None]  # of a record (a run, a comparison) that may lack what it needs
 
 
 def png(figure: Canvas) -> bytes:
@@ -49,17 +49,29 @@ def png(figure: Canvas) -> bytes:
     return _saved(figure, "png", dpi=192, facecolor="white")
 
 
-def svg(figure: Canvas) -> bytes:
-    """The figure as SVG on no paper, for light pages; text as outlines. The same figure gives the same bytes."""
+def svg(figure: Canvas, key: str) -> str:
+    """The figure as an element of a page, text as outlines, in the page's own ink; `key` keeps its identifiers apart.
+
+    The same figure gives the same text.
+    """
     with matplotlib.rc_context({"svg.hashsalt": "kdsearch_jax"}):
-        return _saved(figure, "svg", metadata={"Date": None}, facecolor="none")
+        drawing = _saved(figure, "svg", metadata={"Date": None}, facecolor="none").decode()
+    opening = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', drawing)
+    assert opening is not None
+    body = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", drawing[opening.end() :], flags=re.DOTALL)
+    used = dict.fromkeys(re.findall(r'(?:href="|url\()#([^")]+)', body))
+    short = {name: f"{key}-{number}" for number, name in enumerate(used)}
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{short[m[1]]}"' if m[1] in short else "", body)
+    body = re.sub(r'(?:xlink:)?(href="|url\()#([^")]+)', lambda m: f"{m[1]}#{short[m[2]]}", body)
+    body = re.sub(r' d="[^"]*"|translate\([^)]*\)', lambda m: _LONG.sub(_short, m[0]), body)
+    for ink, variable in _INKS.items():
+        body = body.replace(ink, variable)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    return f'<svg viewBox="{opening[1]}"{{attributes}}>{body}'.strip()
 
 
-def dark(drawing: bytes) -> bytes:
-    """The SVG for dark pages."""
-    for light, other in _DARK.items():
-        drawing = drawing.replace(light.encode(), other.encode())
-    return drawing
+def _short(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _saved(figure: Canvas, kind: str, **options: Any) -> bytes:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 
 class Pictures(NamedTuple):
-    """One figure as SVG, for every page."""
+    """One figure as SVG (`look.svg`), for desks and for phones; without `wide`, a long one that is narrow anywhere."""
 
-    wide: bytes
-    wide_dark: bytes
-    narrow: bytes
-    narrow_dark: bytes
+    wide: str
+    narrow: str
 
 
 def escape(value: Any) -> str:
@@ -32,17 +29,34 @@ def section(key: str, title: str, content: str) -> str:
     return f'<section aria-labelledby="{key}"><h2 id="{key}">{escape(title)}</h2>\n{content}</section>'
 
 
-def table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """A table of escaped cells, the first of each row its heading; scrolls by itself, by keyboard too, if too wide."""
+def code(lines: str) -> str:
+    """Code, which scrolls by itself where a line is too long."""
+    return f'<pre tabindex="0"><code>{escape(lines)}</code></pre>'
+
+
+def table(
+    caption: str, head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "", *, spoken: bool = True
+) -> str:
+    """A table of escaped cells, the first of each row its heading; scrolls by itself, by keyboard too, if too wide.
+
+    spoken: the caption is for who hears the page, since a heading just above says the same; else it is shown.
+    """
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     lines = []
     for first, *rest in rows:
         lines.append(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>')
+    hidden = ' class="hidden"' if spoken else ""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="{kind}">'
-        f'<caption class="hidden">{escape(caption)}</caption><thead><tr>{top}</tr></thead>'
+        f"<caption{hidden}>{escape(caption)}</caption><thead><tr>{top}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def notes(texts: Iterable[str]) -> str:
+    """A list of remarks, empty ones left out."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts if text)
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def details(summary: str, content: str) -> str:
@@ -51,23 +65,20 @@ def details(summary: str, content: str) -> str:
 
 
 def picture(pictures: Pictures, spoken: str, caption: str) -> str:
-    """One figure, four drawings: the browser takes the one for its width and colours."""
-    phone, night = "screen and (max-width: 40rem)", "(prefers-color-scheme: dark)"
-    choices = {
-        f"{phone} and {night}": pictures.narrow_dark,
-        phone: pictures.narrow,
-        f"screen and {night}": pictures.wide_dark,
-    }
-    sources = "".join(f'<source media="{media}" srcset="{_data(svg)}">' for media, svg in choices.items())
-    image = f'<img src="{_data(pictures.wide)}" alt="{escape(spoken)}">'
-    return f"<figure><picture>{sources}{image}</picture><figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _data(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+    """One figure, two drawings, of which the style sheet shows the one for the page's width; `spoken` for who hears."""
+    drawings = "".join(
+        drawing.replace(
+            "{attributes}", f' class="{width if pictures.wide else "long"}" role="img" aria-label="{escape(spoken)}"', 1
+        )
+        for width, drawing in pictures._asdict().items()
+    )
+    return f"<figure>{drawings}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 NOTHING = '<span aria-hidden="true">–</span><span class="hidden">not measured</span>'
+
+
+NONE = '<span aria-hidden="true">–</span><span class="hidden">none</span>'
 
 
 def cell(value: Any, text: Callable[[Any], str]) -> str:

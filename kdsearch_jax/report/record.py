@@ -8,7 +8,6 @@ is an error that names it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kdsearch_jax.report import evidence, files, fronts
+from kdsearch_jax.report.evidence import Evidence
+from kdsearch_jax.report.fronts import Front
 
 _COLLECTION = re.compile("^(params|batch_stats)/")  # what a unit's layers may be prefixed with
 STAGES = ("teacher", "search", "retrain", "uniform", "magnitude")
@@ -55,6 +58,9 @@ class Run:
       metrics: {stage: rows of its metrics.jsonl}.
       history: arrays of history.npz other than gates, by name; "steps" (T,) is always one of them.
       groups: every prunable group by name, numbers in order, residual branches among them.
+      evidence: predictions of the networks on the split of `results.json`.
+      measured: bounds on time and memory and what was measured for them (`budget.json`).
+      front: the students of several budgets, of a run that was asked for them.
       final: whether `kept` of the groups is the search's selection (else: the gates alive at the last recorded step).
     """
 
@@ -69,6 +75,9 @@ class Run:
     metrics: dict[str, list[dict[str, Any]]]
     groups: tuple[Group, ...]
     final: bool
+    evidence: Evidence | None = None
+    front: Front | None = None
+    measured: dict[str, Any] | None = None
 
     @property
     def units(self) -> tuple[Group, ...]:
@@ -95,59 +104,37 @@ def read(directory: Path) -> Run:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a run: there is no such directory")
-    config = _json(directory / "config.json")
+    config = files.json_object(directory / "config.json")
     if config is None:
         raise ValueError(f"{directory} is not a run: it has no config.json (give the directory that a run has written)")
     search = directory / "search"
-    topology, selection = _json(search / "topology.json"), _json(search / "selection.json")
+    topology, selection = files.json_object(search / "topology.json"), files.json_object(search / "selection.json")
     history = _history(search / "history.npz")
+    budgets = sorted(
+        p.name for p in directory.glob("*-*") if p.name.partition("-")[0] in ("at", "uniform", "magnitude")
+    )
     return Run(
         directory=directory,
         config=config,
-        environment=_json(directory / "environment.json"),
-        results=_checked(directory / "results.json", "rows"),
+        environment=files.json_object(directory / "environment.json"),
+        results=files.with_rows(directory / "results.json", "rows"),
         topology=topology,
         selection=selection,
-        architecture=_json(search / "architecture.json"),
+        architecture=files.json_object(search / "architecture.json"),
         history=history,
-        metrics={stage: _lines(directory / stage / "metrics.jsonl") for stage in STAGES},
+        metrics={stage: files.json_lines(directory / stage / "metrics.jsonl") for stage in (*STAGES, *budgets)},
         groups=_groups(search / "topology.json", topology, selection, history),
         final=selection is not None,
+        evidence=evidence.read(directory / evidence.FILE),
+        front=fronts.read(directory),
+        measured=files.json_object(directory / "budget.json"),
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: a JSON object is expected, not {type(record).__name__}")
-    return record
-
-
-def _checked(path: Path, key: str) -> dict[str, Any] | None:
-    record = _json(path)
-    if record is not None and not all(isinstance(row, dict) for row in record.get(key, [None])):
-        raise ValueError(f"{path} is damaged: {key!r} must be a list of objects, not {record.get(key)!r:.80}")
-    return record
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text("utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path} is damaged in line {number}: {error}") from None
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+def read_groups(search: Path) -> tuple[Group, ...]:
+    """The groups of a search's directory, or () where it has no topology."""
+    topology, selection = (files.json_object(search / f"{name}.json") for name in ("topology", "selection"))
+    return _groups(search / "topology.json", topology, selection, None)
 
 
 def _history(path: Path) -> dict[str, np.ndarray] | None:
@@ -169,7 +156,7 @@ def _groups(path: Path, topology: Any, selection: Any, history: Any) -> tuple[Gr
         return ()
     try:
         groups = [_group(record, selection, history) for record in topology["groups"]]
-        return _without_branches(sorted(groups, key=lambda group: _natural(group.name)))
+        return _without_branches(sorted(groups, key=lambda group: natural(group.name)))
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} and its neighbours do not fit together: {type(error).__name__} {error}") from None
 
@@ -189,8 +176,8 @@ def _group(record: dict[str, Any], selection: Any, history: Any) -> Group:
     return Group(name, record["kind"], size, layers, record.get("macs_share", 0.0), kept, path)
 
 
-def _natural(name: str) -> list[Any]:
-    """Sorts block2 before block10, which a tree of parameters does not."""
+def natural(name: str) -> list[Any]:
+    """A key that sorts block2 before block10, which a tree of parameters does not."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

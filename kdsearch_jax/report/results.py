@@ -1,11 +1,12 @@
-"""What came out: the sentence on top of the page and the table of networks."""
+"""What came out: the sentence and the figures on top of the page, and the table of networks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdsearch_jax.report import curves
-from kdsearch_jax.report.markup import NOTHING, cell, escape, paragraph, table
+from kdsearch_jax.report.markup import NOTHING, cell, escape, notes, paragraph, table
 from kdsearch_jax.report.record import Run, amount
 
 NAMES = {"teacher": "Teacher", "student": "Student", "uniform": "Uniform", "magnitude": "Magnitude"}
@@ -15,6 +16,7 @@ _EXPLAINED = {
     "uniform": "baseline; every layer narrowed alike to the same budget, trained as long as search plus retraining",
     "magnitude": "baseline; the units with the smallest weights removed to the same budget, trained as long in all",
 }
+_MANY = 4  # networks; more are the rows of a table and not its columns
 
 
 def row_of(run: Run, name: str) -> dict[str, Any]:
@@ -22,44 +24,99 @@ def row_of(run: Run, name: str) -> dict[str, Any]:
     return next((row for row in run.rows if row.get("name") == name), {})
 
 
+def label(name: str) -> str:
+    """A network's name for readers: "at-0.5" is a student of a front, "uniform-0.5" its baseline."""
+    method, dash, budget = name.partition("-")
+    if name in NAMES or not dash:
+        return NAMES.get(name, name)
+    return f"{'Student' if method == 'at' else NAMES.get(method, method)} at {budget}"
+
+
 def percent(share: float) -> str:
     """Two digits at least: 52%, 5.2%, 0.52%."""
     return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
-def _points(difference: float) -> str:
+def points(difference: float) -> str:
+    """A difference of shares in points, with its sign."""
     return f"{100 * difference:+.2f}".replace("-", "−")
+
+
+def both(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    """Whether the second can be told as a share of the first."""
+    return one.get(key) not in (None, 0) and other.get(key) is not None
+
+
+# --- on top -----------------------------------------------------------------------------------------------------------
 
 
 def lead(run: Run) -> str:
     """What came out, in one or two sentences."""
     teacher, student = row_of(run, "teacher"), row_of(run, "student")
+    if not student and run.front is not None and run.front.points:
+        return _front_lead(run)
     if not student:
         stage = "before its search ended" if run.selection is None else "before its student was measured"
         return paragraph(f"This run stopped {stage}; the page shows what there is.")
     said = []
-    if _both(teacher, student, "macs"):
+    if both(teacher, student, "macs"):
         said.append(f"{percent(student['macs'] / teacher['macs'])} of its teacher’s multiply-accumulates (MACs)")
-    if _both(teacher, student, "params"):
+    if both(teacher, student, "params"):
         said.append(f"{percent(student['params'] / teacher['params'])} of its parameters")
     text = f"The student has {' and '.join(said)}" if said else "The student is trained"
     if student.get("accuracy") is not None:
         text += f", and {100 * student['accuracy']:.2f}% accuracy"
         others = [name for name in ("teacher", "uniform", "magnitude") if row_of(run, name).get("accuracy") is not None]
         parts = [
-            f"{_points(student['accuracy'] - row_of(run, n)['accuracy'])} points against the {_lower(n)}"
-            for n in others
+            f"{points(student['accuracy'] - row_of(run, n)['accuracy'])} points against the {_lower(n)}" for n in others
         ]
         text += f" ({', '.join(parts)})" if parts else ""
-    return f'<p class="lead">{escape(text)}.</p>'
+    return f'<p class="lead">{escape(text)}.</p>' + _tiles(teacher, student)
 
 
 def _lower(name: str) -> str:
     return NAMES.get(name, name).lower() + (" baseline" if name in ("uniform", "magnitude") else "")
 
 
-def _both(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
-    return one.get(key) not in (None, 0) and other.get(key) is not None
+def _front_lead(run: Run) -> str:
+    assert run.front is not None
+    whole, said = run.front.teacher, []
+    for point in run.front.points:
+        if point.get("accuracy") is not None and both(whole, point, "macs"):
+            said.append(f"{100 * point['accuracy']:.2f}% at {percent(point['macs'] / whole['macs'])} of the MACs")
+    number = len(run.front.points)
+    text = f"One search gave {number} student{'s' if number > 1 else ''} of the teacher"
+    if said:
+        text += f": accuracy {', '.join(said)}"
+    if whole.get("accuracy") is not None:
+        text += f"; the teacher has {100 * whole['accuracy']:.2f}%"
+    return f'<p class="lead">{escape(text)}. MACs are multiply-accumulates.</p>'
+
+
+def _tiles(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+    """The student's figures, large, each beside the teacher's."""
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("Accuracy", "accuracy", lambda v: f"{100 * v:.2f}%"),
+        ("MACs", "macs", amount),
+        ("Parameters", "params", amount),
+        ("Weights", "bytes", lambda v: amount(v) + "B"),
+        ("Time an example", "ms_per_image", milliseconds),
+        ("Memory", "memory", lambda v: amount(v) + "B"),
+    ]
+    tiles = [
+        f"<div><dt>{name}</dt><dd><b>{escape(text(student[key]))}</b> teacher {escape(text(teacher[key]))}</dd></div>"
+        for name, key, text in shown
+        if student.get(key) is not None and teacher.get(key) is not None
+    ]
+    return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
+
+
+def milliseconds(value: float) -> str:
+    """A time with its unit."""
+    return f"{value:.3g} ms" if value >= 0.1 else f"{1000 * value:.3g} µs"
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def networks(run: Run) -> str:
@@ -67,30 +124,30 @@ def networks(run: Run) -> str:
     if not run.rows:
         return paragraph("There is no results.json yet: no network of this run has been measured.")
     teacher = row_of(run, "teacher")
-    share = "<small>% of teacher’s</small>"
     lines = [
         ["Accuracy<small>points to teacher</small>", *(_accuracy_cell(r, teacher, "accuracy") for r in run.rows)],
         ["Top-5 accuracy", *(_accuracy_cell(r, teacher, "accuracy_top5") for r in run.rows)],
         ["Agrees with teacher", *(cell(r.get("agreement"), lambda v: f"{100 * v:.2f}%") for r in run.rows)],
-        ["KL to teacher", *(cell(r.get("kl"), lambda v: f"{v:.3g}") for r in run.rows)],
+        ["KL to teacher<small>nats</small>", *(cell(r.get("kl"), lambda v: f"{v:.3g}") for r in run.rows)],
         ["Distance to teacher", *(cell(r.get("distance"), lambda v: f"{v:.3g}") for r in run.rows)],
-        *([escape(name), *(cell(r.get(name), lambda v: f"{v:.4g}") for r in run.rows)] for name in _own(run)),
-        [f"MACs{share}", *(_cost_cell(r, teacher, "macs", amount) for r in run.rows)],
-        [f"Parameters{share}", *(_cost_cell(r, teacher, "params", amount) for r in run.rows)],
-        [f"File size{share}", *(_cost_cell(r, teacher, "bytes", lambda v: amount(v) + "B") for r in run.rows)],
-        [f"Time an example{share}", *(_cost_cell(r, teacher, "ms_per_image", _milliseconds) for r in run.rows)],
+        *([escape(name), *(cell(r.get(name), _number) for r in run.rows)] for name in _own(run)),
         ["Training steps", *(cell(r.get("steps"), lambda v: f"{v:,}") for r in run.rows)],
     ]
+    return oriented("Teacher, student and baselines", run.rows, lines) + _notes(run)
+
+
+def oriented(caption: str, rows: Sequence[dict[str, Any]], lines: list[list[str]]) -> str:
+    """A table of networks: a column each, or of many a row each; measures of which nothing is known are left out."""
     known = [line for line in lines if any(text != NOTHING for text in line[1:])]
-    head = [
-        '<span class="hidden">Measure</span>',
-        *(escape(NAMES.get(r.get("name", ""), r.get("name", "?"))) for r in run.rows),
-    ]
-    return table("Teacher, student and baselines", head, known, "numbers") + _notes(run)
+    names = [escape(label(str(row.get("name", "?")))) for row in rows]
+    if len(rows) <= _MANY:
+        return table(caption, ['<span class="hidden">Measure</span>', *names], known, "numbers")
+    turned = [[name, *(line[i + 1] for line in known)] for i, name in enumerate(names)]
+    return table(caption, ['<span class="hidden">Network</span>', *(line[0] for line in known)], turned, "numbers")
 
 
 _KNOWN = {"name", "accuracy", "accuracy_top5", "agreement", "kl", "loss", "distance", "macs", "params", "bytes",
-          "ms_per_image", "ms_batch", "steps"}  # fmt: skip
+          "ms_per_image", "ms_batch", "steps", "search_steps", "memory", "budget", "method", "path"}  # fmt: skip
 
 
 def _own(run: Run) -> list[str]:
@@ -98,51 +155,63 @@ def _own(run: Run) -> list[str]:
     return [name for name in dict.fromkeys(key for row in run.rows for key in row) if name not in _KNOWN]
 
 
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
 def _accuracy_cell(row: dict[str, Any], teacher: dict[str, Any], key: str) -> str:
     shown = cell(row.get(key), lambda v: f"{100 * v:.2f}%")
     if row is not teacher and row.get(key) is not None and teacher.get(key) is not None:
-        shown += f"<small>{_points(row[key] - teacher[key])}</small>"
+        shown += f"<small>{points(row[key] - teacher[key])}</small>"
     return shown
-
-
-def _cost_cell(row: dict[str, Any], teacher: dict[str, Any], key: str, text: Any) -> str:
-    shown = cell(row.get(key), text)
-    if row is not teacher and _both(teacher, row, key):
-        shown += f"<small>{percent(row[key] / teacher[key])}</small>"
-    return shown
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value >= 0.1 else f"{1000 * value:.3g} µs"
 
 
 def _notes(run: Run) -> str:
-    results, notes = run.results or {}, []
+    results, said = run.results or {}, []
     where = f"the {results.get('split', 'test')} split of {results.get('dataset', 'the data set')}"
     count = results.get("examples")
-    notes.append(
+    said.append(
         f"Measured on {where}{f' ({count:,} examples)' if count else ''}, one seed ({results.get('seed', '?')})."
     )
     if results.get("compared"):
-        notes.append(f"Here {results['compared']}; the distance is the mean of that.")
+        said.append(f"Here {results['compared']}; the distance is the mean of that.")
+    elif any(row.get("kl") is not None for row in run.rows):
+        said.append(
+            "KL is the mean divergence KL(teacher ‖ network) of the predicted probabilities: 0 where they agree."
+        )
     accuracy = row_of(run, "student").get("accuracy")
     if count and accuracy is not None:
         error = (accuracy * (1 - accuracy) / count) ** 0.5
-        notes.append(f"The examples alone leave ± {100 * error:.2f} points (one standard error) to every accuracy.")
-    batch = next((row["ms_batch"] for row in run.rows if row.get("ms_batch")), None)
-    if batch:
-        notes.append(f"Time an example is wall-clock time at batch {batch} on the devices named below.")
-    for name, share in curves.budget(run).items():
-        notes.append(_budget_note(run, name, share))
-    others = [f"{NAMES[r['name']]}: {_EXPLAINED[r['name']]}." for r in run.rows if r.get("name") in _EXPLAINED]
-    if not {"uniform", "magnitude"} & {row.get("name") for row in run.rows}:
-        notes.append("No hand-made baseline was trained, so this table cannot tell what the search itself was worth.")
-    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in (*notes, *others) if note)}</ul>"
+        said.append(f"The examples alone leave ± {100 * error:.2f} points (one standard error) to every accuracy.")
+    said += [f"{NAMES[r['name']]}: {_EXPLAINED[r['name']]}." for r in run.rows if r.get("name") in _EXPLAINED]
+    if not any(str(row.get("name")).partition("-")[0] in ("uniform", "magnitude") for row in run.rows):
+        said.append("No hand-made baseline was trained, so this table cannot tell what the search itself was worth.")
+    return notes(said)
+
+
+def budget_notes(run: Run) -> list[str]:
+    """For each bound asked for, what the student got."""
+    return [_budget_note(run, name, share) for name, share in curves.budget(run).items()] + [
+        _measured_note(run.measured or {}, name) for name in ("latency", "memory")
+    ]
+
+
+def _measured_note(measured: dict[str, Any], name: str) -> str:
+    found = measured.get(name)
+    given = [found.get(key) for key in ("student", "limit", "teacher")] if isinstance(found, dict) else []
+    values = [float(value) for value in given if isinstance(value, int | float)]
+    if len(values) < 3:
+        return ""
+    got, limit, whole = (milliseconds(v) if name == "latency" else f"{amount(v)}B" for v in values)
+    verdict = "met" if values[0] <= values[1] else "NOT met"
+    noun = "time" if name == "latency" else "memory"
+    batch = f" of {measured['batch']} examples" if measured.get("batch") else ""
+    return f"Asked: at most {limit} of {noun} a call{batch} (the teacher: {whole}); got {got}: {verdict}."
 
 
 def _budget_note(run: Run, name: str, share: float) -> str:
     teacher, student = row_of(run, "teacher"), row_of(run, "student")
-    if not _both(teacher, student, name):
+    if not both(teacher, student, name):
         return ""
     got, noun = student[name] / teacher[name], {"macs": "MACs", "params": "parameters"}[name]
     verdict = "met" if got <= share * (1 + 1e-9) else "NOT met"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdsearch_jax.api import Result
+    from kdsearch_jax.api import Front, Result
     from kdsearch_jax.task import Loss, Metrics
 
 
@@ -20,7 +20,7 @@ def search(
     variables: Any,
     data: Any,
     *,
-    budget: float | Mapping[str, Any] = 0.5,
+    budget: float | Sequence[float] | Mapping[str, Any] = 0.5,
     loss: Loss | None = None,
     metrics: Metrics | None = None,
     inputs: Sequence[str] | Mapping[str, str] | None = None,
@@ -37,7 +37,7 @@ def search(
     workdir: str | Path | None = None,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
-) -> Result:
+) -> Result | Front:
     """Finds the sub-network of a trained network that learns best from it within a budget, and distils into it.
 
     Args:
@@ -45,7 +45,9 @@ def search(
       variables: its trained variables, {"params": …, "batch_stats": …}; None for an NNX module, which has its own.
       data: {entry: pytree of arrays}, one row an example, to be split for training, validation and test; or
         {"train": such a dictionary, "validation": …, "test": …}; or the name of a data set, as `--data` takes it.
-      budget: share of the teacher's multiply-accumulates, or {"macs": …, "params": …, "round_to": …}.
+      budget: share of the teacher's multiply-accumulates, or {"macs", "params", "latency", "memory", "batch_size",
+        "round_to"}, see `kdsearch_jax.config.BudgetConfig`. Several shares, as in [0.7, 0.5, 0.3] or {"params": [0.7,
+        0.5]}, each get a student from one search.
       loss: (student_outputs, teacher_outputs, batch) → (batch,) or (), to be made small; None as `kdsearch_jax.task`.
       metrics: (outputs, batch) → {name: (batch,)}, for the table.
       inputs: entries that feed the call's arguments, in order, or {argument: entry}; None: `images`, or the only entry
@@ -60,7 +62,7 @@ def search(
       settings: anything else, by its name in `kdsearch_jax.config`: {"search.optimizer": "adamw"}.
 
     Returns:
-      student and record, see `kdsearch_jax.api.Result`.
+      student and record, see `kdsearch_jax.api.Result`; of several budgets a `kdsearch_jax.api.Front` of them.
 
     Raises:
       ValueError: in one line, where something of the above cannot be; before any work.

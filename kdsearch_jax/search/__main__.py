@@ -3,17 +3,21 @@
 Teacher → search → cut and proof → retraining → baselines → export, table and report, in one run directory. With no
 arguments it does so for the bundled digits. A model of one's own is given by `--model package.module:factory`, a
 teacher from elsewhere by `--teacher`; `--stop-after search` ends early; `--search-from RUN` starts from a finished
-search of another run; `--resume` goes on.
+search of another run; `--resume` goes on. `--budgets 0.7 0.5 0.3` makes a student for each from one search, and
+`--from RUN --budgets 0.4` one more in that run.
 """
 
 # No `from __future__ import annotations` here: the command line is read off the types.
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdsearch_jax import cli, stages
+from kdsearch_jax import cli, delivery, front, stages
+from kdsearch_jax.config import Experiment
 from kdsearch_jax.road import prepare
+from kdsearch_jax.search.adding import added
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class SearchOptions(cli.RunOptions):
 
     search_from: Path | None = None
     """A run whose finished search (and teacher) is used."""
+    front_from: Path | None = None
+    """A finished run, to which the students of --budgets are added from the states that its search has kept."""
     stop_after: Literal["teacher", "search", "retrain"] | None = None
     """The last stage to run."""
 
@@ -30,21 +36,37 @@ def main(argv: list[str]) -> int:
     """Runs the road that the command line asks for, and prints its table."""
     options, experiment = cli.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
     assert options.workdir is not None
-    road = prepare(
-        experiment,
-        options.workdir,
-        resume=options.resume,
-        search_from=options.search_from,
-        searches=options.stop_after != "teacher",
-    )
-    cli.new_run_directory(options.workdir, experiment, options.resume)
-    results = stages.run(road, resume=options.resume, stop_after=options.stop_after)
+    experiment = dataclasses.replace(experiment, budgets=tuple(sorted(experiment.budgets, reverse=True)))
+    _check_line(argv, options, experiment)
+    workdir, resume = options.front_from or options.workdir, options.resume or options.front_from is not None
+    if options.front_from is not None:
+        road = added(options.front_from, experiment)
+    else:
+        searches = options.stop_after != "teacher"
+        road = prepare(experiment, workdir, resume=resume, search_from=options.search_from, searches=searches)
+    cli.new_run_directory(workdir, road.experiment, resume)
+    results = stages.run(road, resume=resume, stop_after=options.stop_after)
     if results is None:
-        print(f"stopped after {options.stop_after}: {options.workdir}; --resume goes on")
+        print(f"stopped after {options.stop_after}: {workdir}; --resume goes on")
         return 0
-    print(stages.table(results))
-    print(f"student: {options.workdir / 'student'}\nreport:  {options.workdir / 'report' / 'index.html'}")
+    print(delivery.table(results))
+    students = [str(workdir / point.student) for point in front.points(road.experiment)]
+    print(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}")
     return 0
+
+
+def _check_line(argv: list[str], options: SearchOptions, experiment: Experiment) -> None:
+    """Raises UsageError where options contradict each other."""
+    flags = {token.partition("=")[0].replace("_", "-") for token in argv}
+    if "--budgets" in flags and "--budget.macs" in flags and experiment.budget.macs is not None:
+        raise cli.UsageError("--budgets and --budget.macs: both say what the MACs may be; give one of them")
+    if options.front_from is None:
+        return
+    if "--budgets" not in flags:
+        raise cli.UsageError("--from: which budgets are to be added? Give some, as in --budgets 0.4")
+    for flag in ("--workdir", "--search-from"):
+        if flag in flags:
+            raise cli.UsageError(f"--from adds to the run that it names; leave out {flag}")
 
 
 if __name__ == "__main__":

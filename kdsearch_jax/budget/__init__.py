@@ -1,0 +1,29 @@
+"""Budgets: what the student may cost, the closed loop that moves λ2 there, and the exact landing.
+
+`limits` says what is bounded, `estimate` models what can only be measured, `multipliers` weighs several bounds against
+each other, `loop` finds λ2, `selection` lands.
+"""
+
+from kdsearch_jax.budget.estimate import Estimate
+from kdsearch_jax.budget.limits import FLOOR, BudgetError, Limits, bound_of, multiple, resolve, smallest
+from kdsearch_jax.budget.loop import level, target, too_large
+from kdsearch_jax.budget.multipliers import cost_of, multipliers, protected
+from kdsearch_jax.budget.selection import select
+
+__all__ = [
+    "FLOOR",
+    "BudgetError",
+    "Estimate",
+    "Limits",
+    "bound_of",
+    "cost_of",
+    "level",
+    "multiple",
+    "multipliers",
+    "protected",
+    "resolve",
+    "select",
+    "smallest",
+    "target",
+    "too_large",
+]

@@ -1,0 +1,165 @@
+"""Students are cut here: from a state that a search has kept, or from the teacher itself; each cut is proved.
+
+A search leaves at each of its budgets what it takes to cut there again: SEARCH/kept (or SEARCH/at-0.5/kept) has the
+network's variables, not yet gated, with gates and importances. From the one next above it, a budget that nobody thought
+of before gets its student without another search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdsearch_jax import budget as budget_lib
+from kdsearch_jax import gated, measured, shrinking, surgery
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.budget import Limits
+from kdsearch_jax.checkpoint import written_whole
+from kdsearch_jax.fitting import meet, save, write, write_npz
+from kdsearch_jax.front import Point
+from kdsearch_jax.network import Network
+from kdsearch_jax.road import Loaded, Road, finished, limits_of, proof_batch, traced
+from kdsearch_jax.shrinking import Part
+from kdsearch_jax.steps import TrainState
+from kdsearch_jax.tracing.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+def rehearse(network: Network, teacher: Loaded, limits: Limits, inputs: Any) -> None:
+    """Cuts at random and proves it, before the long work: a model whose student would differ is found now."""
+    topology, random = network.topology, np.random.default_rng(0)
+    keep = budget_lib.select(topology, limits, random.uniform(0.1, 1.0, topology.units), per_cost=False, rounds=1)
+    gates = {group.name: random.uniform(0.5, 1.0, group.size).astype(np.float32) for group in topology.groups}
+    sliced, _ = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
+    surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
+
+
+def keep(road: Road, part: Part, state: TrainState, teacher: Loaded, point: Point) -> None:
+    """Keeps the state of a search for `land`: the network as it is, not yet gated, with gates and importances."""
+    directory = point.cut(road.search) / "kept"
+    state = jax.tree.map(np.asarray, state)
+    variables, gates, importance = shrinking.expanded(part, state, teacher.variables)
+    directory.mkdir(parents=True, exist_ok=True)
+    units = {f"gate/{name}": gate for name, gate in gates.items()}
+    write_npz(directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()})
+    save(directory / "network", road, teacher.architecture, teacher.module, variables, step=int(state.step))
+
+
+def check(road: Road, points: Sequence[Point]) -> None:
+    """Raises ValueError where a budget cannot be met from what the search has kept."""
+    teacher = road.load(road.teacher)
+    network, _ = traced(road.experiment, teacher.architecture, teacher.module)
+    for point, limits in zip(points, limits_of(road.experiment, network, points, road.search), strict=True):
+        _, _, gates, importance = nearest(road, point, network.topology, limits)
+        gated.landing(network.topology, limits, gates, importance)
+
+
+def nearest(
+    road: Road, point: Point, topology: Topology, limits: Limits
+) -> tuple[Path, Loaded, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state to cut a student from: (its directory, network, gates, importances).
+
+    It is the one that was kept at this budget; for a budget that was added later, of those whose living cost more than
+    it the one that costs least.
+
+    Raises:
+      ValueError: there is none.
+    """
+    own = point.cut(road.search) / "kept"
+    places = (
+        [own]
+        if (own / _COMPLETE).is_file()
+        else sorted(p.parent.parent for p in road.search.rglob(f"kept/{_COMPLETE}"))
+    )
+    costs = {
+        place: limits.pressure(topology, (topology.flatten(_units(place, topology)[0]) > 0).astype(float))
+        for place in places
+    }
+    above = [place for place in places if place == own or costs[place] > 1.0]
+    if not above:
+        told = f"the largest costs {max(costs.values()):.2f} of it" if costs else "there is none"
+        raise ValueError(
+            f"budgets: {point.tail[1:] or 'the budget'} is above all states that {road.search} has kept ({told}); "
+            "search anew with it"
+        )
+    place = min(above, key=lambda place: costs[place])
+    return place, road.load(place / "network"), *_units(place, topology)
+
+
+def _units(place: Path, topology: Topology) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(gates, importances) of a kept state."""
+    with np.load(place / "units.npz") as stored:
+        gates, importance = (
+            {g.name: stored[f"{kind}/{g.name}"] for g in topology.groups} for kind in ("gate", "importance")
+        )
+    return gates, importance
+
+
+_COMPLETE = "network/network.json"
+
+
+def land(road: Road, point: Point, network: Network | None = None) -> int | None:
+    """Cuts the student of a budget from a state that the search has kept, and proves it; done once.
+
+    Returns:
+      the steps of the search up to that state; None where the search of an older version did not say.
+    """
+    directory = point.cut(road.search)
+    if not finished(directory):
+        teacher = road.load(road.teacher)
+        network = network or traced(road.experiment, teacher.architecture, teacher.module)[0]
+        topology, limits = network.topology, limits_of(road.experiment, network, [point], road.search)[0]
+        place, loaded, gates, importance = nearest(road, point, topology, limits)
+        stay, cost = measured.land(
+            lambda bounds: gated.landing(topology, bounds, gates, importance),
+            limits, network, teacher.variables, point.budget, road.task.call,
+        )  # fmt: skip
+        sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
+        inputs = road.task.call.bind(proof_batch(road.dataset))
+        proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
+        log.info("the student is the gated network: outputs agree to %.1e of their scale", proof["difference"])
+        macs, params = topology.cost(stay)
+        chosen = {
+            "kept": {name: np.flatnonzero(mask).tolist() for name, mask in stay.items()},
+            "macs": macs,
+            "params": params,
+            "budget": dataclasses.asdict(point.budget),
+            "proof": proof,
+            **({"measured": cost} if cost else {}),
+            "step": loaded.info["step"],
+            "from": str(place.relative_to(road.search)),
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        write_npz(directory / "gates.npz", gates)
+        write(directory / "selection.json", chosen)
+        write(directory / "architecture.json", architecture.to_json())
+        save(directory / "network", road, architecture, architecture.module(road.base), sliced)
+    return json.loads((directory / "selection.json").read_text()).get("step")
+
+
+def publish(source: Path, directory: Path) -> None:
+    """Copies the student of the smallest budget to where that of a single one is."""
+    if source != directory and jax.process_index() == 0:
+        for name in ("gates.npz", "selection.json", "architecture.json"):
+            shutil.copy(source / name, directory / name)
+        with written_whole(directory / "network") as part:
+            shutil.copytree(source / "network", part, dirs_exist_ok=True)
+    meet("search published")
+
+
+def cut(road: Road, network: Network, teacher: Loaded, stay: Any, directory: Path) -> None:
+    """Cuts a student from the teacher itself, gates all 1, and proves it; writes its network directory."""
+    gates = gates_lib.init(network.topology)
+    sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
+    inputs = road.task.call.bind(proof_batch(road.dataset))
+    surgery.verify(network, teacher.variables, gates, stay, sliced, *inputs)
+    save(directory, road, architecture, architecture.module(road.base), sliced)

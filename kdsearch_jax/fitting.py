@@ -1,0 +1,119 @@
+"""What the stages of a run share: training with the run's settings, and what they leave in its directory.
+
+Every process of a run calls these alike; the first writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kdsearch_jax import evaluate, train
+from kdsearch_jax.checkpoint import save_network
+from kdsearch_jax.cli import write_json
+from kdsearch_jax.config import StageConfig, to_json
+from kdsearch_jax.examples import Dataset
+from kdsearch_jax.network import count
+from kdsearch_jax.road import Loaded, Road, is_plain
+from kdsearch_jax.steps import Step, TrainState
+from kdsearch_jax.student import Architecture
+
+
+def fit(
+    road: Road,
+    state: TrainState,
+    step: Step,
+    stage: StageConfig,
+    directory: Path,
+    resume: bool,
+    *,
+    module: Any,
+    teacher: Loaded | None = None,
+    variables_of: Callable[[TrainState], Any] | None = None,
+    constants: Any = None,
+    between: Any = None,
+    until: Callable[[TrainState], bool] | None = None,
+    checkpoints_in: Path | None = None,
+    dataset: Dataset | None = None,
+    stream: int = 0,
+) -> TrainState:
+    """`train.fit` with the run's settings, evaluated on the validation split.
+
+    Args:
+      module, variables_of: what is evaluated of a state; dataset: to train on, if not the run's; stream: of randomness.
+    """
+    experiment, data = road.experiment, road.dataset
+    size, call = experiment.run.eval_batch_size, road.task.call
+    measure = None
+    if not is_plain(road.task, data):
+        other = None if teacher is None else (teacher.module, teacher.variables)
+        measure = evaluate.measurer(road.task, module, data.validation, data, batch_size=size, teacher=other)
+
+    def assess(state: TrainState) -> dict[str, float]:
+        variables = state.variables if variables_of is None else variables_of(state)
+        if measure is not None:
+            return {f"validation_{name}": value for name, value in measure(variables).items()}
+        scores = evaluate.evaluate(module, variables, data.validation, data.mean, data.std, batch_size=size, call=call)
+        return {f"validation_{name}": scores[name] for name in ("accuracy", "loss")}
+
+    return train.fit(
+        state,
+        step,
+        dataset or data,
+        experiment.data,
+        stage,
+        experiment.run,
+        directory=directory,
+        name=directory.name,
+        meta={"config": to_json(experiment)},
+        constants=constants,
+        evaluate=assess,
+        between=between,
+        until=until,
+        checkpoints_in=checkpoints_in,
+        seed=experiment.run.seed * 1000 + stream,
+        resume=resume,
+    )
+
+
+def save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any, **more: Any) -> None:
+    """A network directory with what it takes to use the network, and `more` information."""
+    call = architecture.called
+    cost = count(module, *call.example(2), **call.keywords(module, train=False))
+    info = {
+        "dataset": road.dataset.name,
+        "num_classes": road.dataset.num_classes,
+        "mean": list(road.dataset.mean),
+        "std": list(road.dataset.std),
+        "class_names": list(road.dataset.class_names),
+        "macs": cost.macs,
+        "params": cost.params,
+        **more,
+    }
+    save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())
+
+
+def meet(what: str) -> None:
+    """Waits for the other processes of the run."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON, the old or the new whatever happens."""
+    if jax.process_index() == 0:
+        write_json(path, value)
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Arrays by name, the old or the new whatever happens."""
+    if jax.process_index() == 0:
+        part = path.with_name(f".{path.name}")
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(path)

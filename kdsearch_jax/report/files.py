@@ -1,0 +1,42 @@
+"""Reading what runs have written; a file that is there and cannot be read is an error that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: a JSON object is expected, not {type(record).__name__}")
+    return record
+
+
+def with_rows(path: Path, key: str) -> dict[str, Any] | None:
+    """The JSON object in `path`, whose entry `key` is a list of objects; None where there is no such file."""
+    record = json_object(path)
+    if record is not None and not all(isinstance(row, dict) for row in record.get(key, [None])):
+        raise ValueError(f"{path} is damaged: {key!r} must be a list of objects, not {record.get(key)!r:.80}")
+    return record
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} is damaged in line {number}: {error}") from None
+    return [row for row in rows if isinstance(row, dict) and "step" in row]

@@ -1,0 +1,62 @@
+"""Widths that a device pads: counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kdsearch_jax import budget, hardware, models
+from kdsearch_jax.config import BudgetConfig
+from kdsearch_jax.network import trace
+
+
+def topology(hidden):
+    module = models.build("mlp", {"hidden": hidden, "num_classes": 10})
+    return trace(module, np.zeros((2, 4, 4, 1), np.float32), train=False).topology
+
+
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [("tpu", [128, 128, 8, 1]), ("gpu", [8, 8, 8, 1]), ("cpu", [1, 1, 1, 1]), ("abacus", [1, 1, 1, 1])],
+)
+def test_a_group_keeps_to_the_largest_multiple_that_it_holds(on, expected):
+    found = topology([512, 128, 100, 6])
+    by_size = {g.size: hardware.multiples(found, on)[g.name] for g in found.groups}
+    assert [by_size[size] for size in (512, 128, 100, 6)] == expected
+
+
+def test_padding_is_counted_as_the_device_pads():
+    found = topology([256, 40])  # 16 → 256 → 40 → 10
+    first, second = (next(g.name for g in found.groups if g.size == size) for size in (256, 40))
+    keep = found.flatten({first: np.arange(256) < 130, second: np.arange(40) < 33}).astype(float)
+    assert found.macs.total(keep) == 16 * 130 + 130 * 33 + 33 * 10
+    assert hardware.padded_macs(found, keep, "tpu") == 16 * 256 + 256 * 40 + 40 * 10
+    assert hardware.padded_macs(found, keep, "gpu") == 16 * 136 + 136 * 40 + 40 * 10
+    assert hardware.padded_share(found, keep, "cpu") == 1.0
+    assert hardware.padded_share(found, np.ones(found.units), "tpu") == 1.0
+
+
+@pytest.mark.parametrize("on", ["tpu", "gpu"])
+def test_widths_for_the_hardware_waste_nothing(monkeypatch, on):
+    monkeypatch.setattr(hardware, "platform", lambda: on)
+    found = topology([512, 128, 100])
+    limits = budget.resolve(BudgetConfig(0.6, round_to="hardware"), found)
+    importance = np.random.default_rng(0).exponential(1.0, found.units)
+    try:
+        keep = budget.select(found, limits, importance)
+    except budget.BudgetError as error:
+        assert on == "tpu" and "lower budget.round_to" in str(error)  # steps of a quarter of a layer
+        return
+    for group in found.groups:
+        assert keep[group.name].all() or keep[group.name].sum() % hardware.multiples(found, on)[group.name] == 0
+    if on == "gpu":
+        flat = found.flatten(keep).astype(float)
+        untouched = any(g.size == 100 and keep[g.name].all() for g in found.groups)  # the only width that is none of 8
+        assert untouched or hardware.padded_share(found, flat, on) == 1.0
+
+
+def test_an_int_is_for_all_groups_alike():
+    found = topology([64, 32])
+    limits = budget.resolve(BudgetConfig(0.5, round_to=4), found)
+    keep = budget.select(found, limits, np.random.default_rng(0).exponential(1.0, found.units))
+    assert all(mask.sum() % 4 == 0 for mask in keep.values())

@@ -1,0 +1,185 @@
+"""Who is alone and who is one of many, and how a run of two processes begins and fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from kdsearch_jax.processes import Place, find
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+FLAGS = {"coordinator": "b:2", "num_processes": "4", "process_id": "0"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0", "SLURM_PROCID": "1"}
+OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "place"),
+    [
+        ({}, {}, Place()),  # only JAX can tell a Cloud TPU VM
+        (FLAGS, {}, Place("b:2", 4, 0, "the command line")),
+        ({}, JAX, Place("a:1", 3, 2, "the environment")),
+        ({"process_id": "1"}, JAX, Place("a:1", 3, 1, "the command line")),
+        ({"num_processes": "1"}, {**SLURM, "SLURM_NTASKS": "4"}, None),
+        ({}, {**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        ({"coordinator": "[::1]:8482"}, JAX, Place("[::1]:8482", 3, 2, "the command line")),
+        ({}, {**SLURM, "SLURM_NTASKS": "4"}, Place(None, 4, 1, "Slurm")),
+        ({}, {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Place()),  # a batch script is no task
+        ({"coordinator": "b:2"}, {**SLURM, "SLURM_NTASKS": "4"}, Place("b:2", 4, 1, "the command line")),
+        ({}, {**OMPI, "OMPI_COMM_WORLD_SIZE": "2"}, Place(None, 2, 1, "Open MPI")),
+        ({}, {**OMPI, "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({}, {"PMI_SIZE": "2", "PMI_RANK": "0"}, Place(None, 2, 0, "MPI")),
+        ({}, POD, None),
+        ({}, {**POD, "JOB_COMPLETION_INDEX": "0"}, Place()),
+        ({}, {**POD, "JOB_COMPLETION_INDEX": "2"}, Place(launcher="a Job of Kubernetes")),
+        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "localhost"}, Place()),
+        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "a,b"}, Place(launcher="a TPU slice")),
+    ],
+)
+def test_a_place(flags, environment, place):
+    assert find(flags, environment) == place
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ({"coordinator": "b:2"}, {}, r"--coordinator given, but not --num-processes .* and --process-id"),
+        ({"process_id": "0"}, {}, "not --coordinator"),
+        ({}, {"JAX_NUM_PROCESSES": "2"}, r"JAX_NUM_PROCESSES given, but not --coordinator \(or JAX_COORDINATOR_"),
+        ({**FLAGS, "process_id": "4"}, {}, "--process-id: 4 is not possible with 4 processes"),
+        ({**FLAGS, "process_id": "-1"}, {}, "--process-id: '-1' is not possible"),
+        ({**FLAGS, "num_processes": "0"}, {}, "--num-processes: '0' is not possible"),
+        ({**FLAGS, "num_processes": "two"}, {}, "--num-processes: 'two' is not possible"),
+        ({}, {**JAX, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: 'x' is not possible"),
+        ({**FLAGS, "coordinator": "host"}, {}, "--coordinator: 'host' is not possible; give HOST:PORT"),
+        ({**FLAGS, "coordinator": ":80"}, {}, "HOST:PORT"),
+        ({**FLAGS, "coordinator": "host:99999"}, {}, "HOST:PORT"),
+    ],
+)  # fmt: skip
+def test_an_impossible_place(flags, environment, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        find(flags, environment)
+    assert "\n" not in str(refusal.value)
+
+
+COMMAND = """
+import json, os, sys
+from pathlib import Path
+from kdsearch_jax import cli
+
+def main(argv):
+    options = cli.parse_options(argv, cli.Options, "x", "What it does.")
+    import jax
+    from jax.experimental import multihost_utils
+    rank, count = jax.process_index(), jax.process_count()
+    if count > 1:
+        total = multihost_utils.process_allgather(jax.numpy.asarray(rank + 1.0)).sum()
+        Path(f"{rank}.json").write_text(json.dumps([count, float(total)]))
+        if rank == 1:
+            raise OSError("only here")
+        multihost_utils.sync_global_devices("never")
+    else:
+        Path("alone.json").write_text(json.dumps(jax.distributed.is_initialized()))
+    return 0
+
+cli.run(main)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, python):
+    (tmp_path / "command.py").write_text(COMMAND)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COORD", "JAX_NUM_PROC", "SLURM_", "OMPI_"))}
+
+    def start(*argv: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [python, *launcher, "command.py", *argv],
+            cwd=tmp_path, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_two_processes_by_flags_of_which_one_fails(start, tmp_path):
+    """They compute together; then one fails alone: its own status comes out, and nobody waits for minutes."""
+    port = 14000 + os.getpid() % 1000
+    flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes=2")
+    zero, one = (start(*flags, "--process-id", str(rank)) for rank in range(2))
+    try:
+        _, err = one.communicate(timeout=120)
+        assert one.returncode == 1 and err.splitlines()[-1] == "error: only here"
+        zero.communicate(timeout=60)  # was waiting for the other
+        assert zero.returncode != 0
+    finally:
+        zero.kill()
+        zero.wait()
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[2, 3.0]] * 2
+
+
+def test_alone_in_a_slurm_step_of_one_task(start, tmp_path):
+    process = start(**{**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads((tmp_path / "alone.json").read_text()) is False
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "message"),
+    [
+        ("1", "127.0.0.1", "process 0 does not answer at 127.0.0.1:"),
+        ("0", "127.0.0.1", "but not each of 0 to 1 is running"),
+        ("0", "192.0.2.1", "is not an address of this machine"),  # of a range that nobody has
+    ],
+)
+def test_others_that_do_not_come(start, rank, host, message):
+    address = f"{host}:{13000 + os.getpid() % 1000}"
+    process = start("--coordinator", address, "--num-processes", "2", "--process-id", rank, "--join-timeout", "1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the processes of this run have not come together within 1 s") and message in line
+    assert "stack trace" not in err  # JAX's own end
+
+
+def test_a_launcher_that_jax_does_not_know(start):
+    process = start(PMI_SIZE="2", PMI_RANK="0")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("error: this is one of several processes of MPI, but JAX cannot join them")
+    assert err.count("\n") == 1 and "--num-processes 1 to run alone" in err
+
+
+def test_alone_where_jax_cannot_find_out(start, tmp_path):
+    """The only pod of a Job, which may not ask Kubernetes about itself: the run goes on, and says so."""
+    (tmp_path / "kubernetes.py").write_text(
+        "class config:\n"
+        "    @staticmethod\n"
+        "    def load_incluster_config(): raise RuntimeError('no account')\n"
+    )  # fmt: skip
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    process = start(**POD, JOB_COMPLETION_INDEX="0", PYTHONPATH=path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "alone.json").read_text()) is False
+    assert "running alone, as JAX could not find out" in err and "(no account)" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--coordinator"], "--coordinator: no value"),
+        (["--num-processes", "--process-id", "0"], "--num-processes: no value"),
+        (["--join-timeout", "0"], "--join-timeout: '0' is not possible"),
+    ],
+)
+def test_a_mistake_on_the_line(argv, message, monkeypatch):
+    from kdsearch_jax import cli
+
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(cli.UsageError, match=message):
+        cli.join_processes(argv)
