@@ -307,8 +307,10 @@ def _dashed(name: str) -> str:
 
 
 _ALIASES = {"--model": "--model.name", "--teacher": "--teacher-from", "--data": "--data.name", "--from": "--front-from"}
-_SHORT = "In short: " + ", ".join(f"{short} X is {full} X" for short, full in _ALIASES.items())
-_SHORT += "; --teacher-from X Y Z is --teacher-from X --distill.teachers Y Z."
+_SHORT = (
+    f"In short: {', '.join(f'{short} X is {full} X' for short, full in _ALIASES.items())}; "
+    "--teacher-from X Y Z is --teacher-from X --distill.teachers Y Z."
+)
 
 
 def _in_full(argv: list[str]) -> list[str]:

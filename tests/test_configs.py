@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 # What the images of an experiment are like: (side, channels, classes).
-SHAPES = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100), "imagenet2012": (224, 3, 1000)}
+SHAPES = {
+    "digits": (8, 1, 10), "fashion_mnist": (28, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100),
+    "imagenet2012": (224, 3, 1000),
+}  # fmt: skip
 
 
 def test_all_experiments_are_here():

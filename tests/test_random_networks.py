@@ -1,6 +1,6 @@
 """Networks that nobody thought of: put together at random, cut at random, and proved exact, or frozen with a reason.
 
-40 networks without further ado; `KDSEARCH_RANDOM=500 pytest -s tests/test_random_networks.py -k any_network` for 500,
+30 networks without further ado; `KDSEARCH_RANDOM=500 pytest -s tests/test_random_networks.py -k any_network` for 500,
 other ones each time. What once failed stands below as a network of its own.
 """
 
@@ -20,7 +20,7 @@ from kdsearch_jax.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FEW = 40
+FEW = 30
 NETWORKS = int(os.environ.get("KDSEARCH_RANDOM", FEW))
 
 
