@@ -237,7 +237,6 @@ def test_the_command_starts_without_a_warning():
     assert "--model X is --model.name X" in " ".join(done.stdout.split())
 
 
-@pytest.mark.slow
 def test_the_example_in_the_readme_runs(repository, tmp_path):
     """What stands between the markers, in a process of its own, with fewer steps."""
     text = (repository / "README.md").read_text()
@@ -303,6 +302,7 @@ def test_the_command_on_a_model_data_and_loss_of_ones_own(tmp_path, monkeypatch,
     assert search_main(["--resume", "--workdir", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_several_budgets_give_a_front_of_results(tmp_path):
     """By parameters, as `macs` is not asked for."""
     module, x = UNet(), IMAGES

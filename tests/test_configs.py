@@ -81,7 +81,12 @@ def quick_run(name: str, folder: Path, *options: str) -> Path:
 SAME = ("cifar10_resnet20", "cifar10_resnet20_short")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in SAME])
+def _slow(name: str):
+    """ResNet-56 is here twice, with 10 classes and with 100."""
+    return pytest.param(name, marks=pytest.mark.slow) if name == "cifar100_resnet56" else name
+
+
+@pytest.mark.parametrize("name", [_slow(name) for name in NAMES if name not in SAME])
 def test_the_quick_variant_trains_searches_cuts_and_retrains(name, tmp_path):
     run = quick_run(name, tmp_path, "--baselines", "--stop-after", "retrain")
     budget = load_experiment(name).budget

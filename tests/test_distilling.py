@@ -323,6 +323,7 @@ def test_losses_that_do_not_fit_are_named():
 # --- the road -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_road_with_every_loss_delivers_a_plain_student(tmp_path, repository):
     """Search and retraining by all losses at once; the student's arrays are those that its own code makes."""
     config = ["--config", str(repository / "tests" / "tiny.py"), "--baselines"]

@@ -250,7 +250,9 @@ def test_figures_are_files_and_in_the_page(index: Path) -> None:
     assert all(svg["role"] == "img" and len(svg["aria-label"]) > 40 for svg in drawings)
 
 
-@pytest.mark.parametrize("blocks", [14, 21], ids=["42 layers", "63 layers, more than panels"])
+@pytest.mark.parametrize(
+    "blocks", [14, pytest.param(21, marks=pytest.mark.slow)], ids=["42 layers", "63 layers, more than panels"]
+)
 def test_deep_networks_are_folded(tmp_path: Path, blocks: int) -> None:
     directory = make_run(tmp_path / "large", blocks)
     run = record.read(directory)

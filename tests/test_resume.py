@@ -72,7 +72,6 @@ def interrupted(python, directory: Path, stage: str, rows: int, number: signal.S
     return process.returncode, errors
 
 
-@pytest.mark.slow
 def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_path, python):
     """kill -9 in the search, SIGTERM in the search, kill -9 in retraining; at moments that differ every time."""
     directory, random = tmp_path / "run", np.random.default_rng()

@@ -374,7 +374,6 @@ def test_settings_go_all_the_way(tmp_path, changes):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(network[1]))
 
 
-@pytest.mark.slow
 def test_two_processes_search_together(repository, tmp_path, python):
     launcher = [
         python,
