@@ -1,9 +1,9 @@
 """CIFAR-10, ResNet-20 to half of its MACs in minutes on a CPU: the comparison in README.md.
 
-command:  python -m kdsearch_jax.search --config cifar10_resnet20_short --teacher-from resnet20.safetensors --run.seed 0
+command:  python -m kdsearch_jax.compare --config cifar10_resnet20_short --teacher-from resnet20.safetensors
 hardware: one CPU core a run
-time:     minutes; not timed on an idle machine
-result:   88.24 ± 0.07% searched, 87.39 ± 0.29% magnitude, 87.02 ± 0.41% uniform, seeds 0 to 2 (README.md)
+time:     2 to 4 minutes a student on a busy machine
+result:   87.71 ± 0.39% searched, 87.28 ± 0.10% uniform, 86.90 ± 0.25% magnitude, seeds 0 to 4 (docs/results.md)
 
 Half an epoch in all: 234 updates of search and 156 of retraining, at batch 64; the hand-made students get 390 updates
 of retraining, from the same teacher's weights. The teacher is a published PyTorch network (91.73% on the test images).
