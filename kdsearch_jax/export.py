@@ -271,6 +271,18 @@ def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether an export has ended here: manifest.json, written last, and all files that it names, by their digests."""
+    try:
+        files = json.loads((directory / "manifest.json").read_text())["files"]
+        return all(
+            hashlib.sha256((directory / name).read_bytes()).hexdigest() == file["sha256"]
+            for name, file in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _manifest(
     folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -85,6 +85,19 @@ def test_the_manifest_tells_what_each_file_is(network, exported):
         assert file["logits_scale"] > 0.01
 
 
+def test_an_export_is_whole_until_something_is_amiss(copy):
+    assert export.is_whole(copy)
+    content = (copy / "student.safetensors").read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        (copy / "student.safetensors").write_bytes(damaged)
+        assert not export.is_whole(copy)
+    (copy / "student.safetensors").write_bytes(content)
+    assert export.is_whole(copy)
+    for name in ("student.stablehlo", "manifest.json"):
+        (copy / name).unlink()
+        assert not export.is_whole(copy)
+
+
 def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python):
     module, variables, _, _ = load_network(network)
     images = np.random.default_rng(0).normal(size=(7, *SHAPE)).astype(np.float32)  # a batch size never seen before
