@@ -38,6 +38,7 @@ from kdsearch_jax.config import (
     nearest,
     to_json,
 )
+from kdsearch_jax.files import read_json, write_json
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunOptions")
@@ -217,7 +218,7 @@ def _new_run_directory(workdir: Path, experiment: Experiment, resume: bool) -> N
                 f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
             )
         try:
-            old = from_json(json.loads(path.read_text()))
+            old = from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}; this run cannot be resumed by this version") from error
         if different := differences(old, experiment):
@@ -226,7 +227,7 @@ def _new_run_directory(workdir: Path, experiment: Experiment, resume: bool) -> N
                 f"resume with --config {path}, or choose another --workdir"
             )
         with contextlib.suppress(OSError, ValueError):
-            last = json.loads((workdir / "environment.json").read_text())
+            last = read_json(workdir / "environment.json")
             earlier = [*last.pop("earlier", []), last]
     elif resume:
         log.info("%s holds no run to resume: starting one", workdir)
@@ -234,17 +235,6 @@ def _new_run_directory(workdir: Path, experiment: Experiment, resume: bool) -> N
     write_json(workdir / "environment.json", {**environment(), "earlier": earlier})
     if not path.exists():
         write_json(path, to_json(experiment))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds the old content or the new, whatever happens."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def environment() -> dict[str, Any]:

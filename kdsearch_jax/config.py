@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kdsearch_jax.files import read_json
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -362,7 +364,7 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
         if quick:
             raise ValueError(f"--quick is a variant of an experiment file; {path} holds one experiment: leave it out")
         try:
-            return from_json(json.loads(path.read_text()))
+            return from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     spec = importlib.util.spec_from_file_location(f"kdsearch_experiment_{path.stem}", path)

@@ -8,7 +8,6 @@ of before gets its student without another search.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from kdsearch_jax import gated, measured, shrinking, surgery
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.checkpoint import written_whole
+from kdsearch_jax.files import read_arrays, read_object
 from kdsearch_jax.fitting import meet, save, write, write_npz
 from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network
@@ -97,10 +97,10 @@ def nearest(
 
 def _units(place: Path, topology: Topology) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(gates, importances) of a kept state."""
-    with np.load(place / "units.npz") as stored:
-        gates, importance = (
-            {g.name: stored[f"{kind}/{g.name}"] for g in topology.groups} for kind in ("gate", "importance")
-        )
+    stored = read_arrays(place / "units.npz")
+    gates, importance = (
+        {g.name: stored[f"{kind}/{g.name}"] for g in topology.groups} for kind in ("gate", "importance")
+    )
     return gates, importance
 
 
@@ -143,7 +143,7 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
         write(directory / "selection.json", chosen)
         write(directory / "architecture.json", architecture.to_json())
         save(directory / "network", road, architecture, architecture.module(road.base), sliced)
-    return json.loads((directory / "selection.json").read_text()).get("step")
+    return read_object(directory / "selection.json").get("step")
 
 
 def publish(source: Path, directory: Path) -> None:

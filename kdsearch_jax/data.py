@@ -15,8 +15,6 @@ import io
 import math
 import socket
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 
 from kdsearch_jax.config import RULES, DataConfig
 from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
+from kdsearch_jax.files import DamagedError, memory, read_arrays
 from kdsearch_jax.metrics import Progress
 
 LARGEST = 4 * 2**30  # bytes of a split, as uint8: all of it lies on every device
@@ -143,13 +142,10 @@ def _npz_arrays(name: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
     try:
-        with path.open("rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise ValueError("it holds a single array, without a name")
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _bad(name, f"holds no plain arrays, or is damaged ({_line(error)}); write it with numpy.savez") from error
+        return read_arrays(path, limit=memory())
+    except (OSError, DamagedError) as error:
+        why = _line(error).rpartition(f"{path} is damaged, or ")[2]
+        raise _bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
 
 
 def _own(config: DataConfig, seed: int) -> Dataset:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from kdsearch_jax import evaluate, train
 from kdsearch_jax.checkpoint import save_network
-from kdsearch_jax.cli import write_json
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
+from kdsearch_jax.files import write_arrays, write_json
 from kdsearch_jax.network import count
 from kdsearch_jax.road import Loaded, Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
@@ -113,7 +112,4 @@ def write(path: Path, value: Any) -> None:
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Arrays by name, the old or the new whatever happens."""
     if jax.process_index() == 0:
-        part = path.with_name(f".{path.name}")
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
-        part.replace(path)
+        write_arrays(path, arrays)

@@ -8,7 +8,6 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.examples import Dataset
+from kdsearch_jax.files import read_object
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network, library_of, trace
@@ -413,7 +413,7 @@ def _finished_search(path: Path, experiment: Experiment, directory: Path) -> Pat
         if not needed.is_file():
             raise ValueError(f"search_from: {path} is no run with a finished search; {needed} is missing")
     try:
-        budget = json.loads((stage / "selection.json").read_text())["budget"]
+        budget = read_object(stage / "selection.json")["budget"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"search_from: {stage / 'selection.json'} is damaged ({error}); search anew") from error
     if budget != dataclasses.asdict(experiment.budget):

@@ -30,23 +30,18 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax.batches import batch_indices, prepared
-from kdsearch_jax.checkpoint import Checkpointer, preemption
+from kdsearch_jax.checkpoint import Checkpointer
 from kdsearch_jax.config import DataConfig, RunConfig, StageConfig
 from kdsearch_jax.devices import data_mesh, owned, place, replicate
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.metrics import MetricsWriter, Progress
 from kdsearch_jax.optimizer import check_record, check_stage
+from kdsearch_jax.preemption import Preempted, preemption
 from kdsearch_jax.steps import Metrics, Step, TrainState
 
 
 class TrainingDiverged(FloatingPointError):
     """The loss or a parameter is no longer a finite number."""
-
-
-class Preempted(RuntimeError):
-    """SIGTERM came; the state is saved. A command ends with the status of a process that SIGTERM has ended."""
-
-    exit_status = 143
 
 
 def fit(

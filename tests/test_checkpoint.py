@@ -28,7 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdsearch_jax import checkpoint
-from kdsearch_jax.checkpoint import Checkpointer, CheckpointError, load_network, preemption, save_network
+from kdsearch_jax.checkpoint import networks, shared
+from kdsearch_jax.checkpoint import Checkpointer, CheckpointError, load_network, save_network
 from kdsearch_jax.student import Architecture
 
 Pair = namedtuple("Pair", "first second")
@@ -439,7 +440,8 @@ import jax, numpy as np
 index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kdsearch_jax.checkpoint import Checkpointer, preemption
+from kdsearch_jax.checkpoint import Checkpointer
+from kdsearch_jax.preemption import preemption
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 state = lambda k: {"a": jax.make_array_from_callback((4,), sharding, lambda i: np.arange(4.0, dtype=np.float32)[i] * k)}
 with preemption() as stop, Checkpointer(directory) as checkpoints:
@@ -535,8 +537,8 @@ def reseal(directory: Path, architecture: Any = None, **changes: Any) -> None:
     payload = json.loads((directory / "network.json").read_text())["payload"] | changes
     if architecture is not None:
         (directory / "architecture.json").write_text(json.dumps(architecture))
-        payload["architecture"] = checkpoint._seal(architecture)
-    (directory / "network.json").write_text(json.dumps(checkpoint._sealed(payload)))
+        payload["architecture"] = shared.seal(architecture)
+    (directory / "network.json").write_text(json.dumps(shared.sealed(payload)))
 
 
 def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_path, python):
@@ -560,8 +562,8 @@ def test_arrays_without_elements_and_odd_names_come_back(tmp_path):
     variables = {"params": {"a/b%": {"cut": np.zeros((3, 0, 4), np.float32)}, "dense": np.ones((2, 2), np.float32)}}
     arrays = checkpoint.flatten(variables)
     save_network(tmp_path / "network", MLP, variables, {})
-    leaves = checkpoint._network_payload(tmp_path / "network" / "network.json")["leaves"]
-    assert_equal(checkpoint._network_arrays(tmp_path / "network" / "variables", leaves), arrays)
+    leaves = networks._network_payload(tmp_path / "network" / "network.json")["leaves"]
+    assert_equal(networks._network_arrays(tmp_path / "network" / "variables", leaves), arrays)
     assert_equal(checkpoint.unflatten(arrays), variables)
 
 

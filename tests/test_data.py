@@ -239,7 +239,7 @@ BAD = {
     "only in test": (parts(0, {"train": 50, "test": 20}) | {"test_labels": np.arange(20)},
                      "test labels from 0 to 19, but 5 classes"),
     "two examples": (swapped(images=numbered(2), labels=np.arange(2)), "too few examples"),
-    "objects": (swapped(labels=np.asarray([None] * 40)), "no plain arrays, or is damaged"),
+    "objects": (swapped(labels=np.asarray([None] * 40)), "is damaged, or holds no plain arrays"),
 }  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     middle = len(whole) // 2
     for damaged in (b"", b"text", whole[:middle], whole[:middle] + b"\0" * 64 + whole[middle + 64 :]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="no plain arrays, or is damaged") as caught:
+        with pytest.raises(ValueError, match="is damaged, or holds no plain arrays") as caught:
             load(config)
         assert "\n" not in str(caught.value)
     with path.open("wb") as file:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 # From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
 # `tracing`, `models` and the other packages stand for all their modules.
 LAYERS = [
-    {"config", "processes", "library", "attributes", "functional", "tracing"},
+    {"config", "files", "processes", "preemption", "library", "attributes", "functional", "tracing"},
     {"losses", "models", "prox", "call", "batches", "devices", "optimizer", "convolution", "gates"},
     {"budget", "hardware"},
     {"penalty", "front"},

@@ -9,7 +9,6 @@ comparison.json, comparison.md, comparison.csv and report/.
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from kdsearch_jax import cli, report, stages
 from kdsearch_jax.compare import making, table
 from kdsearch_jax.compare.rows import check_seeds, chosen
 from kdsearch_jax.config import BOUNDS, Experiment
+from kdsearch_jax.files import read_object, write_json
 from kdsearch_jax.road import prepare
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         making.check_teacher(road, road.given)
     with making.locked(directory):
         _check_own(directory, options.match)  # another process may have begun meanwhile
-        cli.write_json(directory / "setup.json", {"match": options.match})
+        write_json(directory / "setup.json", {"match": options.match})
         cli.new_run_directory(directory, experiment, (directory / "config.json").is_file())
     with making.locked(directory / "teacher"):
         stages.teach(road, True)
@@ -99,7 +99,7 @@ def _check_own(directory: Path, match: str) -> None:
         return
     if not (directory / "setup.json").is_file():
         raise ValueError(f"{directory} holds a run, and no comparison; give another --workdir")
-    before = json.loads((directory / "setup.json").read_text())["match"]
+    before = read_object(directory / "setup.json")["match"]
     if before != match:
         raise ValueError(
             f"match: {directory} holds a comparison with --match {before}; give that, or another --workdir than this"

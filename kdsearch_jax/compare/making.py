@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -24,10 +23,10 @@ import numpy as np
 from kdsearch_jax import baselines, cutting, evaluate, fitting, stages
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.budget import BudgetError
-from kdsearch_jax.cli import write_json
 from kdsearch_jax.compare.rows import ROWS, Row
 from kdsearch_jax.config import BudgetConfig, DistillConfig
 from kdsearch_jax.examples import Split
+from kdsearch_jax.files import read_json, write_json
 from kdsearch_jax.library import bound
 from kdsearch_jax.road import Loaded, Road, is_plain, traced
 from kdsearch_jax.surgery import SurgeryError
@@ -97,7 +96,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
     place = place_of(road, row.name, seed, budget)
     path = place.directory / "result.json"
     with locked(place.directory):
-        if path.is_file() and "why" not in (found := json.loads(path.read_text())):
+        if path.is_file() and "why" not in (found := read_json(path)):
             return found
         log.info("%s, seed %d", row.label, seed)
         try:
@@ -252,7 +251,7 @@ def _timed(directory: Path) -> Iterator[None]:
 
 def _spent(directory: Path) -> float:
     path = directory / "seconds.json"
-    return float(json.loads(path.read_text())) if path.is_file() else 0.0
+    return float(read_json(path)) if path.is_file() else 0.0
 
 
 def results(directory: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -261,5 +260,5 @@ def results(directory: Path) -> dict[str, dict[int, dict[str, Any]]]:
     for name in ROWS:
         paths = {int(p.parts[-3].removeprefix("seed-")): p for p in directory.glob(f"seed-*/{name}/result.json")}
         if paths:
-            found[name] = {seed: json.loads(paths[seed].read_text()) for seed in sorted(paths)}
+            found[name] = {seed: read_json(paths[seed]) for seed in sorted(paths)}
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 import shlex
 import statistics
@@ -25,10 +24,10 @@ from scipy import stats
 
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import evaluate
-from kdsearch_jax.cli import write_json
 from kdsearch_jax.compare.making import costs, place_of, results, scored
 from kdsearch_jax.compare.rows import ROWS
 from kdsearch_jax.config import BOUNDS, BudgetConfig
+from kdsearch_jax.files import read_json, write_json, write_text
 from kdsearch_jax.road import Road, traced
 
 LEVEL = 0.95
@@ -97,7 +96,7 @@ def _teacher(road: Road) -> dict[str, Any]:
     if not path.is_file():
         teacher = road.load(road.teacher)
         write_json(path, {"accuracy": scored(road, teacher, road.dataset.test)["accuracy"], **costs(teacher)})
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
@@ -108,7 +107,7 @@ def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetC
         for seed, result in by_seed.items():
             if "why" not in result:
                 places[f"seed-{seed}/{name}"] = place_of(road, name, seed, budget).directory / "retrain" / "network"
-    if path.is_file() and (known := json.loads(path.read_text())).keys() == places.keys():
+    if path.is_file() and (known := read_json(path)).keys() == places.keys():
         return known
     networks = {key: road.load(place) for key, place in places.items()}
     times = evaluate.measure_latency(
@@ -158,9 +157,7 @@ def write(directory: Path, comparison: dict[str, Any]) -> None:
     """Writes comparison.json, comparison.md and comparison.csv."""
     write_json(directory / "comparison.json", comparison)
     for name, text in (("comparison.md", markdown(comparison)), ("comparison.csv", as_csv(comparison))):
-        part = directory / f".{name}.{os.getpid()}"
-        part.write_text(text)
-        part.replace(directory / name)
+        write_text(directory / name, text)
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:

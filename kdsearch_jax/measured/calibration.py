@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from kdsearch_jax.budget import BudgetError, Estimate, Limits
 from kdsearch_jax.budget.estimate import within
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
+from kdsearch_jax.files import DamagedError, read_object, write_json
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, medians, of_process_0
 from kdsearch_jax.network import Network
 from kdsearch_jax.surgery import slice_variables
@@ -50,9 +50,7 @@ def prepare(
     record = of_process_0(lambda: calibrate(network, variables, budget, call, tools))
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{FILE}")
-        part.write_text(json.dumps(record, indent=1))
-        part.replace(path)
+        write_json(path, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("measured")
 
@@ -66,9 +64,9 @@ def bounded(limits: Limits, budget: BudgetConfig, directory: Path) -> Limits:
     if not asked(budget):
         return limits
     try:
-        record = json.loads((directory / FILE).read_text())
+        record = read_object(directory / FILE)
         return with_measured(limits, budget, record)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, DamagedError) as error:
         raise BudgetError(
             f"budget.{asked(budget)[0]}: {directory / FILE} does not tell what was measured ({error!r:.100}); delete "
             "the search and search anew"

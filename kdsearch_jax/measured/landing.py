@@ -8,7 +8,6 @@ so that the same network, measured again at the end of the run, is not lost to c
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
+from kdsearch_jax.files import write_json
 from kdsearch_jax.measured.calibration import cut
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, check_noise, decide, of_process_0
 from kdsearch_jax.network import Network
@@ -152,6 +152,4 @@ def confirm(
             f"{each['turns']} turns); --resume measures again, a search for less leaves more room"
         )
     if jax.process_index() == 0:
-        part = path.with_name(f".{path.name}")
-        part.write_text(json.dumps({"batch_size": budget.batch_size, **found}, indent=1))
-        part.replace(path)
+        write_json(path, {"batch_size": budget.batch_size, **found})

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdsearch_jax.files import read_arrays, write_arrays
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -82,10 +84,7 @@ def write(
         log.warning("no %s: the logits of %s are not all finite", FILE, ", ".join(broken))
         path.unlink(missing_ok=True)
         return None
-    part = path.with_name(f".{FILE}")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **collect(split, logits, labels, images, class_names, student))
-    part.replace(path)
+    write_arrays(path, collect(split, logits, labels, images, class_names, student), compress=True)
     return path
 
 
@@ -151,8 +150,7 @@ def read(path: Path) -> Evidence | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            files = {name: archive[name] for name in archive.files}
+        files = read_arrays(path)
         if int(files["format"]) != FORMAT:
             raise ValueError(f"its format is {int(files['format'])}, and {FORMAT} can be read; write the run again")
         pairs = ("teacher", "student")

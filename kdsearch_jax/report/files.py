@@ -6,18 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kdsearch_jax.files import read_object
+
 
 def json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is no such file."""
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: a JSON object is expected, not {type(record).__name__}")
-    return record
+    return read_object(path)
 
 
 def with_rows(path: Path, key: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kdsearch_jax.files import read_arrays
 from kdsearch_jax.report import evidence, files, fronts
 from kdsearch_jax.report.evidence import Evidence
 from kdsearch_jax.report.fronts import Front
@@ -140,11 +141,7 @@ def read_groups(search: Path) -> tuple[Group, ...]:
 def _history(path: Path) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            history = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib, NumPy and the file system each have their own
-        raise ValueError(f"{path} is damaged: {error}") from None
+    history = read_arrays(path)
     lengths = {name: len(array) for name, array in history.items()}
     if "steps" not in history or len(set(lengths.values())) != 1:
         raise ValueError(f"{path} is damaged: 'steps' and as many rows in every array are expected, not {lengths}")

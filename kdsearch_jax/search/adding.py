@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 
-from kdsearch_jax import cli, cutting, front
+from kdsearch_jax import cutting, front
 from kdsearch_jax.config import Experiment, differences, load_experiment, to_json
+from kdsearch_jax.files import write_json
 from kdsearch_jax.fitting import meet
 from kdsearch_jax.road import Road, prepare
 
@@ -37,6 +38,6 @@ def added(run: Path, asked: Experiment) -> Road:
     tails = {point.tail for point in front.points(old)}
     cutting.check(road, [point for point in front.points(new) if point.tail not in tails])
     if jax.process_index() == 0:
-        cli.write_json(run / "config.json", to_json(new))
+        write_json(run / "config.json", to_json(new))
     meet("budgets added")
     return road
