@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax import cli, delivery, front, models, stages
 from kdsearch_jax import data as data_lib
+from kdsearch_jax import delivery, front, models, rundir, stages, storage
 from kdsearch_jax.call import signature_of
 from kdsearch_jax.config import (
     BudgetConfig,
@@ -130,10 +130,11 @@ def run(
     )
     experiment = changed(experiment, settings or {})
     dataset = _dataset(data, experiment)
-    directory = Path(tempfile.mkdtemp(prefix="kdsearch-")) / "run" if workdir is None else Path(workdir)
+    given = Path(tempfile.mkdtemp(prefix="kdsearch-")) / "run" if workdir is None else workdir
+    directory = storage.local(given, "workdir", whole=True)
     road = prepare(experiment, directory, resume=resume, own=Own(module, variables, dataset, loss, metrics))
-    cli.new_run_directory(directory, experiment, resume)
-    results = stages.run(road, resume=resume)
+    with rundir.run_directory(directory, experiment, {"command": "api"}, resume=resume, data=road.fingerprint):
+        results = stages.run(road, resume=resume)
     assert results is not None
     report = directory / "report" / "index.html"
 

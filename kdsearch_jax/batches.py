@@ -49,12 +49,13 @@ def batch_indices(seed: int, examples: int, batch_size: int, first_step: int, st
     batches = np.empty((steps, batch_size), np.int32)
     for row, step in enumerate(range(first_step, first_step + steps)):
         epoch, place = divmod(step, examples // batch_size)
-        batches[row] = _epoch(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
+        batches[row] = epoch_order(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
     return batches
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
+def epoch_order(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
+    """The permutation of the examples that an epoch goes through."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kdsearch_jax import streaming
 from kdsearch_jax.batches import padded_batches, prepared
 from kdsearch_jax.config import Experiment, StageConfig
 from kdsearch_jax.devices import data_mesh, place, replicate
@@ -31,6 +32,8 @@ def refusal(experiment: Experiment, stage: StageConfig, dataset: Dataset) -> str
     examples = len(dataset.train)
     if not experiment.distill.cache:
         return "distill.cache is off"
+    if streaming.reader_of(dataset.train.arrays) is not None:
+        return "examples are streamed"
     if experiment.data.crop or experiment.data.flip:
         return "examples are augmented"
     if stage.steps * stage.batch_size <= examples:

@@ -10,6 +10,7 @@ nobody gives are guessed from the module's own signature: `train`, `training`, `
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from kdsearch_jax.library import Keywords
 # How modules call the switch between training and inference, and its value for training.
 _MODES = {"train": True, "training": True, "is_training": True, "deterministic": False}
 _LEAF = re.compile(r"(\w+)\[([\d,]*)\]")
-_LARGEST, _DEEPEST = 1 << 24, 8  # an axis of an input; nesting of inputs: bounds what a file from elsewhere can say
+LARGEST, _DEEPEST = 1 << 28, 8  # numbers of an input; nesting of inputs: bounds what a file from elsewhere can say
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,15 @@ def _parsed(value: Any, name: str, depth: int) -> Any:
     if isinstance(value, list):
         return [_parsed(item, name, depth + 1) for item in value]
     found = _LEAF.fullmatch(value) if isinstance(value, str) else None
-    if found is None or ((sizes := [int(n) for n in found[2].split(",") if n]) and max(sizes) > _LARGEST):
-        raise ValueError(f"call: input {name!r} must read like 'float32[28,28,1]', not {value!r:.80}")
+    if found is None or len(found[2]) > 100:
+        raise ValueError(f"call: input {name!r:.80} must read like 'float32[28,28,1]', not {value!r:.80}")
+    sizes = [int(n) for n in found[2].split(",") if n]
+    if math.prod(sizes) > LARGEST:
+        raise ValueError(f"call: input {name!r:.80} has more than {LARGEST} numbers: {value!r:.80}")
     try:
-        return jax.ShapeDtypeStruct(tuple(sizes), jnp.dtype(found[1]))
-    except TypeError as error:
-        raise ValueError(f"call: input {name!r} has the unknown dtype {found[1]!r}") from error
+        dtype = jnp.dtype(found[1])
+    except TypeError:
+        dtype = None
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+        raise ValueError(f"call: input {name!r:.80} has the unknown dtype {found[1]!r:.80}")
+    return jax.ShapeDtypeStruct(tuple(sizes), dtype)

@@ -1,4 +1,4 @@
-"""What every command shares: its command line, its run directory, its way to fail.
+"""What every command shares: its command line, its way to fail.
 
 A command is a thin `main(argv) -> int`, started by `cli.run(main)`, around functions that know nothing of command
 lines. `--config` and `--quick` choose an experiment; whatever else stands on the line overrides one of its settings by
@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import io
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from kdsearch_jax import processes
+from kdsearch_jax import processes, storage
 from kdsearch_jax.config import (
     SETTINGS,
     Experiment,
     ModelConfig,
     check,
-    differences,
-    from_json,
     load_experiment,
     nearest,
-    to_json,
 )
-from kdsearch_jax.files import read_json, write_json
+from kdsearch_jax.files import parse_json
+from kdsearch_jax.preemption import Preempted, terminable
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunOptions")
@@ -66,6 +60,8 @@ class Options:
     """Which of them this one is, from 0."""
     join_timeout: int = 300
     """Seconds to wait for the others."""
+    trust_code: bool = False
+    """Import the packages that a network's directory names as package.module:factory, so that their code runs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,8 @@ class RunOptions(Options):
     workdir: Path | None = None
     """The run's directory; runs/NAME if left out."""
     resume: bool = False
-    """Go on with the run that workdir holds."""
+    """Go on with whatever workdir holds: nothing yet, a run that has ended, or one that another command began. The
+    command that began a run goes on with it without this."""
 
 
 def parse(argv: list[str], options: type[R], prog: str, description: str) -> tuple[R, Experiment]:
@@ -100,14 +97,23 @@ def parse(argv: list[str], options: type[R], prog: str, description: str) -> tup
         parsed = _tyro(argv, {"options": chosen, "experiment": base}, prog, f"{description}\n\n{_SHORT}")
         experiment = check(dataclasses.replace(parsed.experiment, model=_model(base.model, parsed.experiment.model)))
     workdir = parsed.options.workdir or Path("runs") / experiment.name
-    return dataclasses.replace(parsed.options, workdir=workdir), experiment
+    return _brought(dataclasses.replace(parsed.options, workdir=workdir), whole=True), experiment
 
 
 def parse_options(argv: list[str], options: type[T], prog: str, description: str) -> T:
     """The options of a command that takes no experiment. Raises UsageError; exits after `--help`."""
     with _usage_errors():
         _known_flags(argv, _names(options))
-        return _tyro(argv, {"options": options}, prog, description).options
+        parsed = _tyro(argv, {"options": options}, prog, description).options
+    return _brought(parsed)
+
+
+def _brought(options: T, whole: bool = False) -> T:
+    """The options with the paths of copies in place of addresses of an object store."""
+    values = {name: getattr(options, name) for name in _names(options)}
+    paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+    local = {name: storage.local(path, _dashed(name), whole=whole) for name, path in paths.items()}
+    return dataclasses.replace(options, **local)  # type: ignore  # a record of flags
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -118,8 +124,10 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         if not {"-h", "--help"} & set(argv):
             join_processes(argv)
-        status = main(argv)
-    except Exception as error:
+        with terminable():
+            status = main(argv)
+            storage.publish()
+    except (Exception, Preempted) as error:
         status = exit_status(error)
         if full or status is None:
             traceback.print_exc()
@@ -128,15 +136,16 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         if full:
             traceback.print_exc()
-        print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         status = INTERRUPTED
     status = FAILED if status is None else status
+    storage.close()
     if status:
         processes.leave(status)
     sys.exit(status)
 
 
-def exit_status(error: Exception) -> int | None:
+def exit_status(error: BaseException) -> int | None:
     """The exit status of a failure that one line explains; None for a programming error, whose traceback matters.
 
     An exception class may say so itself, by an attribute `exit_status`.
@@ -149,20 +158,27 @@ def exit_status(error: Exception) -> int | None:
     return FAILED if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) else None
 
 
-def error_line(error: Exception) -> str:
+def error_line(error: BaseException) -> str:
     """What is printed of a failure; raised outside this package, it also says how to find where."""
     text = str(error).strip() or type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     ours = not frames or Path(__file__).parent in Path(frames[-1].filename).parents
     if not ours and not isinstance(error, (OSError, ImportError)) and not hasattr(error, "exit_status"):
         text = f"{type(error).__name__}: {text} (--traceback shows where)"
-    return text
+    text = storage.shown(text)
+    # Names out of files may hold anything, also what moves a terminal's cursor.
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return storage.shown(super().format(record))
 
 
 def configure_logging() -> None:
     """Plain lines on stderr: ours from INFO, other packages' from WARNING, and nothing of Orbax below ERROR."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("kdsearch_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs here, a dozen lines a checkpoint
@@ -179,98 +195,6 @@ def join_processes(argv: list[str]) -> None:
         place = processes.find(given, os.environ)
     if place is not None:
         processes.join(place, int(timeout))
-
-
-# --- the run directory ----------------------------------------------------------------------------------------------
-
-
-def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = False) -> Path:
-    """Make `workdir` the directory of this run: `config.json`, `environment.json`; every process of a run calls it.
-
-    Raises ValueError where it holds a run already, unless `resume` says to go on with it and its experiment is the
-    same; OSError where it cannot be written. Either way what was there stays as it was.
-    """
-    import jax
-
-    if jax.process_count() == 1:
-        _new_run_directory(workdir, experiment, resume)
-        return workdir
-    from jax.experimental import multihost_utils
-
-    # The first process looks and writes; the others wait for its word, or they would take what it wrote for an old run.
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            _new_run_directory(workdir, experiment, resume)
-        except (ValueError, OSError) as error:
-            failure = error
-    if not multihost_utils.broadcast_one_to_all(failure is None):
-        raise failure or ValueError(f"{workdir}: refused by process 0, see its message")
-    return workdir
-
-
-def _new_run_directory(workdir: Path, experiment: Experiment, resume: bool) -> None:
-    path = workdir / "config.json"
-    earlier: list[dict[str, Any]] = []
-    if path.exists():
-        if not resume:
-            raise ValueError(
-                f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
-            )
-        try:
-            old = from_json(read_json(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; this run cannot be resumed by this version") from error
-        if different := differences(old, experiment):
-            raise ValueError(
-                f"{workdir} holds a run of another experiment ({'; '.join(different)}); "
-                f"resume with --config {path}, or choose another --workdir"
-            )
-        with contextlib.suppress(OSError, ValueError):
-            last = read_json(workdir / "environment.json")
-            earlier = [*last.pop("earlier", []), last]
-    elif resume:
-        log.info("%s holds no run to resume: starting one", workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "environment.json", {**environment(), "earlier": earlier})
-    if not path.exists():
-        write_json(path, to_json(experiment))
-
-
-def environment() -> dict[str, Any]:
-    """What produced a run: versions, revision, devices, command, time."""
-    import jax
-
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # absent when run from a checkout by PYTHONPATH
-        versions["kdsearch-jax"] = importlib.metadata.version("kdsearch-jax")
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git_revision": git_revision(Path(__file__).parent),
-        "platform": platform.platform(),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "processes": jax.process_count(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def git_revision(package: Path) -> str | None:
-    """The commit of the checkout that `package` belongs to, `-dirty` if it was edited; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        # A package installed into somebody's repository is no part of it.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
-            return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -404,10 +328,12 @@ def _run_config(given: dict[str, Any]) -> str | None:
         return None
     named = [given["workdir"]] if given.get("resume") and "workdir" in given else []
     if "search-from" in given:  # a run, or its search stage
-        named += [given["search-from"], str(Path(given["search-from"]).parent)]
+        stage = storage.local(given["search-from"], "--search-from", whole=True)
+        named += [str(stage), str(stage.parent)]
     if "front-from" in given:
         named.append(given["front-from"])
-    return next((str(path) for name in named if (path := Path(name) / "config.json").is_file()), None)
+    paths = (storage.local(name, whole=True) / "config.json" for name in named)
+    return next((str(path) for path in paths if path.is_file()), None)
 
 
 def _tyro(argv: list[str], parts: dict[str, Any], prog: str, description: str) -> Any:
@@ -468,15 +394,14 @@ class _Changes(dict[str, Any]):
 def _read_arguments(tokens: list[str]) -> dict[str, Any]:
     """The dictionary of `depth=56 width=16` (values are JSON, or else text), or of one JSON dictionary."""
     if len(tokens) == 1 and tokens[0].lstrip().startswith("{"):
-        value = json.loads(tokens[0])
-        return value
+        return parse_json(tokens[0])
     changes = _Changes()
     for token in tokens:
         key, equals, text = token.partition("=")
         if not key or not equals:
             raise ValueError(f"{token!r} is neither KEY=VALUE nor a JSON dictionary")
         try:
-            changes[key] = json.loads(text)
+            changes[key] = parse_json(text)
         except ValueError:
             changes[key] = text
     return changes

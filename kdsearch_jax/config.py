@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kdsearch_jax import storage
 from kdsearch_jax.files import read_json
 
 
@@ -49,6 +50,11 @@ class DataConfig:
     data_dir: where TFDS keeps its data; None is TFDS's own default.
     validation: share of the training split held out where the data set has no validation split.
     image_size: side in pixels to which images are resized; None keeps them.
+    framing: how: all of an image stretched to the square, or in training a random box of it (at least the share
+    `least_area`, aspect ratio 3/4 to 4/3), another one at every epoch, and in evaluation its middle.
+    stream: examples are read from disk when they are needed (TFDS data sets only); None: where the training split would
+    take more than 4 GiB, or is cropped. workers: processes that decode, 0 for threads of this one; prefetch: batches
+    decoded ahead, by each of them.
     mean, std: per-channel normalisation of images in [0, 1]; None measures both on the training split.
     crop: random crops after zero padding by so many pixels; flip: random horizontal mirroring.
     train_limit: use only so many training images.
@@ -64,6 +70,11 @@ class DataConfig:
     flip: bool = False
     train_limit: int | None = None
     inputs: tuple[str, ...] | None = None
+    framing: Literal["stretch", "crop"] = "stretch"
+    least_area: float = 0.08
+    stream: bool | None = None
+    workers: int = 0
+    prefetch: int = 2
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,8 @@ class RunConfig:
 
     precision: of the forward and backward pass (`fp32`, `bf16`); parameters stay fp32. steps_per_dispatch: updates
     compiled into one call. checkpoint_every, evaluate_every: in updates; keep: newest checkpoints kept beside the best.
+    spike: where the loss of a call is so many times its running median, or not finite, training goes back to the last
+    checkpoint and on by other batches, at most `rollbacks` times a stage; None: never.
     """
 
     seed: int = 0
@@ -184,6 +197,8 @@ class RunConfig:
     evaluate_every: int = 200
     keep: int = 2
     eval_batch_size: int = 500
+    spike: float | None = None
+    rollbacks: int = 3
 
 
 @dataclass(frozen=True)
@@ -384,7 +399,7 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
 
 
 def _find(name_or_path: str) -> Path:
-    path = Path(name_or_path)
+    path = storage.local(name_or_path, "--config")
     if path.suffix in (".py", ".json") or len(path.parts) > 1:
         if not path.is_file():
             raise FileNotFoundError(f"--config {name_or_path}: no such file")
@@ -485,6 +500,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.validation": (lambda v: 0 < v < 1, "give a share of the training split between 0 and 1"),
     "data.image_size": (lambda v: v >= 1, "give at least 1 pixel"),
     "data.crop": (lambda v: v >= 0, "give 0 or more pixels"),
+    "data.least_area": (lambda v: 0 < v <= 1, "give a share of the image above 0, up to 1"),
+    "data.workers": (lambda v: v >= 0, "give 0 or more processes"),
+    "data.prefetch": (lambda v: v >= 1, "give at least 1 batch"),
     "data.inputs": (bool, "name at least one entry, or None for images"),
     "data.train_limit": (lambda v: v >= 1, "give at least 1 image, or None for all"),
     "gates.warmup": (lambda v: 0 <= v < 1, "give a share of the ramp from 0 to below 1"),
@@ -530,6 +548,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.checkpoint_every": (lambda v: v >= 1, "give at least 1 update"),
     "run.evaluate_every": (lambda v: v >= 1, "give at least 1 update"),
     "run.keep": (lambda v: v >= 1, "give at least 1 checkpoint"),
+    "run.spike": (lambda v: v > 1, "give a factor above 1, or None for no going back"),
+    "run.rollbacks": (lambda v: v >= 1, "give at least 1"),
 }
 
 

@@ -4,32 +4,34 @@
 classification data set of TensorFlow Datasets in array_record form, without TensorFlow. Missing splits are held out by
 class, from constants of this module: runs of every seed are validated and tested on the same images.
 
-Anything but one class an image is read by `kdsearch_jax.examples`. Not here: data larger than a device (nothing is
-streamed).
+A TFDS data set that is too large for a device is not read but streamed: its splits hold what reads an example when it
+is needed (`kdsearch_jax.streaming`). Anything but one class an image is read by `kdsearch_jax.examples`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import io
 import math
+import re
 import socket
 import urllib.request
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdsearch_jax import storage
 from kdsearch_jax.config import RULES, DataConfig
 from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
 from kdsearch_jax.files import DamagedError, memory, read_arrays
 from kdsearch_jax.metrics import Progress
+from kdsearch_jax.streaming import Framing, Reader, Records, resized
 
-LARGEST = 4 * 2**30  # bytes of a split, as uint8: all of it lies on every device
+LARGEST = 4 * 2**30  # bytes of a split, as uint8, that may lie on every device; what is larger is streamed
+SAMPLE = 1000  # images of a streamed split on which mean and std are measured
 _CHUNK = 1000  # examples read at a time
 
 
@@ -40,10 +42,11 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
     validation split is left, the share `config.validation` of what the source calls training is held out. Both are
     stratified: each class gives its share, give or take one example. With `config.train_limit`, that many training
     images are drawn at random, a held-out validation split shrinks in proportion (neither by class: labels are unknown
-    before images are read), and only what is used is decoded.
+    before images are read), and only what is used is decoded. Of what is streamed no split is held out by class either,
+    and mean and std are those of `SAMPLE` images.
 
     Args:
-      config: see `DataConfig`. Resizing is bilinear, to a square: the aspect ratio is not kept.
+      config: see `DataConfig`.
       seed: draws the images that `train_limit` leaves, on which mean and std are measured; all else is the same.
 
     Raises:
@@ -54,11 +57,13 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
     if config.inputs is not None:
         return _own(config, seed)
     train, validation, test, names = _source(config)
+    framing = Framing(config.framing, config.image_size, config.least_area)
+    streams = _streams(config, train, framing)
     held = max(1, round(config.validation * len(train)))
     if test is None:
         validation, test = None, validation
     if test is None:
-        train, test = hold_out(_read(train), max(1, round(TEST_SHARE * len(train))), 0)
+        train, test = _hold_out(train, max(1, round(TEST_SHARE * len(train))), 0, framing, streams)
     keep = len(train) if validation is not None else len(train) - held
     if keep < 1:
         raise _bad(config.name, "has too few examples to be split into training, validation and test")
@@ -70,22 +75,78 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
         chosen = np.random.default_rng([SPLIT_SEED, 2, seed]).choice(order, config.train_limit, replace=False)
         train = train[np.sort(chosen)]
     elif validation is None:
-        train, validation = hold_out(_read(train), held, 1)
-    splits = {"train": _read(train), "validation": _read(validation), "test": _read(test)}
+        train, validation = _hold_out(train, held, 1, framing, streams)
+    parts = {"train": train, "validation": validation, "test": test}
+    if streams:
+        return _streamed(config, parts, names, framing)
+    splits = {key: _read(part, framing) for key, part in parts.items()}
+    for key, split in splits.items():
+        _check_size(f"{config.name} {key}", split.images.shape)
     if config.image_size is not None:
         splits = {
             key: Split.of(_resize(split.images, config.image_size), split.labels) for key, split in splits.items()
         }
     _check_splits(config, splits, names)
+    for key, split in splits.items():
+        low, high = split.labels.min(), split.labels.max()
+        if low < 0 or high >= len(names):
+            raise _bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
     mean, std = _normalisation(config, splits["train"].images)
     return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+def _streams(config: DataConfig, train: Any, framing: Framing) -> bool:
+    """Whether examples are read when they are needed: as the settings say, else where the training split is too large.
+
+    A split that is too large to be kept is never decoded to find that out: its first image says how large all are.
+    """
+    if not isinstance(train, Records):
+        if config.stream or config.framing == "crop":
+            key = "data.stream" if config.stream else "data.framing"
+            value = getattr(config, key.removeprefix("data."))
+            raise ValueError(f"{key}: {value!r} needs a TFDS data set; {config.name!r} is read whole, leave it out")
+        return False
+    if config.stream is not None or config.framing == "crop":
+        return bool(config.stream) or config.framing == "crop"
+    count = len(train) if config.train_limit is None else min(config.train_limit, len(train))
+    try:
+        return count * math.prod(Reader.of(train, framing).shape) > LARGEST
+    except ValueError:  # an image that may not even be used
+        return False
+
+
+def _streamed(config: DataConfig, parts: dict[str, Records], names: tuple[str, ...], framing: Framing) -> Dataset:
+    """The data set, of which nothing is read but what it takes to know the shape of its images, and mean and std."""
+    readers = {
+        key: Reader.of(dataclasses.replace(part, classes=len(names)), framing, config.workers, config.prefetch)
+        for key, part in parts.items()
+    }
+    splits = {key: Split(dict(reader.columns())) for key, reader in readers.items()}
+    _check_splits(config, splits, names)
+    sample = np.empty((0, 0, 0, readers["train"].shape[-1]), np.uint8)
+    if config.mean is None or config.std is None:
+        spread = np.linspace(0, len(splits["train"]) - 1, SAMPLE).astype(int)
+        sample = splits["train"].images[np.unique(spread)]
+    mean, std = _normalisation(config, sample)
+    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
+
+
+def _hold_out(part: Any, count: int, stream: int, framing: Framing, streams: bool) -> tuple[Any, Any]:
+    """The part without `count` examples, and these: by class, but where classes are only known once all is read."""
+    if not streams:
+        return hold_out(_read(part, framing), count, stream)
+    shuffled = np.random.default_rng([SPLIT_SEED, stream]).permutation(len(part))
+    return part[np.sort(shuffled[count:])], part[np.sort(shuffled[:count])]
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
 def _source(config: DataConfig) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    """Training, validation and test examples, each `Split` or `_Records` or None, and the names of the classes."""
+    """Training, validation and test examples, each `Split` or `Records` or None, and the names of the classes."""
     if config.name == "digits":
         return _digits()
     if config.name.startswith("npz:"):
@@ -138,7 +199,7 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
 
 def _npz_arrays(name: str) -> dict[str, np.ndarray]:
     """The arrays of a file by name."""
-    path = Path(name.removeprefix("npz:")).expanduser()
+    path = storage.local(name.removeprefix("npz:"), "data.name")
     if not path.is_file():
         raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
     try:
@@ -160,7 +221,7 @@ def _own(config: DataConfig, seed: int) -> Dataset:
     }
     named = {split: part for split, part in parts.items() if part}
     whole = sum(map(len, named.values())) == len(arrays) and "train" in named
-    for key in ("crop", "image_size"):
+    for key in ("crop", "image_size", "stream"):
         if getattr(config, key):
             raise ValueError(
                 f"data.{key}: {getattr(config, key)} is not possible with data.inputs; arrays stay as they are"
@@ -197,66 +258,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray, what: str) -> Split:
     return Split.of(images, labels.astype(np.int32))
 
 
-@dataclass(frozen=True, eq=False)
-class _Records:
-    """A split of a TFDS data set, decoded when indexed.
-
-    By Pillow always: TFDS itself decodes by OpenCV where that is installed, and then JPEGs differ by a few units.
-    """
-
-    records: Any
-    what: str  # for error messages
-    image: str  # names of the two features
-    label: str
-    channels: int
-    size: int | None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, indices: NDArray[np.integer]) -> Split:
-        images, labels = np.empty((0, 0, 0, 0), np.uint8), np.empty(len(indices), np.int32)
-        long = len(indices) > 5 * _CHUNK
-        with Progress(f"reading {self.what}", len(indices), unit="images") if long else nullcontext() as progress:
-            for start in range(0, len(indices), _CHUNK):
-                for i, example in enumerate(self.examples(indices[start : start + _CHUNK]), start):
-                    image = self.decode(example[self.image], indices[i])
-                    if i == 0:
-                        _check_size(self.what, (len(indices), *image.shape))
-                        images = np.empty((len(indices), *image.shape), np.uint8)
-                    elif image.shape != images.shape[1:]:
-                        raise ValueError(
-                            f"data.image_size: None keeps sizes, but images of {self.what} differ in them, "
-                            f"{images.shape[1:3]} and {image.shape[:2]}; give a side in pixels"
-                        )
-                    images[i], labels[i] = image, example[self.label]
-                if progress is not None:
-                    progress.update(min(start + _CHUNK, len(indices)), {})
-        return Split.of(images, labels)
-
-    def examples(self, indices: NDArray[np.integer]) -> Sequence[dict[str, Any]]:
-        """Records as TFDS gives them, their images not decoded."""
-        try:
-            return self.records.__getitems__(indices.tolist())
-        except Exception as error:
-            raise ValueError(
-                f"data.name: {self.what} is damaged or incomplete ({_line(error)}); delete it and prepare it again"
-            ) from error
-
-    def decode(self, encoded: bytes, index: int) -> NDArray[np.uint8]:
-        """(height, width, channels) of a PNG, JPEG or whatever else Pillow reads."""
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            image = np.asarray(Image.open(io.BytesIO(encoded)).convert({1: "L", 3: "RGB", 4: "RGBA"}[self.channels]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else _line(error)
-            raise ValueError(f"data.name: image {index} of {self.what} cannot be decoded ({why})") from error
-        image = image.reshape(*image.shape[:2], self.channels)
-        return image if self.size is None else _resize(image[None], self.size)[0]
-
-
-def _tfds(config: DataConfig) -> tuple[_Records, _Records | None, _Records | None, tuple[str, ...]]:
+def _tfds(config: DataConfig) -> tuple[Records, Records | None, Records | None, tuple[str, ...]]:
     """A TFDS data set, prepared first where it is not and there is a network."""
     try:
         import array_record  # noqa: F401
@@ -266,7 +268,7 @@ def _tfds(config: DataConfig) -> tuple[_Records, _Records | None, _Records | Non
             f"data.name: {config.name!r} is not digits or npz:FILE, and to read it as a TFDS data set {error.name} is "
             "missing: pip install 'kdsearch-jax[tfds]'"
         ) from error
-    given = {} if config.data_dir is None else {"data_dir": str(Path(config.data_dir).expanduser())}
+    given = {} if config.data_dir is None else {"data_dir": _data_dir(config.data_dir, config.name)}
     builder = _open(tfds, config.name, given)
     image = _feature(config.name, builder, tfds.features.Image, "image")
     label = _feature(config.name, builder, tfds.features.ClassLabel, "label")
@@ -282,13 +284,20 @@ def _tfds(config: DataConfig) -> tuple[_Records, _Records | None, _Records | Non
                 records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
             except Exception as error:
                 raise _bad(config.name, f"cannot be read ({_line(error)})") from error
-            records = _Records(records, f"{config.name} {split}", image, label, channels, config.image_size)
+            records = Records(records, f"{config.name} {split}", image, label, channels)
             # Competitions keep the labels of their test split for themselves: TFDS writes −1.
-            if len(records) and (split == "train" or records.examples(np.zeros(1, int))[0][label] >= 0):
+            if len(records) and (split == "train" or records.read([0])[0][1] >= 0):
                 splits[split] = records
     if "train" not in splits:
         raise _bad(config.name, f"has no split train, only {', '.join(builder.info.splits)}; give another data set")
     return splits["train"], splits.get("validation"), splits.get("test"), tuple(features[label].names)
+
+
+def _data_dir(directory: str, name: str) -> str:
+    """Where TFDS finds a data set; out of an object store it is copied, all of it."""
+    if storage.address(directory) is None:
+        return str(storage.local(directory))
+    return str(storage.local(f"{directory}/{re.split('[/:]', name)[0]}", "data.data_dir").parent)
 
 
 def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
@@ -366,14 +375,22 @@ def _check_settings(config: DataConfig) -> None:
         value = getattr(config, key.removeprefix("data."), None) if key.startswith("data.") else None
         if value is not None and not holds(value):
             raise ValueError(f"{key}: {value!r} is not possible; {requirement}")
+    if config.framing == "crop":
+        if config.image_size is None:
+            raise ValueError("data.framing: 'crop' needs the side of what is cut out; give data.image_size in pixels")
+        if config.crop:
+            raise ValueError(f"data.crop: {config.crop} shifts what data.framing 'crop' cuts out at random; give 0")
+        if config.stream is False:
+            raise ValueError("data.stream: False keeps decoded images, of which data.framing 'crop' cuts out others at "
+                             "every epoch; leave one of both out")  # fmt: skip
 
 
 def _check_size(what: str, shape: tuple[int, ...]) -> None:
     if math.prod(shape) > LARGEST:
         raise ValueError(
             f"data.name: {what} takes {math.prod(shape) / 2**30:.1f} GiB decoded ({shape[0]} images of "
-            f"{'x'.join(map(str, shape[1:]))}), and at most {LARGEST / 2**30:g} are kept on a device; streaming is not "
-            "there yet, so give a smaller data.image_size or data.train_limit"
+            f"{'x'.join(map(str, shape[1:]))}), and at most {LARGEST / 2**30:g} are kept on a device; stream it "
+            "(data.stream; TFDS data sets only), or give a smaller data.image_size or data.train_limit"
         )
 
 
@@ -383,30 +400,40 @@ def _check_splits(config: DataConfig, splits: dict[str, Split], names: tuple[str
     shape = splits["train"].images.shape[1:]
     for key, split in splits.items():
         found = split.images.shape[1:]
-        _check_size(f"{config.name} {key}", split.images.shape)
         if found != shape:
             more = "data.image_size" if found[2] == shape[2] else "all images the same channels"
             raise _bad(config.name, f"has {key} images of {found}, but training images of {shape}; give {more}")
-        low, high = split.labels.min(), split.labels.max()
-        if low < 0 or high >= len(names):
-            raise _bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
 
 
-def _read(split: Split | _Records) -> Split:
-    return split if isinstance(split, Split) else split[np.arange(len(split))]
+def _read(split: Split | Records, framing: Framing) -> Split:
+    """A split in memory.
+
+    By Pillow always: TFDS itself decodes by OpenCV where that is installed, and then JPEGs differ by a few units.
+    """
+    if isinstance(split, Split):
+        return split
+    count = len(split)
+    reader = Reader.of(split, framing)
+    _check_size(split.what, (count, *reader.shape))
+    images, labels = np.empty((count, *reader.shape), np.uint8), np.empty(count, np.int32)
+    with Progress(f"reading {split.what}", count, unit="images") if count > 5 * _CHUNK else nullcontext() as progress:
+        for start in range(0, count, _CHUNK):
+            chosen = range(start, min(start + _CHUNK, count))
+            for i, (encoded, label) in zip(chosen, split.read(chosen), strict=True):
+                images[i], labels[i] = reader.image(encoded, i), label
+            if progress is not None:
+                progress.update(chosen.stop, {})
+    return Split.of(images, labels)
 
 
 def _resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """(examples, size, size, channels); each channel by itself, as it may be anything."""
     if images.shape[1:3] == (size, size):
         return images
-    from PIL import Image
-
-    resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
-    for i, c in np.ndindex(len(images), images.shape[3]):
-        channel = Image.fromarray(np.ascontiguousarray(images[i, :, :, c]))
-        resized[i, :, :, c] = np.asarray(channel.resize((size, size), Image.Resampling.BILINEAR))
-    return resized
+    found = np.empty((len(images), size, size, images.shape[3]), np.uint8)
+    for i, image in enumerate(images):
+        found[i] = resized(image, size)
+    return found
 
 
 def _normalisation(config: DataConfig, images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

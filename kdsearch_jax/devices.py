@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,26 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
             return leaf
         host = np.asarray(leaf if isinstance(leaf, (np.ndarray, jax.Array)) else jnp.asarray(leaf))
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
+    """Which of so many rows this process's devices hold, of arrays that are split along their first axis; rising."""
+    parts = sharding.addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for part in parts if part for row in range(*part[0].indices(rows))}))
+
+
+def assemble(tree: Any, held: Sequence[int], sharding: NamedSharding, rows: int) -> Any:
+    """Leaves of so many rows, of which every process gives those that its devices hold, `held` of `local_rows`."""
+    first = {row: at for at, row in enumerate(held)}
+
+    def put(leaf: np.ndarray) -> Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return leaf[first[start] : first[start] + stop - start]
+
+        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)
 
     return jax.tree.map(put, tree)
 

@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdsearch_jax import cli, losses
-from kdsearch_jax.batches import normalise, padded_batches, prepared
+from kdsearch_jax import cli, losses, storage
+from kdsearch_jax.batches import normalise, prepared
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import DataConfig
 from kdsearch_jax.data import load
 from kdsearch_jax.devices import data_mesh, place, replicate
 from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.feeding import in_order
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
 from kdsearch_jax.student import Architecture
@@ -72,8 +73,8 @@ def predict(
     constants = replicate((variables, np.asarray(mean, np.float32), np.asarray(std, np.float32)), mesh)
     forward, spread = _forward(module, mesh, call), NamedSharding(mesh, PartitionSpec("data"))
     found = []
-    for indices, weights in padded_batches(len(images), size):
-        logits = np.asarray(forward(*constants, place(images[indices], spread)))
+    for indices, weights, batch in in_order({"images": images}, size, spread):
+        logits = np.asarray(forward(*constants, batch["images"]))
         found.append((indices[weights > 0], logits[weights > 0]))
     logits = np.empty((len(images), found[0][1].shape[-1]), np.float32)
     for indices, values in found:
@@ -112,7 +113,7 @@ def score(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | N
     Raises:
       ValueError: a label has no logit, or the teacher tells apart another number of classes.
     """
-    classes = logits.shape[-1]
+    classes, labels = logits.shape[-1], np.asarray(labels)
     if labels.max() >= classes:
         raise ValueError(f"labels: there is a class {labels.max()}, but the network tells apart {classes} only")
     if teacher_logits is not None and teacher_logits.shape != logits.shape:
@@ -182,16 +183,16 @@ def measurer(
     def measure(variables: Any) -> dict[str, float]:
         variables = replicate(variables, mesh)
 
-        def of(indices: np.ndarray) -> dict[str, np.ndarray]:
-            return jax.device_get(compiled(variables, target_variables, place(split[indices].arrays, spread)))
+        def of(arrays: Any) -> dict[str, np.ndarray]:
+            return jax.device_get(compiled(variables, target_variables, arrays))
 
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for indices, weights in padded_batches(len(split), size):
-            found, real = of(indices), int(weights.sum())
+        for indices, weights, arrays in in_order(split.arrays, size, spread):
+            found, real = of(arrays), int(weights.sum())
             if real < size and any(np.ndim(value) == 0 for value in found.values()):  # padding is part of such a number
                 shared = real // mesh.size * mesh.size
-                alone = of(indices[:shared]) if shared else {}
+                alone = of(place(split[indices[:shared]].arrays, spread)) if shared else {}
                 found = {name: value if np.ndim(value) else alone.get(name) for name, value in found.items()}
             for name, value in found.items():
                 if value is not None:
@@ -316,7 +317,7 @@ def main(argv: list[str]) -> int:
         argv, EvaluateOptions, "kdsearch_jax.evaluate", "Accuracy of a network on a data set, each example once."
     )
     named = {"network": options.network, **({"teacher": options.teacher} if options.teacher else {})}
-    networks = {name: load_network(directory) for name, directory in named.items()}
+    networks = {name: load_network(path, trust_code=options.trust_code) for name, path in named.items()}
     dataset = _load_data(networks["network"], options.data, options.data_dir)
     split: Split = getattr(dataset, options.split)
     logits = {}
@@ -327,18 +328,22 @@ def main(argv: list[str]) -> int:
     rows = {name: score(values, split.labels, logits.get("teacher")) for name, values in logits.items()}
     if jax.process_index() == 0:
         print(f"{len(split)} images of {dataset.name}, {options.split}")
-        print(_table({named[name]: row for name, row in rows.items()}))
+        print(storage.shown(_table({named[name]: row for name, row in rows.items()})))
     return 0
 
 
 def _load_data(network: Network, name: str | None, data_dir: str | None) -> Dataset:
-    """The data set asked for, or the one that the network was trained on, at the size of the network's images."""
+    """The data set asked for, or the one that the network was trained on, at the size of the network's images.
+
+    Framed as then: whether a network sees an image's middle or all of it makes a difference of some percent.
+    """
     _, _, architecture, info = network
     name = name or info.get("dataset")
     if not name:
         raise ValueError("data: the network does not say what it was trained on; give --data NAME")
     sides = set(architecture.input_shape[:2])
-    return load(DataConfig(name, data_dir=data_dir, image_size=sides.pop() if len(sides) == 1 else None))
+    framing = "crop" if info.get("framing") == "crop" and not name.startswith(("digits", "npz:")) else "stretch"
+    return load(DataConfig(name, data_dir, image_size=sides.pop() if len(sides) == 1 else None, framing=framing))
 
 
 def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:

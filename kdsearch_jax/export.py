@@ -28,12 +28,13 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from kdsearch_jax import cli
-from kdsearch_jax.checkpoint import describe, fitting_module, flatten, flush, load_network, unflatten, verified
+from kdsearch_jax import cli, foreign, storage
+from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
+from kdsearch_jax.files import flush, parse_json, read_object
 from kdsearch_jax.library import bound
+from kdsearch_jax.models import check_trust
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import path_string
 
@@ -49,7 +50,8 @@ _USE = {
     "stablehlo": "{outputs} = jax.export.deserialize(bytearray(open({file!r}, 'rb').read())).call({inputs})",
 }
 _CHECK = (
-    "import json, sys; from kdsearch_jax import export; print(json.dumps(export.check(*sys.argv[1:3], sys.argv[3:])))"
+    "import json, sys; from kdsearch_jax import export; "
+    "print(json.dumps(export.check(*sys.argv[1:3], sys.argv[3:], trust_code=True)))"  # its parent does
 )
 
 
@@ -58,7 +60,12 @@ class CannotExportError(ValueError):
 
 
 def export(
-    network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS, module: Any = None
+    network_dir: str | Path,
+    out_dir: str | Path,
+    formats: Sequence[Format] = FORMATS,
+    module: Any = None,
+    *,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Writes a network in each format, checked by a fresh process, and manifest.json; returns the manifest.
 
@@ -67,6 +74,7 @@ def export(
       out_dir: made if it is not there; may be `network_dir`. Files of the same names are replaced.
       formats: of "safetensors" and "stablehlo".
       module: the base model, where the network is of a module object.
+      trust_code: as for `load_network`.
 
     Raises:
       ValueError: no such format, the network does not allow a free batch size, or a file computes something else than
@@ -76,8 +84,8 @@ def export(
     if unknown := [given for given in formats if given not in FORMATS]:
         raise ValueError(f"format {unknown[0]!r} is unknown; there are {', '.join(FORMATS)}")
     base = module
-    module, variables, architecture, info = load_network(network_dir, base)
-    out = Path(out_dir).absolute()
+    network_dir, out = storage.local(network_dir, "network_dir"), storage.local(out_dir, "out_dir").absolute()
+    module, variables, architecture, info = load_network(network_dir, base, trust_code=trust_code)
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -105,45 +113,46 @@ def export(
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
+    storage.publish()
     return manifest
 
 
-def load_safetensors(path: str | Path, module: Any = None) -> tuple[Any, dict[str, Any]]:
+def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool = False) -> tuple[Any, dict[str, Any]]:
     """The network in a file that `export` wrote: (module, variables).
 
     module: the base model, for a network of a module object.
-
-    A network of `package.module:factory` imports that package, that is, runs its code.
+    trust_code: a network of `package.module:factory` may import that package, that is, run its code.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
     """
-    architecture, variables = _read_safetensors(Path(path))
-    return fitting_module(architecture, variables, Path(path), module), variables
+    path = storage.local(path, "path")
+    architecture, variables = _read_safetensors(path)
+    if module is None:
+        check_trust(architecture.model, trust_code)
+    return fitting_module(architecture, variables, path, module), variables
 
 
 def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
+    arrays, metadata = foreign.read_safetensors(path)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "architecture" not in metadata or "leaves" not in metadata:
-                raise ValueError("it holds no architecture; kdsearch_jax.export writes one")
-            architecture = Architecture.from_json(json.loads(metadata["architecture"]))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        leaves = json.loads(metadata["leaves"])
+        if "architecture" not in metadata or "leaves" not in metadata:
+            raise ValueError("it holds no architecture; kdsearch_jax.export writes one")
+        architecture = Architecture.from_json(parse_json(metadata["architecture"]))
+        leaves = parse_json(metadata["leaves"])
         if not isinstance(leaves, dict) or leaves.keys() != arrays.keys():
             raise ValueError("its arrays are not those that were saved")
         variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
-    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
     return architecture, variables
 
 
 def check(
-    network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS
+    network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS, *, trust_code: bool = False
 ) -> dict[str, dict[str, float]]:
     """Compares exported files with the network: {format: {"max_difference", "logits_scale"}}.
 
@@ -153,17 +162,18 @@ def check(
     Raises:
       ValueError: some output is further off than 1e-5 of the largest, or a file cannot be read.
     """
-    stored = Path(out_dir) / _EXPECTED
+    network_dir, out_dir = storage.local(network_dir, "network_dir"), storage.local(out_dir, "out_dir")
+    stored = out_dir / _EXPECTED
     if stored.is_file():
         architecture, expected = (
-            Architecture.from_json(json.loads((Path(network_dir) / "architecture.json").read_text())),
+            Architecture.from_json(read_object(Path(network_dir) / "architecture.json")),
             {},
         )
         with np.load(stored, allow_pickle=False) as file:
             expected = dict(file)
         formats_run = [format for format in formats if format != "safetensors"]
     else:
-        module, variables, architecture, _ = load_network(network_dir)
+        module, variables, architecture, _ = load_network(network_dir, trust_code=trust_code)
         expected, formats_run = _expected(module, variables, architecture), list(formats)
     if not all(np.isfinite(value).all() for value in expected.values()):
         raise ValueError(f"the logits of {network_dir} are not finite; its training diverged")
@@ -172,7 +182,7 @@ def check(
     for format in formats:
         path, difference = Path(out_dir) / f"student.{format}", 0.0
         if format in formats_run:
-            for name, actual in _outputs(_runner(path, format), architecture).items():
+            for name, actual in _outputs(_runner(path, format, trust_code), architecture).items():
                 if actual.shape != expected[name].shape:
                     raise ValueError(f"{path} returns {actual.shape}, the network {expected[name].shape}")
                 # A maximum that meets NaN is NaN, which no comparison below accepts.
@@ -221,11 +231,11 @@ def _plain(outputs: Any) -> Any:
     return outputs if builtin(outputs) else {path_string(path): leaf for path, leaf in named}
 
 
-def _runner(path: Path, format: Format) -> Callable[..., Any]:
+def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
     """The network's function of its inputs, by the file alone."""
     if format == "safetensors":
         architecture, _ = _read_safetensors(path)
-        return jax.jit(_function(*load_safetensors(path), architecture))
+        return jax.jit(_function(*load_safetensors(path, trust_code=trust_code), architecture))
     try:
         return jax.export.deserialize(bytearray(path.read_bytes())).call
     except Exception as error:  # flatbuffers trips over damage in ways of its own
@@ -274,8 +284,8 @@ def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[
 def is_whole(directory: Path) -> bool:
     """Whether an export has ended here: manifest.json, written last, and all files that it names, by their digests."""
     try:
-        files = json.loads((directory / "manifest.json").read_text())["files"]
-        return all(
+        files = read_object(directory / "manifest.json")["files"]
+        return files.keys() <= {f"student.{format}" for format in FORMATS} and all(
             hashlib.sha256((directory / name).read_bytes()).hexdigest() == file["sha256"]
             for name, file in files.items()
         )
@@ -329,11 +339,12 @@ def main(argv: list[str]) -> int:
 
     options = cli.parse_options(argv, ExportOptions, "kdsearch_jax.export", (__doc__ or "").split("\n\n")[0])
     if options.check:
-        found = check(options.network, options.out, options.formats)
+        found = check(options.network, options.out, options.formats, trust_code=options.trust_code)
     else:
-        found = export(options.network, options.out, options.formats)["files"]
+        found = export(options.network, options.out, options.formats, trust_code=options.trust_code)["files"]
     for name, file in found.items():
-        print(f"{options.out}: {name} differs by {file['max_difference']:.2g}, logits up to {file['logits_scale']:.3g}")
+        told = f"{name} differs by {file['max_difference']:.2g}, logits up to {file['logits_scale']:.3g}"
+        print(storage.shown(f"{options.out}: {told}"))
     return 0
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 MAX_JSON = 1 << 26  # bytes; of what this package writes, nothing comes near
 MAX_ARRAYS = 1 << 32
+DEEPEST = 64  # nesting of JSON: whoever walks through it may recurse
 _HEADER = 1 << 16  # bytes of a npy header at most
 
 
@@ -66,12 +67,35 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
       FileNotFoundError: there is none.
       DamagedError: it is larger than `limit` bytes, or no JSON.
     """
-    if (size := path.stat().st_size) > limit:
-        raise DamagedError(f"{path} has {size} bytes, more than any file of its kind ({limit})")
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DamagedError(f"{path} has more than {limit} bytes, as no file of its kind")
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content.decode("utf-8"))
+    except ValueError as error:
         raise DamagedError(f"{path} is damaged: {_line(error)}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, or nested more than DEEPEST times."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} times") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {DEEPEST} times")
 
 
 def read_object(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:

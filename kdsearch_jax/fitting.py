@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from kdsearch_jax import evaluate, train
 from kdsearch_jax.checkpoint import save_network
+from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json
@@ -90,6 +90,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "mean": list(road.dataset.mean),
         "std": list(road.dataset.std),
         "class_names": list(road.dataset.class_names),
+        "framing": road.experiment.data.framing,
         "macs": cost.macs,
         "params": cost.params,
         **more,
@@ -98,9 +99,8 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
 
 
 def meet(what: str) -> None:
-    """Waits for the other processes of the run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Waits for the other processes of the run, which see then what the first has written."""
+    checkpoint.meet(what)
 
 
 def write(path: Path, value: Any) -> None:

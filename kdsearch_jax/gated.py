@@ -35,7 +35,7 @@ from kdsearch_jax.tracing.topology import Topology, path_string
 
 SNAPSHOTS = 200  # rows of gate history kept at most
 LAG, GAIN = 1.02, 1.5  # λ2 is raised by GAIN at every call while the cost is LAG times its target or more
-HOLD = 1e6  # penalty of a gate at 0: the dead stay dead, also at the budget where λ2 is 0; not if too many have died
+HOLD = 1e6  # penalty of a gate at 0: the dead stay dead, also at the budget where λ2 is 0; but for those recalled
 
 
 def make_transformation(stage: StageConfig, config: GatesConfig) -> optax.GradientTransformationExtraArgs:
@@ -175,8 +175,12 @@ def controller(
             gain = min(gain * GAIN, 1e6) if behind else max(gain / GAIN, 1.0)
             rate = config.learning_rate / (1.0 - config.momentum)
             lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
-        returns = (gates > 0) | (pressure < budget_lib.FLOOR)
-        weights = np.where(returns, lambda2 * alpha, HOLD)
+        free = gates > 0
+        if pressure < budget_lib.FLOOR:
+            cost = budget_lib.cost_of(topology, limits, alive, importance, goal)
+            worth = np.divide(importance, cost, out=np.zeros_like(cost), where=cost > 0)
+            free |= budget_lib.recalled(topology, limits, alive, worth)
+        weights = np.where(free, lambda2 * alpha, HOLD)
         penalty = {name: value.astype(np.float32) for name, value in part.take(weights).items()}
         macs, params = topology.cost(alive)
         full_macs, full_params = topology.total()

@@ -8,7 +8,7 @@ Takes teacher and search from RUN, retrains in a run directory of its own, and d
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdsearch_jax import cli, delivery, stages
+from kdsearch_jax import cli, delivery, rundir, stages, storage
 from kdsearch_jax.road import prepare
 
 
@@ -26,9 +26,13 @@ def main(argv: list[str]) -> int:
     assert options.workdir is not None
     if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
         raise cli.UsageError("--search-from is missing; give a run whose search is finished")
-    road = prepare(experiment, options.workdir, resume=options.resume, search_from=options.search_from)
-    cli.new_run_directory(options.workdir, experiment, options.resume)
-    results = stages.run(road, resume=options.resume)
+    origin = options.search_from and storage.shown(str(options.search_from))
+    command = {"command": "retrain", "--search-from": origin}
+    resume = rundir.goes_on(options.workdir, experiment, command, options.resume)
+    start, trust = options.search_from, options.trust_code
+    road = prepare(experiment, options.workdir, resume=resume, search_from=start, trust_code=trust)
+    with rundir.run_directory(options.workdir, experiment, command, resume=resume, data=road.fingerprint):
+        results = stages.run(road, resume=resume)
     assert results is not None
     print(delivery.table(results))
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, distilling, front, measured, models, pretrained, weights
+from kdsearch_jax import baselines, distilling, front, measured, models, pretrained, storage, weights
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
@@ -27,16 +28,18 @@ from kdsearch_jax.budget import Limits
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import Experiment
-from kdsearch_jax.examples import Dataset
-from kdsearch_jax.files import read_object
+from kdsearch_jax.examples import SPLITS, Dataset
+from kdsearch_jax.files import memory, read_object
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network, library_of, trace
+from kdsearch_jax.rundir import fingerprint
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
 
 log = logging.getLogger(__name__)
 
+COPIES = 4  # of the parameters while they are trained: themselves, gradients, momentum, a checkpoint's
 PROOF = 16  # examples of a batch on which networks are proved equal
 
 
@@ -50,9 +53,9 @@ class Loaded:
     info: dict[str, Any]
 
     @staticmethod
-    def of(directory: Path, base: Any = None) -> Loaded:
+    def of(directory: Path, base: Any = None, *, trust_code: bool = False) -> Loaded:
         """Reads a network directory; base: the base model, where the directory cannot name it."""
-        return Loaded(*load_network(directory, base))
+        return Loaded(*load_network(directory, base, trust_code=trust_code))
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,14 @@ class Road:
         """The search stage's directory."""
         return self.directory / "search"
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
+
     def load(self, directory: Path) -> Loaded:
         """A network of this run."""
-        return Loaded.of(directory, self.base)
+        return Loaded.of(directory, self.base, trust_code=True)
 
 
 def prepare(
@@ -107,6 +115,7 @@ def prepare(
     search_from: Path | None = None,
     searches: bool = True,
     own: Own | None = None,
+    trust_code: bool = False,
 ) -> Road:
     """Checks what can be checked before any work, and before any file is written.
 
@@ -118,6 +127,8 @@ def prepare(
       search_from: a run with a finished search, or that stage's directory.
       searches: False where the run ends with the teacher.
       own: the teacher and its data, where they are objects.
+      trust_code: networks that are given may import the packages that they name; those of this run, and of the one to
+        start from, may always.
 
     Raises:
       ValueError, OSError: where one of them cannot serve.
@@ -129,18 +140,22 @@ def prepare(
             "adds budgets to a run"
         )
     found = None if search_from is None else _finished_search(search_from, experiment, directory)
-    source = experiment.teacher_from
+    source, ours = experiment.teacher_from, True
     if resume and finished(directory / "teacher"):
         source = str(directory / "teacher" / "network")
     elif found is not None:
         source = str(found.parent / "teacher" / "network")
+    else:
+        source, ours = _brought(source, "teacher_from"), False
     if source is not None and not Path(source).exists():
         raise FileNotFoundError(f"teacher_from: {source} does not exist")
     start = _network_directory(source)
     if own is None and start is None and not _is_huggingface(source):
         models.build(experiment.model.name, _arguments(experiment, 2))  # before data are read
+    elif own is None and ":" in experiment.model.name:
+        models.takes(experiment.model.name, "")  # imports it: whoever names a package trusts it
     dataset = data_lib.load(experiment.data, 0) if own is None else own.dataset
-    given = _given(experiment, dataset, source, start, own)
+    given = _given(experiment, dataset, source, start, own, trust_code=trust_code or ours)
     if given is not None and experiment.data.mean is None and "mean" in given.info and dataset.mean:
         # It sees images as it was trained on them.
         dataset = dataclasses.replace(dataset, mean=tuple(given.info["mean"]), std=tuple(given.info["std"]))
@@ -157,7 +172,7 @@ def prepare(
             if experiment.baselines:
                 baselines.check(network.topology, limits)
     base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
-    further = tuple(_further(experiment, dataset, source) for source in experiment.distill.teachers)
+    further = tuple(_further(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
     return Road(experiment, dataset, directory, task, given, found, base, further)
 
 
@@ -245,6 +260,14 @@ def _arguments(experiment: Experiment, classes: int) -> dict[str, Any]:
     return {**model.arguments, "num_classes": classes}
 
 
+def _brought(source: str | None, argument: str) -> str | None:
+    """The path of a copy where a teacher lies in an object store: of a run, of its teacher alone."""
+    if source is None or storage.address(source) is None:
+        return source
+    inner = storage.local(f"{source}/teacher/network", argument)
+    return str(inner.parent.parent if inner.exists() else storage.local(source, argument))
+
+
 def _network_directory(path: str | None) -> Path | None:
     """The network directory meant by `path` (a run's, or the network's own); None where it is of another kind."""
     if path is None or not Path(path).is_dir():
@@ -267,6 +290,7 @@ def _given(
     own: Own | None,
     *,
     searched: bool = True,
+    trust_code: bool = False,
 ) -> Loaded | None:
     """The teacher that is given, in whatever way; None where it is to be trained."""
     if own is not None:
@@ -277,7 +301,7 @@ def _given(
         variables = weights.fit(own.variables, own.module, architecture.called, "variables")
         return Loaded(own.module, variables, architecture, {})
     if start is not None:
-        given = Loaded.of(start)
+        given = Loaded.of(start, trust_code=trust_code)
         if searched and (given.architecture.layers or given.architecture.dropped):
             raise ValueError(f"teacher_from: {start} was cut already and cannot be searched again; give its teacher")
         _check_teacher(str(start), given, experiment, dataset)
@@ -300,12 +324,14 @@ def _given(
     return Loaded(module, variables, architecture, {})
 
 
-def _further(experiment: Experiment, dataset: Dataset, source: str) -> Loaded:
+def _further(experiment: Experiment, dataset: Dataset, source: str, trust_code: bool) -> Loaded:
     """One of `distill.teachers`; unlike the one that is searched, it may be a student itself."""
+    source = _brought(source, "distill.teachers") or source
     if not Path(source).exists():
         raise FileNotFoundError(f"distill.teachers: {source} does not exist")
     try:
-        found = _given(experiment, dataset, source, _network_directory(source), None, searched=False)
+        start = _network_directory(source)
+        found = _given(experiment, dataset, source, start, None, searched=False, trust_code=trust_code)
     except ValueError as error:
         raise ValueError(str(error).replace("teacher_from:", "distill.teachers:")) from error
     assert found is not None
@@ -358,6 +384,12 @@ def _task(
     call.check(module)
     _check_augmentation(experiment, dataset)
     variables = library_of(module).variables(module, call.example(2), call.keywords(module, train=False))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+    if given is None and COPIES * size > memory():
+        raise ValueError(
+            f"model.arguments: to train this {architecture.model} takes {COPIES * size / 2**30:.1f} GiB for parameters "
+            f"alone; this machine has {memory() / 2**30:.1f}"
+        )
     loss, metrics = (own.loss, own.metrics) if own is not None else (None, None)
     task = task_lib.examine(
         module, given.variables if given else variables, call, dataset, experiment.distill, loss, metrics

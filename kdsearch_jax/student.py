@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from flax.core import freeze
 
 from kdsearch_jax import models
-from kdsearch_jax.call import Call
+from kdsearch_jax.call import LARGEST, Call
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -95,7 +96,7 @@ class Architecture:
                 raise ValueError(f"architecture: layers[{path!r}] must map attributes to sizes, not {sizes!r:.80}")
         if not all(isinstance(path, str) for path in record["dropped"]):
             raise ValueError(f"architecture: 'dropped' must list layer paths, not {record['dropped']!r:.80}")
-        if not all(map(_is_int, record["input_shape"])):
+        if not all(map(_is_int, record["input_shape"])) or math.prod(record["input_shape"]) > LARGEST:
             raise ValueError(f"architecture: 'input_shape' must list sizes, not {record['input_shape']!r:.80}")
         sized = {path: {k: _tupled(v) for k, v in sizes.items()} for path, sizes in record["layers"].items()}
         call = Call.from_json(record["call"]) if "call" in record else None

@@ -34,6 +34,7 @@ from kdsearch_jax.config import DistillConfig, loss_weights
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement
+from kdsearch_jax.streaming import Column
 
 Loss = Callable[[Any, Any, Mapping[str, Any]], Array]
 Metrics = Callable[[Any, Mapping[str, Any]], Mapping[str, Array]]
@@ -263,12 +264,15 @@ def _kinds(leaves: list[tuple[str, Any]], dataset: Dataset, distill: DistillConf
 def _labelled(leaf: Any, dataset: Dataset, strict: bool) -> bool:
     """Whether the data's labels are classes of this output, one a position; out of range, an error if `strict`."""
     labels = dataset.train.arrays.get("labels")
-    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or leaf.ndim < 2:
+    if not isinstance(labels, (np.ndarray, Column)) or labels.dtype.kind not in "iu" or leaf.ndim < 2:
         return False
     if labels.shape[1:] != leaf.shape[1:-1]:
         return False
-    every = [split.arrays["labels"] for split in (dataset.train, dataset.validation, dataset.test)]
-    low, high = min(each.min() for each in every), max(each.max() for each in every)
+    if isinstance(labels, Column):  # each is looked at when it is read
+        low, high = 0, dataset.num_classes - 1
+    else:
+        every = [split.arrays["labels"] for split in (dataset.train, dataset.validation, dataset.test)]
+        low, high = min(each.min() for each in every), max(each.max() for each in every)
     if low >= 0 and high < leaf.shape[-1]:
         return True
     if strict:

@@ -3,7 +3,7 @@
 `python -m kdsearch_jax.search --resume --workdir RUN`, with the same settings, goes on from there.
 """
 
-from kdsearch_jax import cli, stages
+from kdsearch_jax import cli, rundir, stages, storage
 from kdsearch_jax.road import prepare
 
 
@@ -11,10 +11,12 @@ def main(argv: list[str]) -> int:
     """Runs the teacher's stage only."""
     options, experiment = cli.parse(argv, cli.RunOptions, "kdsearch_jax.teacher", __doc__ or "")
     assert options.workdir is not None
-    road = prepare(experiment, options.workdir, resume=options.resume, searches=False)
-    cli.new_run_directory(options.workdir, experiment, options.resume)
-    stages.run(road, resume=options.resume, stop_after="teacher")
-    print(f"teacher: {road.teacher}")
+    command = {"command": "teacher"}
+    resume = rundir.goes_on(options.workdir, experiment, command, options.resume)
+    road = prepare(experiment, options.workdir, resume=resume, searches=False, trust_code=options.trust_code)
+    with rundir.run_directory(options.workdir, experiment, command, resume=resume, data=road.fingerprint):
+        stages.run(road, resume=resume, stop_after="teacher")
+    print(storage.shown(f"teacher: {road.teacher}"))
     return 0
 
 

@@ -1,24 +1,26 @@
 """One training loop for the teacher, the search and the student.
 
-A `Step` (`kdsearch_jax.steps`) is one update, a pure function. `fit` owns all the rest. It
-compiles `run.steps_per_dispatch` updates into one call (`lax.scan` under `jit` over a mesh of all devices of all
-processes; on CPUs the loop is Python's), with the state donated. Examples lie on the devices, images as uint8; per call
-only the indices of the batches are sent, sharded over the devices; augmentation and normalisation are part of the
-compiled step. BatchNorm therefore sees the whole batch, however many devices share it.
+A `Step` (`kdsearch_jax.steps`) is one update, a pure function. `fit` owns all the rest. It compiles
+`run.steps_per_dispatch` updates into one call (`lax.scan` under `jit` over a mesh of all devices of all processes; on
+CPUs, and for streamed examples, the loop is Python's), with the state donated. Examples lie on the devices, images as
+uint8, and per call only the indices of the batches are sent; or batches are streamed (`kdsearch_jax.feeding`). They are
+sharded over the devices; augmentation and normalisation are part of the compiled step. BatchNorm therefore sees the
+whole batch, however many devices share it.
 
 Between two calls the host looks at the losses, calls `between`, evaluates, writes metrics and checkpoints. Everything
 random is folded from (seed, step), so step n does the same whether or not the run was interrupted before it, and calls
 begin at multiples of `run.steps_per_dispatch` in any case: a resumed run ends bit by bit where an uninterrupted one
 does, on the same machine. Why a mesh and not `pmap`: docs/training.md.
 
-Not here: what is trained and by which loss, data larger than a device, sharded parameters.
+Not here: what is trained and by which loss, where batches come from, sharded parameters.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdsearch_jax.batches import batch_indices, prepared
+from kdsearch_jax import feeding
+from kdsearch_jax.batches import prepared
 from kdsearch_jax.checkpoint import Checkpointer
 from kdsearch_jax.config import DataConfig, RunConfig, StageConfig
 from kdsearch_jax.devices import data_mesh, owned, place, replicate
@@ -37,11 +40,14 @@ from kdsearch_jax.examples import Dataset
 from kdsearch_jax.metrics import MetricsWriter, Progress
 from kdsearch_jax.optimizer import check_record, check_stage
 from kdsearch_jax.preemption import Preempted, preemption
+from kdsearch_jax.rollback import KEY, Guard
 from kdsearch_jax.steps import Metrics, Step, TrainState
+
+log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(FloatingPointError):
-    """The loss or a parameter is no longer a finite number."""
+    """The loss, or an array of the state, is no longer finite."""
 
 
 def fit(
@@ -93,42 +99,60 @@ def fit(
       ValueError: settings and data do not go together; `between` changed the structure; the config differs from that of
         the checkpoint.
       FileExistsError: `directory` has checkpoints and `resume` is False.
-      TrainingDiverged: a loss or a parameter is NaN or infinite.
+      TrainingDiverged: a loss is NaN or infinite, or an array of the state that was finite at the beginning.
       Preempted: SIGTERM came; the state is saved.
     """
     mesh = data_mesh()
     check_stage(stage)
     check_record(run, "run.")
     _check_batch(stage, dataset, mesh)
-    resident = {
-        "arrays": dataset.train.arrays,
-        "mean": np.asarray(dataset.mean, np.float32),
-        "std": np.asarray(dataset.std, np.float32),
-    }
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(checkpoints_in or Path(directory) / "checkpoints", run.keep))
-        state = _begin(owned(state, mesh), checkpoints, meta, resume, mesh)
-        first = int(state.step)
+        state, stored = _begin(owned(state, mesh), checkpoints, meta, resume, mesh)
+        first, guard, noted = int(state.step), Guard(run, stored.get(KEY)), {}
         if first >= stage.steps or (until is not None and until(state)):
             return state
-        report = stack.enter_context(_report(Path(directory), name, stage.steps, first))
+        if guard.active and not checkpoints.steps():  # there must be one to go back to
+            checkpoints.save(first, state, {**meta, **guard.memory}, wait=True)
+        shown = stack.enter_context(ExitStack())
+        report = shown.enter_context(_report(Path(directory), name, stage.steps, first))
         stop = stack.enter_context(preemption())
-        resident, constants, kind = replicate(resident, mesh), replicate(constants, mesh), _kind(state)
-        dispatch = make_dispatch(step, mesh, data, seed, scanned=jax.default_backend() != "cpu")
+        feed = stack.enter_context(closing(feeding.make(dataset, stage.batch_size, mesh, stage.steps)))
+        constants, kind = replicate(constants, mesh), _kind(state)
+        scanned = feed.resides and jax.default_backend() != "cpu"
+        watched = _watched(state)
+        dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched)
         compiled: set[int] = set()
         while first < stage.steps:
             count = min(run.steps_per_dispatch - first % run.steps_per_dispatch, stage.steps - first)
             done, last = first + count, first + count == stage.steps
-            indices = batch_indices(seed, len(dataset.train), stage.batch_size, first, count)
-            start = time.perf_counter()
-            state, metrics, finite = dispatch(state, indices, resident, constants)
+            start, waited = time.perf_counter(), feed.waited
+            sent = feed.take(first, count, guard.seed(seed, first))
+            state, metrics, finite = dispatch(state, sent, feed.resident, constants)
             metrics = {key: np.asarray(value) for key, value in metrics.items()}  # waits for the devices
             seconds = time.perf_counter() - start
-            if not (np.isfinite(metrics["loss"]).all() and finite):
-                raise TrainingDiverged(_divergence(name, first, metrics["loss"], state, checkpoints))
-            row = {key: float(metrics[key].mean()) for key in sorted(metrics, key="loss".__ne__)}  # loss first
+            broken = not (np.isfinite(metrics["loss"]).all() and finite)
+            jumps = guard.jumps(np.nan if broken else float(metrics["loss"].mean()))
+            if jumps and not guard.spent:
+                state, good, stored = _restored(state, checkpoints, meta, mesh)
+                noted = guard.back(stored, good, done)
+                log.warning(
+                    "%s: the loss jumped to %.4g by step %d; going back to step %d, and on by other batches (%d of %d)",
+                    name, metrics["loss"].mean(), done, good, noted["rollbacks"], run.rollbacks,
+                )  # fmt: skip
+                shown.close()
+                report, first = shown.enter_context(_report(Path(directory), name, stage.steps, good)), good
+                continue
+            if broken:
+                raise TrainingDiverged(
+                    _divergence(name, first, metrics["loss"], state, watched, constants, checkpoints)
+                )
+            row = {key: float(metrics[key].mean()) for key in sorted(metrics, key="loss".__ne__)} | noted  # loss first
+            noted = {}
             if count in compiled:  # the first call of each length is mostly compilation
                 row["images_per_second"] = count * stage.batch_size / seconds
+                if not feed.resides:
+                    row["data_wait"] = (feed.waited - waited) / seconds
             compiled.add(count)
             if between is not None:
                 state, more = between(state)
@@ -139,9 +163,11 @@ def fit(
                 row |= evaluate(state)
             report(done, row)
             if last or stopping or _passes(first, done, run.checkpoint_every):
-                checkpoints.save(done, state, meta, row, wait=last or stopping)
+                checkpoints.save(done, state, {**meta, **guard.memory}, row, wait=last or stopping)
             if stopping:
-                raise Preempted(f"{name}: stopped by SIGTERM and saved at step {done} of {stage.steps}; resume goes on")
+                raise Preempted(
+                    f"{name}: stopped by SIGTERM and saved at step {done} of {stage.steps}; the same command goes on"
+                )
             if last:
                 break
             first = done
@@ -172,54 +198,84 @@ def _check_batch(stage: StageConfig, dataset: Dataset, mesh: Mesh) -> None:
         raise ValueError(f"batch_size: {size} is more than the {examples} training examples; give {examples} or less")
 
 
-def _begin(state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], resume: bool, mesh: Mesh) -> TrainState:
-    """The state to go on from: that of the newest good checkpoint, or else the one given."""
+def _begin(
+    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], resume: bool, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state to go on from, its meta): those of the newest good checkpoint, or else the state given."""
     if not resume:
         if steps := checkpoints.steps():
             raise FileExistsError(
                 f"{checkpoints.directory} has checkpoints up to step {steps[-1]}; resume, or give another directory"
             )
-        return state
-    restored = checkpoints.restore(state, meta.get("config"))
-    return state if restored is None else owned(restored[1], mesh)
+        return state, {}
+    if not checkpoints.steps():
+        return state, {}
+    state, _, stored = _restored(state, checkpoints, meta, mesh)
+    return state, stored
+
+
+def _restored(
+    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], mesh: Mesh
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """(state, step, meta) of the newest good checkpoint."""
+    found = checkpoints.restore(state, meta.get("config"))
+    assert found is not None
+    return owned(found[1], mesh), found[0], found[2]
 
 
 def make_dispatch(
-    step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool
-) -> Callable[[TrainState, np.ndarray, Any, Any], tuple[TrainState, Metrics, Array]]:
-    """(state, indices (updates, batch), resident, constants) → (state, metrics (updates,), whether params are finite).
+    step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, watched: Collection[str] | None = None
+) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, Array]]:
+    """(state, batches, resident, constants) → (state, metrics (updates,), whether the state is finite).
+
+    Batches are indices (updates, batch) into what is resident, or an iterable of batches, on the devices or not.
+
+    watched: names of the leaves that are to be finite; None: all of floating point.
 
     The state is donated. With `scanned` all updates are one call of the device, else each is one, with equal results up
-    to rounding. `fit` scans except on CPUs: XLA has no fast convolution there inside of a loop (a ResNet-20 takes 15
-    times as long), and a call costs nothing worth saving.
+    to rounding. `fit` scans where examples reside, except on CPUs: XLA has no fast convolution there inside of a loop
+    (a ResNet-20 takes 15 times as long), and a call costs nothing worth saving. Of streamed batches as many as a call
+    has updates would have to be in memory at once.
     """
     whole, shared, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",), (None, "data")))
 
-    def one(resident: dict[str, Any], constants: Any, state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
+    def one(resident: dict[str, Any], constants: Any, state: TrainState, sent: Any) -> tuple[TrainState, Metrics]:
         augment_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[index], shared), resident["arrays"])
+        rows = sent
+        if not isinstance(sent, Mapping):
+            rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[sent], shared), resident["arrays"])
         batch = prepared(rows, resident["mean"], resident["std"], augment_key, crop=data.crop, flip=data.flip)
         return step(state, batch, step_key, constants)
 
-    def update_once(state: TrainState, index: Array, resident: dict[str, Any], constants: Any) -> Any:
-        return one(resident, constants, state, index)
+    def update_once(state: TrainState, sent: Any, resident: dict[str, Any], constants: Any) -> Any:
+        return one(resident, constants, state, sent)
 
     def update_many(state: TrainState, indices: Array, resident: dict[str, Any], constants: Any) -> Any:
         return jax.lax.scan(partial(one, resident, constants), state, indices)
 
     compiled = jax.jit(update_many if scanned else update_once, donate_argnums=0, out_shardings=whole)
-    finite = jax.jit(lambda params: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all())
+    finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]).all())
 
-    def dispatch(state: TrainState, indices: np.ndarray, resident: Any, constants: Any) -> Any:
+    places: list[int] = []  # of what is watched, among all of floating point
+
+    # Waits for an update: many collectives under way can starve few CPU threads, and many batches fill a memory.
+    behind = 1 if jax.default_backend() == "cpu" else 2
+
+    def dispatch(state: TrainState, sent: Any, resident: Any, constants: Any) -> Any:
         if scanned:
-            state, metrics = compiled(state, place(indices, stacked), resident, constants)
+            state, metrics = compiled(state, place(sent, stacked), resident, constants)
         else:
             rows = []
-            for index in indices:
-                state, row = compiled(state, place(index, shared), resident, constants)
-                rows.append(jax.device_get(row))  # waits: many collectives under way can starve few CPU threads
+            for each in sent:
+                state, row = compiled(state, place(each, shared), resident, constants)
+                rows.append(row)
+                jax.block_until_ready(rows[-behind:][0])
+            rows = jax.device_get(rows)
             metrics = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return state, metrics, finite(state.params)
+        if not places:
+            places.extend(i for i, (name, _) in enumerate(_floats(state)) if watched is None or name in watched)
+        leaves = [leaf for leaf in jax.tree.leaves(_parts(state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return state, metrics, finite([leaves[i] for i in places])
 
     return dispatch
 
@@ -243,13 +299,54 @@ def _settled(state: TrainState, kind: dict[str, Any], mesh: Mesh) -> TrainState:
     return replicate(state, mesh)
 
 
-def _divergence(name: str, first: int, loss: np.ndarray, state: TrainState, checkpoints: Checkpointer) -> str:
+def _floats(state: TrainState) -> list[tuple[str, Any]]:
+    """(name, leaf) of all that is of floating point, in the order of `_parts`."""
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(_parts(state))[0]
+    ]
+    # Parameters go by their own names, as everywhere.
+    names = ("", "model_state/", "extra/", "opt_state/", "ema/")
+    return [
+        (names[int(number)] + path, leaf)
+        for (number, _, path), leaf in ((name.partition("/"), leaf) for name, leaf in named)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+
+
+def _parts(state: TrainState) -> tuple[Any, ...]:
+    """What explains most, if it is not finite, comes first."""
+    return state.params, state.model_state, state.extra, state.opt_state, state.ema
+
+
+def _is_finite(leaf: Any) -> bool:
+    return bool(np.isfinite(np.asarray(leaf, np.float32)).all())
+
+
+def _watched(state: TrainState) -> frozenset[str]:
+    """Leaves that are finite at the beginning, and so shall stay; a history of what is still to come is not."""
+    names, leaves = zip(*_floats(state), strict=True)
+    finite = jax.device_get(jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])(leaves))
+    return frozenset(name for name, good in zip(names, finite, strict=True) if good)
+
+
+def _divergence(
+    name: str,
+    first: int,
+    loss: np.ndarray,
+    state: TrainState,
+    watched: Collection[str],
+    constants: Any,
+    checkpoints: Checkpointer,
+) -> str:
     """What to tell a user whose training has blown up."""
     bad = np.flatnonzero(~np.isfinite(loss))
     what = f"loss is {loss[bad[0]]} at step {first + bad[0] + 1}" if len(bad) else f"step {first + len(loss)}"
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            what += f", {jax.tree_util.keystr(path, simple=True, separator='/')} is not finite"
+    if bad_leaf := next((path for path, leaf in _floats(state) if path in watched and not _is_finite(leaf)), None):
+        what += f", {bad_leaf} is not finite"
+    for path, leaf in jax.tree_util.tree_flatten_with_path(constants)[0]:
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
+            what += f", nor is the teacher's {jax.tree_util.keystr(path, simple=True, separator='/')}"
             break
     steps = checkpoints.steps()
     good = (

@@ -14,7 +14,7 @@ Where something is missing, the error lists what the module needs and what the f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization, traverse_util
+from flax import traverse_util
 
-from kdsearch_jax import pretrained
+from kdsearch_jax import foreign, pretrained, storage
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import unflatten
 from kdsearch_jax.config import nearest
+from kdsearch_jax.files import DamagedError, memory
 from kdsearch_jax.network import library_of
 
-LARGEST = 16 << 30  # bytes of a file
 LISTED = 8  # entries of each side of a mismatch
 _TORCH = (".pth", ".pt", ".th")
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "_sharding", "checkpoint")  # of Orbax's directories
@@ -50,7 +50,7 @@ def load(path: str | Path, module: Any, call: Call, input_shape: tuple[int, ...]
       FileNotFoundError: there is nothing.
       ValueError: it cannot be read, or does not fit the module; lists both sides.
     """
-    path = Path(path).expanduser()
+    path = storage.local(path, "teacher_from")
     if not path.exists():
         raise FileNotFoundError(f"teacher_from: {path} does not exist")
     if _is_torch(path):
@@ -62,7 +62,7 @@ def _is_torch(path: Path) -> bool:
     if path.is_dir():
         return pretrained.is_huggingface(path)
     if path.suffix == ".safetensors":
-        return not any(name.startswith("params/") for name in _safetensors(path))
+        return not any(name.startswith("params/") for name in _read(foreign.read_safetensors, path)[0])
     return path.suffix in _TORCH
 
 
@@ -74,38 +74,32 @@ def read(path: Path) -> Any:
     """
     if path.is_dir():
         return _read_orbax(path)
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"teacher_from: {path} has {path.stat().st_size >> 30} GiB, more than is read")
     if path.suffix == ".safetensors":
-        return unflatten(_safetensors(path))
+        return unflatten(_read(foreign.read_safetensors, path)[0])
     if path.suffix == ".msgpack":
-        try:
-            return serialization.msgpack_restore(path.read_bytes())
-        except Exception as error:  # msgpack's own, and NumPy's
-            raise ValueError(f"teacher_from: {path} cannot be read as Flax's msgpack ({error})") from error
+        return _read(foreign.read_msgpack, path)
     raise ValueError(
         f"teacher_from: {path} is of no kind that is known; give a directory (of a run, of Orbax, of Hugging Face) or "
         f"a file .safetensors, .msgpack, {', '.join(_TORCH)}"
     )
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"teacher_from: {path} cannot be read as safetensors ({error}); is it complete?") from error
+        return read(path)
+    except DamagedError as error:
+        raise ValueError(f"teacher_from: {error}") from error
 
 
 def _read_orbax(path: Path) -> Any:
     """The pytree that Orbax saved, as NumPy arrays: devices and shardings of then are of no interest."""
     for folder in _candidates(path.absolute()):
         try:
+            foreign.check_directory(folder)
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as store:
                 found: Any = store.metadata(folder).item_metadata
                 tree = getattr(found, "tree", found)
+                foreign.check_declared(tree, min(foreign.LARGEST, memory()))
                 arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
                 return store.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments))
         except Exception as error:  # TensorStore's, Orbax's, the file system's

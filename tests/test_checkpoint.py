@@ -28,8 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdsearch_jax import checkpoint
-from kdsearch_jax.checkpoint import networks, shared
-from kdsearch_jax.checkpoint import Checkpointer, CheckpointError, load_network, save_network
+from kdsearch_jax.checkpoint import Checkpointer, CheckpointError, load_network, networks, save_network, shared
+from kdsearch_jax.preemption import preemption
 from kdsearch_jax.student import Architecture
 
 Pair = namedtuple("Pair", "first second")

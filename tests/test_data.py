@@ -27,6 +27,7 @@ from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batch
 from kdsearch_jax.config import DataConfig
 from kdsearch_jax.data import load
 from kdsearch_jax.examples import Dataset, Split, hold_out
+from kdsearch_jax.streaming import reader_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -293,7 +294,7 @@ def test_too_much_for_a_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LARGEST", 32 * 8 * 8 * 3)
     load(config)
     monkeypatch.setattr(data, "LARGEST", 32 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="train takes .* streaming is not there yet"):
+    with pytest.raises(ValueError, match="train takes .* stream it"):
         load(config)
 
 
@@ -462,7 +463,7 @@ def test_data_sets_of_something_else_are_refused(prepare, tfds):
 
 
 def test_an_unreadable_image_is_named(prepare):
-    with pytest.raises(ValueError, match=r"image \d+ of tiny test cannot be decoded \(no image that"):
+    with pytest.raises(ValueError, match=r"image \d+ of tiny test cannot be decoded \(no image in"):
         load(prepare({"train": examples(30), "test": [*examples(9), (b"not an image", 1)]}))
     noise = numbered(1, size=64)[0]
     with pytest.raises(ValueError, match=r"image 0 of tiny test cannot be decoded \(.*truncated"):
@@ -499,10 +500,11 @@ def test_tfrecord_is_refused_with_the_way_out(prepare):
 def test_too_many_records_are_refused_before_they_are_decoded(prepare, monkeypatch):
     config = prepare({"train": [*examples(1), *[(png(numbered(1)[0]), 1)] * 30], "test": examples(9)})
     monkeypatch.setattr(data, "LARGEST", 31 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="tiny train takes .* streaming is not there yet"):
-        load(config)
-    load(dataclasses.replace(config, image_size=7))
-    load(dataclasses.replace(config, train_limit=20))
+    with pytest.raises(ValueError, match="tiny train takes .* stream it"):
+        load(dataclasses.replace(config, stream=False))
+    for fits in ({"image_size": 7}, {"train_limit": 20}):
+        assert isinstance(load(dataclasses.replace(config, **fits)).train.images, np.ndarray)
+    assert reader_of(load(config).train.arrays) is not None  # without being asked to
 
 
 def test_an_unknown_name_brings_the_nearest(tfds, tmp_path):

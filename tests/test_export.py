@@ -204,7 +204,7 @@ def rewritten(path: Path, **metadata: str) -> None:
     ("metadata", "problem"),
     [
         ({"architecture": "{"}, "cannot be loaded: Expecting property name"),
-        ({"architecture": "[" * 100_000}, "cannot be loaded: maximum recursion"),
+        ({"architecture": "[" * 100_000}, "cannot be loaded: nested more than 64"),
         ({"architecture": "{}"}, "format None is not known"),
         (
             {"architecture": json.dumps(Architecture("mlp", {"num_classes": 2}, {}, (), SHAPE).to_json())},

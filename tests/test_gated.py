@@ -295,6 +295,26 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
     np.testing.assert_array_equal(flat(network, state.extra["gates"]) > 0, flat(network, keep))
 
 
+def test_where_too_many_have_died_only_some_may_return():
+    """All at once would undo the search: below the budget there is no penalty, and the loss lifts every gate."""
+    network, tx, state = begin()
+    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    between = control(network, limits)
+    importance = np.random.default_rng(0).uniform(0.5, 1, network.topology.units)
+    keep = budget.select(network.topology, budget.resolve(BudgetConfig(0.3), network.topology), importance)
+    few = network.topology.unflatten(importance.astype(np.float32))
+    extra = {**state.extra, "gates": gates_lib.mask(state.extra["gates"], keep), "importance": few}
+    state, metrics = between(state.replace(step=jnp.int32(20), extra=extra))
+    assert metrics["lambda2"] == 0 and metrics["macs"] < 0.5 * budget.FLOOR
+    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
+    for i in range(20):
+        state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
+        state, _ = between(state)
+    alive = (flat(network, state.extra["gates"]) > 0).astype(float)
+    assert (alive >= flat(network, keep)).all() and alive.sum() > flat(network, keep).sum()
+    assert limits.pressure(network.topology, alive) <= 1
+
+
 def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
     network, _, state = begin()
     limits = budget.resolve(BudgetConfig(0.5), network.topology)

@@ -81,7 +81,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
     status, errors = interrupted(python, directory, "search", second, signal.SIGTERM)
     assert status == 143, errors
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: search: stopped by SIGTERM and saved at step ") and "resume goes on" in last
+    assert last.startswith("error: search: stopped by SIGTERM and saved at step ") and "the same command goes on" in last
     assert "Traceback" not in errors
     status, _ = interrupted(python, directory, "retrain", third, signal.SIGKILL)
     assert status == -signal.SIGKILL and not (directory / "retrain" / "network").exists()

@@ -504,7 +504,7 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
         return fit(directory, state, step, between=between, **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(train.Preempted, match="step 4 of 12; resume") as caught:
+    with pytest.raises(train.Preempted, match="step 4 of 12; the same command") as caught:
         run(tmp_path / "stopped", signal_at=4)
     assert caught.value.exit_status == 143
     resumed = run(tmp_path / "stopped", resume=True)

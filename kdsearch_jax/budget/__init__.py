@@ -6,7 +6,7 @@ each other, `loop` finds λ2, `selection` lands.
 
 from kdsearch_jax.budget.estimate import Estimate
 from kdsearch_jax.budget.limits import FLOOR, BudgetError, Limits, bound_of, multiple, resolve, smallest
-from kdsearch_jax.budget.loop import level, target, too_large
+from kdsearch_jax.budget.loop import level, recalled, target, too_large
 from kdsearch_jax.budget.multipliers import cost_of, multipliers, protected
 from kdsearch_jax.budget.selection import select
 
@@ -21,6 +21,7 @@ __all__ = [
     "multiple",
     "multipliers",
     "protected",
+    "recalled",
     "resolve",
     "select",
     "smallest",

@@ -12,6 +12,8 @@ import numpy as np
 from kdsearch_jax.budget.limits import FLOOR, Limits
 from kdsearch_jax.tracing.topology import Topology
 
+RECALLED = 1000  # units looked at by one call of `recalled`; the next call goes on
+
 
 def target(pressure: float, step: int, warmup: int, end: int) -> float:
     """The pressure asked for at `step`: `pressure` up to `warmup`, then in a straight line down to 1 at `end`."""
@@ -62,3 +64,26 @@ def level(
         middle = (low + high) // 2
         low, high = (low, middle) if met(middle) else (middle, high)
     return float(critical[order[high - 1]])
+
+
+def recalled(topology: Topology, limits: Limits, alive: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """(units,) bool: the dead units that may live again where more have died than had to; none elsewhere.
+
+    The worthiest first, as few as bring the cost back to FLOOR; none that would bring it above the budget. All at once
+    would undo the search: without a penalty the loss lifts every gate.
+
+    worth: (units,) what a unit was worth per cost when it was alive; one that never was worth anything stays dead.
+    """
+    keep, found = alive.astype(float), np.zeros(topology.units, bool)
+    order = np.argsort(-worth, kind="stable")
+    order = order[(keep[order] == 0) & (worth[order] > 0)]
+    pressure = limits.pressure(topology, keep)
+    for unit in order[:RECALLED]:
+        if pressure >= FLOOR:
+            break
+        keep[unit] = 1.0
+        if (more := limits.pressure(topology, keep)) > 1.0:
+            keep[unit] = 0.0
+        else:
+            pressure, found[unit] = more, True
+    return found

@@ -15,11 +15,12 @@ from typing import Literal
 
 import jax
 
-from kdsearch_jax import cli, report, stages
+from kdsearch_jax import cli, report, rundir, stages, storage
 from kdsearch_jax.compare import making, table
 from kdsearch_jax.compare.rows import check_seeds, chosen
 from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import read_object, write_json
+from kdsearch_jax.locks import locked
 from kdsearch_jax.road import prepare
 
 
@@ -49,14 +50,14 @@ def main(argv: list[str]) -> int:
     assert directory is not None
     experiment = dataclasses.replace(experiment, baselines=())
     _check_own(directory, options.match)
-    road = prepare(experiment, directory, resume=True)
+    road = prepare(experiment, directory, resume=True, trust_code=options.trust_code)
     if road.given is not None:
         making.check_teacher(road, road.given)
-    with making.locked(directory):
+    with locked(directory, wait=True):
         _check_own(directory, options.match)  # another process may have begun meanwhile
         write_json(directory / "setup.json", {"match": options.match})
-        cli.new_run_directory(directory, experiment, (directory / "config.json").is_file())
-    with making.locked(directory / "teacher"):
+        rundir.new_run_directory(directory, experiment, (directory / "config.json").is_file())
+    with locked(directory / "teacher", wait=True):
         stages.teach(road, True)
     if road.given is None:
         making.check_teacher(road, road.load(road.teacher))
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     table.write(directory, comparison)
     print(table.markdown(comparison))
     if comparison["seeds"]:
-        print(f"report: {report.write(directory)}")
+        print(storage.shown(f"report: {report.write(directory)}"))
     return 0
 
 
@@ -80,7 +81,7 @@ def _named(argv: list[str]) -> list[str]:
         return argv
     given = [v for token, v in itertools.pairwise(argv) if token == "--workdir"]
     given += [token.partition("=")[2] for token in argv if token.startswith("--workdir=")]
-    own = Path(given[0]) / "config.json" if given else None
+    own = storage.local(given[0], "--workdir", whole=True) / "config.json" if given else None
     return ["--config", str(own), *argv] if own is not None and own.is_file() else argv
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, cutting, evaluate, fitting, stages
+from kdsearch_jax import baselines, cutting, evaluate, fitting, stages, storage
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.compare.rows import ROWS, Row
@@ -28,6 +27,7 @@ from kdsearch_jax.config import BudgetConfig, DistillConfig
 from kdsearch_jax.examples import Split
 from kdsearch_jax.files import read_json, write_json
 from kdsearch_jax.library import bound
+from kdsearch_jax.locks import locked
 from kdsearch_jax.road import Loaded, Road, is_plain, traced
 from kdsearch_jax.surgery import SurgeryError
 from kdsearch_jax.tracing.topology import leaf_shapes
@@ -95,7 +95,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
     """
     place = place_of(road, row.name, seed, budget)
     path = place.directory / "result.json"
-    with locked(place.directory):
+    with locked(place.directory, wait=True):
         if path.is_file() and "why" not in (found := read_json(path)):
             return found
         log.info("%s, seed %d", row.label, seed)
@@ -110,6 +110,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
             steps = row.times * _steps(place)
             result = {**scores, **costs(student), "steps": steps, "seconds": round(_spent(place.directory), 1)}
         write_json(path, result)
+        storage.publish()
     return result
 
 
@@ -154,7 +155,7 @@ def _cut(place: Place, rule: str) -> Path:
 def _searched(place: Place, road: Road) -> Loaded:
     """The network that the search with the same seed cut; it is searched for now where it was not yet."""
     origin = place_of(road, "searched", place.experiment.run.seed, place.experiment.budget)
-    with locked(origin.directory), _timed(origin.directory):
+    with locked(origin.directory, wait=True), _timed(origin.directory):
         try:
             stages.search(origin, True)
         except (BudgetError, SurgeryError, TrainingDiverged) as error:
@@ -223,19 +224,6 @@ def check_teacher(road: Road, teacher: Loaded) -> None:
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Waits until no other process is at work in the directory; the system forgets the lock of a process that died."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another process is at work here; waiting", directory)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

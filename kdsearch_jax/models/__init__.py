@@ -162,6 +162,20 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     return module
 
 
+def check_trust(name: str, trust_code: bool = False) -> None:
+    """Raises ValueError where `build` would import a package that this program has not, and nobody has said it may.
+
+    A network's directory may come from a stranger, and `package.module:factory` in it may name any package of this
+    machine. Code of one that is imported already has run.
+    """
+    package = name.partition(":")[0]
+    if ":" in name and not name.startswith(GIVEN) and not trust_code and package not in sys.modules:
+        raise ValueError(
+            f"model {name!r}: to make it, the package {package!r} would be imported, so that its code runs; if you "
+            f"trust it, say so by --trust-code (trust_code=True), or import {package} before"
+        )
+
+
 def _nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

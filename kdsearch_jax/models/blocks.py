@@ -16,6 +16,9 @@ import jax.numpy as jnp
 Shortcut = Literal["identity", "pad", "project"]
 Padding = Literal["symmetric", "same"]
 
+# A size, a number of blocks, a number of stages: bounds what an architecture from elsewhere can ask for.
+LARGEST, DEEPEST, STAGES = 1 << 20, 2048, 64
+
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -112,28 +115,31 @@ class Stage(nn.Module):
 
 
 def check_positive(**arguments: int) -> None:
-    """Raises ValueError, naming the argument, where one is not a whole number above 0."""
+    """Raises ValueError, naming the argument, where one is not a whole number above 0, or larger than any network's."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+        most = DEEPEST if name.partition("[")[0] in ("depth", "stage_blocks") else LARGEST
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value!r:.80}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raises ValueError, naming the argument and the choices, where `value` is none of them."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r:.80}")
 
 
 def check_rate(name: str, value: float) -> None:
     """Raises ValueError where a dropout rate, or an epsilon, is outside [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number from 0 up to, not including, 1, got {value!r}")
+        raise ValueError(f"{name} must be a number from 0 up to, not including, 1, got {value!r:.80}")
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes as a tuple; raises ValueError, naming the argument, unless they are whole numbers above 0."""
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
-        raise ValueError(f"{name} must be a list of whole numbers, got {sizes!r}")
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not 0 < len(sizes) <= STAGES:
+        raise ValueError(f"{name} must be a list of 1 to {STAGES} whole numbers, got {sizes!r:.80}")
     check_positive(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
     return tuple(sizes)
 

@@ -7,7 +7,6 @@ channel of the wide middle is one unit: it goes with its filter, its scale and i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -155,8 +154,10 @@ def divisible(channels: float, by: int = 8) -> int:
 
 def check_width(width: float) -> None:
     """Raises ValueError where a width multiplier is no positive number."""
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < math.inf:
-        raise ValueError(f"width must be a number above 0, 1 for the published network, got {width!r}")
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 64:
+        raise ValueError(
+            f"width must be a number above 0, 1 for the published network and at most 64, got {width!r:.80}"
+        )
 
 
 def check(num_classes: int, stem: str, dropout: float) -> None:

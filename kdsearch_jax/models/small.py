@@ -63,7 +63,7 @@ def small_cnn(*, num_classes: int, width: int = 16) -> SmallCNN:
 
 def mlp(*, num_classes: int, hidden: Sequence[int] = (128, 128)) -> MLP:
     """A multilayer perceptron with `hidden` neurons in its inner layers. Raises ValueError for sizes below 1."""
-    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
-        raise ValueError(f"hidden must be a list of layer sizes, got {hidden!r}")
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence) or len(hidden) > blocks.DEEPEST:
+        raise ValueError(f"hidden must be a list of at most {blocks.DEEPEST} layer sizes, got {hidden!r:.80}")
     blocks.check_positive(num_classes=num_classes, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
     return MLP(num_classes, tuple(hidden))

@@ -16,6 +16,7 @@ import numpy as np
 
 from kdsearch_jax.models import blocks
 
+MOST_PAIRS = 1 << 26  # numbers of a table of pixels' pairs, which an image and a window from elsewhere decide
 FAR = -100.0  # added to the attention between pixels that only the shift has made neighbours
 
 kernel_init = nn.initializers.truncated_normal(0.02)
@@ -73,6 +74,8 @@ class WindowAttention(nn.Module):
         """Activations (batch, height, width, channels) in and out."""
         _, height, width, channels = x.shape
         size = min(self.window, height, width)
+        if height * width * size**2 > MOST_PAIRS:
+            raise ValueError(f"window={self.window} is too large for {height}x{width} patches")
         shift = size // 2 if self.shifted and size < min(height, width) else 0
         rows, columns = height + -height % size, width + -width % size
         x = jnp.pad(x, ((0, 0), (0, rows - height), (0, columns - width), (0, 0)))
@@ -224,7 +227,11 @@ def swin(
     for i, number in enumerate(sizes):
         if width * 2**i % number:
             raise ValueError(f"heads[{i}] must divide the {width * 2**i} channels of its stage, got {number}")
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not mlp_ratio * width >= 1:
-        raise ValueError(f"mlp_ratio must be a number that leaves a neuron or more, got {mlp_ratio!r}")
+    if (
+        isinstance(mlp_ratio, bool)
+        or not isinstance(mlp_ratio, (int, float))
+        or not 1 <= mlp_ratio * width <= 64 * width
+    ):
+        raise ValueError(f"mlp_ratio must be a number up to 64 that leaves a neuron or more, got {mlp_ratio!r:.80}")
     blocks.check_rate("epsilon", epsilon)
     return Swin(num_classes, counts, sizes, width, window, patch, float(mlp_ratio), epsilon)

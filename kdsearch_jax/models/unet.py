@@ -69,4 +69,5 @@ def unet(*, num_classes: int, width: int = 64, depth: int = 4) -> UNet:
       ValueError: no such network.
     """
     blocks.check_positive(num_classes=num_classes, width=width, depth=depth)
+    blocks.check_positive(**{"width * 2**depth": width * 2**depth})
     return UNet(num_classes, width, depth)

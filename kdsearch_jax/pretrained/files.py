@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from kdsearch_jax.files import memory
+from kdsearch_jax.foreign import check_file, read_safetensors
+
 TORCH_SUFFIXES = (".pth", ".pt", ".th")
+SOUND = (2, 6)  # of PyTorch, from which on weights_only=True runs no code (CVE-2025-32434)
 
 
 def read_tensors(path: str | Path, unused: Sequence[str] = ("num_batches_tracked",)) -> dict[str, np.ndarray]:
@@ -27,7 +33,7 @@ def read_tensors(path: str | Path, unused: Sequence[str] = ("num_batches_tracked
     if not path.is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
     if path.suffix == ".safetensors":
-        tensors = _read_safetensors(path)
+        tensors, _ = read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         tensors = _read_torch(path)
     else:
@@ -54,16 +60,6 @@ def _checked(path: Path, name: str, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); is it complete?") from error
-
-
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch  # pyright: ignore[reportMissingImports]  # an extra of its own
@@ -72,6 +68,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"reading {path} needs PyTorch: pip install torch, or, wherever PyTorch is, convert the state dict once by "
             "safetensors.torch.save_file and load the .safetensors file"
         ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < SOUND:
+        raise ValueError(
+            f"reading {path} with PyTorch {torch.__version__} could run code that the file holds (CVE-2025-32434); "
+            f"install PyTorch {'.'.join(map(str, SOUND))} or newer"
+        )
+    check_file(path)
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, tar and PyTorch's own errors, by what is wrong where
@@ -86,5 +90,23 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: tensors by name, at the top or under 'state_dict' or 'model'")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name!s:.80} is sparse, or declares more numbers than the file has")
+    if sum(4 * value.numel() for value in content.values()) > memory():
+        raise ValueError(f"{path} declares more than this machine's memory")
     # By way of float32, as NumPy lacks bfloat16; integers stay, to be refused by name.
     return {str(k): (v.float() if v.is_floating_point() else v).numpy() for k, v in content.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where a zip file, PyTorch's format since 1.6, is compressed: PyTorch never does."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} cannot be read as PyTorch tensors ({error}); is it complete?") from error
+    if declared > path.stat().st_size:
+        raise ValueError(f"{path} is compressed, and would take {declared} bytes; save it anew by torch.save")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdsearch_jax import storage
+from kdsearch_jax.files import write_bytes, write_text
 from kdsearch_jax.report import (
     agreement,
     comparison,
@@ -43,8 +45,10 @@ def write(directory: str | Path) -> Path:
     Raises:
       ValueError: where `directory` is neither, or one of its files is damaged; one line that names the file.
     """
-    place = Path(directory)
-    return _comparison(place) if (place / comparison.FILE).is_file() else _run(place)
+    place = storage.local(directory)
+    index = _comparison(place) if (place / comparison.FILE).is_file() else _run(place)
+    storage.publish()
+    return index
 
 
 def _comparison(directory: Path) -> Path:
@@ -56,7 +60,7 @@ def _comparison(directory: Path) -> Path:
     out = directory / "report"
     out.mkdir(exist_ok=True)
     index = out / "index.html"
-    index.write_text(comparison_page.page(found, _draw(drawings, found, out)), "utf-8")
+    write_text(index, comparison_page.page(found, _draw(drawings, found, out)))
     return index
 
 
@@ -78,7 +82,7 @@ def _run(directory: Path) -> Path:
     pictures = _draw(drawings, run, out)
     _alone(out / "examples.png", agreement.sheet(run, look.Look(WIDE, title="Where student and teacher differ most")))
     index = out / "index.html"
-    index.write_text(page.page(run, pictures), "utf-8")
+    write_text(index, page.page(run, pictures))
     return index
 
 
@@ -97,7 +101,7 @@ def _alone(path: Path, figure: look.Canvas | None) -> bool:
     if figure is None:
         path.unlink(missing_ok=True)
         return False
-    path.write_bytes(look.png(figure))
+    write_bytes(path, look.png(figure))
     return True
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from kdsearch_jax import cli, report
+from kdsearch_jax import cli, report, storage
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ReportOptions(cli.Options):
 def main(argv: list[str]) -> int:
     """Writes the report of a run."""
     options = cli.parse_options(argv, ReportOptions, "kdsearch_jax.report", "Writes a run's report as one web page.")
-    print(report.write(options.run))
+    print(storage.shown(str(report.write(options.run))))
     return 0
 
 

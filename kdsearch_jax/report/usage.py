@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdsearch_jax import storage
 from kdsearch_jax.report import files
 from kdsearch_jax.report.markup import code, escape, paragraph, table
 from kdsearch_jax.report.record import Run, amount
@@ -21,12 +22,13 @@ _FILES = {
 def use(run: Run) -> str:
     """The section of a run."""
     path = student_path(run)
-    shown = path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
+    here = path.is_absolute() and path.is_relative_to(Path.cwd())
+    shown = str(path.relative_to(Path.cwd())) if here else storage.shown(str(path))
     architecture = run.architecture or {}
     if (call := architecture.get("call")) is not None:
-        lines, text = _call(str(shown), architecture, call)
+        lines, text = _call(shown, architecture, call)
     else:
-        lines, text = _images(str(shown), architecture, _info(path))
+        lines, text = _images(shown, architecture, _info(path))
     if not path.is_dir():
         text += " This works once the run has written its student."
     others = sorted(p for p in run.directory.glob("student-*") if p.is_dir() and p != path)

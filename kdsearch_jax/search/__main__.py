@@ -3,8 +3,8 @@
 Teacher → search → cut and proof → retraining → baselines → export, table and report, in one run directory. With no
 arguments it does so for the bundled digits. A model of one's own is given by `--model package.module:factory`, a
 teacher from elsewhere by `--teacher`; `--stop-after search` ends early; `--search-from RUN` starts from a finished
-search of another run; `--resume` goes on. `--budgets 0.7 0.5 0.3` makes a student for each from one search, and
-`--from RUN --budgets 0.4` one more in that run.
+search of another run. `--budgets 0.7 0.5 0.3` makes a student for each from one search, and `--from RUN --budgets 0.4`
+one more in that run. The same command goes on with a run that was interrupted.
 """
 
 # No `from __future__ import annotations` here: the command line is read off the types.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdsearch_jax import cli, delivery, front, stages
+from kdsearch_jax import cli, delivery, front, rundir, stages, storage
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.road import prepare
 from kdsearch_jax.search.adding import added
@@ -38,20 +38,30 @@ def main(argv: list[str]) -> int:
     assert options.workdir is not None
     experiment = dataclasses.replace(experiment, budgets=tuple(sorted(experiment.budgets, reverse=True)))
     _check_line(argv, options, experiment)
-    workdir, resume = options.front_from or options.workdir, options.resume or options.front_from is not None
-    if options.front_from is not None:
-        road = added(options.front_from, experiment)
+    workdir, adds = options.front_from or options.workdir, options.front_from is not None
+    command = {
+        "command": "search",
+        "--stop-after": options.stop_after,
+        "--search-from": options.search_from and storage.shown(str(options.search_from)),
+        "--budgets": list(experiment.budgets) if adds else None,
+    }
+    if adds:
+        resume = True
+        road = added(workdir, experiment, command)
     else:
+        resume = rundir.goes_on(workdir, experiment, command, options.resume)
         searches = options.stop_after != "teacher"
-        road = prepare(experiment, workdir, resume=resume, search_from=options.search_from, searches=searches)
-    cli.new_run_directory(workdir, road.experiment, resume)
-    results = stages.run(road, resume=resume, stop_after=options.stop_after)
+        start, trust = options.search_from, options.trust_code
+        road = prepare(experiment, workdir, resume=resume, search_from=start, searches=searches, trust_code=trust)
+    with rundir.run_directory(workdir, road.experiment, command, resume=resume, data=road.fingerprint, extends=adds):
+        results = stages.run(road, resume=resume, stop_after=options.stop_after)
     if results is None:
-        print(f"stopped after {options.stop_after}: {workdir}; --resume goes on")
+        where = storage.shown(str(workdir))
+        print(f"stopped after {options.stop_after}: {where}; --resume without --stop-after goes on")
         return 0
     print(delivery.table(results))
     students = [str(workdir / point.student) for point in front.points(road.experiment)]
-    print(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}")
+    print(storage.shown(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}"))
     return 0
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
-
-from kdsearch_jax import cutting, front
-from kdsearch_jax.config import Experiment, differences, load_experiment, to_json
-from kdsearch_jax.files import write_json
-from kdsearch_jax.fitting import meet
+from kdsearch_jax import cutting, front, rundir
+from kdsearch_jax.config import Experiment, differences, load_experiment
 from kdsearch_jax.road import Road, prepare
 
 
-def added(run: Path, asked: Experiment) -> Road:
-    """The road of the run in `run` with the budgets of `asked` added, which `config.json` then names as well.
+def added(run: Path, asked: Experiment, command: Mapping[str, Any]) -> Road:
+    """The road of the run in `run` with the budgets of `asked` added; writes nothing.
+
+    command: as `rundir.goes_on` takes it; who began to add by it, and was interrupted, goes on.
 
     Raises:
       ValueError: the run is not finished, `asked` differs in more than budgets, a budget is there already, cannot be
-        met, or is above all that the search passed; nothing is written then.
+        met, or is above all that the search passed.
     """
     for needed in ("config.json", "results.json"):
         if not (run / needed).is_file():
@@ -29,6 +29,8 @@ def added(run: Path, asked: Experiment) -> Road:
     old = load_experiment(str(run / "config.json"))
     if different := differences(dataclasses.replace(asked, budgets=old.budgets), old):
         raise ValueError(f"front_from: budgets are added as the run was made; leave out {'; '.join(different)}")
+    if rundir.is_under_way(run, command):
+        return prepare(old, run, resume=True)
     there = set(old.budgets) or {getattr(old.budget, front.driver(old.budget))}
     if again := sorted(there & set(asked.budgets)):
         raise ValueError(f"budgets: {again[0]} is in {run} already; give others, or --resume --workdir {run}")
@@ -37,7 +39,4 @@ def added(run: Path, asked: Experiment) -> Road:
     road = prepare(new, run, resume=True)
     tails = {point.tail for point in front.points(old)}
     cutting.check(road, [point for point in front.points(new) if point.tail not in tails])
-    if jax.process_index() == 0:
-        write_json(run / "config.json", to_json(new))
-    meet("budgets added")
     return road

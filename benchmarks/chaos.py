@@ -1,0 +1,266 @@
+"""Runs that are killed at random moments, and go on by the same command: `python benchmarks/chaos.py --runs 50`.
+
+Each run is a whole road (teacher, search, cut, retraining, export, table and report) of a tiny network, this file being
+its experiment. It is sent SIGKILL, with all its children, or SIGTERM, in a stage drawn in turn and at a moment drawn at
+random; then the same command is given again until it ends by itself. In the end the directory must hold exactly the
+files of an undisturbed run, with the same networks, gates, history, choice and metrics, bit by bit.
+
+Processes are forked from this one, which has imported everything and computed nothing; what XLA has compiled is kept in
+the scratch directory. So a run takes seconds, most of them spent in the stages themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
+
+STAGES = ("teacher", "search", "cut", "retrain", "export", "report")
+NETWORKS = ("teacher/network", "search/kept/network", "search/network", "retrain/network", "student")
+LIMIT = 600  # seconds for a run
+
+
+def experiment(quick: bool = False) -> Experiment:
+    """A multilayer perceptron on 160 digits, a checkpoint every other update."""
+    stage = StageConfig(steps=16, batch_size=16, learning_rate=0.05)
+    return Experiment(
+        name="chaos",
+        model=ModelConfig("mlp", {"hidden": [16, 16]}),
+        data=DataConfig("digits", train_limit=160),
+        teacher=stage,
+        search=stage,
+        retrain=stage,
+        budget=BudgetConfig(macs=0.6),
+        run=RunConfig(steps_per_dispatch=2, checkpoint_every=2, evaluate_every=8, eval_batch_size=128),
+    )
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def started(work: Callable[[], int], log: Path) -> int:
+    """The number of a new process that does the work, at the head of a group of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX is not started here yet, so its threads cannot be in the way
+        process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        status = work()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def road(directory: Path) -> int:
+    """The command, in this process."""
+    from kdsearch_jax import cli
+    from kdsearch_jax.search.__main__ import main
+
+    sys.argv = ["kdsearch_jax.search", "--config", str(Path(__file__).resolve()), "--workdir", str(directory)]
+    cli.run(main)
+
+
+def ended(process: int, seconds: float) -> int | None:
+    """The exit status, minus the signal that ended it; None where it still runs after so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.002)
+
+
+def stage_of(directory: Path) -> str:
+    """The stage that a run is in, by what it has left so far; "" before it has begun, "ended" after all."""
+
+    def there(name: str) -> bool:
+        return (directory / name).exists()
+
+    if not there("config.json"):
+        return ""
+    if not there("teacher/network/network.json"):
+        return "teacher"
+    if not there("search/kept/network/network.json"):
+        return "search"
+    if not there("search/network/network.json"):
+        return "cut"
+    if not there("retrain/network/network.json"):
+        return "retrain"
+    if not there("student/manifest.json"):
+        return "export"
+    return "report" if '"finished": false' in (directory / "run.json").read_text() else "ended"
+
+
+def killed(directory: Path, log: Path, stage: str, wait: float, number: signal.Signals) -> tuple[str, int]:
+    """Starts the road, and sends the signal so many seconds after the stage has begun: (stage then, exit status)."""
+    process = started(lambda: road(directory), log)
+    deadline = time.monotonic() + LIMIT
+    while STAGES.index(stage) > (STAGES.index(now) if (now := stage_of(directory)) in STAGES else -1):
+        if ended(process, 0.002) is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{directory} ended before it came to {stage}; see {log}")
+    status = ended(process, wait)
+    if status is not None:
+        return stage_of(directory), status
+    if number == signal.SIGKILL:
+        os.killpg(process, number)  # as when a machine is lost
+    else:
+        os.kill(process, number)
+    status = ended(process, LIMIT)
+    assert status is not None, f"{directory}: {number.name} did not end it"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)  # what its end has left running
+    return stage_of(directory), status
+
+
+# --- what it left ---------------------------------------------------------------------------------------------------
+
+
+def digest(directory: Path) -> dict[str, Any]:
+    """All that results are, and the names of all files, but those that Orbax and TensorBoard number by the clock."""
+    import numpy as np
+
+    from kdsearch_jax.checkpoint import flatten, load_network
+    from kdsearch_jax.files import read_arrays
+
+    found: dict[str, Any] = {}
+    for name in NETWORKS:
+        _, variables, architecture, info = load_network(directory / name)
+        arrays = {leaf: np.asarray(value).tobytes().hex() for leaf, value in flatten(variables).items()}
+        found[name] = _hash([arrays, architecture.to_json(), info])
+    for name in ("gates", "history"):
+        arrays = read_arrays(directory / "search" / f"{name}.npz")
+        found[name] = _hash({key: value.tobytes().hex() for key, value in arrays.items()})
+    for stage in ("teacher", "search", "retrain"):
+        rows = [json.loads(line) for line in (directory / stage / "metrics.jsonl").read_text().splitlines()]
+        measured = ("time", "images_per_second")  # by the clock
+        found[f"{stage}/metrics"] = _hash([{k: v for k, v in row.items() if k not in measured} for row in rows])
+    found["selection"] = (directory / "search" / "selection.json").read_text()
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    found["files"] = sorted({re.sub(r"events\.out\.tfevents.*|/d/[0-9a-f]{32}$", "/…", name) for name in files})
+    return found
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digested(directory: Path, log: Path) -> dict[str, Any]:
+    """`digest`, by a process of its own: this one must not start JAX."""
+    path = directory.with_suffix(".digest")
+
+    def work() -> int:
+        path.write_text(json.dumps(digest(directory)))
+        return 0
+
+    if ended(started(work, log), LIMIT) != 0:
+        raise RuntimeError(f"{directory} cannot be read; see {log}")
+    return json.loads(path.read_text())
+
+
+# --- the proof ------------------------------------------------------------------------------------------------------
+
+
+def straight(directory: Path, log: Path) -> dict[str, float]:
+    """An undisturbed run: the seconds that each stage takes."""
+    process, began = started(lambda: road(directory), log), {}
+    while (status := ended(process, 0.002)) is None:
+        began.setdefault(stage_of(directory), time.monotonic())
+    if status:
+        raise RuntimeError(f"the undisturbed run failed with status {status}; see {log}")
+    times = [began.get(stage, 0.0) for stage in STAGES] + [time.monotonic()]
+    return {stage: max(times[i + 1] - times[i], 0.01) for i, stage in enumerate(STAGES)}
+
+
+def prove(runs: int, seed: int, scratch: Path) -> dict[str, Any]:
+    """Kills so many runs and compares each with an undisturbed one; raises RuntimeError where one differs."""
+    _import_all()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(scratch / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    chance, hits = random.Random(seed), collections.Counter()
+    straight(scratch / "first", scratch / "first.log")  # compiles
+    seconds = straight(scratch / "straight", scratch / "straight.log")
+    expected = digested(scratch / "straight", scratch / "straight.log")
+    assert expected == digested(scratch / "first", scratch / "first.log"), "two undisturbed runs differ"
+    print("seconds of each stage:", {stage: round(each, 1) for stage, each in seconds.items()}, flush=True)
+    for number in range(runs):
+        directory, log = scratch / f"run-{number}", scratch / f"run-{number}.log"
+        stage, how = STAGES[number % len(STAGES)], (signal.SIGKILL, signal.SIGTERM)[number // len(STAGES) % 2]
+        while True:  # until the signal has met the run alive
+            hit, status = killed(directory, log, stage, chance.uniform(0, seconds[stage]), how)
+            if status < 0 or status == 143:
+                break
+            if status:
+                raise RuntimeError(f"run {number}: status {status}; see {log}")
+            shutil.rmtree(directory)
+        hits[hit, how.name] += 1
+        if how == signal.SIGTERM and status != 143:
+            hits["before the handler", how.name] += 1
+        if (status := ended(started(lambda directory=directory: road(directory), log), LIMIT)) != 0:
+            raise RuntimeError(f"run {number}, {how.name} in {hit}: the same command ended with {status}; see {log}")
+        actual = digested(directory, log)
+        if different := [key for key in expected if actual[key] != expected[key]]:
+            raise RuntimeError(f"run {number}, {how.name} in {hit}: {', '.join(different)} differ; see {directory}")
+        print(f"run {number}: {how.name} in {hit}: bit-identical", flush=True)
+        shutil.rmtree(directory)
+    return {f"{how} in {stage or 'the start'}": count for (stage, how), count in sorted(hits.items())}
+
+
+def _import_all() -> None:
+    """Everything a run needs, so that its process has it at once."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    for name in ("matplotlib.pyplot", "tensorboardX", "tyro", "kdsearch_jax.search.__main__"):
+        importlib.import_module(name)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="a directory to work in; a temporary one if left out")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        scratch.mkdir(parents=True, exist_ok=True)
+        found = prove(options.runs, options.seed, scratch)
+    print(json.dumps({"runs": options.runs, "seed": options.seed, "killed": found, "differing": 0}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What the commands do with bad input: `python -m benchmarks.fuzz [--seed 0] [--only KIND …] [--names PART]`.
+
+Every case is a command line as a user would type it, in a directory of its own, run by the command's real entry in a
+process forked off one that has imported everything. A case that is broken on purpose must end with a status above 0,
+one line that begins with "error:" and is the last, no traceback, nothing in the directory that was not there before,
+within a time, and with at most so much more memory than a valid run takes. A mutant by chance may be harmless: then it
+ends with 0, and prints what the valid file does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fuzz import arrays, broken, seeds
+from benchmarks.fuzz.broken import EVALUATE, TRAIN, Case
+
+COMMANDS = {
+    "search": "kdsearch_jax.search.__main__",
+    "teacher": "kdsearch_jax.teacher",
+    "evaluate": "kdsearch_jax.evaluate",
+    "export": "kdsearch_jax.export",
+    "report": "kdsearch_jax.report.__main__",
+}
+KINDS: dict[str, Callable[[Path, np.random.Generator], Iterator[Case]]] = {
+    "settings": broken.settings,
+    "configurations": broken.configurations,
+    "paths": broken.paths,
+    "networks": broken.networks,
+    "npz": arrays.npz,
+    "safetensors": arrays.safetensors,
+    "others": arrays.others,
+    "images": arrays.images,
+}
+SECONDS, MEBIBYTES = 240, 256
+
+
+def forked(function: Callable[[], Any], seconds: int = SECONDS) -> tuple[int | None, int]:
+    """(exit status of a child that runs it, None where it took too long; its peak memory in KiB)."""
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            function()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 70
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status, usage = os.wait4(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    return None, os.wait4(child, 0)[2].ru_maxrss
+
+
+def run(case: Case, box: Path) -> tuple[int | None, int, str, str]:
+    """(status, KiB, stdout, stderr) of a command in a directory."""
+    logs = [box.parent / f"{box.name}.{name}" for name in ("out", "err")]
+
+    def command() -> None:
+        for number, log in enumerate(logs, 1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(box)
+        virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + (12 << 30),) * 2)  # so that the machine survives a failure
+        sys.argv = [case.command, *case.argv]
+        module = importlib.import_module(COMMANDS[case.command])
+        from kdsearch_jax import cli
+
+        cli.run(module.main)
+
+    status, peak = forked(command)
+    return status, peak, *(log.read_text(errors="replace") for log in logs)
+
+
+def listing(box: Path) -> dict[str, tuple[int, int]]:
+    """{path: (size, time of the last change)} of everything below a directory."""
+    every = [path for path in box.rglob("*")]
+    return {str(path): ((found := path.lstat()).st_size, 0 if path.is_dir() else found.st_mtime_ns) for path in every}
+
+
+def judged(case: Case, status: int | None, out: str, err: str, new: set[str], expected: str | None) -> str:
+    """What is wrong with how a case ended; "" for nothing."""
+    lines = err.splitlines()
+    if status is None:
+        return f"took more than {SECONDS} s"
+    if "Traceback" in err:
+        return f"traceback: {lines[-1] if lines else ''}"
+    if status == 0:
+        if expected is None:
+            return "accepted"
+        return "" if out == expected else f"accepted, with another output: {out!r:.200}"
+    if status < 0 or status == 70:
+        return f"status {status}: {err[-200:]!r}"
+    if sum(line.startswith("error: ") for line in lines) != 1 or not lines[-1].startswith("error: "):
+        return f"not one error line: {err[-300:]!r}"
+    if len(lines) > 1:
+        return f"more than the error line: {err[:300]!r}"
+    if len(lines[0]) > 2000 or not lines[0].isprintable():
+        return f"the line is no line: {lines[0]!r:.200}"
+    return f"left behind: {sorted(new)[:3]}" if new else ""
+
+
+def valid_cases(root: Path) -> dict[str, Case]:
+    """The commands of the mutants on files that are whole."""
+    def copied(*names: str) -> broken.Write:
+        def write(box: Path) -> None:
+            for name in names:
+                if (root / name).is_dir():
+                    shutil.copytree(root / name, box / name)
+                else:
+                    shutil.copy(root / name, box / name)
+
+        return write
+
+    def renamed(name: str, to: str) -> broken.Write:
+        return lambda box: (box / name).rename(box / to) and None
+
+    teacher = ("--stop-after", "teacher")
+    images = lambda box: seeds.tfds_images(box / "tfds", [seeds.encoded("PNG")] * 24)  # noqa: E731
+    tfds = ("--data.name", "tiny", "--data.data-dir", "tfds", "--data.train-limit", "None")
+    check = ("net", "--out", "out", "--check", "--formats", "safetensors")
+    return {
+        "teacher": Case("valid", "teacher", "teacher", TRAIN, copied("config.json")),
+        "evaluate": Case("valid", "evaluate", "evaluate", EVALUATE, copied("net")),
+        "npz": Case("valid", "npz", "teacher", (*TRAIN, "--data.name", "npz:data.npz"), copied("config.json", "data.npz")),
+        "check": Case("valid", "check", "export", check, copied("net", "out")),
+        "msgpack": Case("valid", "msgpack", "search", (*TRAIN, "--teacher-from", "weights.msgpack", *teacher), copied("config.json", "weights.msgpack")),
+        "orbax": Case("valid", "orbax", "search", (*TRAIN, "--teacher-from", "teacher", *teacher), broken.both(copied("config.json", "orbax"), renamed("orbax", "teacher"))),
+        "images": Case("valid", "images", "teacher", (*TRAIN, *tfds), broken.both(copied("config.json"), images)),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Runs all cases; prints what is wrong with which, and the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[*KINDS], choices=[*KINDS])
+    parser.add_argument("--names", default="", help="only cases whose names have this in them")
+    parser.add_argument("--lines", action="store_true", help="print every error line")
+    options = parser.parse_args()
+    # No memory of 2 GiB a process, and nothing of the caller's: the commands run as on a fresh machine.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg", "KDSEARCH_TRACEBACK": "0", "TQDM_DISABLE": "1"}
+    for module in (*COMMANDS.values(), "sklearn.datasets", "tyro", "PIL.Image", "tensorflow_datasets", "torch", "safetensors.numpy", "orbax.checkpoint"):
+        importlib.import_module(module)
+    counts: collections.Counter[str] = collections.Counter()
+    wrong, peaks, started = [], {}, time.time()
+    with tempfile.TemporaryDirectory(prefix="kdsearch-fuzz-") as folder:
+        root = Path(folder) / "seeds"
+        root.mkdir()
+        if forked(lambda: seeds.make(root))[0]:
+            raise SystemExit("the valid files could not be made")
+
+        def attempt(case: Case, number: int) -> tuple[int | None, int, str, str, set[str]]:
+            box = Path(folder) / f"box{number}"
+            box.mkdir()
+            if forked(lambda: case.write(box))[0]:
+                raise SystemExit(f"{case.kind}, {case.name}: its files could not be made")
+            before = listing(box)
+            status, peak, out, err = run(case, box)
+            after = listing(box)
+            outside = {path.name for path in Path(folder).iterdir()} - {"seeds", *(f"{box.name}{end}" for end in ("", ".out", ".err"))}
+            new = {path for path in after.keys() | before.keys() if before.get(path) != after.get(path)} | outside
+            shutil.rmtree(box)
+            return status, peak, out, err, new
+
+        expected = {}
+        for name, case in valid_cases(root).items():
+            status, peaks[name], expected[name], err, _ = attempt(case, 0)
+            if status:
+                raise SystemExit(f"the valid case {name} ended with {status}: {err}")
+        most = max(peaks.values()) + (MEBIBYTES << 10)
+        for kind in options.only:
+            for number, case in enumerate(KINDS[kind](root, np.random.default_rng(options.seed)), 1):
+                if options.names not in case.name:
+                    continue
+                status, peak, out, err, new = attempt(case, number)
+                problem = judged(case, status, out, err, new, expected.get(case.valid or ""))
+                if not problem and peak > most:
+                    problem = f"took {peak >> 10} MiB, a valid run at most {max(peaks.values()) >> 10}"
+                counts[f"{kind}: {'accepted, as valid' if status == 0 else 'refused'}"] += 1
+                peaks["bad"] = max(peaks.get("bad", 0), peak)
+                if problem:
+                    wrong.append((kind, case.name, problem))
+                    print(f"WRONG {kind}: {case.name!r:.80}: {problem}", flush=True)
+                elif options.lines:
+                    print(f"{kind}: {case.name!r:.60}: {err.strip() or 'accepted'}"[:300], flush=True)
+    total = sum(counts.values())
+    print(json.dumps({"cases": total, **counts, "wrong": len(wrong), "MiB valid": max(v for k, v in peaks.items() if k != "bad") >> 10,
+                      "MiB bad": peaks.get("bad", 0) >> 10, "seed": options.seed, "seconds": round(time.time() - started)}, indent=1))  # fmt: skip
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

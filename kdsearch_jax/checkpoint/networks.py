@@ -1,0 +1,191 @@
+"""Finished networks: DIRECTORY/{architecture.json, network.json, variables}."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from kdsearch_jax.checkpoint.arrays import (
+    DTYPE,
+    alone,
+    array_handler,
+    copied,
+    describe,
+    flatten,
+    to_read,
+    to_store,
+    unflatten,
+    verified,
+)
+from kdsearch_jax.checkpoint.shared import (
+    CheckpointError,
+    attempt,
+    check_room,
+    local,
+    meet,
+    plain,
+    sealed,
+    unsealed,
+    written_whole,
+)
+from kdsearch_jax.files import read_json, seal
+from kdsearch_jax.foreign import check_directory
+from kdsearch_jax.forward import apply_eval
+from kdsearch_jax.models import check_trust
+from kdsearch_jax.student import Architecture
+
+FORMAT, VERSION = "kdsearch_jax network", 1
+MAX_JSON = 1 << 24  # bytes: 100,000 arrays
+
+
+def save_network(
+    directory: str | Path,
+    architecture: Architecture,
+    variables: Mapping[str, Any],
+    info: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes a network: architecture.json, network.json (info, digests) and variables/, all or nothing.
+
+    Every process of a run calls it; the first writes.
+
+    Args:
+      directory: does not exist, or is empty, unless `overwrite`.
+      architecture: what `architecture.module()` makes the network of.
+      variables: the network's, nested by module; empty collections are not kept.
+      info: plain JSON values: data set, normalisation, accuracy, …
+      overwrite: replace the network that the directory holds, and all else in it.
+
+    Raises:
+      ValueError: info is not JSON, a leaf is not an array, or what shall be overwritten is not a network.
+      OSError: the directory is not empty, or cannot be written; what was there before is intact.
+    """
+    target = local(directory)
+    arrays = {name: copied(name, leaf) for name, leaf in flatten(variables).items()}
+    if not any(array.size for array in arrays.values()):
+        raise ValueError("variables have no array with elements; there is nothing to save")
+    described = architecture.to_json()
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": seal(plain(described, "architecture")),
+        "info": plain(info, "info"),
+        "leaves": {name: describe(array) for name, array in arrays.items()},
+    }
+    if jax.process_index() == 0:
+        occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+        if occupied and not overwrite:
+            raise FileExistsError(f"{target} exists already; give another directory, or overwrite=True to replace it")
+        if occupied and not (target / "network.json").is_file():
+            raise ValueError(
+                f"{target} is not the directory of a network, so it is not overwritten; remove it yourself"
+            )
+        with written_whole(target) as temporary:
+            check_room(temporary, arrays)
+            with _array_store() as store:
+                store.save(temporary / "variables", args=to_store(arrays))
+            (temporary / "architecture.json").write_text(json.dumps(described, indent=1) + "\n")
+            (temporary / "network.json").write_text(json.dumps(sealed(payload), indent=1) + "\n")
+    meet("network")
+
+
+def load_network(
+    directory: str | Path, module: Any = None, *, trust_code: bool = False
+) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
+    """What `save_network` wrote: (module, variables, architecture, info), every array compared with its digest.
+
+    module: the base model, for a network of a module object that could not be named in a file.
+    trust_code: a network of `package.module:factory` may import that package, that is, run its code.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or it lacks a part of a network (named).
+      CheckpointError: damaged (names the array), of another version, or the arrays are not the architecture's.
+      ValueError: architecture.json describes no network, or names a package that is not imported yet.
+    """
+    source = local(directory)
+    if not source.is_dir():
+        old = next(source.parent.glob(f".{source.name}.*.old"), None)  # killed while it replaced one by another
+        hint = f"rename {old}, which was there before" if old else "give one that save_network wrote"
+        raise FileNotFoundError(f"{source} is not a directory; {hint}")
+    missing = [name for name in ("network.json", "architecture.json", "variables") if not (source / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{source} is not the directory of a network: it has no {', '.join(missing)}")
+    payload = _network_payload(source / "network.json")
+    described = read_json(source / "architecture.json", MAX_JSON)
+    architecture = Architecture.from_json(described)
+    if attempt(seal, described)[0] != payload["architecture"]:
+        raise CheckpointError(f"{source / 'architecture.json'} is not the one that was saved with this network")
+    if module is None:
+        check_trust(architecture.model, trust_code)
+    arrays, problem = attempt(_network_arrays, source / "variables", payload["leaves"])
+    if arrays is None:
+        raise CheckpointError(f"{source} is damaged: {problem}; take another copy")
+    variables = unflatten({name: jnp.asarray(array) for name, array in arrays.items()})
+    return fitting_module(architecture, variables, source, module), variables, architecture, payload["info"]
+
+
+def fitting_module(architecture: Architecture, variables: Mapping[str, Any], source: Path, base: Any = None) -> Any:
+    """The architecture's module; raises ValueError, naming `source`, where it cannot be made or run with these.
+
+    base: the base model, where the architecture cannot name it.
+    """
+    module, problem = attempt(architecture.module, base)
+    if module is None:
+        raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
+    _, problem = attempt(
+        jax.eval_shape, lambda v, *xs: apply_eval(module, v, xs, call=architecture.call), variables,
+        *architecture.called.example(1),
+    )  # fmt: skip
+    if problem:
+        raise ValueError(f"{source}: the arrays are not those of the architecture: {problem}")
+    return module
+
+
+def _array_store() -> ocp.Checkpointer:
+    return ocp.Checkpointer(array_handler(), multiprocessing_options=alone())
+
+
+def _network_payload(path: Path) -> dict[str, Any]:
+    """network.json, checked."""
+    record = read_json(path, MAX_JSON)
+    payload = record.get("payload") if isinstance(record, dict) else None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of a network written by this package")
+    if payload.get("version") != VERSION:
+        raise CheckpointError(f"{path}: version {payload.get('version')!r:.20} is not known here; {VERSION} is")
+    payload, problem = attempt(unsealed, record)
+    leaves = payload.get("leaves") if payload else None
+    if payload is None or not isinstance(payload.get("info"), dict) or not isinstance(leaves, dict):
+        raise CheckpointError(f"{path} is damaged: {problem or 'it lacks info or leaves'}; take another copy")
+    for name, leaf in leaves.items():
+        shape = leaf.get("shape") if isinstance(leaf, dict) else None
+        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not sizes or set(leaf) != {"shape", "dtype", "sha256"} or not DTYPE.fullmatch(str(leaf["dtype"])):
+            raise CheckpointError(f"{path}: {name!r:.80} is described wrongly")
+    return payload
+
+
+def _network_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The verified arrays of a network; reads nothing where the files are too small for what they should hold."""
+    declared = sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in leaves.values())
+    present = check_directory(folder)
+    if declared > present:
+        raise CheckpointError(f"its arrays have {declared} bytes, the files {present}")
+    with _array_store() as store:
+        metadata = store.metadata(folder).item_metadata
+        if metadata is None:
+            raise CheckpointError("Orbax finds no arrays in it")
+        for name, stored in metadata.items():
+            chunk = stored.storage.chunk_shape if stored.storage else None
+            if list(stored.shape) != leaves[name]["shape"] or math.prod(chunk or ()) > math.prod(stored.shape):
+                raise CheckpointError(f"{name!r} is stored as {stored.shape} in pieces of {chunk}")
+        restored = store.restore(folder, args=to_read(leaves))
+    return verified(leaves, restored)

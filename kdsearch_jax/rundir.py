@@ -1,0 +1,325 @@
+"""The directory of a run: which run it holds, who is at work in it, what a killed process has left behind in it.
+
+    config.json       the experiment; whoever continues must have the same
+    run.json          the command, whether it has ended, the digest of config.json, and a fingerprint of the data
+    environment.json  what else results depend on, of this start and of the earlier ones
+
+The command line that began a run goes on with it, by itself, until the run has ended. `--resume` goes on with whatever
+the directory holds: nothing yet, a run that has ended, or one that another command began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kdsearch_jax import storage
+from kdsearch_jax.config import Experiment, differences, from_json, to_json
+from kdsearch_jax.files import DamagedError, read_json, read_sealed, seal, write_json, write_sealed
+from kdsearch_jax.locks import check_free, locked
+
+log = logging.getLogger(__name__)
+
+_WHOLE = 1 << 26  # bytes of an array of which every one counts in the fingerprint
+_UNFINISHED = re.compile(
+    r"\.(?P<target>.+)\.(?P<tag>[0-9a-f]{8})\.(?P<end>tmp|old)"  # written_whole
+    r"|\..+\.\d+"  # files.write_bytes
+    r"|\.export-.+"
+    r"|metrics\.jsonl\.new"
+    r"|.+\.orbax-checkpoint-tmp.*"
+)
+
+
+def goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
+    """Whether to go on with a run that `workdir` holds; writes nothing. Every process of a run calls it.
+
+    command: JSON of what a command line asks for beside the experiment, such as {"command": "search"}.
+    resume: go on, whatever it holds.
+
+    Raises:
+      ValueError: it holds another experiment; or, without `resume`, a run that has ended or is of another command.
+      InUseError: another process is at work in it.
+    """
+    return _first_says(lambda: _goes_on(workdir, experiment, command, resume))
+
+
+def is_under_way(workdir: Path, command: Mapping[str, Any]) -> bool:
+    """Whether this command was begun in `workdir`, and has not ended; every process of a run asks."""
+
+    def ask() -> bool:
+        known = _run(workdir)
+        return bool(known) and not known["finished"] and known["command"] == json.loads(json.dumps(command))
+
+    return _first_says(ask)
+
+
+@contextlib.contextmanager
+def run_directory(
+    workdir: Path,
+    experiment: Experiment,
+    command: Mapping[str, Any],
+    *,
+    resume: bool,
+    data: str | None = None,
+    extends: bool = False,
+) -> Iterator[None]:
+    """Makes `workdir` the directory of this run, this process's alone; its end without an error is the run's.
+
+    Every process of a run enters it; the first looks, locks and writes.
+
+    Args:
+      resume: what `goes_on` said.
+      data: fingerprint of the data set; who resumes must have the same.
+      extends: the experiment is another than that of the run there, on purpose.
+
+    Raises:
+      ValueError: it holds a run and `resume` is False, or one of another experiment or of other data.
+      OSError: it cannot be written, or another process is at work in it. What was there stays as it was.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> bool:
+            existed = workdir.exists()
+            stack.enter_context(locked(workdir))
+            stack.callback(_forget, workdir, existed)
+            known = _run(workdir) if resume else None
+            if known and data and known.get("data", data) != data:
+                raise ValueError(
+                    f"data: {workdir} was begun with others (fingerprint {known['data']}, now {data}); give those, or "
+                    "choose another --workdir"
+                )
+            if resume:
+                sweep(workdir)
+            storage.own(workdir)
+            state = {"command": dict(command), "finished": False, **({"data": data} if data else {})}
+            _new_run_directory(workdir, experiment, resume, state=state, extends=extends)
+            storage.publish()
+            return True
+
+        _first_says(begin)
+        storage.follow()
+        yield
+        if jax.process_index() == 0:
+            write_sealed(workdir / "run.json", {**(_run(workdir) or {}), "finished": True})
+            storage.publish()
+
+
+def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = False) -> Path:
+    """Writes `config.json` and `environment.json` of a run into `workdir`; every process of a run calls it.
+
+    Raises ValueError where it holds a run already, unless `resume` says to go on with it and its experiment is the
+    same; OSError where it cannot be written. Either way what was there stays as it was.
+    """
+
+    def begin() -> bool:
+        storage.own(workdir)
+        _new_run_directory(workdir, experiment, resume)
+        storage.publish()
+        return True
+
+    _first_says(begin)
+    storage.follow()
+    return workdir
+
+
+def sweep(workdir: Path) -> None:
+    """Removes what processes that were killed have left half-written; puts back what one was about to replace."""
+    if "://" in str(workdir):
+        return
+    for folder, folders, names in os.walk(workdir):
+        for name in [*folders, *names]:
+            if (found := _UNFINISHED.fullmatch(name)) is None:
+                continue
+            path = Path(folder, name)
+            if found["end"] == "old" and not (target := path.with_name(found["target"])).exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        folders[:] = [name for name in folders if Path(folder, name).is_dir()]
+
+
+def fingerprint(arrays: Mapping[str, Any]) -> str:
+    """A short digest of {split: {entry: pytree of arrays}}; of large arrays only of every so many rows."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        if isinstance(leaf, np.ndarray):
+            rows = leaf[:: max(1, leaf.nbytes // _WHOLE)] if leaf.ndim else leaf
+            digest.update(np.ascontiguousarray(rows).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """What produced a run and its results depend on: versions, revision, devices, settings of JAX, command, time."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # absent when run from a checkout by PYTHONPATH
+        versions["kdsearch-jax"] = importlib.metadata.version("kdsearch-jax")
+    names = [
+        name
+        for name in sorted(os.environ)
+        if name == "XLA_FLAGS" or name.startswith(("JAX_", "LIBTPU_", "NVIDIA_TF32"))
+    ]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_revision": git_revision(Path(__file__).parent),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "variables": {name: os.environ[name] for name in names},
+        "jax": {
+            "default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore
+            "enable_x64": jax.config.jax_enable_x64,  # type: ignore
+            "default_prng_impl": jax.config.jax_default_prng_impl,  # type: ignore
+            "threefry_partitionable": jax.config.jax_threefry_partitionable,  # type: ignore
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_revision(package: Path) -> str | None:
+    """The commit of the checkout that `package` belongs to, `-dirty` if it was edited; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A package installed into somebody's repository is no part of it.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
+    if not (workdir / "config.json").exists():
+        if resume:
+            log.info("%s holds no run to resume: starting one", workdir)
+        return resume
+    check_free(workdir)
+    if resume:
+        return True  # the experiment is compared where it is written
+    known = _run(workdir)
+    if known is None or known["finished"]:
+        what = "a run, which has ended" if known else "a run"
+        raise ValueError(f"{workdir} already holds {what}; add --resume to go on with it, or choose another --workdir")
+    _check_same(workdir, experiment)
+    if known["command"] != (now := json.loads(json.dumps(command))):
+        raise ValueError(
+            f"{workdir} already holds a run, of another command ({_told(known['command'])}, not {_told(now)}); add "
+            "--resume to go on with it by this one, or choose another --workdir"
+        )
+    log.info("%s holds this run, which has not ended: going on with it", workdir)
+    return True
+
+
+def _new_run_directory(
+    workdir: Path,
+    experiment: Experiment,
+    resume: bool,
+    *,
+    state: Mapping[str, Any] | None = None,
+    extends: bool = False,
+) -> None:
+    path, earlier, settings = workdir / "config.json", [], to_json(experiment)
+    if path.exists():
+        if not resume:
+            raise ValueError(
+                f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
+            )
+        if not extends:
+            _check_same(workdir, experiment)
+        with contextlib.suppress(OSError, ValueError):
+            last = read_json(workdir / "environment.json")
+            earlier = [*last.pop("earlier", []), last]
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "environment.json", {**environment(), **_about(state), "earlier": earlier})
+    if state is not None:
+        write_sealed(workdir / "run.json", {**state, "config": seal(settings)})
+    if extends or not path.exists():
+        write_json(path, settings)  # last: without it there is no run
+
+
+def _about(state: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"data": state["data"]} if state and "data" in state else {}
+
+
+def _check_same(workdir: Path, experiment: Experiment) -> None:
+    """Raises ValueError where the run is of another experiment, with the settings that differ."""
+    path, known = workdir / "config.json", _run(workdir)
+    try:
+        stored = read_json(path)
+        if known and known.get("config") not in (None, seal(stored)):
+            raise DamagedError("not what the run began with, says run.json; put it back, or choose another --workdir")
+        old = from_json(stored)
+    except DamagedError as error:
+        raise DamagedError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; this run cannot be resumed by this version") from error
+    if different := differences(old, experiment):
+        raise ValueError(
+            f"{workdir} holds a run of another experiment ({'; '.join(different)}); "
+            f"resume with --config {path}, or choose another --workdir"
+        )
+
+
+def _run(workdir: Path) -> dict[str, Any] | None:
+    """What run.json says; None where there is none."""
+    path = workdir / "run.json"
+    return read_sealed(path) if path.is_file() else None
+
+
+def _told(command: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in command.items() if value is not None)
+
+
+def _forget(workdir: Path, existed: bool) -> None:
+    """Removes the directory again where nothing came of it."""
+    if not existed and not any(path.name != ".lock" for path in workdir.iterdir()):
+        with contextlib.suppress(OSError):
+            (workdir / ".lock").unlink(missing_ok=True)
+            workdir.rmdir()
+
+
+def _first_says(decide: Callable[[], bool]) -> bool:
+    """What the first process decides, in all of them; what it raises, they do as well.
+
+    The others wait for its word, or they would take what it wrote for an old run.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    failure, answer = None, False
+    if jax.process_index() == 0:
+        try:
+            answer = decide()
+        except (ValueError, OSError) as error:
+            failure = error
+    good, answer = multihost_utils.broadcast_one_to_all(np.array([failure is None, answer]))
+    if not good:
+        raise failure or ValueError("refused by process 0, see its message")
+    return bool(answer)

@@ -1,0 +1,565 @@
+"""What lies in an object store is, for a run and for its readers, what it would be on a disk; whatever is killed or fails.
+
+The store is `tests/object_store.py`: objects by name, no folders, nothing renamed, nothing appended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import object_store
+import pytest
+
+import kdsearch_jax
+from kdsearch_jax import checkpoint, cli, evaluate, export, storage
+from kdsearch_jax.storage import mirror, scratch
+from kdsearch_jax.storage.manifest import MANIFEST, Entry, Manifest
+from kdsearch_jax.storage.mirror import Mirror
+from kdsearch_jax.student import Architecture
+
+TINY = str(Path(__file__).parent / "tiny.py")
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+class Killed(BaseException):
+    """Ends a process at a request, as far as a test can tell."""
+
+
+class Store:
+    """The stand-in as a test sees it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]):
+        self.folder, self.environment = folder, environment
+
+    def path(self, key: str) -> Path:
+        return self.folder / quote(key, safe="")
+
+    def keys(self) -> set[str]:
+        return {unquote(name) for name in os.listdir(self.folder) if not name.startswith(".")}
+
+    def put(self, key: str, content: bytes) -> None:
+        self.path(key).write_bytes(content)
+
+    def put_directory(self, key: str, directory: Path) -> None:
+        for path in directory.rglob("*"):
+            if path.is_file():
+                self.put(f"{key}/{path.relative_to(directory).as_posix()}", path.read_bytes())
+
+    def fails(self, pattern: str | None) -> None:
+        path = self.folder / ".fails"
+        path.unlink(missing_ok=True)
+        if pattern is not None:
+            path.write_text(pattern)
+
+    def requests(self) -> list[str]:
+        return (self.folder / ".log").read_text().splitlines()
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Any:
+    environment = object_store.install(tmp_path)
+    monkeypatch.setenv("STORE", environment["STORE"])
+    fsspec.register_implementation("bucket", object_store.ObjectStore, clobber=True)
+    yield Store(Path(environment["STORE"]), environment)
+    storage.close()
+
+
+@pytest.fixture
+def elsewhere() -> Any:
+    """Makes this process another one, on a machine that has no copies yet."""
+    storage.close()
+    yield storage.close
+    storage.close()
+
+
+def write(directory: Path, files: dict[str, str]) -> None:
+    """Makes the directory have these files, and no other."""
+    for path in directory.rglob("*"):
+        if path.is_file() and path.relative_to(directory).as_posix() not in files:
+            path.unlink()
+    for name, text in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.1")
+        part.write_text(text)
+        part.replace(path)
+
+
+def read(directory: Path) -> dict[str, str]:
+    return {p.relative_to(directory).as_posix(): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+BEFORE = {"config.json": "{}", "search/a": "old", "search/b": "same", "teacher/network/x": "gone", "metrics.txt": "1"}
+AFTER = {"config.json": "{}", "search/a": "new", "search/b": "same", "search/network/y": "1", "metrics.txt": "2"}
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("gs://b/run", "gs://b/run"),
+        (Path("gs://b/run"), "gs://b/run"),  # one slash was lost
+        ("GS://b//run/", "gs://b/run"),
+        ("gs://b/runs/./7", "gs://b/runs/7"),
+        ("runs/x", None),
+        ("/data/gs/x", None),
+        ("file:///data/x", None),
+        ("a:b", None),
+    ],
+)
+def test_what_is_of_a_store(path, address):
+    assert storage.address(path) == address
+
+
+@pytest.mark.parametrize(
+    "path", ["gs://", "gs:///", "gs://b/../c", "simplecache::gs://b/x/../y", "gs://b/x::memory://"]
+)
+def test_what_no_store_has(path):
+    if "::" in path.partition("://")[0]:
+        assert storage.address(path) is None
+    else:
+        with pytest.raises(ValueError, match=r"workdir: .* is no place of a store; give one like gs://BUCKET/NAME"):
+            storage.local(path, "workdir")
+
+
+def test_local_paths_stay_what_they_are(tmp_path):
+    assert storage.local("runs/x") == Path("runs/x") and storage.local(tmp_path) == tmp_path
+    assert storage.local("file:///data/x") == Path("/data/x")
+    assert scratch.directory.cache_info().currsize == 0  # nothing is made for them
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "foo://b/run",
+            "--workdir: foo://b/run: no kind of store is named foo://; give gs://…, s3://… or a local path",
+        ),
+        ("adl://b/run", "--workdir: adl://b/run: adl:// needs adlfs, which is missing; pip install adlfs"),
+    ],
+)
+def test_a_store_that_is_not_installed(tmp_path, python, repository, path, message):
+    command = [python, "-m", "kdsearch_jax.teacher", "--config", TINY, "--workdir", path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert not any(tmp_path.iterdir())
+
+
+# --- directories ----------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_comes_back_as_it_was(store, elsewhere):
+    run = storage.local("bucket://b/run")
+    assert not run.exists()
+    for files in (BEFORE, AFTER):
+        write(run, files)
+        storage.publish()
+    own = {f"b/run/{name}" for name in AFTER}
+    assert {key for key in store.keys() if "/.kdsearch/" not in key} == own  # by their names, and nothing else
+    assert all(store.path(f"b/run/{name}").read_text() == text for name, text in AFTER.items())
+    elsewhere()
+    assert read(storage.local("bucket://b/run")) == AFTER
+    elsewhere()
+    part = storage.local("bucket://b/run/search")
+    assert read(part.parent) == {name: text for name, text in AFTER.items() if name.startswith("search/")}
+    assert storage.local("bucket://b/run/config.json").read_text() == "{}"
+    assert storage.shown(f"see {part}/a") == "see bucket://b/run/search/a"
+
+
+def test_nothing_is_sent_twice(store):
+    run = storage.local("bucket://b/run")
+    write(run, BEFORE)
+    storage.publish()
+    count = len(store.requests())
+    storage.publish()
+    assert len(store.requests()) == count
+    write(run, {**BEFORE, "search/a": "new"})
+    storage.publish()
+    sent = [line for line in store.requests()[count:] if line.startswith("PUT") and "/.kdsearch/" not in line]
+    assert sent == []  # changed files are put aside first, then copied
+    assert "COPY b/run/search/a" in store.requests()[count:]
+
+
+@pytest.mark.parametrize("how", ["fails", "is killed"])
+def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store, elsewhere, monkeypatch, how):
+    """A writer that ends at its nth request leaves one of both, and a successor leaves no trace of it."""
+    real, outcomes = object_store.ObjectStore._file, []
+    for last in itertools.count():
+        for key in store.keys():
+            store.path(key).unlink()
+        elsewhere()
+        run = storage.local("bucket://b/run")
+        write(run, BEFORE)
+        storage.publish()
+        write(run, AFTER)
+        left = itertools.count(last, -1)
+
+        def request(self, key, what, left=left):
+            if what in ("PUT", "COPY", "DELETE") and next(left) <= 0:
+                raise ConnectionError("no answer") if how == "fails" else Killed
+            return real(self, key, what)
+
+        monkeypatch.setattr(object_store.ObjectStore, "_file", request)
+        complete = True
+        try:
+            storage.publish()
+        except (OSError, Killed) as error:
+            complete = False
+            if isinstance(error, OSError):
+                assert re.fullmatch(r"bucket://b/run/\S+ could not be written: no answer", str(error))
+        ended = next(left) > 0
+        monkeypatch.setattr(object_store.ObjectStore, "_file", real)
+        elsewhere()
+        found = read(storage.local("bucket://b/run"))
+        assert found in (BEFORE, AFTER) and (found == AFTER or not complete)
+        outcomes.append(found == AFTER)
+        elsewhere()
+        run = storage.local("bucket://b/run")
+        storage.own(run)
+        assert {k for k in store.keys() if "/.kdsearch/" not in k} == {f"b/run/{name}" for name in found}
+        assert {k for k in store.keys() if "/.kdsearch/" in k} == {f"b/run/{MANIFEST}"}
+        assert all(store.path(f"b/run/{name}").read_text() == text for name, text in found.items())
+        if ended:
+            break
+    assert outcomes == sorted(outcomes) and outcomes[0] is False and outcomes[-1] is True and len(outcomes) > 8
+
+
+def test_a_writer_goes_on_after_a_failure(store, elsewhere):
+    run = storage.local("bucket://b/run")
+    write(run, BEFORE)
+    storage.publish()
+    write(run, AFTER)
+    store.fails("search/network")
+    with pytest.raises(storage.StoreError, match="search/network/y could not be written: 503: the store is unwell"):
+        storage.publish()
+    store.fails(None)
+    write(run, {**AFTER, "more": "1"})
+    storage.publish()
+    elsewhere()
+    assert read(storage.local("bucket://b/run")) == {**AFTER, "more": "1"}
+
+
+def test_readers_never_see_a_mixture(store, elsewhere):
+    """All files of a version say its number; a reader that is busy all the while finds them alike."""
+    writer = Mirror("bucket://b/run", scratch.place("bucket://b/writer"))
+    reader = Mirror("bucket://b/run", scratch.place("bucket://b/reader"))
+    seen, done = [], threading.Event()
+
+    def work() -> None:
+        for version in range(40):
+            names = ["a", "b/c", f"only/{version}", f"only/{version // 3}/d"]
+            write(writer.place, dict.fromkeys(names, str(version)))
+            writer.push()
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.is_set():
+        reader.pull()
+        files = read(reader.place)
+        assert len(set(files.values())) <= 1 and len(files) in (0, 3, 4), files
+        seen.append(files.get("a"))
+    thread.join()
+    assert len(set(seen)) > 2  # it saw several, or it proves nothing
+
+
+def test_what_is_published_was_there_at_one_moment(store):
+    """While files come one after the other, each version that is published has all that came before its newest."""
+    run = storage.local("bucket://b/run")
+    done = threading.Event()
+
+    def work() -> None:
+        for number in range(300):
+            write_one(run / f"{'zyx'[number % 3]}/{number:03}")
+        done.set()
+
+    def write_one(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        time.sleep(0.0005)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    versions = set()
+    while not done.is_set():
+        storage.publish()
+        content = store.path(f"b/run/{MANIFEST}")
+        if content.exists():
+            numbers = sorted(int(name[2:]) for name in Manifest.of(content.read_bytes(), "").files)
+            assert numbers == list(range(len(numbers)))
+            versions.add(len(numbers))
+    thread.join()
+    assert versions
+
+
+def test_logs_are_taken_as_they_are(store, elsewhere):
+    """A file that grows while it is published keeps nothing from being published; reports are nobody's work."""
+    run = storage.local("bucket://b/run")
+    write(run, {"config.json": "{}", "search/metrics.jsonl": "1\n", "report/index.html": "first"})
+    storage.publish()
+    elsewhere()
+    other = storage.local("bucket://b/run")
+    write(other, {**read(other), "report/index.html": "second"})
+    storage.publish()
+    elsewhere()
+    assert read(storage.local("bucket://b/run"))["report/index.html"] == "second"
+    listed = Manifest.of(store.path(f"b/run/{MANIFEST}").read_bytes(), "").files
+    assert listed["search/metrics.jsonl"] == Entry(2) and listed["config.json"].sha256
+
+
+def test_checkpoints_and_events_come_when_they_are_asked_for(store, elsewhere):
+    files = {"config.json": "{}", "search/checkpoints/4/state": "4", "search/tensorboard/events": "e"}
+    write(storage.local("bucket://b/run"), files)
+    storage.publish()
+    elsewhere()
+    run = storage.local("bucket://b/run", whole=True)
+    assert read(run) == {"config.json": "{}"}
+    storage.follow(run / "search" / "checkpoints")
+    assert read(run) == {name: text for name, text in files.items() if "tensorboard" not in name}
+    write(run, {**read(run), "config.json": "{ }"})
+    storage.publish()  # does not remove what was never here
+    assert {f"b/run/{name}" for name in files} <= store.keys()
+
+
+# --- others ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_directory_is_noticed_and_nothing_lost(store):
+    first = Mirror("bucket://b/run", scratch.place("bucket://b/first"))
+    write(first.place, BEFORE)
+    first.push()
+    second = Mirror("bucket://b/run", scratch.place("bucket://b/second"))
+    second.pull()
+    second.own()
+    write(second.place, AFTER)
+    second.push()
+    write(first.place, {**BEFORE, "search/a": "newer"})
+    with pytest.raises(storage.StoreError, match=r"bucket://b/run: another run has changed metrics.txt meanwhile"):
+        first.push()
+    third = Mirror("bucket://b/run", scratch.place("bucket://b/third"))
+    third.pull()
+    assert read(third.place) == AFTER
+
+
+def test_changes_of_other_files_are_taken_over(store):
+    """A student is exported into a run that is still at work."""
+    run = Mirror("bucket://b/run", scratch.place("bucket://b/first"))
+    write(run.place, BEFORE)
+    run.push()
+    other = Mirror("bucket://b/run", scratch.place("bucket://b/second"))
+    other.pull("search")
+    write(other.place, {**read(other.place), "student/file": "1"})
+    other.push()
+    write(run.place, AFTER)
+    run.push()
+    reader = Mirror("bucket://b/run", scratch.place("bucket://b/third"))
+    reader.pull()
+    assert read(reader.place) == {**AFTER, "student/file": "1"}
+
+
+def test_files_that_a_user_put_there_stay(store, elsewhere):
+    store.put("b/run/notes.txt", b"mine")
+    store.put("b/run/search/.zarray", b"mine too")
+    run = storage.local("bucket://b/run")
+    assert read(run) == {"notes.txt": "mine", "search/.zarray": "mine too"}
+    write(run, {**read(run), **BEFORE})
+    storage.own(run)
+    storage.publish()
+    write(run, {**read(run), **AFTER})
+    storage.publish()
+    assert store.path("b/run/notes.txt").read_bytes() == b"mine"
+    assert store.path("b/run/search/.zarray").read_bytes() == b"mine too"
+    store.put("b/run/teacher/later.bin", b"later")
+    elsewhere()
+    assert storage.local("bucket://b/run/teacher/later.bin").read_bytes() == b"later"
+    assert storage.local("bucket://b/run/notes.txt").read_bytes() == b"mine"
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
+def test_what_is_not_what_it_should_be_is_left_out_and_said(store, elsewhere, caplog, damage):
+    write(storage.local("bucket://b/run"), BEFORE)
+    storage.publish()
+    path = store.path("b/run/search/a")
+    {"flipped": lambda: path.write_bytes(b"oldd"[1:]), "cut": lambda: path.write_bytes(b""), "lost": path.unlink}[
+        damage
+    ]()
+    elsewhere()
+    run = storage.local("bucket://b/run")
+    assert read(run) == {name: text for name, text in BEFORE.items() if name != "search/a"}
+    assert "bucket://b/run/search/a is missing or not what it should be; it is left out" in caplog.text
+    write(run, {**read(run), "search/a": "made again"})
+    storage.publish()
+    elsewhere()
+    assert read(storage.local("bucket://b/run"))["search/a"] == "made again"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a//b", "a/../../x", "", "a/.", "a\\..\\x", "a\0"])
+def test_no_file_lands_outside_of_its_directory(store, name):
+    manifest = json.loads(Manifest({"a": Entry(1, "0" * 64)}, "w", 1).to_json())
+    manifest["files"] = {name: manifest["files"]["a"]}
+    store.put(f"b/run/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(ValueError, match=r"bucket://b/run/\.kdsearch/manifest\.json is damaged: .*no name of a file"):
+        storage.local("bucket://b/run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"files": {}}', b'{"format": "kdsearch_jax directory", "version": 2, "files": {}}',
+     b"[" * 100_000, b'{"format": "kdsearch_jax directory", "version": 1, "writer": "", "sequence": 1, "files": [1]}',
+     b'{"format": "kdsearch_jax directory", "version": 1, "writer": "", "sequence": 1, "files": {"a": {"bytes": -1}}}'],
+)  # fmt: skip
+def test_a_damaged_manifest_is_refused_in_one_line(store, content):
+    store.put(f"b/run/{MANIFEST}", content)
+    with pytest.raises(ValueError, match=r"^workdir: bucket://b/run/\.kdsearch/manifest\.json is damaged: ") as caught:
+        storage.local("bucket://b/run", "workdir")
+    assert "\n" not in cli.error_line(caught.value)
+
+
+def test_objects_outside_of_every_directory_are_refused(store):
+    store.put("b/run/../../etc/x", b"")
+    with pytest.raises(ValueError, match="no name of a file below a directory"):
+        storage.local("bucket://b/run")
+
+
+def test_a_disk_too_small_is_said_before_anything_is_brought(store, elsewhere, monkeypatch):
+    write(storage.local("bucket://b/run"), BEFORE)
+    storage.publish()
+    elsewhere()
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(mirror.shutil, "disk_usage", lambda path: usage._replace(free=3))
+    with pytest.raises(storage.StoreError, match=r"bucket://b/run: 0 MiB are to be copied .* set TMPDIR to a larger"):
+        storage.local("bucket://b/run")
+
+
+# --- copies on this machine -----------------------------------------------------------------------------------------
+
+
+def test_copies_of_killed_processes_are_removed_by_the_next(store, tmp_path, python, monkeypatch):
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal, sys, tempfile; from kdsearch_jax.storage import scratch\n"
+        "tempfile.tempdir = sys.argv[1]; print(scratch.directory(), flush=True); input()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    start = [python, "-c", code, str(tmp_path)]
+    killed, alive = (subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in "12")
+    dead, other = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+    killed.communicate("\n")
+    for path in (dead, other):
+        os.utime(path, (0, 0))
+    own = scratch.directory()
+    assert own.exists() and other.exists() and not dead.exists()
+    alive.kill()
+    alive.communicate()
+
+
+# --- networks and checkpoints ---------------------------------------------------------------------------------------
+
+
+def network(seed: int = 0) -> tuple[Architecture, dict[str, Any]]:
+    architecture = Architecture("small_cnn", {"width": 2, "num_classes": 10}, input_shape=(8, 8, 1))
+    rng = np.random.default_rng(seed)
+    import jax
+
+    shapes = jax.eval_shape(architecture.module().init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    draw = lambda leaf: jnp.asarray(rng.uniform(0.1, 1.0, leaf.shape), leaf.dtype)  # noqa: E731
+    return architecture, jax.tree.map(draw, shapes)
+
+
+INFO = {"dataset": "digits", "num_classes": 10, "mean": [0.5], "std": [0.5], "class_names": list("0123456789")}
+
+
+def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere, tmp_path, capsys):
+    architecture, variables = network()
+    checkpoint.save_network(tmp_path / "net", architecture, variables, INFO)
+    checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+    store.put_directory("b/copied", tmp_path / "net")  # as gsutil would
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 1)), jnp.float32)
+    module, local = kdsearch_jax.load(tmp_path / "net")
+    expected = np.asarray(module.apply(local, images))
+    for address in ("bucket://b/net", Path("bucket://b/net"), "bucket://b/copied"):
+        elsewhere()
+        module, found = kdsearch_jax.load(address)
+        np.testing.assert_array_equal(np.asarray(module.apply(found, images)), expected)
+    with pytest.raises(FileExistsError, match="exists already"):
+        checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+    elsewhere()
+    export.export("bucket://b/net", "bucket://b/exported", ["safetensors"])
+    elsewhere()
+    module, found = export.load_safetensors("bucket://b/exported/student.safetensors")
+    np.testing.assert_array_equal(np.asarray(module.apply(found, images)), expected)
+
+    labels = np.arange(40, dtype=np.int32) % 10
+    data = {"images": np.random.default_rng(2).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), "labels": labels}
+    np.savez(tmp_path / "x.npz", **data)
+    store.put("b/data/x.npz", (tmp_path / "x.npz").read_bytes())
+    rows = []
+    for net, file in ((tmp_path / "net", f"npz:{tmp_path}/x.npz"), ("bucket://b/net", "npz:bucket://b/data/x.npz")):
+        assert evaluate.main([str(net), "--data", file]) == 0
+        rows.append(capsys.readouterr().out.splitlines()[-1].split())
+    assert rows[1] == ["bucket://b/net", *rows[0][1:]]
+
+
+def test_a_damaged_network_of_a_store_is_refused(store, elsewhere):
+    architecture, variables = network()
+    checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+    largest = max((p for p in store.folder.iterdir() if "variables" in p.name), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    elsewhere()
+    with pytest.raises(ValueError, match="net is damaged"):
+        kdsearch_jax.load("bucket://b/net")
+    with pytest.raises(FileNotFoundError, match="is not a directory; give one that save_network wrote"):
+        kdsearch_jax.load("bucket://b/nothing")
+
+
+def state(step: int) -> dict[str, np.ndarray]:
+    return {"kernel": np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32), "step": np.array(step)}
+
+
+def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monkeypatch):
+    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, state(step), {"config": 1}, {"validation_accuracy": 1 / step})
+        checkpoints.wait()
+        store.fails("checkpoints/6")
+        checkpoints.save(6, state(6), {"config": 1})
+        with pytest.raises(OSError, match=r"the checkpoint of step 6 could not be written .* 503: the store is unwell"):
+            checkpoints.wait()
+        store.fails(None)
+    elsewhere()
+    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+        assert checkpoints.steps()[:3] == [1, 4, 5] and checkpoints.best_step() == 1  # the newest, and the best
+        step, found, meta = checkpoints.restore(state(0))
+        assert meta == {"config": 1}
+        np.testing.assert_array_equal(found["kernel"], state(step)["kernel"])
+        newest = step
+    elsewhere()
+    for key in store.keys():
+        if f"checkpoints/{newest}/state/" in key and "/d/" in key:
+            store.path(key).write_bytes(b"\0" * store.path(key).stat().st_size)
+    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+        step, found, _ = checkpoints.restore(state(0))
+        assert step < newest
+        np.testing.assert_array_equal(found["kernel"], state(step)["kernel"])
