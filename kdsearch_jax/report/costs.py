@@ -82,7 +82,8 @@ def front_title(front: Front) -> str:
     if whole is None or not known:
         return "Students of several budgets"
     last = known[-1]
-    return f"At {percent(last['macs'] / front.teacher['macs'])} of the MACs, {points(last['accuracy'] - whole)} points"
+    share, gain = percent(last["macs"] / front.teacher["macs"]), points(last["accuracy"] - whole)
+    return f"At {share} of the MACs, {gain} points against the teacher"
 
 
 def front(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
@@ -93,9 +94,7 @@ def front(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
         "One search passed every budget on its way down; each student was cut there, and trained by itself."
     )
     if "front" in pictures:
-        spoken = (
-            f"Accuracy against costs for every student. {front_title(found)} against the teacher. The table has all."
-        )
+        spoken = f"Accuracy against costs for every student. {front_title(found)}. The table has all."
         caption = "Up and to the left is better. Dotted: the teacher’s accuracy; it lies at 100% to the right."
         text += markup.picture(pictures["front"], spoken, caption)
     everyone = [whole, *found.points, *(row for rows in found.baselines.values() for row in rows)]

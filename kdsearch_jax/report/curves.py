@@ -54,14 +54,14 @@ def _cost(axes: Axes | None, run: Run) -> bool:
     costs = [(name, history[f"cost_{name}"]) for name in ("macs", "params") if f"cost_{name}" in history]
     if axes is None or not costs:
         return bool(costs)
-    bounds = budget(run)
+    bounds = budgets(run)
     for (name, values), colour, style in zip(costs, (KEPT, STAGES["uniform"]), ("-", "-."), strict=False):
         label = {"macs": "MACs", "params": "parameters"}[name]
         axes.plot(history["steps"], 100 * values, style, color=colour, linewidth=1.8, label=label)
-        if name in bounds:
-            axes.axhline(100 * bounds[name], color=colour, linewidth=1, linestyle=":")
+        for bound in bounds.get(name, ()):
+            axes.axhline(100 * bound, color=colour, linewidth=1, linestyle=":")
             axes.annotate(
-                f"budget {100 * bounds[name]:.3g}%", (0.02, 100 * bounds[name]), xycoords=("axes fraction", "data"),
+                f"budget {100 * bound:.3g}%", (0.02, 100 * bound), xycoords=("axes fraction", "data"),
                 xytext=(0, 3), textcoords="offset points", fontsize=8.5, color=INK,
             )  # fmt: skip
     axes.set_ylim(0, 105)
@@ -69,14 +69,16 @@ def _cost(axes: Axes | None, run: Run) -> bool:
     return True
 
 
-def budget(run: Run) -> dict[str, float]:
-    """The bounds asked for, as shares of the teacher's cost: {"macs": 0.5}; what was not asked for is absent."""
-    asked = (run.results or {}).get("budget") or run.config.get("budget") or {}
-    shares = {}
+def budgets(run: Run) -> dict[str, list[float]]:
+    """The bounds asked for, as shares of the teacher's cost: {"macs": [0.5]}, of a front several, the largest first."""
+    asked = [(run.results or {}).get("budget") or run.config.get("budget") or {}]
+    if run.front is not None:
+        asked = [point["budget"] for point in run.front.points if isinstance(point.get("budget"), dict)]
+    shares: dict[str, list[float]] = {}
     for name in ("macs", "params"):
-        value, whole = asked.get(name), (run.topology or {}).get(name)
-        if value is not None and (value <= 1 or whole):
-            shares[name] = value if value <= 1 else value / whole
+        values, whole = {each[name] for each in asked if each.get(name) is not None}, (run.topology or {}).get(name)
+        if found := [value if value <= 1 else value / whole for value in values if value <= 1 or whole]:
+            shares[name] = sorted(found, reverse=True)
     return shares
 
 
@@ -140,8 +142,12 @@ def _curves(axes: Axes | None, run: Run, keys: Sequence[str], scale: float) -> b
             x, y = _thinned(np.array(points, float))
             first = searched if method in ("retrain", "at") else 0
             style = {"uniform": "--", "magnitude": "-."}.get(method, "-")
-            colour = KEPT if front else STAGES[stage]
-            axes.plot(first + x, scale * y, style, color=colour, linewidth=1.6, label=label(stage))
+            students = [name for name in run.metrics if name.startswith("at-")]
+            strength = 1 - 0.75 * students.index(stage) / len(students) if front else 1.0
+            axes.plot(
+                first + x, scale * y, style, color=KEPT if front else STAGES[stage], alpha=strength, linewidth=1.6,
+                label=label(stage),
+            )  # fmt: skip
     return True
 
 

@@ -180,8 +180,8 @@ def search_title(run: Run) -> str:
     history = run.history or {}
     if "cost_macs" not in history:
         return "How search and training went"
-    bound = curves.budget(run).get("macs")
-    asked = f" (asked: at most {100 * bound:.3g}%)" if bound else ""
+    bounds = curves.budgets(run).get("macs", [])
+    asked = f" (asked: at most {', '.join(f'{100 * bound:.3g}' for bound in bounds)}%)" if bounds else ""
     return f"The search brought MACs to {100 * float(history['cost_macs'][-1]):.3g}%{asked}"
 
 

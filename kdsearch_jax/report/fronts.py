@@ -97,16 +97,16 @@ def _known(row: dict[str, Any], key: str) -> bool:
 
 
 def _panel(axes: Axes, front: Front, key: str) -> None:
+    """Points by cost, joined where the cost falls from budget to budget; time need not."""
     whole = front.teacher[key]
     lots = {"searched": front.points, **front.baselines}
     for number, (name, rows) in enumerate(lots.items()):
         xs = [100 * row[key] / whole for row in rows if _known(row, key)]
         ys = [100 * row["accuracy"] for row in rows if _known(row, key)]
         colour = KEPT if name == "searched" else STAGES.get(name, SOFT)
-        axes.plot(
-            xs, ys, "-" if name == "searched" else "--", marker="o" if name == "searched" else _MARKS[number - 1],
-            color=colour, linewidth=1.6, markersize=6, label=name,
-        )  # fmt: skip
+        line = "none" if key == "ms_per_image" else "-" if name == "searched" else "--"
+        mark = "o" if name == "searched" else _MARKS[number - 1]
+        axes.plot(xs, ys, ls=line, marker=mark, color=colour, linewidth=1.6, markersize=6, label=name)
     axes.axhline(100 * front.teacher["accuracy"], color=SOFT, linewidth=1, linestyle=":", label="teacher")
     axes.margins(0.12)
     axes.set_xlim(left=0)

@@ -191,7 +191,7 @@ def _notes(run: Run) -> str:
 
 def budget_notes(run: Run) -> list[str]:
     """For each bound asked for, what the student got."""
-    return [_budget_note(run, name, share) for name, share in curves.budget(run).items()] + [
+    return [_budget_note(run, name, share) for name, shares in curves.budgets(run).items() for share in shares] + [
         _measured_note(run.measured or {}, name) for name in ("latency", "memory")
     ]
 
