@@ -1,12 +1,13 @@
-"""Runs that are killed at random moments, and go on by the same command: `python benchmarks/chaos.py --runs 50`.
+"""Runs that are killed at random moments, and go on by the same command: `python -m benchmarks.chaos --roads 9`.
 
-Each run is a whole road (teacher, search, cut, retraining, export, table and report) of a tiny network, this file being
-its experiment. It is sent SIGKILL, with all its children, or SIGTERM, in a stage drawn in turn and at a moment drawn at
-random; then the same command is given again until it ends by itself. In the end the directory must hold exactly the
-files of an undisturbed run, with the same networks, gates, history, choice and metrics, bit by bit.
+A road (teacher, search, cut, retraining, export, table and report) of a tiny network, this file being its experiment,
+is begun by the command and killed in every stage, at a moment drawn at random, by SIGKILL with all its children or by
+SIGTERM; each time the same command is given again, the last time until it ends by itself. In the end the directory must
+hold exactly the files of an undisturbed run, with the same networks, gates, history, choice and metrics, bit by bit.
+With `--kills 1` each road is killed once only, one stage after the other.
 
 Processes are forked from this one, which has imported everything and computed nothing; what XLA has compiled is kept in
-the scratch directory. So a run takes seconds, most of them spent in the stages themselves.
+the scratch directory. So a start takes seconds, most of them spent in the stages themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LIMIT = 600  # seconds for a run
 
 def experiment(quick: bool = False) -> Experiment:
     """A multilayer perceptron on 160 digits, a checkpoint every other update."""
-    stage = StageConfig(steps=16, batch_size=16, learning_rate=0.05)
+    stage = StageConfig(steps=12, batch_size=16, learning_rate=0.05)
     return Experiment(
         name="chaos",
         model=ModelConfig("mlp", {"hidden": [16, 16]}),
@@ -49,7 +50,8 @@ def experiment(quick: bool = False) -> Experiment:
         search=stage,
         retrain=stage,
         budget=BudgetConfig(macs=0.6),
-        run=RunConfig(steps_per_dispatch=2, checkpoint_every=2, evaluate_every=8, eval_batch_size=128),
+        baselines=(),
+        run=RunConfig(steps_per_dispatch=2, checkpoint_every=2, evaluate_every=12, eval_batch_size=256),
     )
 
 
@@ -203,8 +205,8 @@ def straight(directory: Path, log: Path) -> dict[str, float]:
     return {stage: max(times[i + 1] - times[i], 0.01) for i, stage in enumerate(STAGES)}
 
 
-def prove(runs: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """Kills so many runs and compares each with an undisturbed one; raises RuntimeError where one differs."""
+def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
+    """Kills so many roads so often and compares each with an undisturbed one; RuntimeError where one differs."""
     _import_all()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(scratch / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -213,27 +215,29 @@ def prove(runs: int, seed: int, scratch: Path) -> dict[str, Any]:
     straight(scratch / "first", scratch / "first.log")  # compiles
     seconds = straight(scratch / "straight", scratch / "straight.log")
     expected = digested(scratch / "straight", scratch / "straight.log")
-    assert expected == digested(scratch / "first", scratch / "first.log"), "two undisturbed runs differ"
+    if expected != digested(scratch / "first", scratch / "first.log"):
+        raise RuntimeError("two undisturbed runs differ")
     print("seconds of each stage:", {stage: round(each, 1) for stage, each in seconds.items()}, flush=True)
-    for number in range(runs):
-        directory, log = scratch / f"run-{number}", scratch / f"run-{number}.log"
-        stage, how = STAGES[number % len(STAGES)], (signal.SIGKILL, signal.SIGTERM)[number // len(STAGES) % 2]
-        while True:  # until the signal has met the run alive
-            hit, status = killed(directory, log, stage, chance.uniform(0, seconds[stage]), how)
-            if status < 0 or status == 143:
+    for number in range(roads):
+        directory, log = scratch / f"road-{number}", scratch / f"road-{number}.log"
+        stages = STAGES if kills >= len(STAGES) else [STAGES[(number * kills + i) % len(STAGES)] for i in range(kills)]
+        for stage in sorted(stages, key=STAGES.index):
+            how = chance.choice((signal.SIGKILL, signal.SIGTERM))
+            hit, status = killed(directory, log, stage, chance.uniform(0, 0.8 * seconds[stage]), how)
+            if hit == "ended" and status == 0:  # the signal came too late
                 break
-            if status:
-                raise RuntimeError(f"run {number}: status {status}; see {log}")
-            shutil.rmtree(directory)
-        hits[hit, how.name] += 1
-        if how == signal.SIGTERM and status != 143:
-            hits["before the handler", how.name] += 1
-        if (status := ended(started(lambda directory=directory: road(directory), log), LIMIT)) != 0:
-            raise RuntimeError(f"run {number}, {how.name} in {hit}: the same command ended with {status}; see {log}")
+            if status not in (-how, 143):
+                raise RuntimeError(f"road {number}, {how.name} in {hit}: status {status}; see {log}")
+            hits[hit, how.name] += 1
+            print(f"road {number}: {how.name} in {hit}", flush=True)
+        else:
+            status = ended(started(lambda directory=directory: road(directory), log), LIMIT)
+            if status != 0:
+                raise RuntimeError(f"road {number}: the same command ended with {status}; see {log}")
         actual = digested(directory, log)
         if different := [key for key in expected if actual[key] != expected[key]]:
-            raise RuntimeError(f"run {number}, {how.name} in {hit}: {', '.join(different)} differ; see {directory}")
-        print(f"run {number}: {how.name} in {hit}: bit-identical", flush=True)
+            raise RuntimeError(f"road {number}: {', '.join(different)} differ; see {directory}")
+        print(f"road {number}: bit-identical", flush=True)
         shutil.rmtree(directory)
     return {f"{how} in {stage or 'the start'}": count for (stage, how), count in sorted(hits.items())}
 
@@ -250,15 +254,17 @@ def _import_all() -> None:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--roads", type=int, default=9)
+    parser.add_argument("--kills", type=int, default=len(STAGES), help="of each road")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="a directory to work in; a temporary one if left out")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         scratch.mkdir(parents=True, exist_ok=True)
-        found = prove(options.runs, options.seed, scratch)
-    print(json.dumps({"runs": options.runs, "seed": options.seed, "killed": found, "differing": 0}))
+        found = prove(options.roads, options.kills, options.seed, scratch)
+    killed_ = sum(found.values())
+    print(json.dumps({"roads": options.roads, "killed": killed_, "seed": options.seed, **found, "differing": 0}))
     return 0
 
 

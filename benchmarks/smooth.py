@@ -1,19 +1,10 @@
-"""A small experiment on the digits whose network has no kinks: what `benchmarks/processes.py` runs.
-
-Where a relu's input is 0 but for rounding, its slope is 0 on one machine and 1 on another, and from there on the two
-train apart, a thousand times faster than by rounding alone; black pixels make thousands of inputs cross 0 together. So
-two ways to add up a batch are compared on silu, whose slope has no steps. All else is as elsewhere: convolutions with
-BatchNorm, a residual block, random crops, the search down to half of the MACs.
-"""
+"""A small network without kinks, for `benchmarks/smooth_digits.py`: convolution, BatchNorm, silu."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import flax.linen as nn
 import jax
 
-from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
 from kdsearch_jax.models.blocks import batch_norm, conv
 
 
@@ -48,18 +39,3 @@ class Smooth(nn.Module):
 def make(*, num_classes: int, width: int = 8) -> nn.Module:
     """The network, by `--model smooth:make`."""
     return Smooth(num_classes, width)
-
-
-def experiment(quick: bool = False) -> Experiment:
-    """50 updates a stage; the quick variant has a narrower network and 10."""
-    stage = StageConfig(steps=10 if quick else 50, batch_size=16 if quick else 64, learning_rate=0.02)
-    return Experiment(
-        name="smooth",
-        model=ModelConfig("smooth:make", {"width": 4 if quick else 8}),
-        data=DataConfig("digits", crop=1, train_limit=160 if quick else None),
-        teacher=stage,
-        search=dataclasses.replace(stage, learning_rate=0.005, schedule="constant"),
-        retrain=stage,
-        budget=BudgetConfig(macs=0.5),
-        run=RunConfig(steps_per_dispatch=5, checkpoint_every=20, evaluate_every=20),
-    )

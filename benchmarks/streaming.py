@@ -23,8 +23,10 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -39,7 +41,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from PIL import Image
 
 import kdsearch_jax
@@ -129,7 +130,7 @@ def write(directory: Path, counts: dict[str, int]) -> int:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def speed(directory: Path, batch: int = 8, rounds: int = 3) -> dict[str, Any]:
+def speed(directory: Path, depth: int, batch: int = 8, rounds: int = 3) -> dict[str, Any]:
     """Images a second of feed and step, in turns; each feed starts anew, and is timed once its buffers are full."""
     mesh = devices.data_mesh()
     config = DataConfig("pictures", str(directory), image_size=224, framing="crop", flip=True)
@@ -147,7 +148,7 @@ def speed(directory: Path, batch: int = 8, rounds: int = 3) -> dict[str, Any]:
 
         return turn
 
-    update = _update(batch, mesh, config)
+    update = _update(depth, batch, mesh, config)
     resident = {
         "arrays": load(dataclasses.replace(config, framing="stretch", stream=False, train_limit=batch)).train.arrays
     }
@@ -180,15 +181,15 @@ def speed(directory: Path, batch: int = 8, rounds: int = 3) -> dict[str, Any]:
         "feed over step": {name: rates[name] / rates["step"] for name in rates if name != "step"},
         "share of training that waits for data": wait,
         "images a second of one core": 200 / (time.process_time() - start),
-        "network": "resnet 50, distilled into itself, 224x224, float32",
+        "network": f"resnet {depth}, distilled into itself, 224x224, float32",
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
 
 
-def _update(batch: int, mesh: Any, config: DataConfig) -> Callable[[Any, Any], None]:
-    """Updates of a ResNet-50 by distillation, on batches or on indices into what is resident."""
-    module = models.build("resnet", {"depth": 50, "num_classes": CLASSES})
+def _update(depth: int, batch: int, mesh: Any, config: DataConfig) -> Callable[[Any, Any], None]:
+    """Updates of a ResNet by distillation, on batches or on indices into what is resident."""
+    module = models.build("resnet", {"depth": depth, "num_classes": CLASSES})
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((2, 224, 224, 3), np.float32))
     chance = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: (0.02 * chance.normal(size=leaf.shape)).astype(np.float32) ** 2, shapes)
@@ -221,12 +222,12 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
     state = devices.owned(create_state(variables, tx), mesh)
     dispatch, variables = make_dispatch(step, mesh, config, 0, scanned=False), devices.replicate(variables, mesh)
     updates, seen = len(dataset.train) // batch, []
-    own = psutil.Process()
     with closing(feeding.make(dataset, batch, mesh, 10**6)) as feed:
         for update in range(updates):
             state, _, _ = dispatch(state, feed.take(update, 1, 0), feed.resident, variables)
-            everyone = [own, *own.children(recursive=True)]
-            seen.append(sum(process.memory_info().rss for process in everyone) / 2**20)
+            everyone = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in everyone]
+            seen.append(sum(pages) * resource.getpagesize() / 2**20)
     warm = seen[updates // 10 :]
     tenth = len(warm) // 10
     first, last = statistics.mean(warm[:tenth]), statistics.mean(warm[-tenth:])
@@ -346,6 +347,7 @@ def main() -> int:
     parts = ("speed", "memory", "resume", "processes")
     parser.add_argument("--images", type=int, default=2000, help="of the training split; default: 2000")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--depth", type=int, default=50, help="of the ResNet of which speed takes a step; default: 50")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="updates of each stage of the road; default: 40")
     parser.add_argument("--workers", type=int, default=0, help="data.workers, of memory and the road; default: 0")
@@ -371,7 +373,7 @@ def main() -> int:
         found: dict[str, Any] = {"images": options.images, "bytes each": round(size / options.images)}
         for part in options.parts:
             if part == "speed":
-                found[part] = speed(directory / "data")
+                found[part] = speed(directory / "data", options.depth)
             elif part == "memory":
                 found[part] = memory(directory / "data", options.workers)
             elif part == "resume":

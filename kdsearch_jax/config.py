@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -385,6 +386,7 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
     spec = importlib.util.spec_from_file_location(f"kdsearch_experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and Flax look up the annotations of classes that it defines
     spec.loader.exec_module(module)
     function: Callable[..., Any] | None = getattr(module, "experiment", None)
     if not callable(function):

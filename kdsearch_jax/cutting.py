@@ -22,7 +22,7 @@ from kdsearch_jax import gated, measured, shrinking, surgery
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.checkpoint import written_whole
-from kdsearch_jax.files import read_arrays, read_object
+from kdsearch_jax.files import DamagedError, read_arrays, read_sealed
 from kdsearch_jax.fitting import meet, save, write, write_npz
 from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network
@@ -114,7 +114,7 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
       the steps of the search up to that state; None where the search of an older version did not say.
     """
     directory = point.cut(road.search)
-    if not finished(directory):
+    if not _is_cut(directory):
         teacher = road.load(road.teacher)
         network = network or traced(road.experiment, teacher.architecture, teacher.module)[0]
         topology, limits = network.topology, limits_of(road.experiment, network, [point], road.search)[0]
@@ -140,10 +140,23 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_npz(directory / "gates.npz", gates)
-        write(directory / "selection.json", chosen)
+        write(directory / "selection.json", chosen, seal=True)
         write(directory / "architecture.json", architecture.to_json())
         save(directory / "network", road, architecture, architecture.module(road.base), sliced)
-    return read_object(directory / "selection.json").get("step")
+    return read_sealed(directory / "selection.json").get("step")
+
+
+def _is_cut(directory: Path) -> bool:
+    """Whether a student was cut here, and what is said of it can be read; what cannot is made again from the kept."""
+    if not finished(directory):
+        return False
+    try:
+        read_sealed(directory / "selection.json")
+        read_arrays(directory / "gates.npz")
+    except (DamagedError, OSError) as error:
+        log.warning("%s: cut again, as %s", directory, error)
+        return False
+    return True
 
 
 def publish(source: Path, directory: Path) -> None:

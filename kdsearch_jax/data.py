@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import re
 import socket
@@ -120,6 +121,8 @@ def _streams(config: DataConfig, train: Any, framing: Framing) -> bool:
 
 def _streamed(config: DataConfig, parts: dict[str, Records], names: tuple[str, ...], framing: Framing) -> Dataset:
     """The data set, of which nothing is read but what it takes to know the shape of its images, and mean and std."""
+    if importlib.util.find_spec("grain") is None:
+        raise ValueError(f"data.stream: to stream {config.name!r} grain is missing: pip install 'kdsearch-jax[tfds]'")
     readers = {
         key: Reader.of(dataclasses.replace(part, classes=len(names)), framing, config.workers, config.prefetch)
         for key, part in parts.items()

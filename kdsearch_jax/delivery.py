@@ -14,7 +14,7 @@ import numpy as np
 from kdsearch_jax import evaluate, export, front
 from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.files import read_object
+from kdsearch_jax.files import read_sealed
 from kdsearch_jax.fitting import write
 from kdsearch_jax.report import evidence
 from kdsearch_jax.road import Loaded, Road, finished, is_plain
@@ -77,7 +77,7 @@ def entries(road: Road) -> tuple[Entry, ...]:
 
 
 def _searched(road: Road, point: front.Point) -> int:
-    selection = read_object(point.cut(road.search) / "selection.json")
+    selection = read_sealed(point.cut(road.search) / "selection.json")
     return selection.get("step", road.experiment.search.steps)
 
 

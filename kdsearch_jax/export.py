@@ -32,9 +32,9 @@ import safetensors.numpy
 
 from kdsearch_jax import cli, foreign, storage
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
-from kdsearch_jax.files import flush, parse_json, read_object
+from kdsearch_jax.files import flush, parse_json, read_object, seal
 from kdsearch_jax.library import bound
-from kdsearch_jax.models import check_trust
+from kdsearch_jax.models import GIVEN, check_trust
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import path_string
 
@@ -45,7 +45,7 @@ TOLERANCE = 1e-5  # of the largest logit
 _BATCH_SIZES = (2, 5)
 _EXPECTED = ".expected.npz"
 _USE = {
-    "safetensors": "module, variables = kdsearch_jax.export.load_safetensors({file!r}); "
+    "safetensors": "module, variables = kdsearch_jax.export.load_safetensors({file!r}{trust}); "
     "{outputs} = module.apply(variables, {inputs})",
     "stablehlo": "{outputs} = jax.export.deserialize(bytearray(open({file!r}, 'rb').read())).call({inputs})",
 }
@@ -93,7 +93,7 @@ def export(
             temporary = Path(folder)
             for format in formats:
                 content = (
-                    _safetensors(architecture, variables, info)
+                    packed(architecture, variables, info)
                     if format == "safetensors"
                     else _stablehlo(module, variables, architecture)
                 )
@@ -137,17 +137,20 @@ def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool =
 def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
-    arrays, metadata = foreign.read_safetensors(path)
     try:
+        arrays, metadata = foreign.read_safetensors(path)
         if "architecture" not in metadata or "leaves" not in metadata:
             raise ValueError("it holds no architecture; kdsearch_jax.export writes one")
+        if "sha256" in metadata and seal({k: v for k, v in metadata.items() if k != "sha256"}) != metadata["sha256"]:
+            raise ValueError("what it says of itself is not what was saved")  # a file of an older version has no digest
         architecture = Architecture.from_json(parse_json(metadata["architecture"]))
         leaves = parse_json(metadata["leaves"])
         if not isinstance(leaves, dict) or leaves.keys() != arrays.keys():
             raise ValueError("its arrays are not those that were saved")
         variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split()).removeprefix(f"{path} ")
+        raise ValueError(f"{path} cannot be loaded: {said}") from error
     return architecture, variables
 
 
@@ -242,7 +245,8 @@ def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _safetensors(architecture: Architecture, variables: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+def packed(architecture: Architecture, variables: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+    """A network as the content of a safetensors file."""
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
     metadata = {
         "format": "kdsearch_jax",
@@ -250,7 +254,7 @@ def _safetensors(architecture: Architecture, variables: Mapping[str, Any], info:
         "info": json.dumps(dict(info)),
         "leaves": json.dumps({name: describe(array) for name, array in arrays.items()}),
     }
-    return safetensors.numpy.save(arrays, metadata)
+    return safetensors.numpy.save(arrays, {**metadata, "sha256": seal(metadata)})
 
 
 def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
@@ -297,6 +301,7 @@ def _manifest(
     folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
     images = architecture.call is None
+    trust = ", trust_code=True" if ":" in architecture.model and not architecture.model.startswith(GIVEN) else ""
     inputs, outputs = ("images", "logits") if images else (", ".join(architecture.called.arguments), "outputs")
     taken: dict[str, Any] = {
         "shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"
@@ -309,7 +314,7 @@ def _manifest(
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
             **difference,
-            "use": _USE[format].format(file=f"student.{format}", inputs=inputs, outputs=outputs),
+            "use": _USE[format].format(file=f"student.{format}", inputs=inputs, outputs=outputs, trust=trust),
         }
     return {
         "input": taken if images else architecture.called.to_json()["inputs"],

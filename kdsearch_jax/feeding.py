@@ -140,7 +140,8 @@ def _next(batches: Any, reader: streaming.Reader) -> Any:
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
+        why = str(error).partition(". ")[0]
         raise ValueError(
-            f"data.workers: a process that decodes {reader.records.what} has ended ({error}); where memory is short, "
+            f"data.workers: a process that decodes {reader.records.what} has ended ({why}); where memory is short, "
             "give fewer, or a smaller data.prefetch"
         ) from error

@@ -31,7 +31,7 @@ class DamagedError(ValueError):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The file with this content, on the disk itself. Raises OSError, with the old content in place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -117,9 +117,12 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The object that `write_sealed` wrote; raises as `read_object`, also where it is not what was written."""
+    """The object that `write_sealed` wrote; raises as `read_object`, also where it is not what was written.
+
+    One without a digest, of an older version, is taken as it is.
+    """
     found = read_object(path, limit)
-    if found.pop("sha256", None) != seal(found):
+    if "sha256" in found and found.pop("sha256") != seal(found):
         raise DamagedError(f"{path} is damaged: its digest is not that of its content")
     return found
 

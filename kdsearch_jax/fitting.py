@@ -16,7 +16,7 @@ from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
-from kdsearch_jax.files import write_arrays, write_json
+from kdsearch_jax.files import write_arrays, write_json, write_sealed
 from kdsearch_jax.network import count
 from kdsearch_jax.road import Loaded, Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
@@ -103,10 +103,10 @@ def meet(what: str) -> None:
     checkpoint.meet(what)
 
 
-def write(path: Path, value: Any) -> None:
-    """JSON, the old or the new whatever happens."""
+def write(path: Path, value: Any, *, seal: bool = False) -> None:
+    """JSON, the old or the new whatever happens; seal: with its digest, as what steers a run has it."""
     if jax.process_index() == 0:
-        write_json(path, value)
+        (write_sealed if seal else write_json)(path, value)
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -35,10 +35,16 @@ def check_file(path: Path, limit: int = LARGEST) -> int:
     return size
 
 
-def check_directory(path: Path) -> int:
-    """The bytes of all files below a directory; raises DamagedError where one is, or links to, a pipe or a device."""
+def check_directory(path: Path, links: bool = True) -> int:
+    """The bytes of all files below a directory.
+
+    Raises:
+      DamagedError: one is, or links to, a pipe or a device; or, without `links`, is a link, which a copy would follow.
+    """
     total = 0
     for entry in path.rglob("*"):
+        if not links and entry.is_symlink():
+            raise DamagedError(f"{entry} is a link; put what it leads to in its place")
         if entry.is_file():
             total += entry.stat().st_size
         elif not entry.is_dir():

@@ -26,10 +26,10 @@ from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network
+from kdsearch_jax.checkpoint import CheckpointError, load_network
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.examples import SPLITS, Dataset
-from kdsearch_jax.files import memory, read_object
+from kdsearch_jax.files import memory, read_sealed
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.front import Point
 from kdsearch_jax.network import Network, library_of, trace
@@ -103,8 +103,11 @@ class Road:
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
 
     def load(self, directory: Path) -> Loaded:
-        """A network of this run."""
-        return Loaded.of(directory, self.base, trust_code=True)
+        """A network of this run. Raises CheckpointError where it is damaged."""
+        try:
+            return Loaded.of(directory, self.base, trust_code=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or remove {directory}: the command of this run makes it again") from None
 
 
 def prepare(
@@ -445,7 +448,7 @@ def _finished_search(path: Path, experiment: Experiment, directory: Path) -> Pat
         if not needed.is_file():
             raise ValueError(f"search_from: {path} is no run with a finished search; {needed} is missing")
     try:
-        budget = read_object(stage / "selection.json")["budget"]
+        budget = read_sealed(stage / "selection.json")["budget"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"search_from: {stage / 'selection.json'} is damaged ({error}); search anew") from error
     if budget != dataclasses.asdict(experiment.budget):

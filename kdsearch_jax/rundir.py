@@ -38,9 +38,11 @@ from kdsearch_jax.locks import check_free, locked
 log = logging.getLogger(__name__)
 
 _WHOLE = 1 << 26  # bytes of an array of which every one counts in the fingerprint
+_FOLDERS = re.compile("(teacher|search|retrain|report|student|at|uniform|magnitude)(-.+)?")
+_FILES = ("config.json", "run.json", "environment.json", "results.json", "front.json", "evidence.npz")
 _UNFINISHED = re.compile(
-    r"\.(?P<target>.+)\.(?P<tag>[0-9a-f]{8})\.(?P<end>tmp|old)"  # written_whole
-    r"|\..+\.\d+"  # files.write_bytes
+    r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<end>tmp|old)"  # written_whole
+    r"|\.(?P<file>.+)\.\d+\.part"  # files.write_bytes
     r"|\.export-.+"
     r"|metrics\.jsonl\.new"
     r"|.+\.orbax-checkpoint-tmp.*"
@@ -96,7 +98,7 @@ def run_directory(
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
-            existed = workdir.exists()
+            existed, held = workdir.exists(), (workdir / "config.json").exists()
             stack.enter_context(locked(workdir))
             stack.callback(_forget, workdir, existed)
             known = _run(workdir) if resume else None
@@ -105,11 +107,11 @@ def run_directory(
                     f"data: {workdir} was begun with others (fingerprint {known['data']}, now {data}); give those, or "
                     "choose another --workdir"
                 )
-            if resume:
-                sweep(workdir)
             storage.own(workdir)
             state = {"command": dict(command), "finished": False, **({"data": data} if data else {})}
             _new_run_directory(workdir, experiment, resume, state=state, extends=extends)
+            if held:  # and is this run, or it would have been refused
+                sweep(workdir)
             storage.publish()
             return True
 
@@ -140,21 +142,34 @@ def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = Fals
 
 
 def sweep(workdir: Path) -> None:
-    """Removes what processes that were killed have left half-written; puts back what one was about to replace."""
-    if "://" in str(workdir):
-        return
-    for folder, folders, names in os.walk(workdir):
-        for name in [*folders, *names]:
-            if (found := _UNFINISHED.fullmatch(name)) is None:
-                continue
-            path = Path(folder, name)
-            if found["end"] == "old" and not (target := path.with_name(found["target"])).exists():
-                path.rename(target)
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        folders[:] = [name for name in folders if Path(folder, name).is_dir()]
+    """Removes what killed processes of a run have left half-written; puts back what one was about to replace.
+
+    Of the directory itself only what has our names; below it only our folders.
+    """
+    for entry in list(workdir.iterdir()):
+        found = _UNFINISHED.fullmatch(entry.name)
+        if found is None and entry.is_dir() and _FOLDERS.fullmatch(entry.name):
+            _sweep(entry)
+        elif found and (_FOLDERS.fullmatch(found["target"] or "") or found["file"] in _FILES):
+            _settle(entry, found)
+
+
+def _sweep(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if found := _UNFINISHED.fullmatch(entry.name):
+            _settle(entry, found)
+        elif entry.is_dir() and not entry.is_symlink():
+            _sweep(entry)
+
+
+def _settle(path: Path, found: re.Match[str]) -> None:
+    """Puts back what was about to be replaced and has not been; removes all else."""
+    if found["end"] == "old" and not (target := path.with_name(found["target"])).exists():
+        path.rename(target)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def fingerprint(arrays: Mapping[str, Any]) -> str:
@@ -165,6 +180,8 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
         if isinstance(leaf, np.ndarray):
             rows = leaf[:: max(1, leaf.nbytes // _WHOLE)] if leaf.ndim else leaf
             digest.update(np.ascontiguousarray(rows).tobytes())
+        elif isinstance(identity := getattr(leaf, "identity", None), str):  # streamed
+            digest.update(identity.encode())
     return digest.hexdigest()[:16]
 
 
@@ -228,7 +245,7 @@ def _goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], 
     if known is None or known["finished"]:
         what = "a run, which has ended" if known else "a run"
         raise ValueError(f"{workdir} already holds {what}; add --resume to go on with it, or choose another --workdir")
-    _check_same(workdir, experiment)
+    check_same(workdir, experiment)
     if known["command"] != (now := json.loads(json.dumps(command))):
         raise ValueError(
             f"{workdir} already holds a run, of another command ({_told(known['command'])}, not {_told(now)}); add "
@@ -253,7 +270,7 @@ def _new_run_directory(
                 f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
             )
         if not extends:
-            _check_same(workdir, experiment)
+            check_same(workdir, experiment)
         with contextlib.suppress(OSError, ValueError):
             last = read_json(workdir / "environment.json")
             earlier = [*last.pop("earlier", []), last]
@@ -269,7 +286,7 @@ def _about(state: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"data": state["data"]} if state and "data" in state else {}
 
 
-def _check_same(workdir: Path, experiment: Experiment) -> None:
+def check_same(workdir: Path, experiment: Experiment) -> None:
     """Raises ValueError where the run is of another experiment, with the settings that differ."""
     path, known = workdir / "config.json", _run(workdir)
     try:

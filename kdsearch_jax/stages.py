@@ -27,10 +27,12 @@ from kdsearch_jax.checkpoint import written_whole
 from kdsearch_jax.config import StageConfig
 from kdsearch_jax.delivery import compare, deliver
 from kdsearch_jax.fitting import fit, meet, save, write, write_npz
+from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.front import Leg, Point
 from kdsearch_jax.library import bound
 from kdsearch_jax.network import Network
 from kdsearch_jax.optimizer import make_optimizer
+from kdsearch_jax.preemption import boundary
 from kdsearch_jax.road import Loaded, Road, architecture_of, finished, limits_of, proof_batch, traced
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import TrainState, create_state, distill_step, supervised_step
@@ -45,10 +47,13 @@ STAGES = ("teacher", "search", "retrain")
 def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str, Any] | None:
     """The whole road; returns the table of `results.json`, or None where it stops earlier."""
     _take_over(road)
+    boundary("the teacher")
     teach(road, resume)
     if stop_after == "teacher":
         return None
+    boundary("the search")
     search(road, resume)
+    boundary("what follows the search")
     if stop_after == "search":
         _report(road)
         return None
@@ -59,6 +64,7 @@ def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str,
         left = steps - begun if point.tail and begun is not None else experiment.retrain.steps
         stage = dataclasses.replace(experiment.retrain, steps=left)
         retrain(road, point.name, point.cut(road.search) / "network", stage, resume)
+        boundary("the student is measured")
         _confirm(road, point)
     for number, name in enumerate(experiment.baselines):
         for point in points:
@@ -69,8 +75,11 @@ def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str,
     if stop_after == "retrain":
         return None
     for point in points:
+        boundary("the export")
         deliver(road, point.name, point.student)
+    boundary("the table")
     results = compare(road)
+    boundary("the report")
     _report(road)
     return results
 
@@ -86,6 +95,7 @@ def _take_over(road: Road) -> None:
         if finished(road.directory / name):
             continue
         if jax.process_index() == 0:
+            check_directory(road.search_from.parent / name, links=False)
             with written_whole(road.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(road.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)

@@ -223,21 +223,12 @@ def _restored(
     return owned(found[1], mesh), found[0], found[2]
 
 
-def make_dispatch(
-    step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, watched: Collection[str] | None = None
-) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, Array]]:
-    """(state, batches, resident, constants) → (state, metrics (updates,), whether the state is finite).
+def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool) -> Any:
+    """(state, batch, resident, constants) → (state, metrics), compiled; with `scanned` of several batches of indices.
 
-    Batches are indices (updates, batch) into what is resident, or an iterable of batches, on the devices or not.
-
-    watched: names of the leaves that are to be finite; None: all of floating point.
-
-    The state is donated. With `scanned` all updates are one call of the device, else each is one, with equal results up
-    to rounding. `fit` scans where examples reside, except on CPUs: XLA has no fast convolution there inside of a loop
-    (a ResNet-20 takes 15 times as long), and a call costs nothing worth saving. Of streamed batches as many as a call
-    has updates would have to be in memory at once.
+    A batch is indices into what is resident, or itself. The state is donated.
     """
-    whole, shared, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",), (None, "data")))
+    whole, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     def one(resident: dict[str, Any], constants: Any, state: TrainState, sent: Any) -> tuple[TrainState, Metrics]:
         augment_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -253,7 +244,25 @@ def make_dispatch(
     def update_many(state: TrainState, indices: Array, resident: dict[str, Any], constants: Any) -> Any:
         return jax.lax.scan(partial(one, resident, constants), state, indices)
 
-    compiled = jax.jit(update_many if scanned else update_once, donate_argnums=0, out_shardings=whole)
+    return jax.jit(update_many if scanned else update_once, donate_argnums=0, out_shardings=whole)
+
+
+def make_dispatch(
+    step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, watched: Collection[str] | None = None
+) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, Array]]:
+    """(state, batches, resident, constants) → (state, metrics (updates,), whether the state is finite).
+
+    Batches are indices (updates, batch) into what is resident, or an iterable of batches, on the devices or not.
+
+    watched: names of the leaves that are to be finite; None: all of floating point.
+
+    The state is donated. With `scanned` all updates are one call of the device, else each is one, with equal results up
+    to rounding. `fit` scans where examples reside, except on CPUs: XLA has no fast convolution there inside of a loop
+    (a ResNet-20 takes 15 times as long), and a call costs nothing worth saving. Of streamed batches as many as a call
+    has updates would have to be in memory at once.
+    """
+    shared, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))
+    compiled = make_update(step, mesh, data, seed, scanned=scanned)
     finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]).all())
 
     places: list[int] = []  # of what is watched, among all of floating point

@@ -34,3 +34,41 @@ check_name() { # check_name NAME: what Google Cloud and Kubernetes both accept
   [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     die "name '$1' is not possible; give lower-case letters, digits and -, from a letter, at most 40"
 }
+
+help_if_asked() { # help_if_asked ARGUMENT...: prints `usage` and ends; status 2 where there is no argument
+  [ $# -gt 0 ] || { usage >&2; exit 2; }
+  case $1 in -h | --help) usage; exit 0 ;; esac
+  case " $* " in *" -- "*) ;; *" --help "* | *" -h "*) usage; exit 0 ;; esac # after -- it is the run's
+}
+
+parse() { # parse "--FLAG..." "--SWITCH..." ARGUMENT...: sets a variable for each, and the arrays positional and rest
+  # A flag has a value, a switch sets its variable to yes; --dry-run is $dry_run. What follows -- is rest.
+  local flags=$1 switches=$2 known word
+  shift 2
+  positional=() rest=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --) shift; rest=("$@"); return ;;
+      -*) ;;
+      *) positional+=("$1"); shift; continue ;;
+    esac
+    word=${1#--}
+    word=${word//-/_}
+    for known in $flags; do
+      if [ "$1" = "$known" ]; then
+        known=$(value "$@")
+        printf -v "$word" %s "$known"
+        shift 2
+        continue 2
+      fi
+    done
+    for known in $switches; do
+      if [ "$1" = "$known" ]; then
+        printf -v "$word" yes
+        shift
+        continue 2
+      fi
+    done
+    die "$1 is not an option of launch/${0##*/}; --help lists them"
+  done
+}

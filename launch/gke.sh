@@ -30,32 +30,15 @@ usage: launch/gke.sh VERB NAME [options]
 END
 }
 
-[ $# -gt 0 ] || { usage >&2; exit 2; }
-case " $* " in *" -- "*) ;; *" --help "* | *" -h "*) usage; exit 0 ;; esac
-case $1 in -h | --help) usage; exit 0 ;; esac
-
+help_if_asked "$@"
 verb=$1
 shift
-image='' accelerator='' topology='' nodes='' slices=1 chips='' bucket='' account=default spot=no dry_run=no
-kubectl=(kubectl) positional=() rest=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --image) image=$(value "$@"); shift 2 ;;
-    --accelerator) accelerator=$(value "$@"); shift 2 ;;
-    --topology) topology=$(value "$@"); shift 2 ;;
-    --nodes) nodes=$(value "$@"); shift 2 ;;
-    --slices) slices=$(value "$@"); shift 2 ;;
-    --chips) chips=$(value "$@"); shift 2 ;;
-    --bucket) bucket=$(value "$@"); shift 2 ;;
-    --service-account) account=$(value "$@"); shift 2 ;;
-    --namespace | --context) word=$(value "$@"); kubectl+=("$1=$word"); shift 2 ;;
-    --spot) spot=yes; shift ;;
-    --dry-run) dry_run=yes; shift ;;
-    --) shift; rest=("$@"); break ;;
-    -*) die "$1 is not an option of launch/gke.sh; --help lists them" ;;
-    *) positional+=("$1"); shift ;;
-  esac
-done
+image='' accelerator='' topology='' nodes='' slices=1 chips='' bucket='' service_account=default spot=no dry_run=no
+namespace='' context=''
+parse "--image --accelerator --topology --nodes --slices --chips --bucket --service-account --namespace --context" \
+  "--spot --dry-run" "$@"
+kubectl=(kubectl ${context:+"--context=$context"} ${namespace:+"--namespace=$namespace"})
+
 name=${positional[0]:-}
 need NAME "$name"
 check_name "$name"
@@ -93,7 +76,7 @@ manifest() {
   accelerator=$(text "$accelerator") || exit
   topology=$(text "$topology") || exit
   bucket=$(text "$bucket") || exit
-  account=$(text "$account") || exit
+  service_account=$(text "$service_account") || exit
   content=$(<"$here/gke-$kind.yaml")
   content=${content//__NAME__/"$name"}
   content=${content//__NODES__/"$nodes"}
@@ -104,7 +87,7 @@ manifest() {
   content=${content//__TOPOLOGY__/"$topology"}
   content=${content//__IMAGE__/"$image"}
   content=${content//__BUCKET__/"$bucket"}
-  content=${content//__ACCOUNT__/"$account"}
+  content=${content//__ACCOUNT__/"$service_account"}
   content=${content//__ARGUMENTS__/"[$arguments]"} # last: what it puts in is not looked at again
   printf '%s\n' "$content"
 }

@@ -15,15 +15,8 @@ usage: launch/image.sh build|push cpu|gpu|tpu TAG [--dry-run]
 END
 }
 
-positional=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) dry_run=yes; shift ;;
-    -*) die "$1 is not an option of launch/image.sh; --help lists them" ;;
-    *) positional+=("$1"); shift ;;
-  esac
-done
+case " $* " in *" --help "* | *" -h "*) usage; exit 0 ;; esac
+parse "" "--dry-run" "$@"
 [ ${#positional[@]} = 3 ] || die "give three words: build or push, cpu, gpu or tpu, and a tag; --help shows the form"
 verb=${positional[0]} backend=${positional[1]} tag=${positional[2]}
 case $verb in build | push) ;; *) die "$verb is not a verb of launch/image.sh; give build or push" ;; esac

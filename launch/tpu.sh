@@ -29,31 +29,11 @@ usage: launch/tpu.sh VERB NAME --zone ZONE [options]
 END
 }
 
-[ $# -gt 0 ] || { usage >&2; exit 2; }
-case " $* " in *" -- "*) ;; *" --help "* | *" -h "*) usage; exit 0 ;; esac
-case $1 in -h | --help) usage; exit 0 ;; esac
-
+help_if_asked "$@"
 verb=$1
 shift
-name='' zone='' project='' type='' version='' bucket='' worker=0 queued=no spot=no yes=no dry_run=no
-positional=() rest=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --zone) zone=$(value "$@"); shift 2 ;;
-    --project) project=$(value "$@"); shift 2 ;;
-    --type) type=$(value "$@"); shift 2 ;;
-    --version) version=$(value "$@"); shift 2 ;;
-    --bucket) bucket=$(value "$@"); shift 2 ;;
-    --worker) worker=$(value "$@"); shift 2 ;;
-    --queued) queued=yes; shift ;;
-    --spot) spot=yes; shift ;;
-    --yes) yes=yes; shift ;;
-    --dry-run) dry_run=yes; shift ;;
-    --) shift; rest=("$@"); break ;;
-    -*) die "$1 is not an option of launch/tpu.sh; --help lists them" ;;
-    *) positional+=("$1"); shift ;;
-  esac
-done
+zone='' project='' type='' version='' bucket='' worker=0 queued=no spot=no yes=no dry_run=no
+parse "--zone --project --type --version --bucket --worker" "--queued --spot --yes --dry-run" "$@"
 
 name=${positional[0]:-}
 [ "$verb" = status ] || need NAME "$name"

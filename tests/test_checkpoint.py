@@ -28,8 +28,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdsearch_jax import checkpoint
-from kdsearch_jax.checkpoint import Checkpointer, CheckpointError, load_network, networks, save_network, shared
-from kdsearch_jax.preemption import preemption
+from kdsearch_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    load_network,
+    networks,
+    save_network,
+    shared,
+    written_whole,
+)
+from kdsearch_jax.preemption import Preempted, preemption, terminable
 from kdsearch_jax.student import Architecture
 
 Pair = namedtuple("Pair", "first second")
@@ -495,6 +503,26 @@ def test_sigterm_sets_a_flag_once():
         assert not outer.requested
         os.kill(os.getpid(), signal.SIGTERM)  # caught again
         assert outer.requested
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_too_late_to_be_asked_about_is_passed_on():
+    """Between the last question and the end of the loop."""
+    with pytest.raises(Preempted, match="the same command goes on"), terminable():
+        with preemption():
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("passed over")
+    assert Preempted.exit_status == 143 and not issubclass(Preempted, Exception)
+
+
+def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted), terminable(), written_whole(tmp_path / "new") as part:
+        (part / "file").write_text("")
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(5)
+        raise AssertionError
+    assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
 
 

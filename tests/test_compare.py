@@ -24,6 +24,7 @@ from kdsearch_jax.compare import making, table
 from kdsearch_jax.compare.__main__ import main
 from kdsearch_jax.compare.rows import ROWS, check_seeds, chosen
 from kdsearch_jax.config import load_experiment
+from kdsearch_jax.files import read_sealed
 from kdsearch_jax.road import prepare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -138,7 +139,7 @@ def test_an_interrupted_row_ends_as_if_nothing_had_been(comparison, tmp_path):
     assert compare(directory, "--seeds", 0, "--rows", "uniform", "--no-latency") == 0
     for path in ("seed-0/uniform/retrain/network", "seed-0/searched/retrain/network"):
         assert same(leaves(directory / path), leaves(comparison / path))
-    results = [read(each / "seed-0" / "uniform" / "result.json") for each in (directory, comparison)]
+    results = [read_sealed(each / "seed-0" / "uniform" / "result.json") for each in (directory, comparison)]
     assert results[0].pop("seconds") >= results[1].pop("seconds") and results[0] == results[1]
 
 

@@ -36,6 +36,11 @@ WRONG = [
     ("data.crop", -1),
     ("data.flip", 1),
     ("data.train_limit", 0),
+    ("data.framing", "fit"),
+    ("data.least_area", 0.0),
+    ("data.stream", 1),
+    ("data.workers", -1),
+    ("data.prefetch", 0),
     ("teacher.steps", -1),
     ("teacher.steps", 1.5),
     ("teacher.steps", True),
@@ -233,3 +238,15 @@ class TestLoading:
         path.write_text('{"search": ')
         with pytest.raises(ValueError, match="config.json"):
             config.load_experiment(str(path))
+
+
+def test_an_experiment_file_may_define_modules_of_its_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import flax.linen as nn\n"
+        "from kdsearch_jax.config import Experiment\n"
+        "class Net(nn.Module):\n    width: int = 4\n"
+        "def experiment(quick: bool = False) -> Experiment:\n    return Experiment(name=f'mine{Net().width}')\n"
+    )
+    assert config.load_experiment(str(path)).name == "mine4"

@@ -27,6 +27,24 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
 
+def test_any_change_of_what_is_sealed_is_noticed_or_says_the_same(tmp_path):
+    path, value = tmp_path / "x.json", {"kept": [1, 2], "budget": {"macs": 0.5}, "step": 16}
+    files.write_sealed(path, value)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (0, 3, 5):
+            path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
+            try:
+                found = files.read_sealed(path)
+            except files.DamagedError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:
+                # A digest that is called something else is none, as that of older versions; the rest is as it was.
+                assert {key: found[key] for key in value} == value
+    path.write_text(json.dumps(value))
+    assert files.read_sealed(path) == value  # written by an older version
+
+
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     files.write_json(path, 1)

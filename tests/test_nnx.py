@@ -509,7 +509,7 @@ def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
     student = module.bind(variables)
     assert type(student) is Cnn and student.stem.out_features == variables["params"]["stem"]["kernel"].shape[-1]
     code = (
-        "import kdsearch_jax, numpy as np; module, variables = kdsearch_jax.load('run/student'); "
+        "import kdsearch_jax, numpy as np; module, variables = kdsearch_jax.load('run/student', trust_code=True); "
         "x = np.ones((2, 8, 8, 1), np.float32); own = module.bind(variables); own.eval(); "
         "print(abs(own(x) - module.apply(variables, x)).max())"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -119,6 +121,47 @@ def test_two_processes_by_flags_of_which_one_fails(start, tmp_path):
         zero.kill()
         zero.wait()
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[2, 3.0]] * 2
+
+
+STAGES = """
+import time
+from pathlib import Path
+from kdsearch_jax import cli, preemption
+
+def main(argv):
+    import jax
+    options = cli.parse_options(argv, cli.Options, "x", "What it does.")
+    for stage in range(1200):
+        preemption.boundary(f"stage {stage}")
+        Path(f"ready-{jax.process_index()}").touch()
+        time.sleep(0.05)
+    return 0
+
+cli.run(main)
+"""
+
+
+def test_sigterm_outside_of_training_ends_all_processes_at_one_boundary(start, tmp_path):
+    """It is sent to one of them."""
+    (tmp_path / "command.py").write_text(STAGES)
+    port = 15000 + os.getpid() % 1000
+    flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes=2")
+    both = [start(*flags, "--process-id", str(rank)) for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 100
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=100)[1] for process in both]
+        assert [process.returncode for process in both] == [143, 143]
+        lines = [[line for line in text.splitlines() if line.startswith("error: ")] for text in errors]
+        assert len(lines[0]) == 1 and lines[0] == lines[1]
+        assert "error: stopped by SIGTERM before stage " in lines[0][0] and "Traceback" not in "".join(errors)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
 
 
 def test_alone_in_a_slurm_step_of_one_task(start, tmp_path):

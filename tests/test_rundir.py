@@ -166,11 +166,15 @@ def test_a_refusal_leaves_no_directory(tmp_path, monkeypatch):
 
 
 def test_leftovers_go_and_nothing_else(tmp_path):
+    """A stranger's files in the same directory stay, whatever they are called."""
     run = tmp_path / "run"
     begin(run)
-    stay = ["search/network/network.json", "search/checkpoints/4/meta", "search/metrics.jsonl", "report/index.html"]
-    go = [".config.json.123", "search/metrics.jsonl.new", "search/.network.0a1b2c3d.tmp/x", ".student.01234567.old/x",
-          "student/.export-abc/student.stablehlo", "search/checkpoints/8.orbax-checkpoint-tmp/state/a"]  # fmt: skip
+    stay = ["search/network/network.json", "search/checkpoints/4/meta", "search/metrics.jsonl", "report/index.html",
+            ".notes.12", ".notes.12.part", ".mine.01234567.tmp/x", "mine/.x.01234567.old/x", "mine/metrics.jsonl.new",
+            "mine/4.orbax-checkpoint-tmp/x"]  # fmt: skip
+    go = [".config.json.123.part", "search/metrics.jsonl.new", "search/.network.0a1b2c3d.tmp/x", ".student.01234567.old/x",
+          "student/.export-abc/student.stablehlo", "search/checkpoints/8.orbax-checkpoint-tmp/state/a",
+          "retrain-0.5/.x.npz.7.part", ".teacher.01234567.tmp/network/x"]  # fmt: skip
     for name in [*stay, *go, "student/network.json", "retrain/.network.89abcdef.old/network.json"]:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)

@@ -491,7 +491,7 @@ def test_weights_of_another_architecture_list_both_trees(tmp_path):
 
 
 def test_a_directory_that_holds_a_run_stays_as_it_is(run):
-    with refused("already holds a run; add --resume", run):
+    with refused("already holds a run, which has ended; add --resume", run):
         tiny(run)
     with refused(r"another experiment \(search.steps: 12, not 13\)", run):
         tiny(run, "--baselines", "uniform", "magnitude", "--search.steps", "13", "--resume")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
+import multiprocessing
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +21,23 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from kdsearch_jax import cache, feeding, steps, train
+from kdsearch_jax import cache, evaluate, feeding, steps, train
 from kdsearch_jax.batches import batch_indices
-from kdsearch_jax.config import DataConfig, DistillConfig, Experiment, RunConfig, StageConfig
+from kdsearch_jax.config import (
+    BudgetConfig,
+    DataConfig,
+    DistillConfig,
+    Experiment,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    to_json,
+)
 from kdsearch_jax.data import load
 from kdsearch_jax.devices import assemble, data_mesh, local_rows
-from kdsearch_jax.examples import Dataset
+from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.report import evidence
+from kdsearch_jax.search.__main__ import main as search_main
 from kdsearch_jax.streaming import Framing, InOrder, Order, framing, reader_of, resized
 
 COUNTS = {"train": 43, "validation": 13, "test": 11}  # no batch size goes into these
@@ -103,6 +116,7 @@ def feed_of():
     for feed in made:
         feed.close()
     assert not [thread for thread in threading.enumerate() if "grain-thread" in thread.name]
+    assert not multiprocessing.active_children()
 
 
 def taken(feed: feeding.Feed, first: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
@@ -425,3 +439,42 @@ def test_a_teachers_outputs_are_not_cached(settings):
     stage = StageConfig(1000, BATCH)
     assert cache.refusal(experiment, stage, load(settings)) == "examples are streamed"
     assert cache.refusal(experiment, stage, load(replace(settings, stream=False))) is None
+
+
+# --- the whole road -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
+    """Everything that looks at examples: training, search, proofs, the table, what the report shows, the command."""
+    experiment = Experiment(
+        name="streamed",
+        model=ModelConfig("small_cnn", {"width": 4}),
+        data=replace(crops, flip=True),
+        teacher=StageConfig(6, BATCH),
+        search=StageConfig(6, BATCH),
+        retrain=StageConfig(4, BATCH),
+        budget=BudgetConfig(macs=0.6),
+        run=RunConfig(steps_per_dispatch=2, checkpoint_every=4, evaluate_every=4, eval_batch_size=8),
+    )
+    (tmp_path / "config.json").write_text(json.dumps(to_json(experiment)))
+    run = tmp_path / "run"
+    assert search_main(["--config", str(tmp_path / "config.json"), "--workdir", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["examples"] == COUNTS["test"]
+    assert json.loads((run / "search" / "selection.json").read_text())["proof"]["difference"] <= 1e-5
+    found = evidence.read(run / "evidence.npz")
+    np.testing.assert_array_equal(found.labels, load(crops).test.labels)
+    capsys.readouterr()
+    assert evaluate.main([str(run / "student"), "--data-dir", str(crops.data_dir), "--batch-size", "4"]) == 0
+    accuracy = {row["name"]: row["accuracy"] for row in results["rows"]}["student"]
+    assert f"{100 * accuracy:.2f}%" in capsys.readouterr().out  # images were framed as in the run
+
+
+@pytest.mark.slow
+def test_processes_that_decode_make_the_batches_of_threads(crops, feed_of):
+    dataset, other = load(crops), load(replace(crops, workers=2))
+    assert_equal(taken(feed_of(other), 0, 7), taken(feed_of(dataset), 0, 7))
+    broken = replace(reader_of(other.train.arrays), framing=Framing("stretch", 17))
+    with pytest.raises(ValueError, match="images of pictures train differ"):
+        taken(feed_of(replace(other, train=Split(dict(broken.columns())))), 0, 1)

@@ -1,1 +1,1 @@
-"""Bad input: what the commands do with it (`python -m benchmarks.fuzz`), and the readers (`… benchmarks.fuzz.guided`)."""
+"""Bad input: what commands (`python -m benchmarks.fuzz`) and readers (`… benchmarks.fuzz.guided`) do with it."""

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fuzz import arrays, broken, seeds
-from benchmarks.fuzz.broken import EVALUATE, TRAIN, Case
+from benchmarks.fuzz import arrays, lines, networks, seeds
+from benchmarks.fuzz.cases import EVALUATE, TRAIN, UNTAUGHT, Case, Write, both, copied
 
 COMMANDS = {
     "search": "kdsearch_jax.search.__main__",
@@ -37,16 +37,17 @@ COMMANDS = {
     "report": "kdsearch_jax.report.__main__",
 }
 KINDS: dict[str, Callable[[Path, np.random.Generator], Iterator[Case]]] = {
-    "settings": broken.settings,
-    "configurations": broken.configurations,
-    "paths": broken.paths,
-    "networks": broken.networks,
+    "settings": lines.settings,
+    "configurations": lines.configurations,
+    "paths": lines.paths,
+    "networks": networks.networks,
     "npz": arrays.npz,
     "safetensors": arrays.safetensors,
     "others": arrays.others,
     "images": arrays.images,
 }
-SECONDS, MEBIBYTES = 240, 256
+MISSING = "teacher_from: missing does not exist"  # where settings and configurations have been accepted
+SECONDS, CPU, MEBIBYTES = 600, 60, 256  # by the clock, for a machine that does other things; of computing; of memory
 
 
 def forked(function: Callable[[], Any], seconds: int = SECONDS) -> tuple[int | None, int]:
@@ -84,6 +85,7 @@ def run(case: Case, box: Path) -> tuple[int | None, int, str, str]:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(box)
         virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU, CPU))
         resource.setrlimit(resource.RLIMIT_AS, (virtual + (12 << 30),) * 2)  # so that the machine survives a failure
         sys.argv = [case.command, *case.argv]
         module = importlib.import_module(COMMANDS[case.command])
@@ -92,26 +94,29 @@ def run(case: Case, box: Path) -> tuple[int | None, int, str, str]:
         cli.run(module.main)
 
     status, peak = forked(command)
-    return status, peak, *(log.read_text(errors="replace") for log in logs)
+    texts = [log.read_text(errors="replace") for log in logs]
+    for log in logs:
+        log.unlink()
+    return status, peak, texts[0], texts[1]
 
 
 def listing(box: Path) -> dict[str, tuple[int, int]]:
     """{path: (size, time of the last change)} of everything below a directory."""
-    every = [path for path in box.rglob("*")]
+    every = list(box.rglob("*"))
     return {str(path): ((found := path.lstat()).st_size, 0 if path.is_dir() else found.st_mtime_ns) for path in every}
 
 
-def judged(case: Case, status: int | None, out: str, err: str, new: set[str], expected: str | None) -> str:
+def judged(case: Case, status: int | None, out: str, err: str, new: set[str], expected: Any) -> str:
     """What is wrong with how a case ended; "" for nothing."""
     lines = err.splitlines()
     if status is None:
         return f"took more than {SECONDS} s"
     if "Traceback" in err:
         return f"traceback: {lines[-1] if lines else ''}"
-    if status == 0:
-        if expected is None:
-            return "accepted"
-        return "" if out == expected else f"accepted, with another output: {out!r:.200}"
+    if (status, out, err) == expected:
+        return ""
+    if status == 0 or MISSING in err:
+        return "accepted" if expected is None else f"accepted, with another output: {out!r:.200}"
     if status < 0 or status == 70:
         return f"status {status}: {err[-200:]!r}"
     if sum(line.startswith("error: ") for line in lines) != 1 or not lines[-1].startswith("error: "):
@@ -125,32 +130,24 @@ def judged(case: Case, status: int | None, out: str, err: str, new: set[str], ex
 
 def valid_cases(root: Path) -> dict[str, Case]:
     """The commands of the mutants on files that are whole."""
-    def copied(*names: str) -> broken.Write:
-        def write(box: Path) -> None:
-            for name in names:
-                if (root / name).is_dir():
-                    shutil.copytree(root / name, box / name)
-                else:
-                    shutil.copy(root / name, box / name)
-
-        return write
-
-    def renamed(name: str, to: str) -> broken.Write:
-        return lambda box: (box / name).rename(box / to) and None
-
-    teacher = ("--stop-after", "teacher")
-    images = lambda box: seeds.tfds_images(box / "tfds", [seeds.encoded("PNG")] * 24)  # noqa: E731
-    tfds = ("--data.name", "tiny", "--data.data-dir", "tfds", "--data.train-limit", "None")
     check = ("net", "--out", "out", "--check", "--formats", "safetensors")
+    taught = (*TRAIN, "--teacher-from")
+
+    def case(name: str, command: str, argv: tuple[str, ...], *writes: Write) -> Case:
+        return Case("valid", name, command, argv, both(*writes))
+
+    config, net = copied(root, "config.json"), copied(root, "net")
     return {
-        "teacher": Case("valid", "teacher", "teacher", TRAIN, copied("config.json")),
-        "evaluate": Case("valid", "evaluate", "evaluate", EVALUATE, copied("net")),
-        "npz": Case("valid", "npz", "teacher", (*TRAIN, "--data.name", "npz:data.npz"), copied("config.json", "data.npz")),
-        "check": Case("valid", "check", "export", check, copied("net", "out")),
-        "msgpack": Case("valid", "msgpack", "search", (*TRAIN, "--teacher-from", "weights.msgpack", *teacher), copied("config.json", "weights.msgpack")),
-        "orbax": Case("valid", "orbax", "search", (*TRAIN, "--teacher-from", "teacher", *teacher), broken.both(copied("config.json", "orbax"), renamed("orbax", "teacher"))),
-        "images": Case("valid", "images", "teacher", (*TRAIN, *tfds), broken.both(copied("config.json"), images)),
-    }  # fmt: skip
+        each.name: each
+        for each in (
+            case("configurations", "teacher", UNTAUGHT, config),
+            case("evaluate", "evaluate", EVALUATE, net),
+            case("npz", "evaluate", ("net", "--data", "npz:x.npz"), net, copied(root, "data.npz", to="x.npz")),
+            case("check", "export", check, net, copied(root, "out")),
+            case("msgpack", "teacher", (*taught, "x.msgpack"), config, copied(root, "weights.msgpack", to="x.msgpack")),
+            case("orbax", "teacher", (*taught, "teacher"), config, copied(root, "orbax", to="teacher")),
+        )
+    }
 
 
 def main() -> int:
@@ -159,57 +156,89 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--names", default="", help="only cases whose names have this in them")
+    parser.add_argument("--seeds", type=Path, help="a directory that keeps the valid files for the next time")
     parser.add_argument("--lines", action="store_true", help="print every error line")
     options = parser.parse_args()
     # No memory of 2 GiB a process, and nothing of the caller's: the commands run as on a fresh machine.
     os.environ |= {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg", "KDSEARCH_TRACEBACK": "0", "TQDM_DISABLE": "1"}
-    for module in (*COMMANDS.values(), "sklearn.datasets", "tyro", "PIL.Image", "tensorflow_datasets", "torch", "safetensors.numpy", "orbax.checkpoint"):
+    for module in (
+        *COMMANDS.values(),
+        "sklearn.datasets",
+        "tyro",
+        "PIL.Image",
+        "tensorflow_datasets",
+        "torch",
+        "safetensors.numpy",
+        "orbax.checkpoint",
+    ):
         importlib.import_module(module)
+    compiled = tempfile.mkdtemp(prefix="kdsearch-fuzz-xla-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     counts: collections.Counter[str] = collections.Counter()
     wrong, peaks, started = [], {}, time.time()
     with tempfile.TemporaryDirectory(prefix="kdsearch-fuzz-") as folder:
-        root = Path(folder) / "seeds"
-        root.mkdir()
-        if forked(lambda: seeds.make(root))[0]:
-            raise SystemExit("the valid files could not be made")
+        root = (options.seeds or Path(folder) / "seeds").absolute()
+        if not root.exists():
+            root.mkdir()
+            if forked(lambda: seeds.make(root), 3600)[0] != 0:
+                raise SystemExit("the valid files could not be made")
 
         def attempt(case: Case, number: int) -> tuple[int | None, int, str, str, set[str]]:
             box = Path(folder) / f"box{number}"
             box.mkdir()
-            if forked(lambda: case.write(box))[0]:
+            if forked(lambda: case.write(box))[0] != 0:
                 raise SystemExit(f"{case.kind}, {case.name}: its files could not be made")
             before = listing(box)
             status, peak, out, err = run(case, box)
             after = listing(box)
-            outside = {path.name for path in Path(folder).iterdir()} - {"seeds", *(f"{box.name}{end}" for end in ("", ".out", ".err"))}
+            outside = {path.name for path in Path(folder).iterdir()} - {"seeds", "compiled", box.name}
             new = {path for path in after.keys() | before.keys() if before.get(path) != after.get(path)} | outside
             shutil.rmtree(box)
             return status, peak, out, err, new
 
-        expected = {}
+        chosen = [
+            case
+            for kind in options.only
+            for case in KINDS[kind](root, np.random.default_rng(options.seed))
+            if options.names in case.name
+        ]
+        expected: dict[str, Any] = {}
         for name, case in valid_cases(root).items():
-            status, peaks[name], expected[name], err, _ = attempt(case, 0)
-            if status:
-                raise SystemExit(f"the valid case {name} ended with {status}: {err}")
+            if name in {"evaluate", *(case.valid for case in chosen)}:
+                status, peaks[name], out, err, _ = attempt(case, 0)
+                expected[name] = status, out, err
+                if status != 0 and MISSING not in err:
+                    raise SystemExit(f"the valid case {name} ended with {status}: {err}")
         most = max(peaks.values()) + (MEBIBYTES << 10)
-        for kind in options.only:
-            for number, case in enumerate(KINDS[kind](root, np.random.default_rng(options.seed)), 1):
-                if options.names not in case.name:
-                    continue
-                status, peak, out, err, new = attempt(case, number)
-                problem = judged(case, status, out, err, new, expected.get(case.valid or ""))
-                if not problem and peak > most:
-                    problem = f"took {peak >> 10} MiB, a valid run at most {max(peaks.values()) >> 10}"
-                counts[f"{kind}: {'accepted, as valid' if status == 0 else 'refused'}"] += 1
-                peaks["bad"] = max(peaks.get("bad", 0), peak)
-                if problem:
-                    wrong.append((kind, case.name, problem))
-                    print(f"WRONG {kind}: {case.name!r:.80}: {problem}", flush=True)
-                elif options.lines:
-                    print(f"{kind}: {case.name!r:.60}: {err.strip() or 'accepted'}"[:300], flush=True)
+        for number, case in enumerate(chosen, 1):
+            kind = case.kind
+            status, peak, out, err, new = attempt(case, number)
+            problem = judged(case, status, out, err, new, expected.get(case.valid or ""))
+            if not problem and peak > most:
+                problem = f"took {peak >> 10} MiB, a valid run at most {max(peaks.values()) >> 10}"
+            accepted = (status, out, err) == expected.get(case.valid or "")
+            counts[f"{kind}: {'as valid' if accepted else 'refused'}"] += 1
+            peaks["bad"] = max(peaks.get("bad", 0), peak)
+            if problem:
+                wrong.append((kind, case.name, problem))
+                print(f"WRONG {kind}: {case.name!r:.80}: {problem}", flush=True)
+            elif options.lines:
+                print(f"{kind}: {case.name!r:.60}: {err.strip() or 'accepted'}"[:300], flush=True)
     total = sum(counts.values())
-    print(json.dumps({"cases": total, **counts, "wrong": len(wrong), "MiB valid": max(v for k, v in peaks.items() if k != "bad") >> 10,
-                      "MiB bad": peaks.get("bad", 0) >> 10, "seed": options.seed, "seconds": round(time.time() - started)}, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "cases": total,
+                **counts,
+                "wrong": len(wrong),
+                "MiB valid": max(v for k, v in peaks.items() if k != "bad") >> 10,
+                "MiB bad": peaks.get("bad", 0) >> 10,
+                "seed": options.seed,
+                "seconds": round(time.time() - started),
+            },
+            indent=1,
+        )
+    )
     return bool(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Bad files of arrays and images: npz, safetensors, msgpack, PyTorch's, Orbax's and Hugging Face's directories, TFDS."""
+"""Bad files of arrays and images: npz, safetensors, msgpack, of PyTorch, Orbax, Hugging Face and TFDS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fuzz import seeds
-from benchmarks.fuzz.broken import TRAIN, WRONG, Case, Write, both, config, mutated, replaced
+from benchmarks.fuzz.cases import IMAGES, TRAIN, WRONG, Case, Write, both, config, copied, mutated, replaced
 
 TERA = 10**12
 
@@ -47,25 +47,55 @@ def npz(root: Path, random: np.random.Generator) -> Iterator[Case]:
 
     good = npy("(8,)", "<i8", labels.tobytes())
     contents = {
-        "empty": b"", "text": b"hello", "npy": npy("(1,)", data=b"x"), "no arrays": saved(), "objects": saved(images=np.array([{}, []], object), labels=labels),
-        "no labels": saved(images=images), "labels 2D": saved(images=images, labels=images), "float labels": saved(images=images, labels=labels / 2),
-        "negative": saved(images=images, labels=-labels), "gaps": saved(images=images, labels=labels * 1000), "large labels": saved(images=images, labels=labels + 2**40),
-        "text images": saved(images=np.array(["a"] * 8), labels=labels), "NaN": saved(images=np.full((8, 8, 8, 1), np.nan), labels=labels),
-        "range": saved(images=images + 300.0, labels=labels), "complex": saved(images=images * 1j, labels=labels), "no examples": saved(images=images[:0], labels=labels[:0]),
-        "no pixels": saved(images=images[:, :0], labels=labels), "two examples": saved(images=images[:2], labels=labels[:2]), "one class": saved(images=images, labels=labels * 0),
-        "uneven": saved(images=images, labels=labels[:3]), "6D": saved(images=images[..., None, None], labels=labels), "dates": saved(images=images, labels=labels.astype("M8[s]")),
-        "tera": zipped({"images.npy": npy(f"({TERA},)"), "labels.npy": good}), "tera deflated": zipped({"images.npy": npy(f"({TERA},)"), "labels.npy": good}, zipfile.ZIP_DEFLATED),
-        "bomb": zipped({"images.npy": npy(f"({2**35},)") + bytes(1 << 24), "labels.npy": good}, zipfile.ZIP_DEFLATED), "negative shape": zipped({"images.npy": npy("(-1,)"), "labels.npy": good}),
-        "code": zipped({"images.npy": npy("(__import__('os').system('touch outside'),)"), "labels.npy": good}), "deep header": zipped({"images.npy": npy("(" * 5000 + ")" * 5000), "labels.npy": good}),
-        "outside": zipped({"../outside.npy": good, "/tmp/outside.npy": good}), "not npy": zipped({"images": b"x", "labels": b"y"}), "twice": zipped({"images.npy": good}) + zipped({"images.npy": good}),
-        "pickle": zipped({"images.npy": npy("(1,)", "|O", b"\x80\x04cos\nsystem\n."), "labels.npy": good}), "structured": zipped({"images.npy": npy("(1,)", "|V8", bytes(8)), "labels.npy": good}),
-        "version": zipped({"images.npy": b"\x93NUMPY\x09\x00" + npy("(1,)")[8:], "labels.npy": good}), "lzma": zipped({"images.npy": npy("(9,)", data=bytes(8)), "labels.npy": good}, zipfile.ZIP_LZMA),
-    }  # fmt: skip
+        "empty": b"",
+        "text": b"hello",
+        "npy": npy("(1,)", data=b"x"),
+        "no arrays": saved(),
+        "objects": saved(images=np.array([{}, []], object), labels=labels),
+        "no labels": saved(images=images),
+        "labels 2D": saved(images=images, labels=images),
+        "float labels": saved(images=images, labels=labels / 2),
+        "negative": saved(images=images, labels=-labels),
+        "gaps": saved(images=images, labels=labels * 1000),
+        "large labels": saved(images=images, labels=labels + 2**40),
+        "text images": saved(images=np.array(["a"] * 8), labels=labels),
+        "NaN": saved(images=np.full((8, 8, 8, 1), np.nan), labels=labels),
+        "range": saved(images=images + 300.0, labels=labels),
+        "complex": saved(images=images * 1j, labels=labels),
+        "no examples": saved(images=images[:0], labels=labels[:0]),
+        "no pixels": saved(images=images[:, :0], labels=labels),
+        "two examples": saved(images=images[:2], labels=labels[:2]),
+        "one class": saved(images=images, labels=labels * 0),
+        "uneven": saved(images=images, labels=labels[:3]),
+        "6D": saved(images=images[..., None, None], labels=labels),
+        "dates": saved(images=images, labels=labels.astype("M8[s]")),
+        "tera": zipped({"images.npy": npy(f"({TERA},)"), "labels.npy": good}),
+        "tera deflated": zipped({"images.npy": npy(f"({TERA},)"), "labels.npy": good}, zipfile.ZIP_DEFLATED),
+        "bomb": zipped({"images.npy": npy(f"({2**35},)") + bytes(1 << 24), "labels.npy": good}, zipfile.ZIP_DEFLATED),
+        "negative shape": zipped({"images.npy": npy("(-1,)"), "labels.npy": good}),
+        "code": zipped({"images.npy": npy("(__import__('os').system('touch outside'),)"), "labels.npy": good}),
+        "deep header": zipped({"images.npy": npy("(" * 5000 + ")" * 5000), "labels.npy": good}),
+        "outside": zipped({"../outside.npy": good, "/tmp/outside.npy": good}),
+        "not npy": zipped({"images": b"x", "labels": b"y"}),
+        "twice": zipped({"images.npy": good}) + zipped({"images.npy": good}),
+        "pickle": zipped({"images.npy": npy("(1,)", "|O", b"\x80\x04cos\nsystem\n."), "labels.npy": good}),
+        "structured": zipped({"images.npy": npy("(1,)", "|V8", bytes(8)), "labels.npy": good}),
+        "version": zipped({"images.npy": b"\x93NUMPY\x09\x00" + npy("(1,)")[8:], "labels.npy": good}),
+        "lzma": zipped({"images.npy": npy("(9,)", data=bytes(8)), "labels.npy": good}, zipfile.ZIP_LZMA),
+    }
     line = (*TRAIN, "--data.name", "npz:x.npz")
     for name, content in contents.items():
         yield Case("npz", name, "teacher", line, both(config(root), file("x.npz", content)))
-    for i in range(25):
-        yield Case("npz", f"mutant {i}", "teacher", line, both(config(root), file("x.npz", mutated(valid, random))), "npz")
+    network = copied(root, "net")
+    for i in range(20):
+        yield Case(
+            "npz",
+            f"mutant {i}",
+            "evaluate",
+            ("net", "--data", "npz:x.npz"),
+            both(network, file("x.npz", mutated(valid, random))),
+            "npz",
+        )
 
 
 def safetensors(root: Path, random: np.random.Generator) -> Iterator[Case]:
@@ -83,23 +113,46 @@ def safetensors(root: Path, random: np.random.Generator) -> Iterator[Case]:
         return packed({**header, name: {**header[name], **entry}})
 
     contents = {
-        "empty": b"", "short": b"\x01", "header of 2**63": struct.pack("<Q", 2**63 - 1) + valid[8:], "header of 2**62": struct.pack("<Q", 2**62) + valid[8:],
-        "header of 0": bytes(8) + data, "no object": packed([]), "deep": packed(b"[" * 100_000), "deep metadata": packed({**header, "__metadata__": {"a": "[" * 100_000}}),
-        "metadata of numbers": packed({**header, "__metadata__": {"a": 1}}), "more bytes": packed(header, b"x"), "fewer bytes": valid[:-1],
-        "tera": changed(shape=[TERA]), "negative": changed(shape=[-1]), "overflow": changed(shape=[2**62, 8]), "no such type": changed(dtype="F12"), "type of 8 bits": changed(dtype="F8_E4M3"),
-        "offsets back": changed(data_offsets=[8, 0]), "offsets beyond": changed(data_offsets=[0, 2**60]), "overlap": changed(data_offsets=[0, 160]),
-        "duplicates": packed(json.dumps(header).encode()[:-1] + b', "params/dense/kernel": ' + json.dumps(header[name]).encode() + b"}"),
-        "other names": packed({f"x/{key}": value for key, value in header.items()}), "array and folder": packed({(f"{name}/x" if key == "params/dense/bias" else key): value for key, value in header.items()}),
-        "no arrays": struct.pack("<Q", 2) + b"{}", "integers": changed(dtype="I32"), "NaN": valid[:-4] + struct.pack("<f", float("nan")), "inf": valid[:-4] + struct.pack("<f", float("inf")),
-        "torch names": packed({key.replace("/", "."): value for key, value in header.items()}), "many": packed({f"params/{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}),
-    }  # fmt: skip
+        "empty": b"",
+        "short": b"\x01",
+        "header of 2**63": struct.pack("<Q", 2**63 - 1) + valid[8:],
+        "header of 2**62": struct.pack("<Q", 2**62) + valid[8:],
+        "header of 0": bytes(8) + data,
+        "no object": packed([]),
+        "deep": packed(b"[" * 100_000),
+        "deep metadata": packed({**header, "__metadata__": {"a": "[" * 100_000}}),
+        "metadata of numbers": packed({**header, "__metadata__": {"a": 1}}),
+        "more bytes": packed(header, b"x"),
+        "fewer bytes": valid[:-1],
+        "tera": changed(shape=[TERA]),
+        "negative": changed(shape=[-1]),
+        "overflow": changed(shape=[2**62, 8]),
+        "no such type": changed(dtype="F12"),
+        "type of 8 bits": changed(dtype="F8_E4M3"),
+        "offsets back": changed(data_offsets=[8, 0]),
+        "offsets beyond": changed(data_offsets=[0, 2**60]),
+        "overlap": changed(data_offsets=[0, 160]),
+        "duplicates": packed(
+            json.dumps(header).encode()[:-1] + b', "params/dense/kernel": ' + json.dumps(header[name]).encode() + b"}"
+        ),
+        "other names": packed({f"x/{key}": value for key, value in header.items()}),
+        "array and folder": packed(
+            {(f"{name}/x" if key == "params/dense/bias" else key): value for key, value in header.items()}
+        ),
+        "no arrays": struct.pack("<Q", 2) + b"{}",
+        "integers": changed(dtype="I32"),
+        "NaN": valid[:-4] + struct.pack("<f", float("nan")),
+        "inf": valid[:-4] + struct.pack("<f", float("inf")),
+        "torch names": packed({key.replace("/", "."): value for key, value in header.items()}),
+        "many": packed({f"params/{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}),
+    }
     line = (*TRAIN, "--teacher-from", "x.safetensors")
     for key, content in contents.items():
         yield Case("safetensors", key, "search", line, both(config(root), file("x.safetensors", content)))
     exported = (root / "out/student.safetensors").read_bytes()
     size = struct.unpack("<Q", exported[:8])[0]
     record, tail = json.loads(exported[8 : 8 + size]), exported[8 + size :]
-    for i in range(30):
+    for i in range(24):
         if i % 2:
             metadata = dict(record["__metadata__"])
             part = ("architecture", "leaves")[i // 2 % 2]
@@ -108,24 +161,43 @@ def safetensors(root: Path, random: np.random.Generator) -> Iterator[Case]:
             content = struct.pack("<Q", len(text)) + text + tail
         else:
             content = mutated(exported, random)
-        yield Case("safetensors", f"mutant {i}", "export", ("net", "--out", "out", "--check", "--formats", "safetensors"),
-                   both(lambda box: shutil.copytree(root / "net", box / "net") and None, lambda box: (box / "out").mkdir(), file("out/student.safetensors", content)), "check")  # fmt: skip
+        yield Case(
+            "safetensors",
+            f"mutant {i}",
+            "export",
+            ("net", "--out", "out", "--check", "--formats", "safetensors"),
+            both(
+                lambda box: shutil.copytree(root / "net", box / "net") and None,
+                lambda box: (box / "out").mkdir(),
+                file("out/student.safetensors", content),
+            ),
+            "check",
+        )
 
 
 def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
     """Flax's msgpack, PyTorch's files, directories of Orbax and of Hugging Face."""
     packed = (root / "weights.msgpack").read_bytes()
     contents = {
-        "empty": b"", "nil": b"\xc0", "a billion": b"\xdd\x3b\x9a\xca\x00", "many empty": b"\xdd\x01\x00\x00\x00" + b"\x80" * (1 << 24), "deep": b"\x91" * 100_000 + b"\xc0", "reserved": b"\xc1", "two": packed + b"\xc0",
-        "ext of 4 GiB": b"\xc9\xff\xff\xff\xff\x01", "ext of dictionaries": b"\xc9\x01\x00\x00\x00\x01" + b"\xdd\x00\xff\xff\xfb" + b"\x80" * (0x1000000 - 5), "objects": b"\xc7\x0a\x01\x93\x91\x01\xa1O\xc4\x03abc",
-        "cut": packed[:-9], "text": b"hello",
-    }  # fmt: skip
+        "empty": b"",
+        "nil": b"\xc0",
+        "a billion": b"\xdd\x3b\x9a\xca\x00",
+        "many empty": b"\xdd\x01\x00\x00\x00" + b"\x80" * (1 << 24),
+        "deep": b"\x91" * 100_000 + b"\xc0",
+        "reserved": b"\xc1",
+        "two": packed + b"\xc0",
+        "ext of 4 GiB": b"\xc9\xff\xff\xff\xff\x01",
+        "ext of dictionaries": b"\xc9\x01\x00\x00\x00\x01" + b"\xdd\x00\xff\xff\xfb" + b"\x80" * (0x1000000 - 5),
+        "objects": b"\xc7\x0a\x01\x93\x91\x01\xa1O\xc4\x03abc",
+        "cut": packed[:-9],
+        "text": b"hello",
+    }
     line = (*TRAIN, "--teacher-from", "x.msgpack")
     for name, content in contents.items():
         yield Case("others", f"msgpack {name}", "search", line, both(config(root), file("x.msgpack", content)))
-    for i in range(15):
+    for i in range(12):
         write = both(config(root), file("x.msgpack", mutated(packed, random)))
-        yield Case("others", f"msgpack mutant {i}", "search", (*line, "--stop-after", "teacher"), write, "msgpack")
+        yield Case("others", f"msgpack mutant {i}", "teacher", line, write, "msgpack")
     torch = (root / "weights.pth").read_bytes()
     code = b"\x80\x02cos\nsystem\nX\x0d\x00\x00\x00touch outside\x85R."
     with zipfile.ZipFile(io.BytesIO(torch)) as archive:
@@ -135,14 +207,21 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
         with zipfile.ZipFile(target, "w", kind) as archive:
             for name, member in members.items():
                 archive.writestr(name, code if kind == zipfile.ZIP_STORED and name.endswith("data.pkl") else member)
-    pickles = {"empty": b"", "text": b"hello", "code": code, "code in a zip": hostile.getvalue(), "deflated": deflated.getvalue(), "cut": torch[: len(torch) // 2]}
+    pickles = {
+        "empty": b"",
+        "text": b"hello",
+        "code": code,
+        "code in a zip": hostile.getvalue(),
+        "deflated": deflated.getvalue(),
+        "cut": torch[: len(torch) // 2],
+    }
     for name, content in pickles.items():
-        for suffix in (".pth", ".pt", ".th"):
+        for suffix in (".pth", ".th"):
             line = (*TRAIN, "--teacher-from", f"x{suffix}")
             yield Case("others", f"{suffix} {name}", "search", line, both(config(root), file(f"x{suffix}", content)))
     line = (*TRAIN, "--teacher-from", "teacher")
     files = sorted(path.relative_to(root / "orbax") for path in (root / "orbax").rglob("*") if path.is_file())
-    for i in range(20):
+    for i in range(12):
         path, seed = files[random.integers(len(files))], int(random.integers(2**31))
 
         def damage(box: Path, path: Path = path, seed: int = seed) -> None:
@@ -151,7 +230,14 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
             # A flipped byte of a foreign checkpoint, which has no digests, may pass: whole halves are cut off here.
             (box / "teacher" / path).write_bytes(content[: np.random.default_rng(seed).integers(len(content) // 2 + 1)])
 
-        yield Case("others", f"orbax {i} {path.name}", "search", (*line, "--stop-after", "teacher"), both(config(root), damage), "orbax")
+        yield Case(
+            "others",
+            f"orbax {i} {path.name}",
+            "teacher",
+            line,
+            both(config(root), damage),
+            "orbax",
+        )
     for i, value in enumerate(WRONG):
         for key in ("model_type", "hidden_size", "depths", "image_size"):
             record = {"model_type": "vit" if key != "depths" else "resnet", key: value}
@@ -161,9 +247,17 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
                 (box / "teacher/config.json").write_text(json.dumps(record))
                 shutil.copy(root / "weights.safetensors", box / "teacher/model.safetensors")
 
-            if (i + len(key)) % 2:
+            if (i + len(key)) % 4 == 0:
                 yield Case("others", f"hub {key} {value!r:.12}", "search", line, both(config(root), hub))
-    for shards in ({"a": "../x.safetensors"}, {"a": "/etc/passwd"}, {"a": "missing.safetensors"}, {"a": 1}, [], {"a": "x\u0000.safetensors"}):
+    for shards in (
+        {"a": "../x.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "missing.safetensors"},
+        {"a": 1},
+        [],
+        {"a": "x\u0000.safetensors"},
+    ):
+
         def index(box: Path, shards: Any = shards) -> None:
             (box / "teacher").mkdir()
             (box / "teacher/config.json").write_text('{"model_type": "vit"}')
@@ -177,17 +271,34 @@ def images(root: Path, random: np.random.Generator) -> Iterator[Case]:
     png, jpeg = seeds.encoded("PNG"), seeds.encoded("JPEG")
     large = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
     contents = {
-        "empty": b"", "text": b"hello", "PNG cut": png[: len(png) // 2], "JPEG cut": jpeg[: len(jpeg) // 2], "TIFF": seeds.encoded("TIFF"), "PPM": seeds.encoded("PPM"), "ICO": seeds.encoded("ICO", 16, "RGB"),
-        "PDF": b"%PDF-1.4\n", "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(outside) (w) file\n", "3.6 billion pixels": large + b"\0\0\0\0" + bytes(64), "other size": seeds.encoded("PNG", 9),
-        "GIF of 65535²": b"GIF89a\xff\xff\xff\xff\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x02D\x01\x00;", "BMP of 2**31": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 2**31 - 1, 2**31 - 1, 1, 8, 0, 0, 0, 0, 0, 0),
-    }  # fmt: skip
+        "empty": b"",
+        "text": b"hello",
+        "PNG cut": png[: len(png) // 2],
+        "JPEG cut": jpeg[: len(jpeg) // 2],
+        "TIFF": seeds.encoded("TIFF"),
+        "PPM": seeds.encoded("PPM"),
+        "ICO": seeds.encoded("ICO", 16, "RGB"),
+        "PDF": b"%PDF-1.4\n",
+        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(outside) (w) file\n",
+        "3.6 billion pixels": large + b"\0\0\0\0" + bytes(64),
+        "other size": seeds.encoded("PNG", 9),
+        "GIF of 65535²": b"GIF89a"
+        + b"\xff" * 4
+        + b"\x80\0\0"
+        + bytes(3)
+        + b"\xff" * 3
+        + b","
+        + bytes(4)
+        + b"\xff" * 4
+        + b"\0\2\2D\1\0;",
+        "BMP of 2**31": b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 2**31 - 1, 2**31 - 1, 1, 8, 0, 0, 0, 0, 0, 0),
+    }
 
     def write(content: bytes) -> Write:
-        return lambda box: seeds.tfds_images(box / "tfds", [*[png] * 23, content])
+        return both(copied(root, "net"), lambda box: seeds.tfds_images(box / "tfds", [*[png] * 23, content]))
 
-    line = (*TRAIN, "--data.name", "tiny", "--data.data-dir", "tfds", "--data.train-limit", "None")
     for name, content in contents.items():
-        yield Case("images", name, "teacher", line, both(config(root), write(content)))
-    for i in range(14):
-        content = mutated(png if i % 2 else jpeg, random)
-        yield Case("images", f"mutant {i}", "teacher", line, both(config(root), write(content)), "images")
+        yield Case("images", name, "evaluate", IMAGES, write(content))
+    for i in range(12):
+        yield Case("images", f"mutant {i}", "evaluate", IMAGES, write(mutated(png if i % 2 else jpeg, random)))

@@ -120,16 +120,21 @@ def load_network(
         raise FileNotFoundError(f"{source} is not the directory of a network: it has no {', '.join(missing)}")
     payload = _network_payload(source / "network.json")
     described = read_json(source / "architecture.json", MAX_JSON)
-    architecture = Architecture.from_json(described)
+    try:
+        architecture = Architecture.from_json(described)
+    except ValueError as error:
+        raise ValueError(f"{source / 'architecture.json'}: {error}") from error
     if attempt(seal, described)[0] != payload["architecture"]:
         raise CheckpointError(f"{source / 'architecture.json'} is not the one that was saved with this network")
     if module is None:
         check_trust(architecture.model, trust_code)
+    made = _made(architecture, source, module)  # before much is read
     arrays, problem = attempt(_network_arrays, source / "variables", payload["leaves"])
     if arrays is None:
         raise CheckpointError(f"{source} is damaged: {problem}; take another copy")
     variables = unflatten({name: jnp.asarray(array) for name, array in arrays.items()})
-    return fitting_module(architecture, variables, source, module), variables, architecture, payload["info"]
+    _check_fit(made, architecture, variables, source)
+    return made, variables, architecture, payload["info"]
 
 
 def fitting_module(architecture: Architecture, variables: Mapping[str, Any], source: Path, base: Any = None) -> Any:
@@ -137,16 +142,25 @@ def fitting_module(architecture: Architecture, variables: Mapping[str, Any], sou
 
     base: the base model, where the architecture cannot name it.
     """
+    module = _made(architecture, source, base)
+    _check_fit(module, architecture, variables, source)
+    return module
+
+
+def _made(architecture: Architecture, source: Path, base: Any) -> Any:
     module, problem = attempt(architecture.module, base)
     if module is None:
         raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
+    return module
+
+
+def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, Any], source: Path) -> None:
     _, problem = attempt(
         jax.eval_shape, lambda v, *xs: apply_eval(module, v, xs, call=architecture.call), variables,
         *architecture.called.example(1),
     )  # fmt: skip
     if problem:
         raise ValueError(f"{source}: the arrays are not those of the architecture: {problem}")
-    return module
 
 
 def _array_store() -> ocp.Checkpointer:

@@ -25,7 +25,7 @@ from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.compare.rows import ROWS, Row
 from kdsearch_jax.config import BudgetConfig, DistillConfig
 from kdsearch_jax.examples import Split
-from kdsearch_jax.files import read_json, write_json
+from kdsearch_jax.files import read_json, read_sealed, write_json, write_sealed
 from kdsearch_jax.library import bound
 from kdsearch_jax.locks import locked
 from kdsearch_jax.road import Loaded, Road, is_plain, traced
@@ -96,7 +96,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
     place = place_of(road, row.name, seed, budget)
     path = place.directory / "result.json"
     with locked(place.directory, wait=True):
-        if path.is_file() and "why" not in (found := read_json(path)):
+        if path.is_file() and "why" not in (found := read_sealed(path)):
             return found
         log.info("%s, seed %d", row.label, seed)
         try:
@@ -109,7 +109,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
         else:
             steps = row.times * _steps(place)
             result = {**scores, **costs(student), "steps": steps, "seconds": round(_spent(place.directory), 1)}
-        write_json(path, result)
+        write_sealed(path, result)
         storage.publish()
     return result
 
@@ -248,5 +248,5 @@ def results(directory: Path) -> dict[str, dict[int, dict[str, Any]]]:
     for name in ROWS:
         paths = {int(p.parts[-3].removeprefix("seed-")): p for p in directory.glob(f"seed-*/{name}/result.json")}
         if paths:
-            found[name] = {seed: read_json(paths[seed]) for seed in sorted(paths)}
+            found[name] = {seed: read_sealed(paths[seed]) for seed in sorted(paths)}
     return found

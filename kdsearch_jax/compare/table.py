@@ -27,7 +27,7 @@ from kdsearch_jax import evaluate
 from kdsearch_jax.compare.making import costs, place_of, results, scored
 from kdsearch_jax.compare.rows import ROWS
 from kdsearch_jax.config import BOUNDS, BudgetConfig
-from kdsearch_jax.files import read_json, write_json, write_text
+from kdsearch_jax.files import read_sealed, write_json, write_sealed, write_text
 from kdsearch_jax.road import Road, traced
 
 LEVEL = 0.95
@@ -95,8 +95,8 @@ def _teacher(road: Road) -> dict[str, Any]:
     path = road.directory / "teacher" / "result.json"
     if not path.is_file():
         teacher = road.load(road.teacher)
-        write_json(path, {"accuracy": scored(road, teacher, road.dataset.test)["accuracy"], **costs(teacher)})
-    return read_json(path)
+        write_sealed(path, {"accuracy": scored(road, teacher, road.dataset.test)["accuracy"], **costs(teacher)})
+    return read_sealed(path)
 
 
 def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
@@ -107,7 +107,7 @@ def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetC
         for seed, result in by_seed.items():
             if "why" not in result:
                 places[f"seed-{seed}/{name}"] = place_of(road, name, seed, budget).directory / "retrain" / "network"
-    if path.is_file() and (known := read_json(path)).keys() == places.keys():
+    if path.is_file() and (known := read_sealed(path)).keys() == places.keys():
         return known
     networks = {key: road.load(place) for key, place in places.items()}
     times = evaluate.measure_latency(
@@ -116,7 +116,7 @@ def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetC
         min(64, len(road.dataset.test)),
         call=road.task.call,
     )
-    write_json(path, times)
+    write_sealed(path, times)
     return times
 
 

@@ -24,7 +24,7 @@ from kdsearch_jax.budget import BudgetError, Estimate, Limits
 from kdsearch_jax.budget.estimate import within
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.files import DamagedError, read_object, write_json
+from kdsearch_jax.files import DamagedError, read_sealed, write_sealed
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, medians, of_process_0
 from kdsearch_jax.network import Network
 from kdsearch_jax.surgery import slice_variables
@@ -50,7 +50,7 @@ def prepare(
     record = of_process_0(lambda: calibrate(network, variables, budget, call, tools))
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_sealed(path, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("measured")
 
@@ -64,7 +64,7 @@ def bounded(limits: Limits, budget: BudgetConfig, directory: Path) -> Limits:
     if not asked(budget):
         return limits
     try:
-        record = read_object(directory / FILE)
+        record = read_sealed(directory / FILE)
         return with_measured(limits, budget, record)
     except (OSError, KeyError, TypeError, DamagedError) as error:
         raise BudgetError(

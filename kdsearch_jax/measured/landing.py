@@ -19,7 +19,7 @@ import numpy as np
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.files import write_json
+from kdsearch_jax.files import write_sealed
 from kdsearch_jax.measured.calibration import cut
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, check_noise, decide, of_process_0
 from kdsearch_jax.network import Network
@@ -152,4 +152,4 @@ def confirm(
             f"{each['turns']} turns); --resume measures again, a search for less leaves more room"
         )
     if jax.process_index() == 0:
-        write_json(path, {"batch_size": budget.batch_size, **found})
+        write_sealed(path, {"batch_size": budget.batch_size, **found})

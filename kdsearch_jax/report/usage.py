@@ -51,7 +51,7 @@ def _info(path: Path) -> dict[str, Any]:
 
 
 def _images(student: str, architecture: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, str]:
-    lines = f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({student!r})\n"
+    lines = _load(student, architecture)
     lines += "logits = module.apply(variables, images)"
     sizes = ", ".join(map(str, ("batch", *(architecture.get("input_shape") or ["height", "width", "channels"]))))
     if not (info.get("mean") and info.get("std")):
@@ -69,12 +69,16 @@ def _call(student: str, architecture: Mapping[str, Any], call: Mapping[str, Any]
     given = str(architecture.get("model", "")).startswith("given:")
     static = [f"{name}={value!r}" for name, value in call.get("eval", {}).items()]
     arguments = ", ".join(["variables", *call.get("arguments", []), *static])
-    lines = (
-        f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({student!r}{', module=net' if given else ''})\n"
-        f"outputs = module.apply({arguments})"
-    )
+    lines = _load(student, architecture) + f"outputs = module.apply({arguments})"
     taken = "; ".join(f"{name}: {json.dumps(spec)} an example" for name, spec in call.get("inputs", {}).items())
     return lines, f"It takes {taken}." + (" net is the module that was searched." if given else "")
+
+
+def _load(student: str, architecture: Mapping[str, Any]) -> str:
+    """The lines that load the student; a module object is brought along, a package of somebody's may be imported."""
+    model = str(architecture.get("model", ""))
+    more = ", module=net" if model.startswith("given:") else ", trust_code=True" if ":" in model else ""
+    return f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({student!r}{more})\n"
 
 
 def _files(path: Path) -> str:

@@ -29,10 +29,8 @@ def added(run: Path, asked: Experiment, command: Mapping[str, Any]) -> Road:
     old = load_experiment(str(run / "config.json"))
     if different := differences(dataclasses.replace(asked, budgets=old.budgets), old):
         raise ValueError(f"front_from: budgets are added as the run was made; leave out {'; '.join(different)}")
-    if rundir.is_under_way(run, command):
-        return prepare(old, run, resume=True)
     there = set(old.budgets) or {getattr(old.budget, front.driver(old.budget))}
-    if again := sorted(there & set(asked.budgets)):
+    if (again := sorted(there & set(asked.budgets))) and not rundir.is_under_way(run, command):
         raise ValueError(f"budgets: {again[0]} is in {run} already; give others, or --resume --workdir {run}")
     budgets = tuple(sorted({*old.budgets, *asked.budgets}, reverse=True))
     new = dataclasses.replace(old, budgets=budgets)

@@ -76,6 +76,7 @@ class Mirror:
         self._brought: set[str] = set()
         self._announced: set[str] = set()  # objects that may be there without being listed
         self._staged: set[str] = set()
+        self._settled: set[str] = set()  # staged objects that are in their places, whatever a manifest says
         self._writes = False
 
     # Reading
@@ -117,12 +118,23 @@ class Mirror:
         return theirs
 
     def _read(self) -> Manifest:
-        """The manifest; without one, all objects that there are."""
+        """The manifest; without one, all objects that there are, but what somebody is publishing for the first time."""
         content = self._bucket.read(MANIFEST, MAX_JSON)
         if content is not None:
             return Manifest.of(content, f"{self.address}/{MANIFEST}")
         found = self._bucket.find()
-        return Manifest({checked(n): Entry(size) for n, size in found.items() if n and not n.startswith(f"{OURS}/")})
+        unlisted = self._unlisted(n for n in found if n.startswith(f"{WRITING}/"))
+        others = [name for name in found if name and name not in unlisted and not name.startswith(f"{OURS}/")]
+        return Manifest({checked(name): Entry(found[name]) for name in others})
+
+    def _unlisted(self, records: Iterable[str]) -> set[str]:
+        """What writers have written down to be there perhaps without being listed."""
+        names: set[str] = set()
+        for record in records:
+            content = self._bucket.read(record, MAX_JSON) or b"[]"
+            with contextlib.suppress(ValueError, TypeError):
+                names |= {checked(name) for name in json.loads(content)}
+        return names
 
     def _bring(self, item: tuple[str, Entry]) -> tuple[str, bool]:
         """(name, whether the file is here now)."""
@@ -172,12 +184,9 @@ class Mirror:
             staged = set(self._bucket.find(STAGED))
             waiting = {n: e.staged for n, e in seen.files.items() if e.staged in staged and e.staged}
             records = list(self._bucket.find(WRITING))
-            leftover = set(staged)
-            for record in records:
-                content = self._bucket.read(record, MAX_JSON) or b"[]"
-                with contextlib.suppress(ValueError, TypeError):
-                    leftover |= {checked(name) for name in json.loads(content)} - seen.files.keys()
-            self._settle(waiting, leftover | set(records))
+            leftover = staged | set(records) | (self._unlisted(records) - seen.files.keys())
+            self._settle(waiting, leftover)
+            self._settled |= {e.staged for e in seen.files.values() if e.staged} - staged
 
     def push(self) -> None:
         """Publishes the local directory as it is at one moment.
@@ -211,7 +220,7 @@ class Mirror:
             before = firm
         grown = [name for name in now if is_loose(name) and self._differs({name: now[name]}, every=False)]
         sent |= {n: (now[n], entry) for n, entry in _each(self._send, ((n, None) for n in grown)) if entry}
-        files = {n: e for n, e in base.items() if n not in gone}
+        files = {n: _unstaged(e) if e.staged in self._settled else e for n, e in base.items() if n not in gone}
         files |= {name: entry for name, (_, entry) in sent.items() if name in now}
         if files != dict(base):
             self._check_others(self._read())
@@ -221,7 +230,10 @@ class Mirror:
         for name in gone:
             del self._here[name]
         self._here |= {name: (signature, _unstaged(entry)) for name, (signature, entry) in sent.items() if name in now}
-        self._settle({n: e.staged for n, e in files.items() if e.staged}, gone | (self._announced - files.keys()))
+        waiting = {
+            n: e.staged for n, (_, e) in sent.items() if e.staged and e.staged not in self._settled and n in files
+        }
+        self._settle(waiting, gone | (self._announced - files.keys()))
 
     def _send(self, item: tuple[str, Entry | None]) -> tuple[str, Entry | None]:
         """Uploads a file; (name, None) where it was gone already."""
@@ -260,9 +272,7 @@ class Mirror:
             log.warning("%s: written, but not tidied up: %s", self.address, error)
             return
         self._announced, self._staged = set(), set()
-        if self._seen is not None:
-            files = {n: _unstaged(e) if n in staged else e for n, e in self._seen.files.items()}
-            self._seen = Manifest(files, self._seen.writer, self._seen.sequence)
+        self._settled |= set(staged.values())
 
     def _check_others(self, theirs: Manifest) -> None:
         """Raises StoreError where another process has changed a file that is this one's as well."""
@@ -302,8 +312,11 @@ class Mirror:
 
 def _each(function: Any, items: Iterable[Any]) -> list[Any]:
     """The function's values, several at once; raises the first error when all have ended."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(function, list(items)))
+    given = list(items)
+    if len(given) < 2:
+        return [function(item) for item in given]
+    with ThreadPoolExecutor(min(_AT_ONCE, len(given))) as pool:
+        return list(pool.map(function, given))
 
 
 def _digest(path: Path) -> tuple[int, str]:

@@ -10,6 +10,7 @@ that, processes; each makes whole batches in turn, so their number changes nothi
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Place = Callable[[int], tuple[int, np.random.Generator | None]]
 
 _FRAMES = 0xF4A3E  # a stream of its own
 _THREADS = 32
+_GRACE = 60  # seconds that a process goes on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ def _parse_flags() -> None:
 
 
 def _leave_with_parent(index: int, count: int) -> None:
-    """In a process that decodes: ends it when the one that asked is gone, however that ended."""
+    """In a process that decodes: ends it when the one that asked is gone, however that ended, and not before.
+
+    A scheduler that takes a machine away tells all processes, but the one that trains goes on for a moment, to save.
+    """
     import multiprocessing
 
     parent = multiprocessing.parent_process()
@@ -126,3 +131,11 @@ def _leave_with_parent(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def leave_later(*_: Any) -> None:
+        timer = threading.Timer(_GRACE, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, leave_later)

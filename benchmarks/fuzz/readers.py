@@ -1,0 +1,265 @@
+"""What each reader of a format promises of any bytes: it reads them, or raises one of the errors that it names.
+
+Every function takes the content of a file, calls a reader, and raises AssertionError where its promise is broken;
+any other exception that is not caught here breaks it too. `EXAMPLES` are valid contents to begin from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Reader = Callable[[bytes], None]
+
+
+@cache
+def _place() -> Path:
+    """A file in memory, where there is such a file system."""
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="kdsearch-fuzz-", dir=shared if shared.is_dir() else None)) / "x"
+
+
+def _stored(content: bytes) -> Path:
+    _place().write_bytes(content)
+    return _place()
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogatepass" if content[:1] == b"{" else "replace")
+
+
+def read_json(content: bytes) -> None:
+    """What is read can be written and read again."""
+    from kdsearch_jax.files import DamagedError, read_json
+
+    try:
+        value = read_json(_stored(content))
+    except DamagedError:
+        return
+    json.dumps(value)
+
+
+def read_arrays(content: bytes) -> None:
+    """No more than the limit, and plain."""
+    from kdsearch_jax.files import DamagedError, read_arrays
+
+    try:
+        arrays = read_arrays(_stored(content), limit=1 << 20)
+    except DamagedError:
+        return
+    assert sum(array.nbytes for array in arrays.values()) <= 1 << 20
+    assert not any(array.dtype.hasobject for array in arrays.values())
+
+
+def read_safetensors(content: bytes) -> None:
+    """No more than the file has."""
+    from kdsearch_jax import foreign
+    from kdsearch_jax.files import DamagedError
+
+    try:
+        arrays, metadata = foreign.read_safetensors(_stored(content))
+    except DamagedError:
+        return
+    assert sum(array.nbytes for array in arrays.values()) <= len(content)
+    assert all(isinstance(text, str) for text in metadata.values())
+
+
+def read_msgpack(content: bytes) -> None:
+    """Values are counted as msgpack counts them, and what Flax reads is not refused."""
+    from flax import serialization
+
+    from kdsearch_jax import foreign
+    from kdsearch_jax.files import DamagedError
+
+    try:
+        foreign.read_msgpack(_stored(content))
+    except DamagedError as error:
+        try:
+            serialization.msgpack_restore(content)
+        except Exception:
+            return
+        raise AssertionError(f"Flax reads it: {content[:100]!r}") from error
+    assert 0 < foreign.count_values(content) <= len(content)
+
+
+def _parsed(content: bytes) -> Any:
+    from kdsearch_jax.files import parse_json
+
+    try:
+        return parse_json(_text(content))
+    except ValueError:
+        return None
+
+
+def read_architecture(content: bytes) -> None:
+    """What is read is written the same again, and asks for no input out of bounds."""
+    from kdsearch_jax.call import LARGEST
+    from kdsearch_jax.student import Architecture
+
+    try:
+        found = Architecture.from_json(_parsed(content))
+    except ValueError as error:
+        assert len(str(error)) < 2000
+        return
+    assert Architecture.from_json(found.to_json()) == found
+    assert int(np.prod(found.input_shape, dtype=object)) <= LARGEST
+
+
+def build_module(content: bytes) -> None:
+    """A network of ours is made, in no time, or an argument is named; no module is imported."""
+    import sys
+
+    from kdsearch_jax import models
+
+    record = _parsed(content)
+    if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+        return
+    name = str(record.get("model"))
+    before = set(sys.modules)
+    try:
+        models.check_trust(name)
+        if ":" not in name:
+            models.build(name, record["arguments"])
+    except (ValueError, TypeError) as error:
+        assert len(str(error)) < 3000
+    assert not {module for module in set(sys.modules) - before if not module.startswith(("jax", "flax", "numpy"))}
+
+
+def read_config(content: bytes) -> None:
+    """An experiment that is read is written, and read, the same again."""
+    from kdsearch_jax.config import from_json, to_json
+
+    record = _parsed(content)
+    if not isinstance(record, dict):
+        return
+    try:
+        found = from_json(record)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert from_json(json.loads(json.dumps(to_json(found)))) == found
+
+
+def read_network(content: bytes) -> None:
+    """network.json: digests of arrays whose sizes are numbers."""
+    from kdsearch_jax.checkpoint import networks
+    from kdsearch_jax.files import DamagedError
+
+    record = _parsed(content)
+    if isinstance(record, dict) and isinstance(record.get("payload"), dict):
+        try:
+            from kdsearch_jax.files import seal
+
+            content = json.dumps({"payload": record["payload"], "sha256": seal(record["payload"])}).encode()
+        except ValueError:  # a lone surrogate
+            return
+    try:
+        payload = networks._network_payload(_stored(content))
+    except DamagedError:
+        return
+    assert all(size >= 0 for leaf in payload["leaves"].values() for size in leaf["shape"])
+
+
+def read_huggingface(content: bytes) -> None:
+    """config.json of Hugging Face."""
+    from kdsearch_jax.pretrained import huggingface_config, huggingface_options
+
+    try:
+        config = huggingface_options.read_json(_stored(content))
+        huggingface_config.describe(Path("config.json"), config, "classifier", 10)
+    except ValueError as error:
+        assert str(error)
+
+
+def decode_image(content: bytes) -> None:
+    """uint8 of three channels, and no more pixels than allowed."""
+    from kdsearch_jax import images
+    from kdsearch_jax.files import DamagedError
+
+    try:
+        found = images.opened(content)
+        if found.width * found.height > 1 << 20:  # allowed, and too slow to be tried a million times
+            return
+        array = images.pixels(found, 3)
+    except DamagedError:
+        return
+    assert array.dtype == np.uint8
+    assert array.ndim == 3
+    assert array.shape[2] == 3
+
+
+READERS: dict[str, Reader] = {
+    "json": read_json,
+    "npz": read_arrays,
+    "safetensors": read_safetensors,
+    "msgpack": read_msgpack,
+    "architecture": read_architecture,
+    "models": build_module,
+    "config": read_config,
+    "network": read_network,
+    "huggingface": read_huggingface,
+    "images": decode_image,
+}
+
+
+def examples(name: str) -> list[bytes]:
+    """Valid contents for a reader."""
+    arrays = {"params/a/kernel": np.ones((2, 3), np.float32), "params/b": np.arange(4, dtype=np.int32)}
+    if name == "npz":
+        plain, small = io.BytesIO(), io.BytesIO()
+        np.savez(plain, **arrays)
+        np.savez_compressed(small, **arrays)
+        return [plain.getvalue(), small.getvalue()]
+    if name == "safetensors":
+        import safetensors.numpy
+
+        return [safetensors.numpy.save(arrays, {"architecture": "{}"})]
+    if name == "msgpack":
+        from flax import serialization
+
+        tree = {"params": {"a": arrays["params/b"], "b": np.float32(1), "c": 1 + 2j, "d": [1, None, "x", 1.5, True]}}
+        return [serialization.msgpack_serialize(tree)]
+    if name == "images":
+        from benchmarks.fuzz import seeds
+
+        return [seeds.encoded(kind, 4, mode) for kind in ("PNG", "JPEG", "GIF", "BMP") for mode in ("L", "RGB")]
+    from kdsearch_jax.config import to_json
+    from kdsearch_jax.student import Architecture
+
+    if name == "config":
+        from benchmarks.fuzz import seeds
+
+        return [json.dumps(to_json(seeds.experiment())).encode()]
+    if name == "network":
+        leaf = {"shape": [2, 3], "dtype": "float32", "sha256": "0" * 64}
+        payload = {
+            "format": "kdsearch_jax network",
+            "version": 1,
+            "architecture": "0",
+            "info": {},
+            "leaves": {"a/b": leaf},
+        }
+        return [json.dumps({"payload": payload, "sha256": ""}).encode()]
+    if name == "huggingface":
+        kinds = ("resnet", "vit", "deit", "convnext", "swin", "mobilenet_v2")
+        return [json.dumps({"model_type": kind, "image_size": 32, "num_channels": 3}).encode() for kind in kinds]
+    call = {"arguments": ["x", "m=y"], "inputs": {"x": "float32[8,8]", "y": ["bool[3]"]}, "train": {}, "eval": {"a": 1}}
+    plain = Architecture(
+        "vit", {"num_classes": 10, "width": 8, "depth": 2, "heads": 2}, input_shape=(8, 8, 1)
+    ).to_json()
+    layers = {
+        **plain,
+        "model": "mlp",
+        "arguments": {"num_classes": 2, "hidden": [4, 4]},
+        "layers": {"dense1": {"features": 3}},
+    }
+    return [
+        json.dumps(record).encode() for record in (plain, layers, {**plain, "call": call}, {**plain, "model": "a.b:C"})
+    ]

@@ -1,0 +1,179 @@
+"""A long search: its memory stays flat, and what it tells and keeps costs next to no time.
+
+python benchmarks/long_search.py memory [--steps 20000]     a small network, metrics and checkpoints as by default
+python benchmarks/long_search.py ratio [--blocks 8]         a ResNet whose steps take 10 ms and more
+
+`memory` prints the resident memory of the process and the arrays on its devices after every twentieth of the search.
+
+`ratio` runs one search by `train.fit`, with metrics, progress and checkpoints as often as by default. Between its
+blocks, of `checkpoint_every` updates with one checkpoint each, the same number of updates runs without all that, by the
+same compiled call and with the same controller, on a state of its own; blocks end halfway between two checkpoints, so
+that whatever a checkpoint does behind the scenes is its block's own. Both kinds of block take turns in one process.
+Printed: the median ratio of neighbours, in time by the clock and in processor time of all threads, which other work on
+the machine does not change; and the shares of the rows and checkpoints by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdsearch_jax import budget, devices, front, gated, models, train
+from kdsearch_jax.batches import batch_indices
+from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
+from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.network import trace
+from kdsearch_jax.shrinking import Part
+from kdsearch_jax.steps import TrainState
+from kdsearch_jax.task import classification
+
+DATA = DataConfig(crop=1, flip=True)
+
+
+class Search:
+    """All that `train.fit` wants of a search of random images into the network itself."""
+
+    def __init__(self, name: str, arguments: dict[str, Any], size: int, stage: StageConfig):
+        self.stage, self.run, config = stage, RunConfig(), GatesConfig()
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (512, size, size, 3), dtype=np.uint8)
+        split = Split.of(images, random.integers(0, 10, len(images), dtype=np.int32))
+        self.dataset = Dataset("random", split, split, split, 10, (0.5,) * 3, (0.25,) * 3, ())
+        module = models.build(name, {**arguments, "num_classes": 10})
+        shape = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+        self.variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros(shape.shape))
+        network, task = trace(module, shape, train=False), classification(DistillConfig())
+        limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
+        pressure = limits.pressure(network.topology, np.ones(network.topology.units))
+        path = front.legs((limits,), (1.0,), pressure, stage, config, self.run.steps_per_dispatch)
+        tx = gated.make_transformation(stage, config)
+        self.step = gated.search_step(network, module, tx, task, config, self.run)
+        self.between = gated.controller(Part.of(network), path, stage, config, self.run)
+        self.state = gated.begin(self.variables, network.topology, tx, stage)
+
+    def fit(self, directory: Path, between: Callable[[TrainState], Any]) -> TrainState:
+        """The search in the loop of every run."""
+        return train.fit(
+            self.state, self.step, self.dataset, DATA, self.stage, self.run,
+            directory=directory, name="search", meta={}, constants=self.variables, between=between,
+        )  # fmt: skip
+
+    def bare(self) -> Callable[[int], None]:
+        """A function that does so many updates, with the controller and nothing else, and waits for them."""
+        mesh = devices.data_mesh()
+        mean, std = (np.asarray(getattr(self.dataset, name), np.float32) for name in ("mean", "std"))
+        resident, constants = devices.replicate(
+            ({"arrays": self.dataset.train.arrays, "mean": mean, "std": std}, self.variables), mesh
+        )
+        dispatch = train.make_dispatch(self.step, mesh, DATA, 0, scanned=jax.default_backend() != "cpu")
+        held, size = [devices.owned(self.state, mesh), 0], self.run.steps_per_dispatch
+
+        def updates(number: int) -> None:
+            for _ in range(number // size):
+                indices = batch_indices(0, len(self.dataset.train), self.stage.batch_size, held[1], size)
+                state, metrics, _ = dispatch(held[0], indices, resident, constants)
+                jax.block_until_ready(metrics)
+                held[:] = devices.replicate(self.between(state)[0], mesh), held[1] + size
+
+        return updates
+
+
+def resident_memory() -> float:
+    """MB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def memory(steps: int) -> dict[str, Any]:
+    """{"rows": (step, MB, arrays on the devices), …} of one search, and how much it grew after a tenth of it."""
+    search = Search("small_cnn", {"width": 4}, 8, StageConfig(steps=steps, batch_size=16, learning_rate=0.005))
+    rows: list[tuple[int, float, int]] = []
+
+    def between(state: TrainState) -> Any:
+        done = int(state.step)
+        if done % (steps // 20) == 0:
+            rows.append((done, round(resident_memory(), 1), len(jax.live_arrays())))
+            print(*rows[-1], flush=True)
+        return search.between(state)
+
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        search.fit(Path(directory), between)
+        written = len((Path(directory) / "metrics.jsonl").read_text().splitlines())
+        kept = sum(f.stat().st_size for f in (Path(directory) / "checkpoints").rglob("*") if f.is_file())
+    settled = [row for row in rows if row[0] >= steps // 10]
+    return {
+        "rows": rows,
+        "grown_mb": round(settled[-1][1] - settled[0][1], 1),
+        "arrays": sorted({row[2] for row in settled}),
+        "metrics_rows": written,
+        "checkpoints_kept_bytes": kept,
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
+    """What a step costs with metrics, progress and checkpoints, over one without."""
+    every = RunConfig().checkpoint_every
+    stage = StageConfig(steps=(blocks + 2) * every, batch_size=batch, learning_rate=0.005)
+    search = Search("cifar_resnet", {"depth": depth}, 32, stage)
+    bare, full, plain = search.bare(), [], []
+    since: list[tuple[float, float]] = []
+
+    def clock() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def spent(start: tuple[float, float]) -> tuple[float, float]:
+        return tuple(b - a for a, b in zip(start, clock(), strict=True))  # type: ignore
+
+    def between(state: TrainState) -> Any:
+        found = search.between(state)
+        if int(state.step) % every == every // 2:
+            if since:
+                full.append(spent(since.pop()))
+            start = clock()
+            bare(every)
+            plain.append(spent(start))
+            since.append(clock())
+        return found
+
+    with tempfile.TemporaryDirectory() as directory:
+        search.fit(Path(directory), between)
+    # The first of each compiled; a block of `fit` has the bare ones before and after it for neighbours.
+    pairs = [(a, b, c) for a, b, c in zip(full, plain, plain[1:], strict=False)][1:]
+    both = [[a[i] / ((b[i] + c[i]) / 2) for a, b, c in pairs] for i in range(2)]
+    return {
+        "network": f"cifar_resnet {depth}, batch {batch}",
+        "step_ms": round(1000 * statistics.median(b[1] for _, b, _ in pairs) / every, 2),
+        "blocks": len(pairs),
+        "ratio_clock": round(statistics.median(both[0]), 4),
+        "ratio_processor": round(statistics.median(both[1]), 4),
+        "ratios_processor": [round(r, 4) for r in both[1]],
+    }
+
+
+def main() -> None:
+    """Prints what is asked for, as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=["memory", "ratio"])
+    for name, default in (("steps", 20_000), ("blocks", 8), ("depth", 8), ("batch", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    arguments = parser.parse_args()
+    if arguments.what == "memory":
+        print(json.dumps(memory(arguments.steps)))
+    else:
+        print(json.dumps(ratio(arguments.blocks, arguments.depth, arguments.batch)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What is not finite stops a run, by name; and going back where the loss jumps goes the same way every time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train as t
+from test_train import RUN, STAGE, TASK
+
+from kdsearch_jax import optimizer, rollback, steps, train
+
+GUARDED = replace(RUN, steps_per_dispatch=2, checkpoint_every=4, spike=3.0, rollbacks=2)
+LONG = replace(STAGE, steps=24)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(first state, step) of a small network."""
+    module, variables = t.network()
+    tx = optimizer.make_optimizer(STAGE)
+    return steps.create_state(variables, tx, ema=0.9), steps.supervised_step(module, tx, STAGE, RUN, TASK)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("model_state", r"model_state/batch_stats/bn/mean"),
+        ("opt_state", r"opt_state/.*bn/bias"),
+        ("ema", r"ema/.*bn/mean"),
+        ("extra", r"extra/gates"),
+    ],
+)
+def test_whatever_is_not_finite_any_more_is_named(tmp_path, plain, part, name):
+    """The loss of the last update is finite, and so are the parameters."""
+    state, update = plain
+    # A history of what is still to come is not finite from the beginning, and does no harm.
+    state = state.replace(extra={"gates": jnp.ones(3), "history": jnp.full(2, jnp.nan)})
+
+    def step(state, batch, key, constants):
+        def broken(path, leaf):
+            last = str(getattr(path[-1], "key", ""))
+            spoilt = last in ("bias", "mean", "gates") and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.where(state.step == 11, jnp.nan, leaf) if spoilt else leaf
+
+        new, metrics = update(state, batch, key, constants)
+        return new.replace(**{part: jax.tree_util.tree_map_with_path(broken, getattr(new, part))}), metrics
+
+    with pytest.raises(train.TrainingDiverged, match=f"step 12, {name} is not finite; the last good .*checkpoints/8"):
+        t.fit(tmp_path, state, step)
+
+
+def test_a_broken_teacher_is_named(tmp_path, plain):
+    state, update = plain
+
+    def step(state, batch, key, constants):
+        new, metrics = update(state, batch, key, None)
+        return new, {**metrics, "loss": metrics["loss"] + constants["params"]["kernel"].sum()}
+
+    constants = {"params": {"kernel": np.array([1.0, np.inf], np.float32)}}
+    with pytest.raises(train.TrainingDiverged, match="step 1, nor is the teacher's params/kernel"):
+        t.fit(tmp_path, state, step, constants=constants)
+
+
+# Going back
+
+
+def mark(batch):
+    """A number by which a batch is known, exact in float32."""
+    return (batch["labels"] * 2 ** jnp.arange(batch["labels"].shape[0])).sum().astype(jnp.float32)
+
+
+def jumping(update, worst: float, hits: dict[int, float]):
+    """A step whose loss is `worst` at certain updates, where a batch comes in its first order."""
+
+    def step(state, batch, key, constants):
+        new, metrics = update(state, batch, key, constants)
+        hit = sum(((state.step == at) & (mark(batch) == value)).astype(jnp.float32) for at, value in hits.items())
+        params = jax.tree.map(lambda x: jnp.where(hit > 0, x * 1e3, x), new.params)
+        return new.replace(params=params), {**metrics, "loss": jnp.where(hit > 0, worst, metrics["loss"])}
+
+    return step
+
+
+def marks(update, state, directory, ats) -> dict[int, float]:
+    """{update: the mark of its batch}, as the first order has them."""
+
+    def step(state, batch, key, constants):
+        new, metrics = update(state, batch, key, constants)
+        return new, {**metrics, "mark": mark(batch)}
+
+    t.fit(directory, state, step, run=replace(RUN, steps_per_dispatch=1), stage=LONG)
+    return {at: t.rows(directory)[at]["mark"] for at in ats}
+
+
+@pytest.mark.parametrize("worst", [1e4, float("nan")])
+def test_a_jump_goes_back_and_on_by_other_batches(tmp_path, plain, caplog, worst):
+    """At update 14: back to step 12, updates 12 and 13 to 16 by another shuffle; and the same after an interruption."""
+    state, update = plain
+    step = jumping(update, worst, marks(update, state, tmp_path / "first", [14]))
+    options = {"run": GUARDED, "stage": LONG}
+    with caplog.at_level(logging.WARNING):
+        straight = t.fit(tmp_path / "straight", state, step, **options)
+    assert "the loss jumped" in caplog.text and "going back to step 12, and on by other batches (1 of 2)" in caplog.text
+    found = t.rows(tmp_path / "straight")
+    assert [row["step"] for row in found] == list(range(2, 26, 2))  # the lost rows are gone
+    (row,) = [row for row in found if "rollbacks" in row]
+    assert (row["step"], row["rollbacks"], row["rollback_from"]) == (14, 1, 16)
+    assert max(row["loss"] for row in found) < 10
+
+    class StopError(Exception):
+        pass
+
+    for at in (14, 16, 20):  # before the jump, and after it with and without a checkpoint
+
+        def between(state, at=at):
+            if int(state.step) == at:
+                raise StopError
+            return state, {}
+
+        directory = tmp_path / f"stopped-{at}"
+        with pytest.raises(StopError):
+            t.fit(directory, state, step, between=between, **options)
+        assert t.same(t.fit(directory, state, step, resume=True, **options), straight)
+        assert [(r["step"], r["loss"]) for r in t.rows(directory)] == [(r["step"], r["loss"]) for r in found]
+
+
+def test_without_the_setting_nothing_goes_back(tmp_path, plain):
+    state, update = plain
+    hits = marks(update, state, tmp_path / "first", [10])
+    with pytest.raises(train.TrainingDiverged, match="loss is nan at step 11"):
+        t.fit(tmp_path / "off", state, jumping(update, float("nan"), hits), stage=LONG)
+    # A jump that is finite is only a jump.
+    assert int(t.fit(tmp_path / "on", state, jumping(update, 1e4, hits), stage=LONG).step) == 24
+
+
+def test_it_goes_back_so_often_and_no_more(tmp_path, plain):
+    state, update = plain
+
+    def step(state, batch, key, constants):
+        new, metrics = update(state, batch, key, constants)
+        return new, {**metrics, "loss": jnp.where(state.step >= 6, jnp.nan, metrics["loss"])}
+
+    with pytest.raises(
+        train.TrainingDiverged, match=r"loss is nan at step 7; the last good checkpoint .*checkpoints/4"
+    ):
+        t.fit(tmp_path, state, step, run=GUARDED, stage=LONG)
+
+
+def test_detours_of_detours():
+    guard = rollback.Guard(GUARDED)
+    assert not any(guard.jumps(1.0 + 0.1 * i) for i in range(9)) and guard.jumps(4.9) and guard.jumps(np.nan)
+    memory = guard.memory
+    guard.back(memory, 4, 10)
+    again = rollback.Guard(GUARDED, guard.memory[rollback.KEY])
+    again.back(again.memory, 6, 8)
+    seeds = [again.seed(5, step) for step in range(3, 12)]
+    assert seeds[0] == seeds[7] == seeds[8] == 5 and len({*seeds}) == 3
+    assert seeds[1] == seeds[2] == seeds[5] == seeds[6] != seeds[3] == seeds[4]
+    assert again.spent and not guard.spent

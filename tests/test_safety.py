@@ -1,0 +1,273 @@
+"""Files of strangers run no code, take no more memory than they have bytes, and end in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import sys
+import types
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fuzz import readers
+from benchmarks.fuzz.cases import mutated, replaced
+from kdsearch_jax import cli, export, files, foreign, images, load, models
+from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.pretrained.files import read_tensors
+from kdsearch_jax.student import Architecture
+
+SHAPE = (2, 2, 1)
+JSON = ("architecture", "models", "config", "network", "huggingface")
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_a_reader_reads_or_refuses(name):
+    """Whole files, and these with bytes changed, cut off and put in."""
+    contents = readers.examples(name) if name != "json" else [b'{"a": [1, 2.5, null, "x"]}']
+    for content in contents:
+        readers.READERS[name](content)
+
+    @settings(max_examples=30)
+    @given(st.integers(0, 2**32 - 1), st.sampled_from(contents))
+    def mutants(seed, content):
+        random = np.random.default_rng(seed)
+        if name in JSON and seed % 2:
+            content = json.dumps(replaced(json.loads(content), random)).encode()
+        else:
+            content = mutated(content, random)
+        readers.READERS[name](content)
+
+    mutants()
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign_network(tmp_path, monkeypatch):
+    """(directory, mark): a network whose model is in a package that leaves a mark when it is imported."""
+    mark, name = tmp_path / "mark", f"somebody_s_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        f"import flax.linen as nn\nopen({str(mark)!r}, 'w').close()\n"
+        "class Net(nn.Module):\n @nn.compact\n def __call__(self, x):\n  return nn.Dense(3)(x.reshape(len(x), -1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    architecture = Architecture(f"{name}:Net", input_shape=SHAPE)
+    variables = architecture.module().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    save_network(tmp_path / "net", architecture, variables, {})
+    (tmp_path / "net.safetensors").write_bytes(export.packed(architecture, variables, {}))
+    del sys.modules[name]
+    mark.unlink()
+    yield tmp_path / "net", mark
+    sys.modules.pop(name, None)
+
+
+def test_a_package_is_imported_only_with_consent(foreign_network):
+    directory, mark = foreign_network
+    with pytest.raises(ValueError, match=r"'somebody_s_\w+' would be imported.*--trust-code.*trust_code=True"):
+        load(directory)
+    with pytest.raises(ValueError, match="would be imported"):
+        export.load_safetensors(directory.with_suffix(".safetensors"))
+    assert not mark.exists()
+    module, variables = load(directory, trust_code=True)
+    assert mark.exists()
+    assert module.apply(variables, jnp.zeros((2, *SHAPE))).shape == (2, 3)
+    load(directory)  # what is imported has run
+    export.load_safetensors(directory.with_suffix(".safetensors"))
+
+
+def test_a_command_asks_for_consent_too(foreign_network, capsys):
+    directory, mark = foreign_network
+    from kdsearch_jax import evaluate
+
+    with pytest.raises(ValueError, match="--trust-code"):
+        evaluate.main([str(directory), "--data", "digits"])
+    assert not mark.exists()
+    with pytest.raises(ValueError, match="takes images"):
+        evaluate.main([str(directory), "--data", "digits", "--trust-code"])
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "json:loads", "kdsearch_jax.cli:run"])
+def test_nothing_but_a_network_is_called(name):
+    with pytest.raises(ValueError, match="is not known to return a network"):
+        models.build(name, {})
+
+
+def test_unpickling_is_left_to_a_sound_pytorch(tmp_path, monkeypatch):
+    old = types.ModuleType("torch")
+    vars(old)["__version__"] = "2.5.1+cpu"
+    monkeypatch.setitem(sys.modules, "torch", old)
+    (tmp_path / "x.pth").write_bytes(b"whatever")
+    with pytest.raises(ValueError, match=r"PyTorch 2\.5\.1\+cpu could run code .*; install PyTorch 2\.6 or newer"):
+        read_tensors(tmp_path / "x.pth")
+
+
+# --- memory and time ------------------------------------------------------------------------------------------------
+
+
+def test_pytorch_s_files_declare_no_more_than_they_have(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.pth"
+    torch.save({"weight": torch.zeros(1).expand(1 << 40)}, path)
+    with pytest.raises(ValueError, match="weight is sparse, or declares more numbers than the file has"):
+        read_tensors(path)
+    torch.save({"weight": torch.zeros(1000)}, path)
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for member in plain.namelist():
+            deflated.writestr(member, plain.read(member))
+    path.write_bytes(content.getvalue())
+    with pytest.raises(ValueError, match="is compressed, and would take"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xdd\x7f\xff\xff\xff",
+        b"\xdd\x01\x00\x00\x00" + b"\x80" * (1 << 24),  # 16 million dictionaries, a GiB of them
+        b"\xc9\x00\x20\x00\x05\x01" + b"\xdd\x00\x20\x00\x00" + b"\x80" * (1 << 21),  # the same within an array
+        b"\xc9\xff\xff\xff\xff\x01",
+    ],
+)
+def test_msgpack_is_counted_before_it_is_read(tmp_path, content):
+    (tmp_path / "x.msgpack").write_bytes(content)
+    with pytest.raises(files.DamagedError, match="cannot be read as Flax's msgpack"):
+        foreign.read_msgpack(tmp_path / "x.msgpack")
+
+
+def test_what_orbax_declares_is_held_against_a_limit():
+    tree = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.float32), "b": jax.ShapeDtypeStruct((10**6,), jnp.float32)}
+    foreign.check_declared(tree, 8 * 10**6)
+    with pytest.raises(files.DamagedError, match="take 8000000 bytes, and 7999999 are allowed"):
+        foreign.check_declared(tree, 8 * 10**6 - 1)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        for read in (files.read_json, foreign.read_safetensors, foreign.read_msgpack):
+            with pytest.raises(files.DamagedError, match="is no regular file"):
+                read(tmp_path / name)
+    with pytest.raises(files.DamagedError, match=r"pipe is no regular file|endless is no regular file"):
+        foreign.check_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("vit", {"depth": 10**9}),
+        ("vit", {"width": 10**30}),
+        ("unet", {"depth": 2048}),
+        ("mlp", {"hidden": [8] * 10**5}),
+        ("convnext", {"stage_blocks": [10**6], "widths": [8]}),
+        ("mobilenet_v2", {"width": 1e300}),
+        ("swin", {"mlp_ratio": float("inf")}),
+        ("resnext", {"groups": 2**40}),
+    ],
+)
+def test_no_network_is_larger_than_any(model, arguments):
+    with pytest.raises(ValueError, match="at most|up to|must be"):
+        models.build(model, {"num_classes": 10, **arguments})
+
+
+@pytest.mark.parametrize("shape", [[2**24, 2**24, 1], [2**20] * 60])
+def test_no_input_is_larger_than_any(shape):
+    record = Architecture("mlp", {"num_classes": 2}, input_shape=SHAPE).to_json()
+    with pytest.raises(ValueError, match="'input_shape' must list sizes"):
+        Architecture.from_json({**record, "input_shape": shape})
+    call = {"arguments": ["x"], "inputs": {"x": f"float32[{','.join(map(str, shape))}]"}, "train": {}, "eval": {}}
+    with pytest.raises(ValueError, match=r"call: input 'x' (has more|must read)"):
+        Architecture.from_json({**record, "call": call})
+
+
+def test_a_table_of_windows_is_bounded():
+    module = models.build("swin", {"num_classes": 2, "window": 5000, "patch": 1, "width": 24})
+    with pytest.raises(ValueError, match="window=5000 is too large for 4096x4096 patches"):
+        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4096, 4096, 1), jnp.float32))
+
+
+def test_json_is_bounded_in_size_and_depth(tmp_path):
+    path = tmp_path / "x.json"
+    for content in ("[" * 100_000, "[" * 65 + "]" * 65):
+        path.write_text(content)
+        with pytest.raises(files.DamagedError, match="nested more than 64"):
+            files.read_json(path)
+    path.write_text("[" * 60 + "]" * 60)
+    files.read_json(path)
+    with pytest.raises(files.DamagedError, match="more than 119 bytes"):
+        files.read_json(path, limit=119)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(kind, mode="L", size=(3, 2)):
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new(mode, size, 7).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_known_formats_are_decoded(kind, channels):
+    assert images.decode(encoded(kind), channels).shape == (2, 3, channels)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA", "WEBP", "PDF"])
+def test_images_of_others_are_not(kind):
+    with pytest.raises(files.DamagedError, match="no image in the formats JPEG, PNG, GIF, BMP"):
+        images.decode(encoded(kind, "RGB", (32, 32)), 3)
+
+
+def test_images_are_bounded_before_they_are_decoded():
+    head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    for side in (9_000, 60_000):
+        large = head + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0) + bytes(4)
+        with pytest.raises(files.DamagedError):
+            images.decode(large, 1)
+    with pytest.raises(files.DamagedError, match="more than 8 bits a channel"):
+        images.decode(encoded("PNG", "I;16"), 1)
+
+
+# --- elsewhere ------------------------------------------------------------------------------------------------------
+
+
+def test_no_name_out_of_a_file_becomes_a_path(tmp_path):
+    """Arrays may be called anything; what is written stays in the directory that was named."""
+    home = tmp_path / "home" / "net"
+    dense = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    variables = {"params": {"../../../x": {"/etc/y": jnp.ones(3)}, "dense": dense}}
+    save_network(home, Architecture("mlp", {"num_classes": 3, "hidden": []}, input_shape=SHAPE), variables, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert [path.name for path in home.parent.iterdir()] == ["net"]
+    _, restored, _, _ = load_network(home)
+    np.testing.assert_array_equal(restored["params"]["../../../x"]["/etc/y"], np.ones(3))
+
+
+def test_a_manifest_names_no_other_files(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "x").write_text("x")
+    digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    for name, whole in (("../x", False), (str(tmp_path / "x"), False)):
+        record = {"files": {name: {"sha256": digest}}}
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
+        assert export.is_whole(tmp_path / "out") is whole
+
+
+def test_an_error_is_one_line_whatever_is_in_it():
+    line = cli.error_line(ValueError("a \x1b[2J\nname \x07 out of\r a file: é \udcff"))
+    assert line == "a \\x1b[2J name \\x07 out of a file: é \\xdcff"
+    assert line.isprintable()
