@@ -2,6 +2,7 @@
 
 python benchmarks/long_search.py memory [--steps 20000]     a small network, metrics and checkpoints as by default
 python benchmarks/long_search.py ratio [--blocks 8]         a ResNet whose steps take 10 ms and more
+python benchmarks/long_search.py parts [--depth 20]         what a row of metrics and a checkpoint cost by themselves
 
 `memory` prints the resident memory of the process and the arrays on its devices after every twentieth of the search.
 
@@ -10,7 +11,10 @@ blocks, of `checkpoint_every` updates with one checkpoint each, the same number 
 same compiled call and with the same controller, on a state of its own; blocks end halfway between two checkpoints, so
 that whatever a checkpoint does behind the scenes is its block's own. Both kinds of block take turns in one process.
 Printed: the median ratio of neighbours, in time by the clock and in processor time of all threads, which other work on
-the machine does not change; and the shares of the rows and checkpoints by themselves.
+the machine does not change.
+
+`parts` writes rows and checkpoints of a search's state one by one: what the loop waits for (processor time of its
+thread) and what goes on behind (of the others).
 """
 
 from __future__ import annotations
@@ -30,8 +34,10 @@ import numpy as np
 
 from kdsearch_jax import budget, devices, front, gated, models, train
 from kdsearch_jax.batches import batch_indices
+from kdsearch_jax.checkpoint import Checkpointer
 from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.examples import Dataset, Split
+from kdsearch_jax.metrics import MetricsWriter, Progress
 from kdsearch_jax.network import trace
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import TrainState
@@ -162,15 +168,53 @@ def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
     }
 
 
+def parts(depth: int, rows: int = 500, saves: int = 10) -> dict[str, Any]:
+    """Milliseconds of a row and of a checkpoint: in the thread of the loop, and in all others."""
+    search = Search("cifar_resnet", {"depth": depth}, 32, StageConfig(steps=1000, batch_size=32, learning_rate=0.005))
+    state = devices.replicate(search.state)
+    names = ("loss", "accuracy", "agreement", "images_per_second", "macs", "params", "lambda2", "alive")
+    row = dict.fromkeys(names, 0.1234567)
+
+    def cost(number: int, call: Callable[[int], Any], end: Callable[[], Any]) -> dict[str, float]:
+        call(1)
+        end()
+        own, everything = time.thread_time(), time.process_time()
+        for i in range(2, number + 2):
+            call(i)
+        own = time.thread_time() - own
+        end()
+        everything = time.process_time() - everything
+        return {"waits_ms": round(1e3 * own / number, 3), "behind_ms": round(1e3 * (everything - own) / number, 3)}
+
+    with tempfile.TemporaryDirectory() as directory:
+        with MetricsWriter(directory) as writer, Progress("search", rows + 2) as progress:
+
+            def report(step: int) -> None:
+                writer.write(step, row)
+                progress.update(step, row)
+
+            of_rows = cost(rows, report, lambda: None)
+        with Checkpointer(Path(directory) / "checkpoints", search.run.keep) as checkpoints:
+
+            def save(step: int) -> None:
+                checkpoints.save(step, state, {}, row)
+
+            of_saves = cost(saves, save, checkpoints.wait)
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    return {"network": f"cifar_resnet {depth}", "state_mb": round(size / 1e6, 1), "row": of_rows, "save": of_saves}
+
+
 def main() -> None:
     """Prints what is asked for, as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=["memory", "ratio"])
+    parser.add_argument("what", choices=["memory", "ratio", "parts"])
     for name, default in (("steps", 20_000), ("blocks", 8), ("depth", 8), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     arguments = parser.parse_args()
     if arguments.what == "memory":
         print(json.dumps(memory(arguments.steps)))
+    elif arguments.what == "parts":
+        print(json.dumps(parts(arguments.depth)))
     else:
         print(json.dumps(ratio(arguments.blocks, arguments.depth, arguments.batch)))
 

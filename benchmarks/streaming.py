@@ -4,7 +4,7 @@ python benchmarks/streaming.py [--images 2000] [--parts speed memory resume proc
 
 Writes a data set of JPEGs as TFDS writes ImageNet (array_record), of sizes around 300x300 and about 50 kB each, then:
 
-    speed       images a second of the feed at 224x224, random crops, by threads and by two processes, and of a
+    speed       images a second of the feed at 224x224, random crops, by threads and by --workers processes, and of a
                 distillation step of a ResNet-50 at 224x224; they take turns, so that whatever else the machine does
                 meets all alike. Also the share of training that waits for data
     memory      resident memory over an epoch of training, after its first tenth and at its end
@@ -130,7 +130,7 @@ def write(directory: Path, counts: dict[str, int]) -> int:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def speed(directory: Path, depth: int, batch: int = 8, rounds: int = 3) -> dict[str, Any]:
+def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8) -> dict[str, Any]:
     """Images a second of feed and step, in turns; each feed starts anew, and is timed once its buffers are full."""
     mesh = devices.data_mesh()
     config = DataConfig("pictures", str(directory), image_size=224, framing="crop", flip=True)
@@ -160,7 +160,7 @@ def speed(directory: Path, depth: int, batch: int = 8, rounds: int = 3) -> dict[
         update(np.arange(2 * batch, dtype=np.int32).reshape(2, batch) % batch, resident)
         return 2 * batch / (time.perf_counter() - start)
 
-    turns = {"threads": fed(0), "2 processes": fed(2), "step": step}
+    turns = {"threads": fed(0), **({f"{workers} processes": fed(workers)} if workers else {}), "step": step}
     seen: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds + 1):  # the first compiles and warms up
         for name, turn in turns.items():
@@ -348,9 +348,10 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=2000, help="of the training split; default: 2000")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--depth", type=int, default=50, help="of the ResNet of which speed takes a step; default: 50")
+    parser.add_argument("--rounds", type=int, default=3, help="of speed, which counts medians; default: 3")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="updates of each stage of the road; default: 40")
-    parser.add_argument("--workers", type=int, default=0, help="data.workers, of memory and the road; default: 0")
+    parser.add_argument("--workers", type=int, default=0, help="data.workers; default: 0, threads")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--share", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -373,7 +374,7 @@ def main() -> int:
         found: dict[str, Any] = {"images": options.images, "bytes each": round(size / options.images)}
         for part in options.parts:
             if part == "speed":
-                found[part] = speed(directory / "data", options.depth)
+                found[part] = speed(directory / "data", options.depth, options.workers, options.rounds)
             elif part == "memory":
                 found[part] = memory(directory / "data", options.workers)
             elif part == "resume":

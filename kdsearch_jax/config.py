@@ -443,7 +443,9 @@ def _read(value: Any, hint: Any, key: str) -> Any:
     if hint is float and type(value) is int:
         return float(value) if abs(value) < 2**53 else value
     if type(value) is not hint:
-        raise ValueError(f"{key}: {value!r} is not {WORDS[hint]}")
+        raise ValueError(f"{key}: {value!r:.80} is not {WORDS[hint]}")
+    if hint is int and abs(value) >= 2**63:
+        raise ValueError(f"{key}: {str(value)[:20]}… is out of bounds; give a number of at most 18 digits")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{key}: {value!r} is not a finite number")
     return value
@@ -496,7 +498,10 @@ BOUNDS = ("macs", "params", "latency", "memory")
 
 # {setting or *.ending: (what holds, what to give instead)}; None is left alone.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda v: bool(v) and not set(v) & set("/\\\0") and v not in (".", ".."), "it names a directory"),
+    "name": (
+        lambda v: 0 < len(v) <= 200 and v.isprintable() and not set(v) & set("/\\") and v not in (".", ".."),
+        "it names a directory",
+    ),
     "model.name": (bool, "give a model's name or package.module:factory"),
     "data.name": (bool, "give digits, npz:FILE or the name of a TFDS data set"),
     "data.validation": (lambda v: 0 < v < 1, "give a share of the training split between 0 and 1"),

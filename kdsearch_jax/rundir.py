@@ -177,7 +177,7 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, (np.ndarray, jax.Array)):
             rows = leaf[:: max(1, leaf.nbytes // _WHOLE)] if leaf.ndim else leaf
             digest.update(np.ascontiguousarray(rows).tobytes())
         elif isinstance(identity := getattr(leaf, "identity", None), str):  # streamed

@@ -144,6 +144,11 @@ def fit(tree: Any, module: Any, call: Call, source: str) -> dict[str, Any]:
     wrong = [path for path, leaf in needed.items() if not _same(best.get(path), leaf)]
     if wrong:
         raise ValueError(_mismatch(source, needed, best, wrong))
+    for path, leaf in needed.items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.issubdtype(best[path].dtype, jnp.floating):
+            raise ValueError(
+                f"teacher_from: {source}: {'/'.join(path)} is of {best[path].dtype}, where {leaf.dtype} is needed"
+            )
     values = {path: jnp.asarray(best[path], leaf.dtype) for path, leaf in needed.items()}
     for path, value in values.items():
         if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(np.asarray(value, np.float32)).all():

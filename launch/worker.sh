@@ -23,7 +23,7 @@ install() {
   wheel=$(echo "$files"/kdsearch_jax-*.whl)
   [ -e "$wheel" ] || die "not one wheel in $files: launch/tpu.sh install brings it"
   "${uv[@]}" pip install --quiet --python "$files/venv/bin/python" --reinstall-package kdsearch-jax \
-    'jax[tpu]' "kdsearch-jax[tfds] @ file://$HOME/$wheel"
+    'jax[tpu]' "kdsearch-jax[tfds,gcs] @ file://$HOME/$wheel"
   rm "$wheel"
   [ $# = 0 ] || mount_bucket "$1"
 }

@@ -152,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, {"done": True, "resource": self.described(*target)})
 
     def do_delete(self, bucket: str, name: str, rest: list[str], query: dict[str, str], body: bytes) -> None:
-        if not self.missing(bucket, name):
+        if query.get("upload_id"):
+            self.answer(204)
+        elif not self.missing(bucket, name):
             del self.cloud.objects[bucket, name]
             self.answer(204)

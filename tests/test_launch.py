@@ -194,7 +194,7 @@ class TestTpu:
         assert on_workers == [["gcsfuse", "--implicit-dirs", "--rename-dir-limit", "100000", "b", "bucket"]] * 2
         packages = [call[-1] for call in calls[3:] if call[:4] == ["python3", "-m", "uv", "pip"]]
         assert packages == [
-            f"kdsearch-jax[tfds] @ file://{home}/kdsearch/kdsearch_jax-0-py3-none-any.whl" for home in cloud.homes
+            f"kdsearch-jax[tfds,gcs] @ file://{home}/kdsearch/kdsearch_jax-0-py3-none-any.whl" for home in cloud.homes
         ]
         assert not list(cloud.root.glob("workers/*/kdsearch/*.whl"))  # or the next version would be the second
 

@@ -172,9 +172,9 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     stay = ["search/network/network.json", "search/checkpoints/4/meta", "search/metrics.jsonl", "report/index.html",
             ".notes.12", ".notes.12.part", ".mine.01234567.tmp/x", "mine/.x.01234567.old/x", "mine/metrics.jsonl.new",
             "mine/4.orbax-checkpoint-tmp/x"]  # fmt: skip
-    go = [".config.json.123.part", "search/metrics.jsonl.new", "search/.network.0a1b2c3d.tmp/x", ".student.01234567.old/x",
-          "student/.export-abc/student.stablehlo", "search/checkpoints/8.orbax-checkpoint-tmp/state/a",
-          "retrain-0.5/.x.npz.7.part", ".teacher.01234567.tmp/network/x"]  # fmt: skip
+    go = [".config.json.123.part", "search/metrics.jsonl.new", "search/.network.0a1b2c3d.tmp/x",
+          ".student.01234567.old/x", "student/.export-abc/student.stablehlo", "retrain-0.5/.x.npz.7.part",
+          "search/checkpoints/8.orbax-checkpoint-tmp/state/a", ".teacher.01234567.tmp/network/x"]  # fmt: skip
     for name in [*stay, *go, "student/network.json", "retrain/.network.89abcdef.old/network.json"]:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)

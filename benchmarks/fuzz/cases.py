@@ -31,7 +31,7 @@ class Case:
 
 
 TRAIN = ("--config", "config.json", "--workdir", "run")
-UNTAUGHT = ("--config", "config.json", "--teacher-from", "missing")  # ends where the settings have been read
+UNTAUGHT = ("--config", "config.json", "--teacher-from", "no-such-teacher")  # ends where the settings have been read
 EVALUATE = ("net", "--data", "digits")
 IMAGES = ("net", "--data", "tiny", "--data-dir", "tfds")
 # What stands where something else is expected, in JSON.

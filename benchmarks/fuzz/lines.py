@@ -34,7 +34,6 @@ def settings(root: Path, random: np.random.Generator) -> Iterator[Case]:
             yield Case("settings", f"model.arguments {key}={given[:12]}", "teacher", line, config(root))
     for model, argument in (
         ("vit", "depth=100000000"),
-        ("swin", "window=10000"),
         ("unet", "depth=2000"),
         ("mlp", "hidden=[1000000,1000000]"),
         ("mobilenet_v2", "width=1e30"),
@@ -46,7 +45,6 @@ def settings(root: Path, random: np.random.Generator) -> Iterator[Case]:
         line = (*TRAIN, "--model.name", model, "--model.arguments", argument)
         yield Case("settings", f"{model} {argument}", "teacher", line, config(root))
     for line in (
-        ("--",),
         ("--budget",),
         ("--budgets",),
         ("--budgets", "x"),

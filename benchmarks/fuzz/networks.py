@@ -51,7 +51,7 @@ def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
     """Networks' directories whose digests are right and whose contents are not, and damaged ones."""
     size = 2**23
     leaf = "params/dense/kernel"
-    first = "params/stage1/conv/conv/kernel"
+    first = "params/stage1/conv/kernel"
     changes: dict[str, Any] = {
         **{f"width {value!r:.12}": setting("a", "arguments", "width", to=value) for value in WRONG[::2]},
         **{
@@ -108,7 +108,6 @@ def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
             )
         },
         "dropped nothing": setting("a", "dropped", to=["nowhere"]),
-        "dropped all": setting("a", "dropped", to=["stage1", "stage2", "block", "stage3"]),
         "image of 2**60": setting("a", "input_shape", to=[2**20, 2**20, 2**20]),
         "call of 2**60": setting(
             "a",
@@ -146,7 +145,6 @@ def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
             f"{key} {value!r:.12}": setting("p", key, to=value)
             for key, value in (
                 ("version", 2),
-                ("version", True),
                 ("version", nested(60)),
                 ("format", "x"),
                 ("info", None),

@@ -179,12 +179,24 @@ def _network_payload(path: Path) -> dict[str, Any]:
     leaves = payload.get("leaves") if payload else None
     if payload is None or not isinstance(payload.get("info"), dict) or not isinstance(leaves, dict):
         raise CheckpointError(f"{path} is damaged: {problem or 'it lacks info or leaves'}; take another copy")
+    for key in ("mean", "std"):
+        if not _normalises(payload["info"].get(key, []), key):
+            raise CheckpointError(
+                f"{path}: info has {key}={payload['info'][key]!r:.80}, by which no image is normalised"
+            )
     for name, leaf in leaves.items():
         shape = leaf.get("shape") if isinstance(leaf, dict) else None
         sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         if not sizes or set(leaf) != {"shape", "dtype", "sha256"} or not DTYPE.fullmatch(str(leaf["dtype"])):
             raise CheckpointError(f"{path}: {name!r:.80} is described wrongly")
     return payload
+
+
+def _normalises(values: Any, key: str) -> bool:
+    """Whether these are numbers that can be subtracted, or divided by."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        return False
+    return all(abs(value) < 1e9 and (key == "mean" or value > 1e-9) for value in values)
 
 
 def _network_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

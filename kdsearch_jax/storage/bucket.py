@@ -75,8 +75,8 @@ class Bucket:
         return False
 
     def copy(self, source: str, target: str) -> None:
-        """Copies one object over another, within the store."""
-        with self._said("written", target):
+        """Copies one object, if it is there, over another, within the store."""
+        with self._said("written", target), contextlib.suppress(FileNotFoundError):
             self._store.cp_file(self._path(source), self._path(target))
 
     def delete(self, name: str) -> None:

@@ -119,11 +119,12 @@ class Mirror:
 
     def _read(self) -> Manifest:
         """The manifest; without one, all objects that there are, but what somebody is publishing for the first time."""
-        content = self._bucket.read(MANIFEST, MAX_JSON)
-        if content is not None:
+        if (content := self._bucket.read(MANIFEST, MAX_JSON)) is not None:
             return Manifest.of(content, f"{self.address}/{MANIFEST}")
         found = self._bucket.find()
         unlisted = self._unlisted(n for n in found if n.startswith(f"{WRITING}/"))
+        if (content := self._bucket.read(MANIFEST, MAX_JSON)) is not None:  # the first came meanwhile
+            return Manifest.of(content, f"{self.address}/{MANIFEST}")
         others = [name for name in found if name and name not in unlisted and not name.startswith(f"{OURS}/")]
         return Manifest({checked(name): Entry(found[name]) for name in others})
 
