@@ -10,8 +10,8 @@ Writes a data set of JPEGs as TFDS writes ImageNet (array_record), of sizes arou
     memory      resident memory over an epoch of training, after its first tenth and at its end
     resume      the whole road, killed (kill -9) at random moments and begun again by the same command: every network
                 and every metric bit by bit that of an undisturbed run
-    processes   what each of two processes is given is its half of the batch that one is given, bit by bit; after the
-                whole road, parameters within 1e-5
+    processes   what each of two processes is given is its half of the batch that one is given, bit by bit; after 20
+                updates of the teacher, parameters within 1e-5
 
 Prints one JSON object; status 1 where something does not hold.
 """
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -68,9 +68,9 @@ def experiment(quick=False):
         model=ModelConfig("small_cnn", {{"width": 8}}),
         data=DataConfig("pictures", {directory!r}, image_size=32, framing="crop", flip=True, workers={workers},
                         train_limit={limit}),
-        teacher=StageConfig(steps={steps}, batch_size=32, learning_rate=0.05),
-        search=StageConfig(steps={steps}, batch_size=32, learning_rate=0.02),
-        retrain=StageConfig(steps={steps}, batch_size=32, learning_rate=0.05),
+        teacher=StageConfig(steps={steps}, batch_size=32, learning_rate={rate}),
+        search=StageConfig(steps={steps}, batch_size=32, learning_rate={rate}),
+        retrain=StageConfig(steps={steps}, batch_size=32, learning_rate={rate}),
         budget=BudgetConfig(macs=0.6), baselines=(),
         run=RunConfig(steps_per_dispatch=5, checkpoint_every=10, evaluate_every=20, eval_batch_size=64),
     )
@@ -243,29 +243,29 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
 # --- resume and processes -------------------------------------------------------------------------------------------
 
 
-def road(experiment: Path, directory: Path, processes: int = 1, *, start: bool = False) -> Any:
-    """The whole road, by so many processes of one device; with `start` the process, not waited for."""
-    command = ["-m", "kdsearch_jax.search", "--config", str(experiment), "--workdir", str(directory)]
+def road(experiment: Path, directory: Path, processes: int = 1, *, command: str = "search", start: bool = False) -> Any:
+    """The whole road, or one command, by so many processes of one device; with `start` the process, not waited for."""
+    argv = ["-m", f"kdsearch_jax.{command}", "--config", str(experiment), "--workdir", str(directory)]
     if processes > 1:
         logs = directory.parent / "logs"
         logs.mkdir(exist_ok=True)
-        command = [str(LAUNCHER), "-n", str(processes), "--devices", "1", "--logs", str(logs), "--", "python", *command]
+        argv = [str(LAUNCHER), "-n", str(processes), "--devices", "1", "--logs", str(logs), "--", "python", *argv]
     running = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     if start:
         return running
     output, _ = running.communicate()
     if running.returncode:
         sys.stderr.write(output)
-        raise subprocess.CalledProcessError(running.returncode, command)
+        raise subprocess.CalledProcessError(running.returncode, argv)
     return None
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(one: Path, other: Path, networks: Sequence[str] = NETWORKS) -> float:
     """The largest absolute difference of two runs' parameters and statistics; infinite where shapes differ."""
     largest = 0.0
-    for name in NETWORKS:
+    for name in networks:
         left, right = (flatten(jax.tree.map(np.asarray, kdsearch_jax.load(run / name)[1])) for run in (one, other))
         if {key: leaf.shape for key, leaf in left.items()} != {key: leaf.shape for key, leaf in right.items()}:
             return math.inf
@@ -335,8 +335,8 @@ def processes(data: Path, experiment: Path, directory: Path) -> dict[str, Any]:
         found = sorted((int(k.rpartition("/")[2]), v) for p in parts for k, v in p.items() if k.startswith(f"{stem}/"))
         equal &= bool(np.array_equal(np.concatenate([v for _, v in found]), value))
     for count in (1, 2):
-        road(experiment, directory / f"road-{count}", count)
-    worst = difference(directory / "road-1", directory / "road-2")
+        road(experiment, directory / f"teacher-{count}", count, command="teacher")
+    worst = difference(directory / "teacher-1", directory / "teacher-2", ("teacher/network",))
     holds = bool(disjoint) and equal and worst <= TOLERANCE
     return {"disjoint": bool(disjoint), "union is the batch": equal, "largest difference": worst, "holds": holds}
 
@@ -350,7 +350,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=50, help="of the ResNet of which speed takes a step; default: 50")
     parser.add_argument("--rounds", type=int, default=3, help="of speed, which counts medians; default: 3")
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="updates of each stage of the road; default: 40")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each stage of resume; default: 40")
     parser.add_argument("--workers", type=int, default=0, help="data.workers; default: 0, threads")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--share", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -364,13 +364,16 @@ def main() -> int:
         directory = options.workdir or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         size = write(directory / "data", {"train": options.images, "validation": 203, "test": 203})
-        experiment = directory / "experiment.py"
-        limit = min(options.images, 500)
-        experiment.write_text(
-            EXPERIMENT.format(
-                directory=str(directory / "data"), workers=options.workers, limit=limit, steps=options.steps
+        # Rounding, which the number of devices changes, is amplified threefold by each update at a rate of 0.05.
+        for name, rate, steps in (("resume", 0.05, options.steps), ("processes", 0.002, 20)):
+            text = EXPERIMENT.format(
+                directory=str(directory / "data"),
+                workers=options.workers,
+                limit=min(options.images, 500),
+                steps=steps,
+                rate=rate,
             )
-        )
+            (directory / f"{name}.py").write_text(text)
         found: dict[str, Any] = {"images": options.images, "bytes each": round(size / options.images)}
         for part in options.parts:
             if part == "speed":
@@ -378,9 +381,9 @@ def main() -> int:
             elif part == "memory":
                 found[part] = memory(directory / "data", options.workers)
             elif part == "resume":
-                found[part] = resume(experiment, directory, options.kills)
+                found[part] = resume(directory / "resume.py", directory, options.kills)
             else:
-                found[part] = processes(directory / "data", experiment, directory)
+                found[part] = processes(directory / "data", directory / "processes.py", directory)
             print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)
     print(json.dumps(found, indent=1))
     return int(not all(found.get(part, {}).get("holds", True) for part in parts))

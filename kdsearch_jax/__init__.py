@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> tuple[Any, Any]:
-    """(module, variables) of the network in a directory, such as RUN/student or RUN/teacher/network.
+    """(module, variables) of the network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
 
     module: the base model, for a network of a module object that the directory could not name.
     trust_code: a network of a package that you have not imported may import it, so that its code runs.
@@ -27,7 +27,9 @@ def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> t
     Raises:
       ValueError, OSError: where it is not a network's directory, or damaged.
     """
+    from kdsearch_jax import storage
     from kdsearch_jax.checkpoint import load_network
 
-    module, variables, _, _ = load_network(path, module, trust_code=trust_code)
+    with storage.named():
+        module, variables, _, _ = load_network(path, module, trust_code=trust_code)
     return module, variables

@@ -37,7 +37,8 @@ class Result:
         teacher's class at smaller sizes, and None.
       architecture: the student as plain JSON: sizes of layers, dropped layers, how it is called.
       results: the table teacher / student / baselines of `results.json`.
-      report: the page that shows it all; directory: of the run, where everything is stored.
+      report: the page that shows it all; directory: of the run, where everything is stored; of one in an object
+        store its copy here, which goes when the process ends.
     """
 
     module: Any
@@ -79,6 +80,7 @@ class Front:
         return delivery.table(self.results)
 
 
+@storage.named()
 def run(
     module: Any,
     variables: Any,

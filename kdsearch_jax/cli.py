@@ -182,6 +182,7 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("kdsearch_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs here, a dozen lines a checkpoint
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and here, a traceback for each array it could not read
     logging.captureWarnings(True)
 
 

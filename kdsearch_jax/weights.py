@@ -14,6 +14,7 @@ Where something is missing, the error lists what the module needs and what the f
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def _read_orbax(path: Path) -> Any:
     for folder in _candidates(path.absolute()):
         try:
             foreign.check_directory(folder)
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as store:
+            with (
+                warnings.catch_warnings(action="ignore", category=UserWarning),
+                ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as store,
+            ):
                 found: Any = store.metadata(folder).item_metadata
                 tree = getattr(found, "tree", found)
                 foreign.check_declared(tree, min(foreign.LARGEST, memory()))

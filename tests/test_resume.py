@@ -133,7 +133,8 @@ def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
     same_results(tmp_path / "run", straight)
     one, other = (json.loads((run / "environment.json").read_text()) for run in (tmp_path / "run", straight))
     assert {"versions", "devices", "variables", "jax", "data"} <= one.keys()
-    assert {**one, "command": 0, "started": 0} == {**other, "command": 0, "started": 0}
+    others = {"command", "started", "git_revision"}  # the checkout may be worked on meanwhile
+    assert all(one[key] == other[key] for key in one.keys() - others) and one.keys() == other.keys()
 
 
 def test_sigterm_outside_of_training_ends_a_run_at_once_and_cleanly(straight, tmp_path, python):

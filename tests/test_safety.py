@@ -84,14 +84,14 @@ def test_a_package_is_imported_only_with_consent(foreign_network):
     export.load_safetensors(directory.with_suffix(".safetensors"))
 
 
-def test_a_command_asks_for_consent_too(foreign_network, capsys):
+def test_a_command_asks_for_consent_too(foreign_network):
     directory, mark = foreign_network
     from kdsearch_jax import evaluate
 
     with pytest.raises(ValueError, match="--trust-code"):
         evaluate.main([str(directory), "--data", "digits"])
     assert not mark.exists()
-    with pytest.raises(ValueError, match="takes images"):
+    with pytest.raises(ValueError, match="tells apart 3 classes"):
         evaluate.main([str(directory), "--data", "digits", "--trust-code"])
     assert mark.exists()
 

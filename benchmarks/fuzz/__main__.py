@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fuzz import arrays, lines, networks, seeds
-from benchmarks.fuzz.cases import EVALUATE, TRAIN, UNTAUGHT, Case, Write, both, copied
+from benchmarks.fuzz.cases import EVALUATE, IMAGES, TRAIN, UNTAUGHT, Case, Write, both, copied
 
 COMMANDS = {
     "search": "kdsearch_jax.search.__main__",
@@ -86,7 +86,9 @@ def run(case: Case, box: Path) -> tuple[int | None, int, str, str]:
         os.chdir(box)
         virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_CPU, (CPU, CPU))
-        resource.setrlimit(resource.RLIMIT_AS, (virtual + (12 << 30),) * 2)  # so that the machine survives a failure
+        resource.setrlimit(
+            resource.RLIMIT_AS, (virtual + (12 << 30), virtual + (12 << 30))
+        )  # so that the machine survives a failure
         sys.argv = [case.command, *case.argv]
         module = importlib.import_module(COMMANDS[case.command])
         from kdsearch_jax import cli
@@ -136,7 +138,7 @@ def judged(case: Case, status: int | None, out: str, err: str, new: set[str], ex
 def valid_cases(root: Path) -> dict[str, Case]:
     """The commands of the mutants on files that are whole."""
     check = ("net", "--out", "out", "--check", "--formats", "safetensors")
-    taught = (*TRAIN, "--teacher-from")
+    taught, pictures = (*TRAIN, "--teacher-from"), [seeds.encoded("PNG")] * 24
 
     def case(name: str, command: str, argv: tuple[str, ...], *writes: Write) -> Case:
         return Case("valid", name, command, argv, both(*writes))
@@ -148,6 +150,7 @@ def valid_cases(root: Path) -> dict[str, Case]:
             case("configurations", "teacher", UNTAUGHT, config),
             case("evaluate", "evaluate", EVALUATE, net),
             case("npz", "evaluate", ("net", "--data", "npz:x.npz"), net, copied(root, "data.npz", to="x.npz")),
+            case("images", "evaluate", IMAGES, net, lambda box: seeds.tfds_images(box / "tfds", pictures)),
             case("check", "export", check, net, copied(root, "out")),
             case("msgpack", "teacher", (*taught, "x.msgpack"), config, copied(root, "weights.msgpack", to="x.msgpack")),
             case("orbax", "teacher", (*taught, "teacher"), config, copied(root, "orbax", to="teacher")),

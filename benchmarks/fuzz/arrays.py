@@ -277,7 +277,6 @@ def images(root: Path, random: np.random.Generator) -> Iterator[Case]:
         "PDF": b"%PDF-1.4\n",
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(outside) (w) file\n",
         "3.6 billion pixels": large + b"\0\0\0\0" + bytes(64),
-        "other size": seeds.encoded("PNG", 9),
         "GIF of 65535²": b"GIF89a"
         + b"\xff" * 4
         + b"\x80\0\0"
@@ -296,5 +295,5 @@ def images(root: Path, random: np.random.Generator) -> Iterator[Case]:
 
     for name, content in contents.items():
         yield Case("images", name, "evaluate", IMAGES, write(content))
-    for i in range(12):
-        yield Case("images", f"mutant {i}", "evaluate", IMAGES, write(mutated(png if i % 2 else jpeg, random)))
+    for i in range(8):  # of PNG, which has checksums: a changed JPEG is another picture
+        yield Case("images", f"mutant {i}", "evaluate", IMAGES, write(mutated(png, random)), "images")

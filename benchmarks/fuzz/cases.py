@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-Write = Callable[[Path], None]
+Write = Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ def nested(depth: int) -> Any:
 
 def mutated(content: bytes, random: np.random.Generator) -> bytes:
     """The content with bytes changed, cut off, repeated or put in."""
-    content, kind = bytearray(content), random.integers(5)
-    at = int(random.integers(len(content))) if content else 0
-    if kind == 0:
-        for place in random.integers(len(content), size=1 + random.integers(8)):
-            content[place] = random.integers(256)
+    changed, kind = bytearray(content), int(random.integers(5))
+    at = int(random.integers(len(changed))) if changed else 0
+    if kind == 0 and changed:
+        for place in random.integers(len(changed), size=1 + int(random.integers(8))):
+            changed[int(place)] = int(random.integers(256))
     elif kind == 1:
-        del content[at:]
+        del changed[at:]
     elif kind == 2:
-        content[at:at] = random.bytes(1 + random.integers(16))
+        changed[at:at] = random.bytes(1 + int(random.integers(16)))
     elif kind == 3:
-        content[at : at + 4] = b"\xff\xff\xff\x7f"
+        changed[at : at + 4] = b"\xff\xff\xff\x7f"
     else:
-        content[at:at] = content[at : at + 1 + random.integers(64)]
-    return bytes(content)
+        changed[at:at] = changed[at : at + 1 + int(random.integers(64))]
+    return bytes(changed)
 
 
 def replaced(value: Any, random: np.random.Generator) -> Any:

@@ -7,10 +7,12 @@ and breeds inputs that take new ones. It ends at the first input that breaks the
 from __future__ import annotations
 
 import argparse
+import importlib
 import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ["kdsearch_jax", "json", "zipfile", "numpy.lib"]
 
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    import atheris  # pyright: ignore[reportMissingImports]  # not among the dependencies
+    atheris: Any = importlib.import_module("atheris")  # not among the dependencies
     import flax.linen  # noqa: F401  # not to be instrumented
     import jax  # noqa: F401
 

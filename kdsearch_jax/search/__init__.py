@@ -58,7 +58,8 @@ def search(
         to a norm of 1, in both.
       mean, std: per channel, for entries `images` in uint8, which are normalised to (image/255 − mean)/std.
       baselines: of "uniform" and "magnitude", hand-made students of equal cost to compare with.
-      workdir: the run's directory; a temporary one, which stays, if left out. resume: go on with the run that it holds.
+      workdir: the run's directory, also gs://BUCKET/NAME; a temporary one, which stays, if left out. resume: go on with
+        the run that it holds.
       settings: anything else, by its name in `kdsearch_jax.config`: {"search.optimizer": "adamw"}.
 
     Returns:

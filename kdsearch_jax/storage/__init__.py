@@ -16,9 +16,11 @@ let them wait for one another in any case. How a snapshot is published so that n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from kdsearch_jax.files import MAX_JSON
@@ -28,7 +30,7 @@ from kdsearch_jax.storage.manifest import MANIFEST
 from kdsearch_jax.storage.mirror import Mirror
 from kdsearch_jax.storage.scratch import shown
 
-__all__ = ["StoreError", "address", "close", "follow", "local", "own", "publish", "shown"]
+__all__ = ["StoreError", "address", "close", "follow", "local", "named", "own", "publish", "shown"]
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _mirrors: dict[str, Mirror] = {}
@@ -115,6 +117,16 @@ def _unlisted(there: str) -> Mirror | None:
 
 def _register(there: str) -> Mirror:
     return _mirrors.setdefault(there, Mirror(there, scratch.place(there)))
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Within this context, what errors say has addresses in place of the paths of copies."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        error.args = tuple(shown(part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def follow(directory: Path | None = None) -> None:
