@@ -1,7 +1,7 @@
 """ImageNet, ResNet-50 (4.1 G MACs at 224x224) to half of its MACs.
 
 command:  python -m kdsearch_jax.search --config imagenet_resnet50 --teacher-from resnet50.safetensors
-hardware: a TPU v4-8 or eight GPUs, and some 16 CPU cores for each 4,000 images a second
+hardware: a TPU v4-8 or eight GPUs, and some 10 CPU cores for each 4,000 images a second
 time:     not yet run
 result:   not yet run
 

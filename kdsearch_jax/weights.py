@@ -28,6 +28,7 @@ from flax import traverse_util
 from kdsearch_jax import foreign, pretrained, storage
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import unflatten
+from kdsearch_jax.checkpoint.arrays import OneByOne
 from kdsearch_jax.config import nearest
 from kdsearch_jax.files import DamagedError, memory
 from kdsearch_jax.network import library_of
@@ -99,7 +100,7 @@ def _read_orbax(path: Path) -> Any:
             foreign.check_directory(folder)
             with (
                 warnings.catch_warnings(action="ignore", category=UserWarning),
-                ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as store,
+                ocp.Checkpointer(_handler()) as store,
             ):
                 found: Any = store.metadata(folder).item_metadata
                 tree = getattr(found, "tree", found)
@@ -113,6 +114,23 @@ def _read_orbax(path: Path) -> Any:
         f"teacher_from: {path} is no directory that is known: neither of a run or a network (network.json), nor of "
         "Orbax (_METADATA), nor of Hugging Face (config.json)"
     )
+
+
+class _InTurn(OneByOne):
+    """JAX's arrays as NumPy's: one after the other, and nobody asks on which devices they were."""
+
+    def typestr(self) -> str:
+        return ocp.type_handlers.ArrayHandler().typestr()
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax for whatever a pytree may hold; an error in one array leaves no other half-read."""
+    kinds, scalar = ocp.type_handlers, ocp.type_handlers.ScalarHandler()
+    registry = kinds.create_type_handler_registry(
+        (int, scalar), (float, scalar), (bytes, scalar), (np.number, scalar), (str, kinds.StringHandler()),
+        (np.ndarray, OneByOne()), (jax.Array, _InTurn()),
+    )  # fmt: skip
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _candidates(path: Path) -> Iterator[Path]:

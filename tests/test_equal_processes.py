@@ -27,6 +27,7 @@ def processes(monkeypatch):
     sys.modules.pop("smooth", None)
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_go_the_road_of_one_device(processes, tmp_path):
     """359 images, which 4 devices cannot share evenly, are scored; 16 a batch are trained on."""
     short = ("--quick", "--teacher.steps", "40", "--baselines")

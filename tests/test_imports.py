@@ -16,8 +16,31 @@ PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 # From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
 # `tracing`, `models` and the other packages stand for all their modules.
 LAYERS = [
-    {"config", "files", "storage", "processes", "preemption", "locks", "library", "attributes", "functional", "tracing"},
-    {"losses", "models", "prox", "call", "images", "foreign", "batches", "devices", "optimizer", "convolution", "gates"},
+    {
+        "config",
+        "files",
+        "storage",
+        "processes",
+        "preemption",
+        "locks",
+        "library",
+        "attributes",
+        "functional",
+        "tracing",
+    },
+    {
+        "losses",
+        "models",
+        "prox",
+        "call",
+        "images",
+        "foreign",
+        "batches",
+        "devices",
+        "optimizer",
+        "convolution",
+        "gates",
+    },
     {"budget", "hardware"},
     {"penalty", "front"},
     {"pretrained", "student", "examples", "streaming", "forward", "metrics", "rundir", "cli"},

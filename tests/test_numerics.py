@@ -32,7 +32,6 @@ def plain():
     [
         ("model_state", r"model_state/batch_stats/bn/mean"),
         ("opt_state", r"opt_state/.*bn/bias"),
-        ("ema", r"ema/.*bn/mean"),
         ("extra", r"extra/gates"),
     ],
 )

@@ -578,7 +578,9 @@ def test_a_damaged_network_of_a_store_is_refused(store, elsewhere):
     elsewhere()
     with pytest.raises(ValueError, match="^bucket://b/net is damaged"):
         kdsearch_jax.load("bucket://b/net")
-    with pytest.raises(FileNotFoundError, match="^bucket://b/nothing is not a directory; give one that save_network wrote"):
+    with pytest.raises(
+        FileNotFoundError, match="^bucket://b/nothing is not a directory; give one that save_network wrote"
+    ):
         kdsearch_jax.load("bucket://b/nothing")
 
 
@@ -704,7 +706,8 @@ def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, refer
         home = machine(store, tmp_path / str(number))
         done = subprocess.run(whole, env=home, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "kdsearch-copies" not in done.stdout + done.stderr and "bucket://b" in done.stdout + name
+        said = done.stdout + done.stderr
+        assert "kdsearch-copies" not in said and "bucket://b" in said
     assert {"b/exported/student.safetensors", "b/exported/manifest.json", "b/old/report/index.html"} <= store.objects()
     page = store.path("b/old/report/index.html").read_text()
     assert "bucket://b/old/student" in page and "kdsearch-copies" not in page

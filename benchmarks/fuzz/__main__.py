@@ -119,7 +119,7 @@ def judged(case: Case, status: int | None, out: str, err: str, new: set[str], ex
     if status is None:
         return f"took more than {SECONDS} s"
     if "Traceback" in err:
-        return f"traceback: {lines[-1] if lines else ''}"
+        return f"traceback: {err!r:.3000}"
     if expected is not None and _same((status, out, err), expected):
         return ""
     if status == 0 or MISSING in err:

@@ -73,24 +73,26 @@ def copied(name: str, leaf: Any) -> np.ndarray:
     return array
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
+class OneByOne(ocp.type_handlers.NumpyHandler):
     """Opens and reads array after array.
 
     Orbax opens and reads all at once; the first error ends that, and every other one is then a traceback on stderr.
     """
 
     async def metadata(self, infos: Sequence[Any]) -> list[Any]:
-        return [described for info in infos for described in await super(_OneByOne, self).metadata([info])]
+        """What is stored under each name."""
+        return [described for info in infos for described in await super(OneByOne, self).metadata([info])]
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
+        """The arrays."""
         pairs = zip(infos, args or [ocp.RestoreArgs()] * len(infos), strict=True)
-        return [array for pair in pairs for array in await super(_OneByOne, self).deserialize(*([x] for x in pair))]
+        return [array for pair in pairs for array in await super(OneByOne, self).deserialize(*([x] for x in pair))]
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
     """Orbax for flat dictionaries of NumPy arrays, without compression: files are as large as what they hold."""
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, _OneByOne(deepcopy_host_arrays=False)),
+        (np.ndarray, OneByOne(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # not used here; Orbax warns of its absence
     )
     return ocp.PyTreeCheckpointHandler(
