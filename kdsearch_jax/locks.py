@@ -7,6 +7,7 @@ nothing is locked. The file says who holds it, for people; that it is there mean
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import platform
@@ -14,10 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # not Unix
-    fcntl = None
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None  # not on Windows
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +73,10 @@ def _held(path: Path, wait: bool) -> IO[str]:
 
 
 def _take(file: IO[str], path: Path, wait: bool) -> None:
-    lock: Any = fcntl
-    if lock is None:
+    if fcntl is None:
         return
     try:
-        lock.flock(file, lock.LOCK_EX | lock.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         who = file.read(200).strip() or "another process"
@@ -88,6 +85,6 @@ def _take(file: IO[str], path: Path, wait: bool) -> None:
                 f"{path.parent}: {who} is at work in it; wait until it ends, or choose another --workdir"
             ) from None
         log.info("%s: %s is at work in it; waiting", path.parent, who)
-        lock.flock(file, lock.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         log.warning("%s cannot be locked on this file system (%s); start nothing else in it", path.parent, error)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -68,13 +71,30 @@ def preemption() -> Iterator[Preemption]:
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Within this context a first SIGTERM raises Preempted, a second one ends the process as ever."""
+    before = sys.unraisablehook
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = lost
         raise Preempted("stopped by SIGTERM; the same command goes on")
 
-    with _handled(handle):
-        yield
+    def lost(unraisable: Any) -> None:
+        # The signal came within a callback of the garbage collector, JAX has one, or a finaliser: Python drops what is
+        # raised there. It is sent once more.
+        if not isinstance(unraisable.exc_value, Preempted):
+            before(unraisable)
+            return
+        signal.signal(signal.SIGTERM, handle)
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    try:
+        with _handled(handle):
+            yield
+    finally:
+        if sys.unraisablehook is lost:
+            sys.unraisablehook = before
 
 
 def boundary(name: str) -> None:

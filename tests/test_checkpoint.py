@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -524,6 +525,24 @@ def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
         raise AssertionError
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_within_a_finaliser_is_not_lost():
+    """Python drops what is raised there; JAX has a callback of the garbage collector of that kind."""
+    before = sys.unraisablehook
+
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10_000):
+                pass
+
+    with pytest.raises(Preempted, match="the same command goes on"), terminable():
+        dying = Dying()
+        del dying
+        threading.Event().wait(20)
+        raise AssertionError("lost")
+    assert sys.unraisablehook is before
 
 
 def test_other_threads_leave_the_signal_alone():

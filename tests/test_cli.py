@@ -208,4 +208,4 @@ def test_two_processes_share_one_run_directory(command, repository, tmp_path):
     status, _, err = command("--workdir", "run", launcher=launcher)
     assert status == 1
     assert "error: run already holds a run" in err
-    assert "error: run: refused by process 0" in (tmp_path / "launch-1.log").read_text()
+    assert "error: refused by process 0" in (tmp_path / "launch-1.log").read_text()

@@ -82,8 +82,9 @@ SAME = ("cifar10_resnet20", "cifar10_resnet20_short")
 
 
 def _slow(name: str):
-    """ResNet-56 is here twice, with 10 classes and with 100."""
-    return pytest.param(name, marks=pytest.mark.slow) if name == "cifar100_resnet56" else name
+    """The largest have their forms tested elsewhere: residual networks below, the rest by the other configurations."""
+    large = ("cifar10_resnet56", "cifar100_resnet56", "cifar100_wrn40_2", "imagenet_resnet50")
+    return pytest.param(name, marks=pytest.mark.slow) if name in large else name
 
 
 @pytest.mark.parametrize("name", [_slow(name) for name in NAMES if name not in SAME])

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from kdsearch_jax import export
 from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.files import seal
 from kdsearch_jax.student import Architecture
 
 SHAPE = (8, 8, 1)
@@ -140,7 +141,7 @@ def test_every_dtype_and_shape_survives(tmp_path):
         "batch_stats": {"count": jnp.int32(3)},
     }
     architecture = Architecture("mlp", {"num_classes": 2}, {}, (), SHAPE)
-    (tmp_path / "file").write_bytes(export._safetensors(architecture, variables, {}))
+    (tmp_path / "file").write_bytes(export.packed(architecture, variables, {}))
     with pytest.raises(ValueError, match="the arrays are not those of the architecture"):
         export.load_safetensors(tmp_path / "file")
     loaded = safetensors.numpy.load_file(tmp_path / "file")
@@ -155,7 +156,7 @@ def test_a_file_that_computes_something_else_is_found(network, copy):
     assert export.check(network, copy)["stablehlo"]["max_difference"] < 1e-5
     module, variables, architecture, info = load_network(network)
     variables["params"]["dense"]["kernel"] = variables["params"]["dense"]["kernel"] * 1.001
-    (copy / "student.safetensors").write_bytes(export._safetensors(architecture, variables, info))
+    (copy / "student.safetensors").write_bytes(export.packed(architecture, variables, info))
     (copy / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
     for format in export.FORMATS:
         with pytest.raises(
@@ -194,10 +195,11 @@ def test_a_failed_check_leaves_the_files_of_before(network, copy):
 
 
 def rewritten(path: Path, **metadata: str) -> None:
-    """The same arrays with other metadata."""
+    """The same arrays with other metadata, and with the digest of these, as whoever means harm would write them."""
     with safetensors.safe_open(path, framework="numpy") as file:
-        old = file.metadata()
-    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, {**old, **metadata})
+        new = {**file.metadata(), **metadata}
+    new["sha256"] = seal({name: value for name, value in new.items() if name != "sha256"})
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, new)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,15 @@ def test_metadata_from_elsewhere_is_checked(copy, metadata, problem):
     with pytest.raises(ValueError, match=problem) as caught:
         export.load_safetensors(copy / "student.safetensors")
     assert "\n" not in str(caught.value)
+
+
+def test_metadata_that_are_damaged_are_refused(copy):
+    path = copy / "student.safetensors"
+    with safetensors.safe_open(path, framework="numpy") as file:
+        changed = {**file.metadata(), "info": "{}"}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, changed)
+    with pytest.raises(ValueError, match="not what was saved"):
+        export.load_safetensors(path)
 
 
 def test_a_stranger_s_file_is_refused(tmp_path):

@@ -127,6 +127,7 @@ def test_killed_between_training_and_writing_its_result(straight, tmp_path, miss
     assert (directory / "student" / "student.stablehlo").is_file() and (directory / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
     """And what they depend on is on record."""
     assert road(tmp_path / "run") == 0
@@ -183,6 +184,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     """Begun on 2, gone on with on 1 and on 4: parameters, statistics, momentum and average as if on 2 all along."""
     for devices in (2, 1, 4):

@@ -219,6 +219,7 @@ def test_a_front_that_was_killed_goes_on(several, tmp_path):
     values = read(copy / "config.json")  # as before the third was added: checkpoints tell what they were made with
     values["budgets"] = [0.8, 0.5]
     (copy / "config.json").write_text(json.dumps(values))
+    (copy / "run.json").unlink()  # which knows that config.json was another
     assert search_main(["--resume", "--workdir", str(copy)]) == 0
     for name in ("search/network", "search/at-0.8/network", "search/at-0.5/kept/network", "at-0.5/network"):
         assert same(arrays(copy / name), arrays(several / name)), name
@@ -617,7 +618,10 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     values = read(directory / "config.json")
     values["teacher"]["learning_rate"] = 0.2
     (directory / "config.json").write_text(json.dumps(values))
+    with refused("config.json: not what the run began with"):
+        teacher.main(["--workdir", str(directory), "--resume"])
     (directory / "environment.json").unlink()
+    (directory / "run.json").unlink()
     with refused(r"teacher.learning_rate: 0.1 there, 0.2 now"):
         teacher.main(["--workdir", str(directory), "--resume"])
     assert not (directory / "teacher" / "network").exists()
