@@ -3,7 +3,7 @@
 command:  python -m kdsearch_jax.compare --config cifar10_resnet20_short --teacher-from resnet20.safetensors
 hardware: one CPU core a run
 time:     2 to 4 minutes a student on a busy machine
-result:   87.71 ± 0.39% searched, 87.28 ± 0.10% uniform, 86.90 ± 0.25% magnitude, seeds 0 to 4 (docs/results.md)
+result:   87.75 ± 0.24% searched, 87.25 ± 0.15% uniform, 10 seeds; all rows are in docs/results.md
 
 Half an epoch in all: 234 updates of search and 156 of retraining, at batch 64; the hand-made students get 390 updates
 of retraining, from the same teacher's weights. The teacher is a published PyTorch network (91.73% on the test images).
