@@ -176,12 +176,12 @@ def _costs(comparison: Comparison, pictures: Mapping[str, markup.Pictures]) -> s
         text = markup.picture(
             pictures["tradeoff"], spoken, caption.strip() + ("." if matched in ("macs", "both") else "")
         )
-    head = ["Student", *(name + costs.SHARE for name, _, _ in costs.MEASURES[:4])]
     everyone: list[tuple[str, dict[str, Any]]] = [("Teacher", comparison.teacher)] if comparison.teacher else []
-    keys = [key for _, key, _ in costs.MEASURES[:4]]
-    everyone += [(row.label, {key: row.mean(key) for key in keys}) for row in comparison.rows]
+    everyone += [(row.label, {key: row.mean(key) for _, key, _ in costs.MEASURES}) for row in comparison.rows]
+    measures = [m for m in costs.MEASURES if any(row.get(m[1]) is not None for _, row in everyone)]
+    head = ["Student", *(name + costs.SHARE for name, _, _ in measures)]
     rows = [
-        [escape(name), *(costs.bar(row, comparison.teacher, key, form) for _, key, form in costs.MEASURES[:4])]
+        [escape(name), *(costs.bar(row, comparison.teacher, key, form) for _, key, form in measures)]
         for name, row in everyone
     ]
     text += table("Costs, means over the seeds", head, rows, "numbers", spoken=False)

@@ -58,9 +58,10 @@ def _accuracies(axes: Axes, comparison: Comparison) -> None:
         if v is not None and 100 * (row.mean("accuracy") or 0) >= low
     ]
     teacher = comparison.teacher.get("accuracy")
-    high = max([*shown, 100 * teacher] if teacher is not None else shown)
-    span = max(high - min(shown), 0.5)
-    axes.set_xlim(min(shown) - 0.12 * span, high + 0.06 * span)
+    ends = [*shown, 100 * teacher] if teacher is not None else shown
+    start, high = min(ends), max(ends)
+    span = max(high - start, 0.5)
+    axes.set_xlim(start - 0.12 * span, high + 0.06 * span)
     for y, row in enumerate(rows):
         colour = KEPT if row.name == OURS else SOFT
         mean, std = 100 * (row.mean("accuracy") or 0), row.std("accuracy")
@@ -84,10 +85,10 @@ def _accuracies(axes: Axes, comparison: Comparison) -> None:
     if teacher is not None:
         axes.axvline(100 * teacher, color=SOFT, linewidth=1, linestyle=":")
         axes.annotate(
-            "teacher ",
+            " teacher ",
             (100 * teacher, 1),
             xycoords=("data", "axes fraction"),
-            ha="right",
+            ha="left" if 100 * teacher < start + 0.5 * span else "right",
             va="top",
             fontsize=8,
             color=SOFT,
