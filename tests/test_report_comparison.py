@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 from test_report import Page, _write, browse, make_run
 
-from kdsearch_jax import report
+from kdsearch_jax import measured, report
+from kdsearch_jax.call import Call
+from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.report import comparison, comparison_page, fronts, look, page, record, versus
 
 MEANS = {"searched": 88.2, "uniform": 87.0, "magnitude": 87.9, "slimming": 86.9, "scratch": 38.2}
@@ -161,9 +163,14 @@ def test_the_front_of_one_search(tmp_path: Path) -> None:
     assert "run/student-0.3" in text and "This run stopped" not in text
 
 
-@pytest.mark.parametrize(("got", "verdict"), [(1.9, "met"), (2.1, "NOT met")])
-def test_bounds_on_time_have_their_verdict(tmp_path: Path, got: float, verdict: str) -> None:
+def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
-    _write(run / "budget.json", {"batch": 64, "latency": {"teacher": 4.0, "student": got, "limit": 2.0}, "memory": {}})
-    said = f"at most 2 ms of time a call of 64 examples (the teacher: 4 ms); got {got} ms: {verdict}."
-    assert said in Page(page.page(record.read(run), {})).text
+    tools = measured.Tools(
+        clock=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
+        memory=lambda *_: {"teacher": 3e6, "student": 1e6},
+    )
+    asked = BudgetConfig(None, latency=0.5, memory=2e6)
+    measured.confirm((None, None), (None, None), asked, Call.of_image(()), run / "retrain" / "measured.json", tools)
+    text = Page(page.page(record.read(run), {})).text
+    assert "Asked: at most 2 ms of time a call of 64 examples (the teacher: 4 ms); got 1.9 ms: met." in text
+    assert "Asked: at most 2 MB of memory a call of 64 examples (the teacher: 3 MB); got 1 MB: met." in text

@@ -9,7 +9,17 @@ from kdsearch_jax.report import markup
 from kdsearch_jax.report.fronts import Front
 from kdsearch_jax.report.markup import NOTHING, cell, escape, notes, paragraph, table
 from kdsearch_jax.report.record import Run, amount
-from kdsearch_jax.report.results import both, budget_notes, label, milliseconds, oriented, percent, points, row_of
+from kdsearch_jax.report.results import (
+    both,
+    budget_notes,
+    label,
+    measured_notes,
+    milliseconds,
+    oriented,
+    percent,
+    points,
+    row_of,
+)
 
 SHARE = "<small>% of teacher’s</small>"
 
@@ -110,7 +120,7 @@ def front(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
     known = [i for i in range(len(head)) if any(row[i] != NOTHING for row in rows)]
     listed = [[row[i] for i in known] for row in rows]
     text += table("Accuracy and costs at each budget", [head[i] for i in known], listed, "numbers", spoken=False)
-    return text + notes(_meanings(run))
+    return text + notes([*measured_notes(run), *_meanings(run)])
 
 
 def asked(budget: Any) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdsearch_jax.files import read_arrays
+from kdsearch_jax.files import read_arrays, read_sealed
 from kdsearch_jax.report import evidence, files, fronts
 from kdsearch_jax.report.evidence import Evidence
 from kdsearch_jax.report.fronts import Front
@@ -60,7 +60,7 @@ class Run:
       history: arrays of history.npz other than gates, by name; "steps" (T,) is always one of them.
       groups: every prunable group by name, numbers in order, residual branches among them.
       evidence: predictions of the networks on the split of `results.json`.
-      measured: bounds on time and memory and what was measured for them (`budget.json`).
+      measured: {a student's directory: what was measured of it for bounds on time and memory (`measured.json`)}.
       front: the students of several budgets, of a run that was asked for them.
       final: whether `kept` of the groups is the search's selection (else: the gates alive at the last recorded step).
     """
@@ -78,7 +78,7 @@ class Run:
     final: bool
     evidence: Evidence | None = None
     front: Front | None = None
-    measured: dict[str, Any] | None = None
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Group, ...]:
@@ -128,7 +128,11 @@ def read(directory: Path) -> Run:
         final=selection is not None,
         evidence=evidence.read(directory / evidence.FILE),
         front=fronts.read(directory),
-        measured=files.json_object(directory / "budget.json"),
+        measured={
+            path.parent.name: read_sealed(path)
+            for path in sorted(directory.glob("*/measured.json"), reverse=True)
+            if path.parent.name == "retrain" or path.parent.name.startswith("at-")
+        },
     )
 
 

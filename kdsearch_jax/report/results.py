@@ -191,22 +191,25 @@ def _notes(run: Run) -> str:
 
 def budget_notes(run: Run) -> list[str]:
     """For each bound asked for, what the student got."""
-    return [_budget_note(run, name, share) for name, shares in curves.budgets(run).items() for share in shares] + [
-        _measured_note(run.measured or {}, name) for name in ("latency", "memory")
-    ]
+    counted = [_budget_note(run, name, share) for name, shares in curves.budgets(run).items() for share in shares]
+    return [*counted, *measured_notes(run)]
 
 
-def _measured_note(measured: dict[str, Any], name: str) -> str:
-    found = measured.get(name)
-    given = [found.get(key) for key in ("student", "limit", "teacher")] if isinstance(found, dict) else []
-    values = [float(value) for value in given if isinstance(value, int | float)]
-    if len(values) < 3:
-        return ""
-    got, limit, whole = (milliseconds(v) if name == "latency" else f"{amount(v)}B" for v in values)
-    verdict = "met" if values[0] <= values[1] else "NOT met"
-    noun = "time" if name == "latency" else "memory"
-    batch = f" of {measured['batch']} examples" if measured.get("batch") else ""
-    return f"Asked: at most {limit} of {noun} a call{batch} (the teacher: {whole}); got {got}: {verdict}."
+def measured_notes(run: Run) -> list[str]:
+    """For each bound on time or memory, what was measured of the trained students."""
+    said = []
+    for place, record in run.measured.items():
+        who = f"{label(place)}, asked" if place.startswith("at-") else "Asked"
+        for name, noun in (("latency", "time"), ("memory", "memory")):
+            if (found := record.get(name)) is not None:
+                bound = found["budget"] * (found["teacher"] if found["budget"] <= 1 else 1)
+                form = milliseconds if name == "latency" else lambda v: f"{amount(v)}B"
+                limit, whole, got = (form(value) for value in (bound, found["teacher"], found["student"]))
+                said.append(
+                    f"{who}: at most {limit} of {noun} a call of {record['batch_size']} examples "
+                    f"(the teacher: {whole}); got {got}: {'met' if found['within'] else 'NOT met'}."
+                )
+    return said
 
 
 def _budget_note(run: Run, name: str, share: float) -> str:
