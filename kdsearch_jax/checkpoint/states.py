@@ -86,9 +86,11 @@ class Checkpointer:
         """Itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Closes."""
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Closes; after an error, which may be this process's alone, without waiting for the others."""
+        self._end()
+        if error is None:
+            meet("checkpoint")
 
     def save(
         self,
@@ -195,12 +197,15 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the last save; raises OSError where it failed."""
+        self._end()
+        meet("checkpoint")
+
+    def _end(self) -> None:
         try:
             self.wait()
         finally:
             self._worker.shutdown()
             self._manager.close()
-        meet("checkpoint")
 
     def _score(self, step: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._best_metric) if self._best_metric else None
