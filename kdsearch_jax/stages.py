@@ -94,12 +94,13 @@ def _take_over(road: Road) -> None:
     for name in ("teacher", "search"):
         if finished(road.directory / name):
             continue
+        meet(f"{name} is taken over")
         if jax.process_index() == 0:
             check_directory(road.search_from.parent / name, links=False)
             with written_whole(road.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(road.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
-        meet(f"{name} taken over")
+        meet(f"{name} was taken over")
 
 
 def teach(road: Road, resume: bool) -> None:

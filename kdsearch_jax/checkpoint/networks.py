@@ -80,6 +80,7 @@ def save_network(
         "info": plain(info, "info"),
         "leaves": {name: describe(array) for name, array in arrays.items()},
     }
+    meet("network is due")
     if jax.process_index() == 0:
         occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
         if occupied and not overwrite:
@@ -94,7 +95,7 @@ def save_network(
                 store.save(temporary / "variables", args=to_store(arrays))
             (temporary / "architecture.json").write_text(json.dumps(described, indent=1) + "\n")
             (temporary / "network.json").write_text(json.dumps(sealed(payload), indent=1) + "\n")
-    meet("network")
+    meet("network is written")
 
 
 def load_network(

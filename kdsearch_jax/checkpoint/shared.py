@@ -77,7 +77,11 @@ def attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, str]:
 
 
 def meet(name: str) -> None:
-    """Waits for all processes of the run; each sees then what the first had written, also through an object store."""
+    """Waits for all processes of the run; each sees then what the first had written, also through an object store.
+
+    Also to be called before the first writes what others may be looking for: who is late would find it, and go on
+    without the barrier that the others wait at.
+    """
     storage.publish()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

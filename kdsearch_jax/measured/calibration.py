@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax.budget import BudgetError, Estimate, Limits
 from kdsearch_jax.budget.estimate import within
 from kdsearch_jax.call import Call
+from kdsearch_jax.checkpoint.shared import meet
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.files import DamagedError, read_sealed, write_sealed
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, medians, of_process_0
@@ -51,8 +51,7 @@ def prepare(
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_sealed(path, record)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("measured")
+    meet("measured")
 
 
 def bounded(limits: Limits, budget: BudgetConfig, directory: Path) -> Limits:
