@@ -13,7 +13,7 @@ from test_report import Page, _write, browse, make_run
 from kdsearch_jax import measured, report
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.report import comparison, comparison_page, fronts, look, page, record, versus
+from kdsearch_jax.report import comparison, comparison_page, curves, fronts, look, page, record, versus
 
 MEANS = {"searched": 88.2, "uniform": 87.0, "magnitude": 87.9, "slimming": 86.9, "scratch": 38.2}
 LABELS = {"uniform": "fewer channels (uniform)", "magnitude": "magnitude (L1 norm)",
@@ -161,6 +161,17 @@ def test_the_front_of_one_search(tmp_path: Path) -> None:
     share = next(g.macs_share for g in found.groups if g.name == "stage3/block1/conv1")
     assert f"stage3/block1/conv1 channels {len(kept)} 64 {100 * share:.1f}% 50" in text
     assert "run/student-0.3" in text and "This run stopped" not in text
+
+
+def test_a_student_of_a_front_is_drawn_from_where_it_was_cut(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", blocks=1)
+    make_front(run)
+    (run / "at-0.7").mkdir()
+    (run / "at-0.7" / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n')
+    figure = curves.search(record.read(run), look.Look())
+    assert figure is not None
+    lines = {line.get_label(): list(line.get_xdata()) for axes in figure.get_figure().axes for line in axes.lines}
+    assert lines["student at 0.7"] == [234 + 10, 234 + 20]
 
 
 def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:

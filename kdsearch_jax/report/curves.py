@@ -130,17 +130,18 @@ def _has(run: Run, key: str) -> bool:
 
 
 def _curves(axes: Axes | None, run: Run, keys: Sequence[str], scale: float) -> bool:
-    """Search, then retraining after it; a baseline over the same steps from the start."""
+    """Search, then retraining from where the student was cut; a baseline over the same steps from the start."""
     key = next((key for key in keys if _has(run, key)), None)
     if axes is None or key is None:
         return key is not None
     searched = max((row["step"] for row in run.metrics["search"]), default=0)
+    cut = {str(point.get("name")): point.get("search_steps") for point in run.front.points} if run.front else {}
     for stage, rows in run.metrics.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         method, front = stage.partition("-")[::2]
         if points and stage != "teacher" and not (front and method != "at"):
             x, y = _thinned(np.array(points, float))
-            first = searched if method in ("retrain", "at") else 0
+            first = (cut.get(stage) or searched) if method in ("retrain", "at") else 0
             style = {"uniform": "--", "magnitude": "-."}.get(method, "-")
             students = [name for name in run.metrics if name.startswith("at-")]
             strength = 1 - 0.75 * students.index(stage) / len(students) if front else 1.0

@@ -193,7 +193,7 @@ def search(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
     retrained = [stage for stage in run.metrics if stage.startswith("at-") or stage == "retrain"]
     retrained = [stage for stage in retrained if run.metrics[stage]]
     if retrained and run.metrics["search"]:
-        caption += "Retraining goes on where the search ended; a baseline has as many steps in all."
+        caption += "Retraining goes on where the student was cut; a baseline has as many steps in all."
     ends = [_end(stage, rows) for stage, rows in run.metrics.items() if stage != "teacher"]
     rows = [row for row in ends if row]
     listed = table("Last values of each stage", ["Stage", "Steps", "Loss", "Accuracy"], rows, "numbers")
