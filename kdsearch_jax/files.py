@@ -185,6 +185,11 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return (text if isinstance(error, (ValueError, zipfile.BadZipFile)) and text else repr(error))[:300]

@@ -1,21 +1,19 @@
 """One process at a time in a directory: a lock that the system forgets when its holder dies, however it dies.
 
-It is an advisory lock of the operating system on DIRECTORY/.lock, where it has such (not Windows, not gs://); elsewhere
-nothing is locked. The file says who holds it, for people; that it is there means nothing.
+It is an advisory lock of the operating system on DIRECTORY/.lock. The file says who holds it, for people; that it is
+there means nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import fcntl
 import logging
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None  # not on Windows
+from typing import IO
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +35,18 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
       OSError: the directory cannot be made, or not be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = None if fcntl is None or "://" in str(directory) else _held(directory / NAME, wait)
-    try:
-        yield
-    finally:
-        if file is not None:
+    with _held(directory / NAME, wait):
+        try:
+            yield
+        finally:
             with contextlib.suppress(OSError):
                 (directory / NAME).unlink()  # while it is held: who waits for it sees that it is gone, and comes again
-            file.close()
 
 
 def check_free(directory: Path) -> None:
     """Raises InUseError where another process is at work in the directory now; writes nothing."""
     path = directory / NAME
-    if path.is_file() and "://" not in str(path):
+    if path.is_file():
         with path.open("r+", encoding="utf-8") as file:
             _take(file, path, wait=False)
 
@@ -73,8 +69,6 @@ def _held(path: Path, wait: bool) -> IO[str]:
 
 
 def _take(file: IO[str], path: Path, wait: bool) -> None:
-    if fcntl is None:
-        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

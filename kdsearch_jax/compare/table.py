@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 import shlex
 import statistics
 import sys
@@ -27,7 +26,7 @@ from kdsearch_jax import evaluate
 from kdsearch_jax.compare.making import costs, place_of, results, scored
 from kdsearch_jax.compare.rows import ROWS
 from kdsearch_jax.config import BOUNDS, BudgetConfig
-from kdsearch_jax.files import read_sealed, write_json, write_sealed, write_text
+from kdsearch_jax.files import cores, read_sealed, write_json, write_sealed, write_text
 from kdsearch_jax.road import Road, traced
 
 LEVEL = 0.95
@@ -147,7 +146,7 @@ def hardware() -> str:
     """What a comparison ran on, for people."""
     kinds = [device.device_kind for device in jax.devices()]
     devices = f"{len(kinds)} × {kinds[0]}" if jax.default_backend() != "cpu" else "no accelerator"
-    return f"{devices}, {len(os.sched_getaffinity(0))} CPU cores, jax {jax.__version__}"
+    return f"{devices}, {cores()} CPU cores, jax {jax.__version__}"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

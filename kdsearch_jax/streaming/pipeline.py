@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kdsearch_jax.batches import epoch_order
+from kdsearch_jax.files import cores
 from kdsearch_jax.streaming.columns import Reader
 
 Place = Callable[[int], tuple[int, np.random.Generator | None]]
@@ -90,17 +91,11 @@ def batches(
         options = grain.MultiprocessingOptions(reader.workers, ahead)
         made = made.mp_prefetch(options, worker_init_fn=_leave_with_parent).map(_copied)
     else:
-        threads = min(_threads(), ahead * rows)
+        threads = min(_THREADS, 2 + cores(), ahead * rows)  # some wait for the disk
         made = numbers.to_iter_dataset(grain.ReadOptions(threads, ahead * rows)).batch(rows)
     if put is not None:
         made = grain.experimental.ThreadPrefetchIterDataset(made.map(put), prefetch_buffer_size=1)
     return made
-
-
-def _threads() -> int:
-    """As many as cores, and some that wait for the disk."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_THREADS, 2 + cores)
 
 
 def _copied(batch: Any) -> Any:
