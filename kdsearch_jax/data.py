@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from kdsearch_jax import storage
 from kdsearch_jax.config import RULES, DataConfig
 from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
-from kdsearch_jax.files import DamagedError, memory, read_arrays
+from kdsearch_jax.files import DamagedError, line, memory, read_arrays
 from kdsearch_jax.metrics import Progress
 from kdsearch_jax.streaming import Framing, Reader, Records, resized
 
@@ -208,7 +208,7 @@ def _npz_arrays(name: str) -> dict[str, np.ndarray]:
     try:
         return read_arrays(path, limit=memory())
     except (OSError, DamagedError) as error:
-        why = _line(error).rpartition(f"{path} is damaged, or ")[2]
+        why = line(error).rpartition(f"{path} is damaged, or ")[2]
         raise _bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
 
 
@@ -286,7 +286,7 @@ def _tfds(config: DataConfig) -> tuple[Records, Records | None, Records | None, 
             try:
                 records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
             except Exception as error:
-                raise _bad(config.name, f"cannot be read ({_line(error)})") from error
+                raise _bad(config.name, f"cannot be read ({line(error)})") from error
             records = Records(records, f"{config.name} {split}", image, label, channels)
             # Competitions keep the labels of their test split for themselves: TFDS writes −1.
             if len(records) and (split == "train" or records.read([0])[0][1] >= 0):
@@ -314,7 +314,7 @@ def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
         near = difflib.get_close_matches(name, known, n=3) or ["digits", "npz:FILE", "cifar10"]
         raise _bad(name, f"is unknown; did you mean {' or '.join(near)}?") from error
     except Exception as error:
-        raise _bad(name, f"cannot be opened by TFDS ({_line(error)})") from error
+        raise _bad(name, f"cannot be opened by TFDS ({line(error)})") from error
     return builder
 
 
@@ -342,7 +342,7 @@ def _prepared(tfds: Any, name: str, builder: Any, given: dict[str, str]) -> Any:
     except Exception as error:
         needed = ", and install tensorflow, for this one step only" if "tensorflow" in str(error).lower() else ""
         raise _bad(
-            name, f"is not in {where} and could not be prepared ({_line(error)}); run {by_hand} to see more{needed}"
+            name, f"is not in {where} and could not be prepared ({line(error)}); run {by_hand} to see more{needed}"
         ) from error
     return builder
 
@@ -461,9 +461,3 @@ def _normalisation(config: DataConfig, images: NDArray[np.uint8]) -> tuple[tuple
 
 def _bad(name: str, what: str) -> ValueError:
     return ValueError(f"data.name: {name!r} {what}")
-
-
-def _line(error: BaseException) -> str:
-    """An error in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}…"

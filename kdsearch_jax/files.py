@@ -171,6 +171,12 @@ def _declared(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     return size
 
 
+def line(error: BaseException) -> str:
+    """What an error says, or else its type, on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 def flush(path: Path) -> None:
     """Has the file system put a file or a directory on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

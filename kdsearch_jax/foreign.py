@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdsearch_jax.files import DamagedError, memory
+from kdsearch_jax.files import DamagedError, line, memory
 
 LARGEST = 16 << 30  # bytes of a file
 MAX_HEADER = 1 << 24  # bytes of a safetensors header: 100,000 arrays
@@ -91,7 +91,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # its own, and NumPy's, for types and shapes that NumPy has not
-        raise DamagedError(f"{path} cannot be read as safetensors ({_line(error)}); is it complete?") from error
+        raise DamagedError(f"{path} cannot be read as safetensors ({line(error)}); is it complete?") from error
 
 
 def read_msgpack(path: Path) -> Any:
@@ -108,7 +108,7 @@ def read_msgpack(path: Path) -> Any:
         count_values(content)
         return serialization.msgpack_restore(content)
     except Exception as error:  # msgpack's own, and NumPy's
-        raise DamagedError(f"{path} cannot be read as Flax's msgpack ({_line(error)}); is it complete?") from error
+        raise DamagedError(f"{path} cannot be read as Flax's msgpack ({line(error)}); is it complete?") from error
 
 
 def count_values(content: bytes) -> int:
@@ -180,7 +180,3 @@ def _header(content: bytes, at: int) -> tuple[int, int, int | None]:
 def _payload(content: bytes, at: int) -> int | None:
     """Where an extension's payload begins, if its kind is one that Flax unpacks: an array, a complex, a scalar."""
     return at + 1 if content[at : at + 1] in (b"\1", b"\2", b"\3") else None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

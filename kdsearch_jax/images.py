@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdsearch_jax.files import DamagedError
+from kdsearch_jax.files import DamagedError, line
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 MAX_PIXELS = 1 << 26  # ImageNet's largest has 61 million
@@ -36,7 +36,7 @@ def opened(encoded: bytes) -> Any:
     except UnidentifiedImageError:
         raise DamagedError(f"no image in the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # every plug-in of Pillow has its own
-        raise DamagedError(_line(error)) from None
+        raise DamagedError(line(error)) from None
     if image.width * image.height > MAX_PIXELS:
         raise DamagedError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS} are decoded")
     if image.mode[0] in "IF":
@@ -49,7 +49,7 @@ def converted(image: Any, channels: int) -> Any:
     try:
         return image.convert(_MODES[channels])
     except Exception as error:
-        raise DamagedError(_line(error)) from None
+        raise DamagedError(line(error)) from None
 
 
 def pixels(image: Any, channels: int) -> NDArray[np.uint8]:
@@ -65,7 +65,3 @@ def decode(encoded: bytes, channels: int) -> NDArray[np.uint8]:
       DamagedError: it cannot be decoded, or is out of bounds: says why, in one line.
     """
     return pixels(opened(encoded), channels)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -30,7 +30,7 @@ from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import unflatten
 from kdsearch_jax.checkpoint.arrays import OneByOne
 from kdsearch_jax.config import nearest
-from kdsearch_jax.files import DamagedError, memory
+from kdsearch_jax.files import DamagedError, line, memory
 from kdsearch_jax.network import library_of
 
 LISTED = 8  # entries of each side of a mismatch
@@ -108,8 +108,8 @@ def _read_orbax(path: Path) -> Any:
                 arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
                 return store.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments))
         except Exception as error:  # TensorStore's, Orbax's, the file system's
-            line = " ".join(str(error).split())[:200]
-            raise ValueError(f"teacher_from: {folder} cannot be read by Orbax ({line}); is it complete?") from error
+            told = f"{folder} cannot be read by Orbax ({line(error)}); is it complete?"
+            raise ValueError(f"teacher_from: {told}") from error
     raise ValueError(
         f"teacher_from: {path} is no directory that is known: neither of a run or a network (network.json), nor of "
         "Orbax (_METADATA), nor of Hugging Face (config.json)"

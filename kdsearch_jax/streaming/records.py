@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdsearch_jax import images
-from kdsearch_jax.files import DamagedError
+from kdsearch_jax.files import DamagedError, line
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class Records:
         try:
             return self.source[number]
         except Exception as error:
-            raise self._damaged(number, _line(error)) from error
+            raise self._damaged(number, line(error)) from error
 
     def _damaged(self, number: int, why: str) -> ValueError:
         return ValueError(
@@ -117,8 +117,3 @@ class Records:
             raise ValueError(
                 f"data.name: image {number} of {self.what} cannot be decoded ({error}; {self._file(number)})"
             ) from error
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}…"
