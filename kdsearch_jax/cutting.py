@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from kdsearch_jax import baselines, gated, measured, shrinking, surgery
 from kdsearch_jax import budget as budget_lib
-from kdsearch_jax import gated, measured, shrinking, surgery
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.checkpoint import written_whole
@@ -57,7 +57,7 @@ def keep(road: Road, part: Part, state: TrainState, teacher: Loaded, point: Poin
 def check(road: Road, points: Sequence[Point]) -> None:
     """Raises ValueError where a budget cannot be met from what the search has kept."""
     teacher = road.load(road.teacher)
-    network, _ = traced(road.experiment, teacher.architecture, teacher.module)
+    network = traced(road.experiment, teacher.architecture, teacher.module)
     for point, limits in zip(points, limits_of(road.experiment, network, points, road.search), strict=True):
         _, _, gates, importance = nearest(road, point, network.topology, limits)
         gated.landing(network.topology, limits, gates, importance)
@@ -116,7 +116,7 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
     directory = point.cut(road.search)
     if not _is_cut(directory):
         teacher = road.load(road.teacher)
-        network = network or traced(road.experiment, teacher.architecture, teacher.module)[0]
+        network = network or traced(road.experiment, teacher.architecture, teacher.module)
         topology, limits = network.topology, limits_of(road.experiment, network, [point], road.search)[0]
         place, loaded, gates, importance = nearest(road, point, topology, limits)
         stay, cost = measured.land(
@@ -169,10 +169,21 @@ def publish(source: Path, directory: Path) -> None:
     meet("search published")
 
 
-def cut(road: Road, network: Network, teacher: Loaded, stay: Any, directory: Path) -> None:
-    """Cuts a student from the teacher itself, gates all 1, and proves it; writes its network directory."""
+def by_hand(road: Road, rule: str, point: Point, directory: Path, rng: np.random.Generator | None = None) -> Path:
+    """Cuts the student of a rule of `baselines` from the teacher itself, gates all 1, and proves it; done once.
+
+    Returns:
+      its network directory, the one given.
+    """
+    if (directory / "network.json").is_file():
+        return directory
+    teacher = road.load(road.teacher)
+    network = traced(road.experiment, teacher.architecture, teacher.module)
+    limits = limits_of(road.experiment, network, [point], road.search)[0]
+    stay = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
     gates = gates_lib.init(network.topology)
     sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
     inputs = road.task.call.bind(proof_batch(road.dataset))
     surgery.verify(network, teacher.variables, gates, stay, sliced, *inputs)
     save(directory, road, architecture, architecture.module(road.base), sliced)
+    return directory

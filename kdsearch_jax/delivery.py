@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from kdsearch_jax import evaluate, export, front
 from kdsearch_jax.checkpoint import save_network
@@ -97,8 +96,7 @@ def compare(road: Road) -> dict[str, Any]:
     memory = evaluate.measure_memory({k: (n.module, n.variables) for k, n in networks.items()}, batch, road.task.call)
     rows = {}
     for name, network in networks.items():
-        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(network.variables))
-        cost = {"macs": network.info["macs"], "params": network.info["params"], "bytes": size, "memory": memory[name]}
+        cost = {**network.costs, "memory": memory[name]}
         steps = {} if name == "teacher" else {"steps": experiment.search.steps + experiment.retrain.steps}
         rows[name] = {"name": name, **scores[name], **cost, "ms_per_image": times[name], "ms_batch": batch, **steps}
     shared = {

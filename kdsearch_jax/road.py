@@ -57,6 +57,12 @@ class Loaded:
         """Reads a network directory; base: the base model, where the directory cannot name it."""
         return Loaded(*load_network(directory, base, trust_code=trust_code))
 
+    @property
+    def costs(self) -> dict[str, int]:
+        """MACs of an example, parameters, bytes of all arrays."""
+        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(self.variables))
+        return {"macs": self.info["macs"], "params": self.info["params"], "bytes": size}
+
 
 @dataclass(frozen=True)
 class Own:
@@ -166,7 +172,7 @@ def prepare(
     module = given.module if given else architecture.module()
     dataset, task = _task(experiment, dataset, architecture, module, given, own)
     if searches and found is None and not (resume and finished(directory / "search")):
-        network = _network(experiment, architecture, module)
+        network = traced(experiment, architecture, module)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
         every = limits_of(experiment, network, points)
         front.path(experiment, every, network.topology)  # whether there are steps enough
@@ -179,15 +185,9 @@ def prepare(
     return Road(experiment, dataset, directory, task, given, found, base, further)
 
 
-def traced(experiment: Experiment, architecture: Architecture, module: Any = None) -> tuple[Network, Limits]:
-    """The teacher's topology with the gates that the experiment allows, and its first budget in absolute numbers."""
-    network = _network(experiment, architecture, module)
-    return network, limits_of(experiment, network)[0]
-
-
-def _network(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
+def traced(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
+    """The teacher's topology with the gates that the experiment allows."""
     config, call = experiment.gates, architecture.called
-    module = architecture.module() if module is None else module
     network = trace(module, *call.example(PROOF), **call.keywords(module, train=False))
     return network.select(config.kinds, config.include, config.exclude)
 

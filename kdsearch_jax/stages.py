@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, cutting, distilling, front, gated, measured, report, shrinking, surgery
+from kdsearch_jax import cutting, distilling, front, gated, measured, report, shrinking, surgery
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.checkpoint import written_whole
 from kdsearch_jax.config import StageConfig
@@ -29,7 +28,6 @@ from kdsearch_jax.delivery import compare, deliver
 from kdsearch_jax.fitting import fit, meet, save, write, write_npz
 from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.front import Leg, Point
-from kdsearch_jax.library import bound
 from kdsearch_jax.network import Network
 from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.preemption import boundary
@@ -37,7 +35,7 @@ from kdsearch_jax.road import Loaded, Road, architecture_of, finished, limits_of
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import TrainState, create_state, distill_step, supervised_step
 from kdsearch_jax.tracing.topology import Topology
-from kdsearch_jax.weights import stored
+from kdsearch_jax.weights import fresh
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def run(road: Road, *, resume: bool, stop_after: str | None = None) -> dict[str,
     for number, name in enumerate(experiment.baselines):
         for point in points:
             log.info("baseline %s%s: %d steps, as many as search and retraining", name, point.tail, steps)
-            source = baseline(road, name, point)
+            source = cutting.by_hand(road, name, point, road.directory / f"{name}{point.tail}" / "start")
             stage = dataclasses.replace(experiment.retrain, steps=steps)
             retrain(road, f"{name}{point.tail}", source, stage, resume, number + 1)
     if stop_after == "retrain":
@@ -116,11 +114,7 @@ def teach(road: Road, resume: bool) -> None:
     module = architecture.module()
     stage = experiment.teacher
     tx = make_optimizer(stage)
-    call = architecture.called
-    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), call.example(2))
-    args, keywords = bound(inputs, call.keywords(module, train=False))
-    variables = jax.jit(lambda key: module.init(key, *args, **keywords))(jax.random.key(experiment.run.seed))
-    state = create_state(stored(variables), tx, ema=stage.ema)
+    state = create_state(fresh(module, architecture.called, experiment.run.seed), tx, ema=stage.ema)
     step = supervised_step(module, tx, stage, experiment.run, road.task)
     state = fit(road, state, step, stage, directory, resume, module=module)
     save(directory / "network", road, architecture, module, state.variables)
@@ -135,7 +129,7 @@ def search(road: Road, resume: bool) -> None:
     if finished(directory):
         return
     experiment, teacher, points = road.experiment, road.load(road.teacher), front.points(road.experiment)
-    network, _ = traced(experiment, teacher.architecture, teacher.module)
+    network = traced(experiment, teacher.architecture, teacher.module)
     directory.mkdir(parents=True, exist_ok=True)
     measured.prepare(network, teacher.variables, points[0].budget, road.task.call, directory)
     limits = limits_of(experiment, network, search=directory)
@@ -213,20 +207,6 @@ def _shrink(road: Road, part: Part, state: TrainState, teacher: Loaded, tx: Any)
 # --- students -------------------------------------------------------------------------------------------------------
 
 
-def baseline(road: Road, name: str, point: Point | None = None) -> Path:
-    """Cuts a hand-made student of the same cost from the teacher's own weights; returns its network directory."""
-    point = point or front.points(road.experiment)[0]
-    directory = road.directory / f"{name}{point.tail}" / "start"
-    if (directory / "network.json").is_file():
-        return directory
-    teacher = road.load(road.teacher)
-    network, _ = traced(road.experiment, teacher.architecture, teacher.module)
-    limits = limits_of(road.experiment, network, [point], road.search)[0]
-    keep = baselines.keep(name, teacher.variables, network.topology, limits)
-    cutting.cut(road, network, teacher, keep, directory)
-    return directory
-
-
 def retrain(road: Road, name: str, source: Path, stage: StageConfig, resume: bool, stream: int = 0) -> None:
     """Distils the teacher into the network of `source`; writes RUN/name."""
     directory = road.directory / name
@@ -267,7 +247,7 @@ def _lesson(
 def _relearning(state: TrainState, lesson: distilling.Lesson) -> TrainState:
     """The state with what the losses learn begun anew, where its shapes are others now."""
     old = (state.extra or {}).get("learned")
-    if lesson.learned is None or jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, lesson.learned):
+    if lesson.learned is None or jax.tree.map(np.shape, old) == jax.tree.map(np.shape, lesson.learned):
         return state
     return state.replace(extra={**(state.extra or {}), "learned": lesson.learned})
 

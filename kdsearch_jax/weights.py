@@ -31,6 +31,7 @@ from kdsearch_jax.checkpoint import unflatten
 from kdsearch_jax.checkpoint.arrays import OneByOne
 from kdsearch_jax.config import nearest
 from kdsearch_jax.files import DamagedError, line, memory
+from kdsearch_jax.library import bound
 from kdsearch_jax.network import library_of
 
 LISTED = 8  # entries of each side of a mismatch
@@ -176,6 +177,13 @@ def fit(tree: Any, module: Any, call: Call, source: str) -> dict[str, Any]:
         if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(np.asarray(value, np.float32)).all():
             raise ValueError(f"teacher_from: {source}: {'/'.join(path)} holds values that are not finite")
     return traverse_util.unflatten_dict(values)
+
+
+def fresh(module: Any, call: Call, seed: int) -> dict[str, Any]:
+    """The variables of a module before any training. Raises ValueError where it cannot be asked for them."""
+    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), call.example(2))
+    args, keywords = bound(inputs, call.keywords(module, train=False))
+    return stored(jax.jit(lambda key: module.init(key, *args, **keywords))(jax.random.key(seed)))
 
 
 def stored(variables: Mapping[str, Any]) -> dict[str, Any]:

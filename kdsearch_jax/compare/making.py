@@ -15,24 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, cutting, evaluate, fitting, stages, storage
+from kdsearch_jax import baselines, cutting, evaluate, fitting, front, stages, storage
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.compare.rows import ROWS, Row
 from kdsearch_jax.config import BudgetConfig, DistillConfig
 from kdsearch_jax.examples import Split
 from kdsearch_jax.files import read_json, read_sealed, write_json, write_sealed
-from kdsearch_jax.library import bound
 from kdsearch_jax.locks import locked
-from kdsearch_jax.road import Loaded, Road, is_plain, traced
+from kdsearch_jax.road import Loaded, Road, is_plain, limits_of, traced
 from kdsearch_jax.surgery import SurgeryError
 from kdsearch_jax.tracing.topology import leaf_shapes
 from kdsearch_jax.train import TrainingDiverged
-from kdsearch_jax.weights import stored
+from kdsearch_jax.weights import fresh
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +71,8 @@ def matched(road: Road, match: str) -> BudgetConfig:
     if match == "macs":
         return budget
     teacher = road.load(road.teacher)
-    network, limits = traced(road.experiment, teacher.architecture, teacher.module)
+    network = traced(road.experiment, teacher.architecture, teacher.module)
+    limits = limits_of(road.experiment, network)[0]
     try:
         keep = baselines.keep("uniform", teacher.variables, network.topology, limits)
     except BudgetError as error:
@@ -108,7 +106,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
             result = {"why": str(error)}
         else:
             steps = row.times * _steps(place)
-            result = {**scores, **costs(student), "steps": steps, "seconds": round(_spent(place.directory), 1)}
+            result = {**scores, **student.costs, "steps": steps, "seconds": round(_spent(place.directory), 1)}
         write_sealed(path, result)
         storage.publish()
     return result
@@ -121,7 +119,8 @@ def _student(place: Place, road: Road, row: Row) -> Loaded:
         stages.search(_supervised(place) if row.supervised else place, True)
         source, steps = place.search / "network", stage.steps
     elif row.how == "cut":
-        source = _cut(place, row.name)
+        rng = np.random.default_rng(place.experiment.run.seed)
+        source = cutting.by_hand(place, row.name, front.points(place.experiment)[0], place.directory / "start", rng)
     else:
         source = _fresh(place, _searched(place, road))
     stages.retrain(place, "retrain", source, dataclasses.replace(stage, steps=steps), True, STREAM)
@@ -137,19 +136,6 @@ def _supervised(place: Place) -> Place:
     labels = DistillConfig(cross_entropy=1.0)
     task = task_lib.classification(labels, place.task.call)
     return dataclasses.replace(place, task=task, experiment=dataclasses.replace(place.experiment, distill=labels))
-
-
-def _cut(place: Place, rule: str) -> Path:
-    """Cuts the rule's student from the teacher's own weights, and proves it; returns its network directory."""
-    directory = place.directory / "start"
-    if (directory / "network.json").is_file():
-        return directory
-    teacher = place.load(place.teacher)
-    network, limits = traced(place.experiment, teacher.architecture, teacher.module)
-    rng = np.random.default_rng(place.experiment.run.seed)
-    keep = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
-    cutting.cut(place, network, teacher, keep, directory)
-    return directory
 
 
 def _searched(place: Place, road: Road) -> Loaded:
@@ -168,14 +154,10 @@ def _fresh(place: Place, shape: Loaded) -> Path:
     directory, architecture, module = place.directory / "start", shape.architecture, shape.module
     if (directory / "network.json").is_file():
         return directory
-    call = architecture.called
-    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), call.example(2))
-    args, keywords = bound(inputs, call.keywords(module, train=False))
     try:
-        made = jax.jit(lambda key: module.init(key, *args, **keywords))(jax.random.key(place.experiment.run.seed))
+        variables = fresh(module, architecture.called, place.experiment.run.seed)
     except ValueError as error:  # an nnx.Module that came as an instance
         raise CannotMakeError(f"nobody knows how its parameters begin ({error})") from error
-    variables = stored(made)
     assert leaf_shapes(variables) == leaf_shapes(shape.variables)
     fitting.save(directory, place, architecture, module, variables)
     return directory
@@ -199,12 +181,6 @@ def scored(road: Road, network: Loaded, split: Split, teacher: Loaded | None = N
         measure = evaluate.measurer(road.task, network.module, split, dataset, batch_size=size, teacher=other)
         scores = measure(network.variables)
     return {name: scores[name] for name in ("accuracy", "agreement", "kl") if name in scores}
-
-
-def costs(network: Loaded) -> dict[str, int]:
-    """What a network costs: MACs of an example, parameters, bytes of all its arrays."""
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(network.variables))
-    return {"macs": network.info["macs"], "params": network.info["params"], "bytes": size}
 
 
 def check_teacher(road: Road, teacher: Loaded) -> None:

@@ -23,11 +23,11 @@ from scipy import stats
 
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import evaluate
-from kdsearch_jax.compare.making import costs, place_of, results, scored
+from kdsearch_jax.compare.making import place_of, results, scored
 from kdsearch_jax.compare.rows import ROWS
 from kdsearch_jax.config import BOUNDS, BudgetConfig
 from kdsearch_jax.files import cores, read_sealed, write_json, write_sealed, write_text
-from kdsearch_jax.road import Road, traced
+from kdsearch_jax.road import Road, limits_of, traced
 
 LEVEL = 0.95
 MEASURED = ("accuracy", "agreement", "kl")
@@ -80,7 +80,7 @@ def _note(road: Road, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> N
     """Says of a row that its students end below the budget."""
     teacher = road.load(road.teacher)
     experiment = dataclasses.replace(road.experiment, budget=budget)
-    limits = traced(experiment, teacher.architecture, teacher.module)[1]
+    limits = limits_of(experiment, traced(experiment, teacher.architecture, teacher.module))[0]
     bounds = {name: value for name in ("macs", "params") if (value := getattr(limits, name))}
     for row in rows:
         if "why" not in row and bounds:
@@ -94,7 +94,7 @@ def _teacher(road: Road) -> dict[str, Any]:
     path = road.directory / "teacher" / "result.json"
     if not path.is_file():
         teacher = road.load(road.teacher)
-        write_sealed(path, {"accuracy": scored(road, teacher, road.dataset.test)["accuracy"], **costs(teacher)})
+        write_sealed(path, {"accuracy": scored(road, teacher, road.dataset.test)["accuracy"], **teacher.costs})
     return read_sealed(path)
 
 
