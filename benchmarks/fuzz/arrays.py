@@ -17,6 +17,7 @@ from benchmarks.fuzz import seeds
 from benchmarks.fuzz.cases import IMAGES, TRAIN, WRONG, Case, Write, both, config, copied, mutated, replaced
 
 TERA = 10**12
+TEACHER = (*TRAIN, "--teacher-from", "teacher")
 
 
 def file(name: str, content: bytes) -> Write:
@@ -172,7 +173,12 @@ def safetensors(root: Path, random: np.random.Generator) -> Iterator[Case]:
 
 
 def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
-    """Flax's msgpack, PyTorch's files, directories of Orbax and of Hugging Face."""
+    """Weights of other kinds: Flax's msgpack, PyTorch's files, directories of Orbax and of Hugging Face."""
+    for kind in (_msgpack, _torch, _orbax, _huggingface):
+        yield from kind(root, random)
+
+
+def _msgpack(root: Path, random: np.random.Generator) -> Iterator[Case]:
     packed = (root / "weights.msgpack").read_bytes()
     contents = {
         "empty": b"",
@@ -194,6 +200,9 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
     for i in range(12):
         write = both(config(root), file("x.msgpack", mutated(packed, random)))
         yield Case("others", f"msgpack mutant {i}", "teacher", line, write, "msgpack")
+
+
+def _torch(root: Path, _: np.random.Generator) -> Iterator[Case]:
     torch = (root / "weights.pth").read_bytes()
     code = b"\x80\x02cos\nsystem\nX\x0d\x00\x00\x00touch outside\x85R."
     with zipfile.ZipFile(io.BytesIO(torch)) as archive:
@@ -215,7 +224,9 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
         for suffix in (".pth", ".th"):
             line = (*TRAIN, "--teacher-from", f"x{suffix}")
             yield Case("others", f"{suffix} {name}", "teacher", line, both(config(root), file(f"x{suffix}", content)))
-    line = (*TRAIN, "--teacher-from", "teacher")
+
+
+def _orbax(root: Path, random: np.random.Generator) -> Iterator[Case]:
     files = sorted(path.relative_to(root / "orbax") for path in (root / "orbax").rglob("*") if path.is_file())
     for i in range(12):
         path, seed = files[random.integers(len(files))], int(random.integers(2**31))
@@ -230,10 +241,13 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
             "others",
             f"orbax {i} {path.name}",
             "teacher",
-            line,
+            TEACHER,
             both(config(root), damage),
             "orbax",
         )
+
+
+def _huggingface(root: Path, _: np.random.Generator) -> Iterator[Case]:
     for i, value in enumerate(WRONG):
         for key in ("model_type", "hidden_size", "depths", "image_size"):
             record = {"model_type": "vit" if key != "depths" else "resnet", key: value}
@@ -244,7 +258,7 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
                 shutil.copy(root / "weights.safetensors", box / "teacher/model.safetensors")
 
             if (i + len(key)) % 4 == 0:
-                yield Case("others", f"hub {key} {value!r:.12}", "teacher", line, both(config(root), hub))
+                yield Case("others", f"hub {key} {value!r:.12}", "teacher", TEACHER, both(config(root), hub))
     for shards in (
         {"a": "../x.safetensors"},
         {"a": "/etc/passwd"},
@@ -259,7 +273,7 @@ def others(root: Path, random: np.random.Generator) -> Iterator[Case]:
             (box / "teacher/config.json").write_text('{"model_type": "vit"}')
             (box / "teacher/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
-        yield Case("others", f"hub shards {shards!r:.30}", "teacher", line, both(config(root), index))
+        yield Case("others", f"hub shards {shards!r:.30}", "teacher", TEACHER, both(config(root), index))
 
 
 def images(root: Path, random: np.random.Generator) -> Iterator[Case]:

@@ -49,10 +49,51 @@ def setting(*keys: Any, to: Any) -> Callable[[dict[str, Any], dict[str, Any]], N
 
 def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
     """Networks' directories whose digests are right and whose contents are not, and damaged ones."""
+    for name, change in {**_architectures(), **_records()}.items():
+        yield Case("networks", name, "evaluate", EVALUATE, network(root, change))
+    for name in ("architecture.json", "network.json", "variables"):
+        for what in ("missing", "folder", "dangling", "endless", "pipe", "deep"):
+            yield Case(
+                "networks",
+                f"{name} {what}",
+                "evaluate",
+                EVALUATE,
+                network(root, then=lambda net, n=name, w=what: odd(net / n, w)),
+            )
+    yield Case(
+        "networks",
+        "a pipe among the arrays",
+        "evaluate",
+        EVALUATE,
+        network(root, then=lambda net: os.mkfifo(net / "variables/pipe")),
+    )
+    for info in (
+        {"mean": "x"},
+        {"mean": [1] * 99},
+        {"std": [0.0]},
+        {"mean": None},
+        {"std": nested(60)},
+        {"mean": [1e999]},
+    ):
+
+        def change(_: Any, payload: Any, info: Any = info) -> None:
+            payload["info"].update(info)
+
+        yield Case("networks", f"info {info!r:.30}", "evaluate", EVALUATE, network(root, change))
+    files = sorted(path.relative_to(root / "net") for path in (root / "net").rglob("*") if path.is_file())
+    for i in range(24):
+        path, seed = files[random.integers(len(files))], int(random.integers(2**31))
+
+        def damage(net: Path, path: Path = path, seed: int = seed) -> None:
+            (net / path).write_bytes(mutated((net / path).read_bytes(), np.random.default_rng(seed)))
+
+        yield Case("networks", f"mutant {i} {path.name}", "evaluate", EVALUATE, network(root, then=damage), "evaluate")
+
+
+def _architectures() -> dict[str, Any]:
+    """Changes of architecture.json, by name."""
     size = 2**23
-    leaf = "params/dense/kernel"
-    first = "params/stage1/conv/kernel"
-    changes: dict[str, Any] = {
+    return {
         **{f"width {value!r:.12}": setting("a", "arguments", "width", to=value) for value in WRONG[::2]},
         **{
             f"{key} {value!r:.12}": setting("a", key, to=value)
@@ -117,6 +158,13 @@ def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
         "call of objects": setting(
             "a", "call", to={"arguments": ["x"], "inputs": {"x": "object[8]"}, "train": {}, "eval": {}}
         ),
+    }
+
+
+def _records() -> dict[str, Any]:
+    """Changes of network.json, by name."""
+    leaf, first = "params/dense/kernel", "params/stage1/conv/kernel"
+    return {
         **{
             f"leaf {key} {value!r:.20}": setting("p", "leaves", leaf, key, to=value)
             for key, value in (
@@ -154,45 +202,6 @@ def networks(root: Path, random: np.random.Generator) -> Iterator[Case]:
             )
         },
     }
-    for name, change in changes.items():
-        yield Case("networks", name, "evaluate", EVALUATE, network(root, change))
-    for name in ("architecture.json", "network.json", "variables"):
-        for what in ("missing", "folder", "dangling", "endless", "pipe", "deep"):
-            yield Case(
-                "networks",
-                f"{name} {what}",
-                "evaluate",
-                EVALUATE,
-                network(root, then=lambda net, n=name, w=what: odd(net / n, w)),
-            )
-    yield Case(
-        "networks",
-        "a pipe among the arrays",
-        "evaluate",
-        EVALUATE,
-        network(root, then=lambda net: os.mkfifo(net / "variables/pipe")),
-    )
-    for info in (
-        {"mean": "x"},
-        {"mean": [1] * 99},
-        {"std": [0.0]},
-        {"mean": None},
-        {"std": nested(60)},
-        {"mean": [1e999]},
-    ):
-
-        def change(_: Any, payload: Any, info: Any = info) -> None:
-            payload["info"].update(info)
-
-        yield Case("networks", f"info {info!r:.30}", "evaluate", EVALUATE, network(root, change))
-    files = sorted(path.relative_to(root / "net") for path in (root / "net").rglob("*") if path.is_file())
-    for i in range(24):
-        path, seed = files[random.integers(len(files))], int(random.integers(2**31))
-
-        def damage(net: Path, path: Path = path, seed: int = seed) -> None:
-            (net / path).write_bytes(mutated((net / path).read_bytes(), np.random.default_rng(seed)))
-
-        yield Case("networks", f"mutant {i} {path.name}", "evaluate", EVALUATE, network(root, then=damage), "evaluate")
 
 
 def odd(path: Path, what: str) -> None:
