@@ -20,9 +20,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ COMMANDS = {
     "export": "kdsearch_jax.export",
     "report": "kdsearch_jax.report.__main__",
 }
+LIBRARIES = (
+    "sklearn.datasets", "tyro", "PIL.Image", "tensorflow_datasets", "torch", "safetensors.numpy", "orbax.checkpoint",
+)  # fmt: skip
 KINDS: dict[str, Callable[[Path, np.random.Generator], Iterator[Case]]] = {
     "settings": lines.settings,
     "configurations": lines.configurations,
@@ -48,6 +51,16 @@ KINDS: dict[str, Callable[[Path, np.random.Generator], Iterator[Case]]] = {
 }
 MISSING = "teacher_from: no-such-teacher does not exist"  # where settings and configurations have been accepted
 SECONDS, CPU, MEBIBYTES = 600, 60, 256  # by the clock, for a machine that does other things; of computing; of memory
+
+
+class Ended(NamedTuple):
+    """How a command ended. status: None where it took too long; peak: KiB; new: what is in its directory since."""
+
+    status: int | None
+    peak: int
+    out: str
+    err: str
+    new: set[str]
 
 
 def forked(function: Callable[[], Any], seconds: int = SECONDS) -> tuple[int | None, int]:
@@ -108,22 +121,24 @@ def listing(box: Path) -> dict[str, tuple[int, int]]:
     return {str(path): ((found := path.lstat()).st_size, 0 if path.is_dir() else found.st_mtime_ns) for path in every}
 
 
-def _same(ended: tuple[int | None, str, str], expected: tuple[int | None, str, str] | None) -> bool:
+def same(end: Ended, expected: Ended | None) -> bool:
     """Whether a command ended as the valid one; what a library has to say on stderr meanwhile may differ."""
-    return expected is not None and ended[: 3 if ended[0] else 2] == expected[: 3 if ended[0] else 2]
+    if expected is None:
+        return False
+    return (end.status, end.out) == (expected.status, expected.out) and (not end.status or end.err == expected.err)
 
 
-def judged(case: Case, status: int | None, out: str, err: str, new: set[str], expected: Any) -> str:
+def judged(case: Case, end: Ended, expected: Ended | None) -> str:
     """What is wrong with how a case ended; "" for nothing."""
-    lines = err.splitlines()
+    status, err, lines = end.status, end.err, end.err.splitlines()
     if status is None:
         return f"took more than {SECONDS} s"
     if "Traceback" in err:
         return f"traceback: {err!r:.3000}"
-    if expected is not None and _same((status, out, err), expected):
+    if same(end, expected):
         return ""
     if status == 0 or MISSING in err:
-        return "accepted" if expected is None else f"accepted, with another output: {out!r:.200}"
+        return "accepted" if expected is None else f"accepted, with another output: {end.out!r:.200}"
     if status < 0 or status == 70:
         return f"status {status}: {err[-200:]!r}"
     if sum(line.startswith("error: ") for line in lines) != 1 or not lines[-1].startswith("error: "):
@@ -132,7 +147,7 @@ def judged(case: Case, status: int | None, out: str, err: str, new: set[str], ex
         return f"more than the error line: {err[:300]!r}"
     if len(lines[0]) > 2000 or not lines[0].isprintable():
         return f"the line is no line: {lines[0]!r:.200}"
-    return f"left behind: {sorted(new)[:3]}" if new else ""
+    return f"left behind: {sorted(end.new)[:3]}" if end.new else ""
 
 
 def valid_cases(root: Path) -> dict[str, Case]:
@@ -158,6 +173,40 @@ def valid_cases(root: Path) -> dict[str, Case]:
     }
 
 
+def ready() -> None:
+    """Imports all that the commands do, and nothing of the caller's counts: they run as on a fresh machine."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg", "KDSEARCH_TRACEBACK": "0", "TQDM_DISABLE": "1"}
+    for module in (*COMMANDS.values(), *LIBRARIES):
+        importlib.import_module(module)
+    compiled = tempfile.mkdtemp(prefix="kdsearch-fuzz-xla-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def attempt(case: Case, box: Path) -> Ended:
+    """How a case ends in a directory of its own, which is made for it and removed."""
+    box.mkdir()
+    if forked(lambda: case.write(box))[0] != 0:
+        raise SystemExit(f"{case.kind}, {case.name}: its files could not be made")
+    before = listing(box)
+    status, peak, out, err = run(case, box)
+    after = listing(box)
+    outside = {path.name for path in box.parent.iterdir()} - {"seeds", "compiled", box.name}
+    new = {path for path in after.keys() | before.keys() if before.get(path) != after.get(path)} | outside
+    shutil.rmtree(box)
+    return Ended(status, peak, out, err, new)
+
+
+def valid_ends(root: Path, folder: Path, cases: Sequence[Case]) -> dict[str, Ended]:
+    """How the valid commands end that these cases are compared with, by name."""
+    found = {}
+    for name, case in valid_cases(root).items():
+        if name in {"evaluate", *(each.valid for each in cases)}:
+            found[name] = end = attempt(case, folder / "box0")
+            if end.status != 0 and MISSING not in end.err:
+                raise SystemExit(f"the valid case {name} ended with {end.status}: {end.err}")
+    return found
+
+
 def main() -> int:
     """Runs all cases; prints what is wrong with which, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,86 +216,35 @@ def main() -> int:
     parser.add_argument("--seeds", type=Path, help="a directory that keeps the valid files for the next time")
     parser.add_argument("--lines", action="store_true", help="print every error line")
     options = parser.parse_args()
-    # No memory of 2 GiB a process, and nothing of the caller's: the commands run as on a fresh machine.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg", "KDSEARCH_TRACEBACK": "0", "TQDM_DISABLE": "1"}
-    for module in (
-        *COMMANDS.values(),
-        "sklearn.datasets",
-        "tyro",
-        "PIL.Image",
-        "tensorflow_datasets",
-        "torch",
-        "safetensors.numpy",
-        "orbax.checkpoint",
-    ):
-        importlib.import_module(module)
-    compiled = tempfile.mkdtemp(prefix="kdsearch-fuzz-xla-")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    ready()
     counts: collections.Counter[str] = collections.Counter()
-    wrong, peaks, started = [], {}, time.time()
-    with tempfile.TemporaryDirectory(prefix="kdsearch-fuzz-") as folder:
-        root = (options.seeds or Path(folder) / "seeds").absolute()
+    wrong, bad, started = 0, 0, time.time()
+    with tempfile.TemporaryDirectory(prefix="kdsearch-fuzz-") as name:
+        folder = Path(name)
+        root = (options.seeds or folder / "seeds").absolute()
         if not root.exists():
             root.mkdir()
             if forked(lambda: seeds.make(root), 3600)[0] != 0:
                 raise SystemExit("the valid files could not be made")
-
-        def attempt(case: Case, number: int) -> tuple[int | None, int, str, str, set[str]]:
-            box = Path(folder) / f"box{number}"
-            box.mkdir()
-            if forked(lambda: case.write(box))[0] != 0:
-                raise SystemExit(f"{case.kind}, {case.name}: its files could not be made")
-            before = listing(box)
-            status, peak, out, err = run(case, box)
-            after = listing(box)
-            outside = {path.name for path in Path(folder).iterdir()} - {"seeds", "compiled", box.name}
-            new = {path for path in after.keys() | before.keys() if before.get(path) != after.get(path)} | outside
-            shutil.rmtree(box)
-            return status, peak, out, err, new
-
-        chosen = [
-            case
-            for kind in options.only
-            for case in KINDS[kind](root, np.random.default_rng(options.seed))
-            if options.names in case.name
-        ]
-        expected: dict[str, Any] = {}
-        for name, case in valid_cases(root).items():
-            if name in {"evaluate", *(case.valid for case in chosen)}:
-                status, peaks[name], out, err, _ = attempt(case, 0)
-                expected[name] = status, out, err
-                if status != 0 and MISSING not in err:
-                    raise SystemExit(f"the valid case {name} ended with {status}: {err}")
-        most = max(peaks.values()) + (MEBIBYTES << 10)
+        every = (case for kind in options.only for case in KINDS[kind](root, np.random.default_rng(options.seed)))
+        chosen = [case for case in every if options.names in case.name]
+        expected = valid_ends(root, folder, chosen)
+        most = max(end.peak for end in expected.values())
         for number, case in enumerate(chosen, 1):
-            kind = case.kind
-            status, peak, out, err, new = attempt(case, number)
-            problem = judged(case, status, out, err, new, expected.get(case.valid or ""))
-            if not problem and peak > most:
-                problem = f"took {peak >> 10} MiB, a valid run at most {max(peaks.values()) >> 10}"
-            accepted = _same((status, out, err), expected.get(case.valid or ""))
-            counts[f"{kind}: {'as valid' if accepted else 'refused'}"] += 1
-            peaks["bad"] = max(peaks.get("bad", 0), peak)
+            end = attempt(case, folder / f"box{number}")
+            problem = judged(case, end, expected.get(case.valid or ""))
+            if not problem and end.peak > most + (MEBIBYTES << 10):
+                problem = f"took {end.peak >> 10} MiB, a valid run at most {most >> 10}"
+            counts[f"{case.kind}: {'as valid' if same(end, expected.get(case.valid or '')) else 'refused'}"] += 1
+            bad = max(bad, end.peak)
             if problem:
-                wrong.append((kind, case.name, problem))
-                print(f"WRONG {kind}: {case.name!r:.80}: {problem}", flush=True)
+                wrong += 1
+                print(f"WRONG {case.kind}: {case.name!r:.80}: {problem}", flush=True)
             elif options.lines:
-                print(f"{kind}: {case.name!r:.60}: {err.strip() or 'accepted'}"[:300], flush=True)
-    total = sum(counts.values())
-    print(
-        json.dumps(
-            {
-                "cases": total,
-                **counts,
-                "wrong": len(wrong),
-                "MiB valid": max(v for k, v in peaks.items() if k != "bad") >> 10,
-                "MiB bad": peaks.get("bad", 0) >> 10,
-                "seed": options.seed,
-                "seconds": round(time.time() - started),
-            },
-            indent=1,
-        )
-    )
+                print(f"{case.kind}: {case.name!r:.60}: {end.err.strip() or 'accepted'}"[:300], flush=True)
+    told = {"wrong": wrong, "MiB valid": most >> 10, "MiB bad": bad >> 10, "seed": options.seed}
+    seconds = round(time.time() - started)
+    print(json.dumps({"cases": sum(counts.values()), **counts, **told, "seconds": seconds}, indent=1))
     return bool(wrong)
 
 
