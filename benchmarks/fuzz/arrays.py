@@ -18,6 +18,7 @@ from benchmarks.fuzz.cases import IMAGES, TRAIN, WRONG, Case, Write, both, confi
 
 TERA = 10**12
 TEACHER = (*TRAIN, "--teacher-from", "teacher")
+NAMED = ("--model.name", "cifar_resnet", "--model.arguments", "depth=8")  # which has names in PyTorch
 
 
 def file(name: str, content: bytes) -> Write:
@@ -222,7 +223,7 @@ def _torch(root: Path, _: np.random.Generator) -> Iterator[Case]:
     }
     for name, content in pickles.items():
         for suffix in (".pth", ".th"):
-            line = (*TRAIN, "--teacher-from", f"x{suffix}")
+            line = (*TRAIN, "--teacher-from", f"x{suffix}", *NAMED)
             yield Case("others", f"{suffix} {name}", "teacher", line, both(config(root), file(f"x{suffix}", content)))
 
 
