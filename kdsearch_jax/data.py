@@ -11,25 +11,21 @@ is needed (`kdsearch_jax.streaming`). Anything but one class an image is read by
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
-import re
-import socket
-import urllib.request
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdsearch_jax import storage
+from kdsearch_jax import storage, tfds
 from kdsearch_jax.config import RULES, DataConfig
 from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
 from kdsearch_jax.files import DamagedError, line, memory, read_arrays
 from kdsearch_jax.metrics import Progress
 from kdsearch_jax.streaming import Framing, Reader, Records, resized
+from kdsearch_jax.tfds import bad
 
 LARGEST = 4 * 2**30  # bytes of a split, as uint8, that may lie on every device; what is larger is streamed
 SAMPLE = 1000  # images of a streamed split on which mean and std are measured
@@ -67,7 +63,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
         train, test = _hold_out(train, max(1, round(TEST_SHARE * len(train))), 0, framing, streams)
     keep = len(train) if validation is not None else len(train) - held
     if keep < 1:
-        raise _bad(config.name, "has too few examples to be split into training, validation and test")
+        raise bad(config.name, "has too few examples to be split into training, validation and test")
     if config.train_limit is not None and config.train_limit < keep:
         order = np.random.default_rng([SPLIT_SEED, 1]).permutation(len(train))
         if validation is None:
@@ -91,7 +87,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
     for key, split in splits.items():
         low, high = split.labels.min(), split.labels.max()
         if low < 0 or high >= len(names):
-            raise _bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
+            raise bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
     mean, std = _normalisation(config, splits["train"].images)
     return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
 
@@ -155,8 +151,8 @@ def _source(config: DataConfig) -> tuple[Any, Any, Any, tuple[str, ...]]:
     if config.name.startswith("npz:"):
         return _npz(config.name)
     if config.name.endswith(".npz"):
-        raise _bad(config.name, f"is unknown; did you mean npz:{config.name}?")
-    return _tfds(config)
+        raise bad(config.name, f"is unknown; did you mean npz:{config.name}?")
+    return tfds.records(config.name, config.data_dir)
 
 
 def _digits() -> tuple[Split, None, Split, tuple[str, ...]]:
@@ -179,7 +175,7 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
             splits[split] = _arrays(arrays[pair[0]], arrays[pair[1]], f"data.name: {name!r}, {pair[0]}")
     parts = {"train", "test"} <= splits.keys()
     if not parts and "all" not in splits:
-        raise _bad(
+        raise bad(
             name,
             f"holds {', '.join(arrays) or 'nothing'}; it must hold images and labels, or train_images, train_labels, "
             "test_images and test_labels; or say by --data.inputs which entries feed the network",
@@ -191,7 +187,7 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
         classes = np.unique(train.labels)
         gaps = np.flatnonzero(classes != np.arange(len(classes)))
         if len(gaps):
-            raise _bad(
+            raise bad(
                 name,
                 f"has no training example of class {gaps[0]}, but of class {classes[-1]}; number the classes from 0 "
                 "without gaps, or add an array class_names",
@@ -209,7 +205,7 @@ def _npz_arrays(name: str) -> dict[str, np.ndarray]:
         return read_arrays(path, limit=memory())
     except (OSError, DamagedError) as error:
         why = line(error).rpartition(f"{path} is damaged, or ")[2]
-        raise _bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
+        raise bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
 
 
 def _own(config: DataConfig, seed: int) -> Dataset:
@@ -261,115 +257,6 @@ def _arrays(images: np.ndarray, labels: np.ndarray, what: str) -> Split:
     return Split.of(images, labels.astype(np.int32))
 
 
-def _tfds(config: DataConfig) -> tuple[Records, Records | None, Records | None, tuple[str, ...]]:
-    """A TFDS data set, prepared first where it is not and there is a network."""
-    try:
-        import array_record  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ValueError(
-            f"data.name: {config.name!r} is not digits or npz:FILE, and to read it as a TFDS data set {error.name} is "
-            "missing: pip install 'kdsearch-jax[tfds]'"
-        ) from error
-    given = {} if config.data_dir is None else {"data_dir": _data_dir(config.data_dir, config.name)}
-    builder = _open(tfds, config.name, given)
-    image = _feature(config.name, builder, tfds.features.Image, "image")
-    label = _feature(config.name, builder, tfds.features.ClassLabel, "label")
-    builder = _prepared(tfds, config.name, builder, given)
-    features = builder.info.features
-    channels, dtype = features[image].shape[-1], np.dtype(features[image].np_dtype)
-    if channels not in (1, 3, 4) or dtype != np.uint8:
-        raise _bad(config.name, f"has {dtype} images of {channels} channels; they must be uint8 of 1, 3 or 4")
-    splits = {}
-    for split in ("train", "validation", "test"):
-        if split in builder.info.splits:
-            try:
-                records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-            except Exception as error:
-                raise _bad(config.name, f"cannot be read ({line(error)})") from error
-            records = Records(records, f"{config.name} {split}", image, label, channels)
-            # Competitions keep the labels of their test split for themselves: TFDS writes −1.
-            if len(records) and (split == "train" or records.read([0])[0][1] >= 0):
-                splits[split] = records
-    if "train" not in splits:
-        raise _bad(config.name, f"has no split train, only {', '.join(builder.info.splits)}; give another data set")
-    return splits["train"], splits.get("validation"), splits.get("test"), tuple(features[label].names)
-
-
-def _data_dir(directory: str, name: str) -> str:
-    """Where TFDS finds a data set; out of an object store it is copied, all of it."""
-    if storage.address(directory) is None:
-        return str(storage.local(directory))
-    return str(storage.local(f"{directory}/{re.split('[/:]', name)[0]}", "data.data_dir").parent)
-
-
-def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
-    """The builder of a data set, prepared or not."""
-    try:
-        builder = tfds.builder(name, **given)
-        _ = builder.info.features
-    except tfds.core.DatasetNotFoundError as error:
-        # Community data sets are asked for over the network, and without TensorFlow not even that works.
-        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name, known, n=3) or ["digits", "npz:FILE", "cifar10"]
-        raise _bad(name, f"is unknown; did you mean {' or '.join(near)}?") from error
-    except Exception as error:
-        raise _bad(name, f"cannot be opened by TFDS ({line(error)})") from error
-    return builder
-
-
-def _prepared(tfds: Any, name: str, builder: Any, given: dict[str, str]) -> Any:
-    """The builder of a data set that is on this machine in array_record form; fetches it where it can."""
-    where = Path(builder.data_path)
-    arguments = ", ".join([repr(name), "file_format='array_record'", *(f"{k}={v!r}" for k, v in given.items())])
-    by_hand = f'python -c "import tensorflow_datasets as t; t.builder({arguments}).download_and_prepare()"'
-    if builder.is_prepared():
-        formats = sorted(found.value for found in builder.info.available_file_formats())
-        if "array_record" not in formats:
-            raise _bad(
-                name,
-                f"lies in {where} as {', '.join(formats)}, but only array_record can be read without TensorFlow; give "
-                f"another data.data_dir, or delete it and run {by_hand}",
-            )
-        return builder
-    if not _online():
-        raise FileNotFoundError(
-            f"data.name: {name!r} is not in {where} and there is no network; on a connected machine run {by_hand}"
-        )
-    try:
-        builder = tfds.builder(name, file_format="array_record", **given)
-        builder.download_and_prepare()
-    except Exception as error:
-        needed = ", and install tensorflow, for this one step only" if "tensorflow" in str(error).lower() else ""
-        raise _bad(
-            name, f"is not in {where} and could not be prepared ({line(error)}); run {by_hand} to see more{needed}"
-        ) from error
-    return builder
-
-
-def _online() -> bool:
-    """Whether names can be looked up: TFDS by itself tries in vain for more than three minutes."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo("storage.googleapis.com", 443)
-    except OSError:
-        return False
-    return True
-
-
-def _feature(name: str, builder: Any, kind: type, usual: str) -> str:
-    """The name of the image or of the label: as the data set declares, the usual name, or the only one of its kind."""
-    features = builder.info.features
-    found = [key for key in features if type(features[key]) is kind] if hasattr(features, "keys") else []
-    declared = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
-    for key in (*declared, usual, *(found if len(found) == 1 else ())):
-        if key in found:
-            return key
-    there = ", ".join(features) if hasattr(features, "keys") else type(features).__name__
-    raise _bad(name, f"has no single {kind.__name__} among its features ({there}); give images of one class each")
-
-
 # --- checks and helpers of load -------------------------------------------------------------------------------------
 
 
@@ -399,13 +286,13 @@ def _check_size(what: str, shape: tuple[int, ...]) -> None:
 
 def _check_splits(config: DataConfig, splits: dict[str, Split], names: tuple[str, ...]) -> None:
     if len(names) < 2:
-        raise _bad(config.name, f"has {len(names)} class; give 2 or more to tell apart")
+        raise bad(config.name, f"has {len(names)} class; give 2 or more to tell apart")
     shape = splits["train"].images.shape[1:]
     for key, split in splits.items():
         found = split.images.shape[1:]
         if found != shape:
             more = "data.image_size" if found[2] == shape[2] else "all images the same channels"
-            raise _bad(config.name, f"has {key} images of {found}, but training images of {shape}; give {more}")
+            raise bad(config.name, f"has {key} images of {found}, but training images of {shape}; give {more}")
 
 
 def _read(split: Split | Records, framing: Framing) -> Split:
@@ -457,7 +344,3 @@ def _normalisation(config: DataConfig, images: NDArray[np.uint8]) -> tuple[tuple
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
     std[std == 0] = 1.0
     return config.mean or tuple(mean.tolist()), config.std or tuple(std.tolist())
-
-
-def _bad(name: str, what: str) -> ValueError:
-    return ValueError(f"data.name: {name!r} {what}")

@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kdsearch_jax import data
+from kdsearch_jax import tfds as tfds_lib
 from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batches
 from kdsearch_jax.config import DataConfig
 from kdsearch_jax.data import load
@@ -438,9 +439,9 @@ def test_the_usual_names_and_single_features_are_found(prepare, tfds):
     for example_features in ({"a": image, "b": label}, {"image": image, "label": label}):
         assert load(prepare(splits, features=example_features)).num_classes == 3
     with pytest.raises(ValueError, match="no single ClassLabel among its features"):
-        data._feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
-    assert data._feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
-    assert data._feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
+        tfds_lib.feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
+    assert tfds_lib.feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
+    assert tfds_lib.feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
 
 
 class Info:
@@ -455,7 +456,7 @@ def test_data_sets_of_something_else_are_refused(prepare, tfds):
     with tfds.core.registered.skip_registration():
         builder = make_builder(tfds, "words", {}, features=text)
     with pytest.raises(ValueError, match=r"no single Image among its features \(text, label\)"):
-        data._feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
+        tfds_lib.feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
     deep = tfds.features.Image(shape=(8, 8, 3), dtype=np.uint16, encoding_format="png")
     config = prepare({"train": examples(9)}, features={"image": deep, "label": text["label"]})
     with pytest.raises(ValueError, match="uint16 images of 3 channels; they must be uint8"):

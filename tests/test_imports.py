@@ -44,7 +44,7 @@ LAYERS = [
     {"budget", "hardware"},
     {"penalty", "front"},
     {"pretrained", "student", "examples", "streaming", "forward", "metrics", "rundir", "cli"},
-    {"checkpoint", "data", "feeding", "task"},
+    {"checkpoint", "data", "feeding", "task", "tfds"},
     {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
     {"network"},
     {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
