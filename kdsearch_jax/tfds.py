@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets in array_record form, opened without TensorFlow.
 
-A data set is classified images: one feature is the image, one the label. At most the first of its examples is read here.
+A data set is classified images: one feature is the image, one the label. At most its first example is read here.
 """
 
 from __future__ import annotations
