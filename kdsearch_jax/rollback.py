@@ -49,7 +49,8 @@ class Guard:
         """Whether the mean loss of a call is out of proportion; else it is remembered."""
         if not self.active:
             return False
-        if not np.isfinite(loss) or (len(self._losses) >= _LEAST and loss > self._factor * np.median(self._losses)):
+        usual = float(np.median(self._losses)) if len(self._losses) >= _LEAST else np.inf
+        if not np.isfinite(loss) or loss > usual + (self._factor - 1) * abs(usual):  # a loss may be below 0
             return True
         self._losses = [*self._losses, loss][-_WINDOW:]
         return False

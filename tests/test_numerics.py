@@ -162,3 +162,8 @@ def test_detours_of_detours():
     assert seeds[0] == seeds[7] == seeds[8] == 5 and len({*seeds}) == 3
     assert seeds[1] == seeds[2] == seeds[5] == seeds[6] != seeds[3] == seeds[4]
     assert again.spent and not guard.spent
+
+
+def test_a_loss_below_zero_has_its_spikes_too():
+    guard = rollback.Guard(GUARDED)
+    assert not any(guard.jumps(-1.0 - 0.1 * i) for i in range(9)) and not guard.jumps(0.5) and guard.jumps(3.0)
