@@ -1,17 +1,18 @@
 """A long search: its memory stays flat, and what it tells and keeps costs next to no time.
 
 python benchmarks/long_search.py memory [--steps 20000]     a small network, metrics and checkpoints as by default
-python benchmarks/long_search.py ratio [--blocks 8]         a ResNet whose steps take 10 ms and more
+python benchmarks/long_search.py ratio [--blocks 4]         a ResNet whose steps take 10 ms and more
 python benchmarks/long_search.py parts [--depth 20]         what a row of metrics and a checkpoint cost by themselves
 
 `memory` prints the resident memory of the process and the arrays on its devices after every twentieth of the search.
 
-`ratio` runs one search by `train.fit`, with metrics, progress and checkpoints as often as by default. Between its
-blocks, of `checkpoint_every` updates with one checkpoint each, the same number of updates runs without all that, by the
-same compiled call and with the same controller, on a state of its own; blocks end halfway between two checkpoints, so
-that whatever a checkpoint does behind the scenes is its block's own. Both kinds of block take turns in one process.
-Printed: the median ratio of neighbours, in time by the clock and in processor time of all threads, which other work on
-the machine does not change.
+`ratio` runs one search by `train.fit`, with metrics, progress and checkpoints as by default. After each of its blocks,
+of 4 × `checkpoint_every` updates, `checkpoint_every` updates run without all that, by the same compiled call and with
+the same controller, on a state of its own; blocks end halfway between two checkpoints, so that whatever a checkpoint
+does behind the scenes is its block's own. Both kinds take turns in one process. Printed: an update of all blocks, over
+an update of all that runs without, in time by the clock and in processor time of all threads, which other work on the
+machine changes little; and which checkpoints there were. As the clock that spaces them goes on in both kinds of block,
+there are up to a quarter more of them than a search of its own has, never fewer.
 
 `parts` writes rows and checkpoints of a search's state one by one: what the loop waits for (processor time of its
 thread) and what goes on behind (of the others).
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +44,7 @@ from kdsearch_jax.steps import TrainState
 from kdsearch_jax.task import classification
 
 DATA = DataConfig(crop=1, flip=True)
+BLOCK = 4  # times `checkpoint_every` updates
 
 
 class Search:
@@ -129,12 +130,14 @@ def memory(steps: int) -> dict[str, Any]:
 
 
 def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
-    """What a step costs with metrics, progress and checkpoints, over one without."""
+    """What an update costs with metrics, progress and checkpoints, over one without."""
     every = RunConfig().checkpoint_every
-    stage = StageConfig(steps=(blocks + 2) * every, batch_size=batch, learning_rate=0.005)
+    size = BLOCK * every
+    stage = StageConfig(steps=(blocks + 1) * size, batch_size=batch, learning_rate=0.005)
     search = Search("cifar_resnet", {"depth": depth}, 32, stage)
     bare, full, plain = search.bare(), [], []
     since: list[tuple[float, float]] = []
+    saved: set[int] = set()
 
     def clock() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
@@ -142,29 +145,36 @@ def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
     def spent(start: tuple[float, float]) -> tuple[float, float]:
         return tuple(b - a for a, b in zip(start, clock(), strict=True))  # type: ignore
 
-    def between(state: TrainState) -> Any:
-        found = search.between(state)
-        if int(state.step) % every == every // 2:
-            if since:
-                full.append(spent(since.pop()))
-            start = clock()
-            bare(every)
-            plain.append(spent(start))
-            since.append(clock())
-        return found
-
     with tempfile.TemporaryDirectory() as directory:
+
+        def between(state: TrainState) -> Any:
+            found, step = search.between(state), int(state.step)
+            if step % every == every // 2:
+                saved.update(int(path.name) for path in Path(directory, "checkpoints").glob("[0-9]*"))
+            if step % size == every // 2:  # the first block, which compiles, does not count
+                if since:
+                    full.append(spent(since.pop()))
+                    print(f"{step} updates", *full[-1], flush=True)
+                start = clock()
+                bare(every)
+                if step > every:
+                    plain.append(spent(start))
+                since.append(clock())
+            return found
+
         search.fit(Path(directory), between)
-    # The first of each compiled; a block of `fit` has the bare ones before and after it for neighbours.
-    pairs = [(a, b, c) for a, b, c in zip(full, plain, plain[1:], strict=False)][1:]
-    both = [[a[i] / ((b[i] + c[i]) / 2) for a, b, c in pairs] for i in range(2)]
+    updates = {"with": len(full) * size, "without": len(plain) * every}
+    rates = [
+        [sum(each[i] for each in kind) / count for i in range(2)]
+        for kind, count in zip((full, plain), updates.values(), strict=True)
+    ]
     return {
         "network": f"cifar_resnet {depth}, batch {batch}",
-        "step_ms": round(1000 * statistics.median(b[1] for _, b, _ in pairs) / every, 2),
-        "blocks": len(pairs),
-        "ratio_clock": round(statistics.median(both[0]), 4),
-        "ratio_processor": round(statistics.median(both[1]), 4),
-        "ratios_processor": [round(r, 4) for r in both[1]],
+        "step_ms": round(1000 * rates[1][1], 2),
+        "updates": updates,
+        "ratio_clock": round(rates[0][0] / rates[1][0], 4),
+        "ratio_processor": round(rates[0][1] / rates[1][1], 4),
+        "checkpoints": sorted(step for step in saved if step > every // 2),
     }
 
 
@@ -208,7 +218,7 @@ def main() -> None:
     """Prints what is asked for, as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["memory", "ratio", "parts"])
-    for name, default in (("steps", 20_000), ("blocks", 8), ("depth", 8), ("batch", 32)):
+    for name, default in (("steps", 20_000), ("blocks", 4), ("depth", 8), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     arguments = parser.parse_args()
     if arguments.what == "memory":

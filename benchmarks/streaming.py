@@ -72,7 +72,8 @@ def experiment(quick=False):
         search=StageConfig(steps={steps}, batch_size=32, learning_rate={rate}),
         retrain=StageConfig(steps={steps}, batch_size=32, learning_rate={rate}),
         budget=BudgetConfig(macs=0.6), baselines=(),
-        run=RunConfig(steps_per_dispatch=5, checkpoint_every=10, evaluate_every=20, eval_batch_size=64),
+        run=RunConfig(steps_per_dispatch=5, checkpoint_every=10, checkpoint_share=None, evaluate_every=20,
+                      eval_batch_size=64),
     )
 """
 

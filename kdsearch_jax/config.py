@@ -187,6 +187,8 @@ class RunConfig:
 
     precision: of the forward and backward pass (`fp32`, `bf16`); parameters stay fp32. steps_per_dispatch: updates
     compiled into one call. checkpoint_every, evaluate_every: in updates; keep: newest checkpoints kept beside the best.
+    checkpoint_share: of the time that checkpoints may take; one that falls due so soon that they would take more is
+    left out, though not beyond 10 minutes after the one before; None: none is left out, as where `spike` is given.
     spike: where the loss of a call is so many times its running median, or not finite, training goes back to the last
     checkpoint and on by other batches, at most `rollbacks` times a stage; None: never.
     """
@@ -195,6 +197,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     steps_per_dispatch: int = 10
     checkpoint_every: int = 200
+    checkpoint_share: float | None = 0.01
     evaluate_every: int = 200
     keep: int = 2
     eval_batch_size: int = 500
@@ -553,6 +556,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.seed": (lambda v: 0 <= v < 2**32, "give a whole number from 0 to 4294967295"),
     "run.steps_per_dispatch": (lambda v: v >= 1, "give at least 1 update"),
     "run.checkpoint_every": (lambda v: v >= 1, "give at least 1 update"),
+    "run.checkpoint_share": (lambda v: 0 < v <= 1, "give a share in (0, 1], or None to leave no checkpoint out"),
     "run.evaluate_every": (lambda v: v >= 1, "give at least 1 update"),
     "run.keep": (lambda v: v >= 1, "give at least 1 checkpoint"),
     "run.spike": (lambda v: v > 1, "give a factor above 1, or None for no going back"),

@@ -40,13 +40,16 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
-        from tensorboardX import SummaryWriter  # not at the top: it is slow to import, and few modules write metrics
+        # Not at the top: it is slow to import, and few modules write metrics.
+        from tensorboardX import SummaryWriter
+        from tensorboardX.proto import event_pb2
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._make_event: Any = event_pb2.Event  # type: ignore  # made by protobuf at run time
         self._events = SummaryWriter(
             str(directory / "tensorboard"),
             purge_step=start_step + 1 if start_step else 0,  # hides what an interrupted run wrote from there on
@@ -69,9 +72,13 @@ class MetricsWriter:
             raise ValueError(f"values: {taken.pop()!r} is written with every row; give it another name")
         now = time.time()
         self._file.write(json.dumps({"step": int(step), "time": round(now, 3), **row}, allow_nan=False) + "\n")
+        # One event for all, as each goes through a pipe to the thread that writes it.
+        event = self._make_event()
         for name, value in row.items():
             if value is not None:
-                self._events.add_scalar(name, value, int(step), walltime=now)
+                event.summary.value.add(tag=name, simple_value=value)
+        assert self._events.file_writer is not None
+        self._events.file_writer.add_event(event, int(step), now)
 
     def close(self) -> None:
         """Writes what is pending; may be called again."""

@@ -77,7 +77,8 @@ def fit(
       dataset, data: whose training split is used, and how it is augmented.
       stage: number of updates and batch size, over all devices.
       run: updates a call, and how often to evaluate and to save: at the end of the call in which the number is reached,
-        so that none of this changes what is computed. The end of training always evaluates and saves.
+        so that none of this changes what is computed. The end of training always evaluates and saves; other checkpoints
+        are left out where they would take more than `run.checkpoint_share` of the time.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/.
       name: of the stage, for people.
       meta: JSON kept with every checkpoint; where it has "config", a resumed run must have the same.
@@ -112,6 +113,7 @@ def fit(
         first, guard, noted = int(state.step), Guard(run, stored.get(KEY)), {}
         if first >= stage.steps or (until is not None and until(state)):
             return state
+        share = None if guard.active else run.checkpoint_share  # what it goes back to is not for the clock to say
         if guard.active and not checkpoints.steps():  # there must be one to go back to
             checkpoints.save(first, state, {**meta, **guard.memory}, wait=True)
         shown = stack.enter_context(ExitStack())
@@ -162,7 +164,8 @@ def fit(
             if evaluate is not None and not stopping and (last or _passes(first, done, run.evaluate_every)):
                 row |= evaluate(state)
             report(done, row)
-            if last or stopping or _passes(first, done, run.checkpoint_every):
+            due = _passes(first, done, run.checkpoint_every)
+            if last or stopping or (due and checkpoints.affordable(share)):
                 checkpoints.save(done, state, {**meta, **guard.memory}, row, wait=last or stopping)
             if stopping:
                 raise Preempted(

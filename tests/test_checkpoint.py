@@ -36,6 +36,7 @@ from kdsearch_jax.checkpoint import (
     networks,
     save_network,
     shared,
+    states,
     written_whole,
 )
 from kdsearch_jax.preemption import Preempted, preemption, terminable
@@ -164,6 +165,23 @@ def test_a_directory_is_never_mixed_of_two_runs(tmp_path):
         checkpoints.save(3, small_state(3), {})
         checkpoints.save(3, small_state(3), {}, wait=True)  # a last save at the step of a regular one
         assert checkpoints.steps() == [2, 3]
+
+
+def test_a_save_is_affordable_within_its_share_of_the_time(tmp_path, monkeypatch):
+    written = threading.Event()
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.affordable(1e-9)  # nobody knows yet what one takes
+        checkpoints.save(1, small_state(1), {}, wait=True)
+        assert checkpoints.affordable(1.0) and checkpoints.affordable(None)
+        assert not checkpoints.affordable(1e-9)
+        monkeypatch.setattr(states, "LONGEST", 0.0)
+        assert checkpoints.affordable(1e-9)
+        checkpoints._worker.submit(written.wait)  # a disk that takes its time
+        checkpoints.save(2, small_state(2), {})
+        assert not checkpoints.affordable(1.0)
+        written.set()
+        checkpoints.wait()
+        assert checkpoints.affordable(1e-9) and checkpoints.steps() == [1, 2]
 
 
 @pytest.mark.parametrize(

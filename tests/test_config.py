@@ -79,6 +79,7 @@ WRONG = [
     ("run.precision", "fp16"),
     ("run.steps_per_dispatch", 0),
     ("run.checkpoint_every", 0),
+    ("run.checkpoint_share", 0.0),
     ("run.evaluate_every", 0),
     ("run.keep", 0),
     ("run.eval_batch_size", 0),

@@ -30,7 +30,7 @@ from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.task import classification
 
 TASK = classification(DistillConfig())
-RUN = RunConfig(steps_per_dispatch=4, checkpoint_every=8, evaluate_every=8)
+RUN = RunConfig(steps_per_dispatch=4, checkpoint_every=8, checkpoint_share=None, evaluate_every=8)
 STAGE = StageConfig(steps=12, batch_size=16, learning_rate=0.1, warmup=2, clip=5.0)
 
 
@@ -104,6 +104,11 @@ def fit(directory, state=None, step=None, *, stage=STAGE, run=RUN, data=None, ex
 def rows(directory) -> list[dict]:
     """What the run wrote to metrics.jsonl."""
     return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(directory) -> list[int]:
+    """Steps of which there is a checkpoint."""
+    return sorted(int(path.name) for path in (Path(directory) / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def same(a, b) -> bool:
@@ -337,13 +342,16 @@ def test_the_second_call_of_a_scan_compiles_nothing(caplog):
 
 
 def test_looking_more_often_changes_nothing(tmp_path):
-    seldom = fit(tmp_path / "seldom", run=replace(RUN, evaluate_every=100, checkpoint_every=100))
+    """Nor do checkpoints that are left out for what they cost: all but the first that falls due, and the last."""
+    run = replace(RUN, checkpoint_every=3, keep=9)
+    seldom = fit(tmp_path / "seldom", run=replace(run, evaluate_every=100, checkpoint_share=1e-9))
     often = fit(
         tmp_path / "often",
-        run=replace(RUN, evaluate_every=1, checkpoint_every=3),
+        run=replace(run, evaluate_every=1),
         evaluate=lambda state: {"validation_accuracy": float(state.step)},
     )
     assert same(seldom, often)
+    assert saved(tmp_path / "seldom") == [4, 12] and saved(tmp_path / "often") == [4, 8, 12]
 
 
 def test_the_state_given_stays_usable_and_structure_stays(tmp_path):
@@ -403,8 +411,7 @@ def test_rows_evaluations_and_checkpoints_come_when_asked(tmp_path):
     assert evaluated == [8, 12, 20, 22] == [row["step"] for row in found if "validation_accuracy" in row]
     assert {"loss", "accuracy", "learning_rate", "gradient_norm", "time"} <= set(found[0])
     assert "images_per_second" in found[1] and "images_per_second" not in found[0]
-    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved == [12, 20, 22]
+    assert saved(tmp_path) == [12, 20, 22]
 
 
 @pytest.mark.parametrize(
@@ -488,7 +495,7 @@ def test_resuming_with_another_config_is_refused(tmp_path):
 
 
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
-    """SIGTERM in the second call: the run stops at its end, between checkpoints, with the hook's memory saved."""
+    """SIGTERM in the second call: it stops at its end and saves, memory and all, what else had been left out."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
     state = steps.create_state(variables, tx, extra={"memory": jnp.zeros(())})
@@ -501,11 +508,12 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
             memory = 0.5 * state.extra["memory"] + state.params["dense"]["bias"][0]
             return state.replace(extra={"memory": memory}), {}
 
-        return fit(directory, state, step, between=between, **options)
+        often = replace(RUN, checkpoint_every=2, checkpoint_share=1e-9)
+        return fit(directory, state, step, between=between, run=often, **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(train.Preempted, match="step 4 of 12; the same command") as caught:
-        run(tmp_path / "stopped", signal_at=4)
+    with pytest.raises(train.Preempted, match="step 8 of 12; the same command") as caught:
+        run(tmp_path / "stopped", signal_at=8)
     assert caught.value.exit_status == 143
     resumed = run(tmp_path / "stopped", resume=True)
     assert same(straight, resumed)
@@ -523,7 +531,7 @@ from test_train import TASK
 from kdsearch_jax.config import RunConfig, StageConfig
 
 stage = StageConfig(steps=60, batch_size=16, learning_rate=0.1, ema=0.9)
-run = RunConfig(steps_per_dispatch=3, checkpoint_every=4)
+run = RunConfig(steps_per_dispatch=3, checkpoint_every=4, checkpoint_share=None)
 module, variables = t.network()
 tx = optimizer.make_optimizer(stage)
 state = steps.create_state(variables, tx, ema=stage.ema, extra={{"memory": np.zeros(2, np.float32)}})
@@ -596,7 +604,8 @@ if {devices} == 8:
     scanned, looped = t.updates(True, (4,))[0], t.updates(False, (4,))[0]
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-state = t.fit(sys.argv[1], stage=t.replace(t.STAGE, ema=0.9))
+run = t.replace(t.RUN, checkpoint_every=4, checkpoint_share=1e-9, keep=9)
+state = t.fit(sys.argv[1], stage=t.replace(t.STAGE, ema=0.9), run=run)
 images = t.dataset().train.images[:21]
 logits = evaluate.predict(t.network()[0], state.variables, images, (0.5,), (0.25,), batch_size=8)
 if jax.process_index() == 0:
@@ -615,7 +624,7 @@ def as_one_device(tmp_path):
             np.testing.assert_allclose(a, b, atol=1e-5)
     for a, b in zip(rows(tmp_path / "many"), rows(tmp_path / "one"), strict=True):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    assert (tmp_path / "many" / "checkpoints" / "12").is_dir()
+    assert saved(tmp_path / "many") == [4, 12]  # the one in between was left out by all
 
 
 def test_eight_devices_train_as_one(tmp_path):

@@ -14,5 +14,7 @@ def experiment(quick: bool = False) -> Experiment:
         retrain=StageConfig(steps=8, batch_size=16, learning_rate=0.05),
         budget=BudgetConfig(macs=0.6),
         baselines=("uniform",),
-        run=RunConfig(steps_per_dispatch=4, checkpoint_every=4, evaluate_every=8, eval_batch_size=128),
+        run=RunConfig(
+            steps_per_dispatch=4, checkpoint_every=4, checkpoint_share=None, evaluate_every=8, eval_batch_size=128
+        ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ from kdsearch_jax.checkpoint.shared import (
 PyTree = Any
 
 log = logging.getLogger(__name__)
+LONGEST = 600.0  # seconds after a checkpoint when the next is worth any cost
 
 
 class Checkpointer:
@@ -76,6 +78,8 @@ class Checkpointer:
         self._damaged: set[int] = set()  # found so by `restore`, and older than what it gave back
         self._last: int | None = None  # step of the last save
         self._pending: Future[None] | None = None
+        self._began: float | None = None  # when the last save did, by the monotonic clock
+        self._cost = 0.0  # its seconds so far, in the loop and behind
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._manager = _manager(self.directory, _Keep(keep, self._scores))
         for step in self._manager.all_steps():
@@ -118,6 +122,7 @@ class Checkpointer:
         """
         self.wait()
         if step != self._last:
+            self._began = time.monotonic()
             newest = max(set(self._manager.all_steps()) - self._damaged, default=-1)
             if step <= newest:
                 raise ValueError(
@@ -129,12 +134,33 @@ class Checkpointer:
                 raise ValueError("state has no array with elements; there is nothing to save")
             payload = {"step": step, "meta": plain(meta, "meta"), "metrics": plain(metrics or {}, "metrics")}
             self._score(step, payload["metrics"])
+            self._cost = time.monotonic() - self._began
             if jax.process_index() == 0:
                 self._pending = self._worker.submit(self._write, step, arrays, payload, first=self._last is None)
             self._last = step
         if wait:
             self.wait()
             meet("checkpoint")
+
+    def affordable(self, share: float | None) -> bool:
+        """Whether a save now leaves saves within this share of the time; every process asks, the first says.
+
+        A save is taken to cost as long as the last one took, by the clock: to copy the state, when the loop waits, and
+        to write it in the background, when it may need the loop's processors. That is too much where the disk or the
+        network was waited for, which makes saves rarer, never dearer. The first is always affordable, and so is any
+        that comes `LONGEST` seconds after the one before; none is while that is still being written.
+
+        share: in (0, 1]; None: all are.
+        """
+        if share is None:
+            return True
+        good = True
+        if self._pending is not None and not self._pending.done():
+            good = False
+        elif self._began is not None:
+            since = time.monotonic() - self._began
+            good = since >= LONGEST or since * share >= self._cost
+        return good if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(good)))
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises OSError where it failed."""
@@ -229,6 +255,7 @@ class Checkpointer:
 
     def _write(self, step: int, arrays: Mapping[str, np.ndarray], payload: dict[str, Any], first: bool) -> None:
         """In the background: Orbax writes a temporary folder, renames it, then drops what need not stay."""
+        began = time.monotonic()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if first:
@@ -240,6 +267,7 @@ class Checkpointer:
             items = {"state": to_store(arrays), "meta": ocp.args.JsonSave(sealed(payload))}
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             storage.publish()
+            self._cost += time.monotonic() - began
         except Exception as error:
             self._scores.pop(step, None)
             self._last = None
