@@ -171,7 +171,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     begin(run)
     stay = ["search/network/network.json", "search/checkpoints/4/meta", "search/metrics.jsonl", "report/index.html",
             ".notes.12", ".notes.12.part", ".mine.01234567.tmp/x", "mine/.x.01234567.old/x", "mine/metrics.jsonl.new",
-            "mine/4.orbax-checkpoint-tmp/x"]  # fmt: skip
+            "mine/4.orbax-checkpoint-tmp/x", "x.tmp", "search/x.tmp", "search/.notes.12", ".x.old"]  # fmt: skip
     go = [".config.json.123.part", "search/metrics.jsonl.new", "search/.network.0a1b2c3d.tmp/x",
           ".student.01234567.old/x", "student/.export-abc/student.stablehlo", "retrain-0.5/.x.npz.7.part",
           "search/checkpoints/8.orbax-checkpoint-tmp/state/a", ".teacher.01234567.tmp/network/x"]  # fmt: skip
