@@ -7,6 +7,7 @@ import io
 import json
 import math
 import multiprocessing
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from kdsearch_jax import cache, evaluate, feeding, steps, train
+from kdsearch_jax import cache, evaluate, feeding, rundir, steps, train
 from kdsearch_jax.batches import batch_indices
 from kdsearch_jax.config import (
     BudgetConfig,
@@ -153,6 +154,29 @@ def test_streamed_batches_are_those_of_data_in_memory(settings, feed_of):
         assert_equal(found, kept.train[indices].arrays)
 
 
+def test_a_run_is_refused_where_the_files_it_began_with_have_changed(tmp_path):
+    """One record of twelve is another, under the old description. Moved, the files are the same."""
+    settings = prepared(tmp_path / "old", {"train": pictures(12)})
+    prepared(tmp_path / "new", {"train": [*pictures(11), (picture(99, 40, 40), 2)]})
+    shutil.copytree(tmp_path / "old", tmp_path / "moved")
+    shutil.copytree(tmp_path / "old", tmp_path / "changed")
+    for path in (tmp_path / "new").rglob("*.array_record-*"):
+        shutil.copy(path, tmp_path / "changed" / path.relative_to(tmp_path / "new"))
+
+    def fingerprint(directory: str) -> str:
+        dataset = load(replace(settings, data_dir=str(tmp_path / directory)))
+        return rundir.fingerprint({split: getattr(dataset, split).arrays for split in COUNTS})
+
+    def run(data: str, resume: bool) -> None:
+        with rundir.run_directory(tmp_path / "run", Experiment(), {"command": "x"}, resume=resume, data=data):
+            pass
+
+    run(fingerprint("old"), False)
+    run(fingerprint("moved"), True)
+    with pytest.raises(ValueError, match="data: .* was begun with others"):
+        run(fingerprint("changed"), True)
+
+
 @pytest.mark.parametrize("changes", [{"train_limit": 20}, {"train_limit": 20, "validation": 0.3}])
 def test_a_limit_draws_the_same_examples(settings, changes):
     streamed, kept = (load(replace(settings, stream=stream, **changes), seed=3) for stream in (True, False))
@@ -182,7 +206,8 @@ def linear(dataset: Dataset, data: DataConfig, directory: Path, *, resume: bool 
 
     state = steps.create_state({"params": {"kernel": np.zeros((16 * 16 * 3, CLASSES), np.float32)}}, tx)
     return train.fit(
-        state, step, dataset, data, StageConfig(11, BATCH), RunConfig(steps_per_dispatch=3, checkpoint_every=3),
+        state, step, dataset, data, StageConfig(11, BATCH),
+        RunConfig(steps_per_dispatch=3, checkpoint_every=3, checkpoint_share=None),
         directory=directory, name="linear", meta={}, between=between, resume=resume, seed=5,
     )  # fmt: skip
 
@@ -455,7 +480,9 @@ def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
         search=StageConfig(6, BATCH),
         retrain=StageConfig(4, BATCH),
         budget=BudgetConfig(macs=0.6),
-        run=RunConfig(steps_per_dispatch=2, checkpoint_every=4, evaluate_every=4, eval_batch_size=8),
+        run=RunConfig(
+            steps_per_dispatch=2, checkpoint_every=4, checkpoint_share=None, evaluate_every=4, eval_batch_size=8
+        ),
     )
     (tmp_path / "config.json").write_text(json.dumps(to_json(experiment)))
     run = tmp_path / "run"

@@ -59,7 +59,7 @@ class Reader:
 
     @property
     def identity(self) -> str:
-        """What tells these examples from others, without reading them."""
+        """What tells these examples from others."""
         return f"{self.records.identity} {self.framing}"
 
     def columns(self) -> dict[str, Column]:

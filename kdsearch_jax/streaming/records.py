@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 
 from kdsearch_jax import images
 from kdsearch_jax.files import DamagedError, line
+
+_PIECE, _PIECES = 1 << 16, 256  # bytes, and how many such of a split tell its files from others
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +49,17 @@ class Records:
         """Those at `indices`, none of them read."""
         return dataclasses.replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """What tells these records from others, without reading them: name and version, files' lengths, which ones."""
+        """What tells these records from others: name and version, the files' sizes and samples of them, which ones.
+
+        Up to 16 MiB of a split are read: all of a small one; of a large one pieces at equal distances, so that files
+        prepared anew from other examples are noticed, and a byte changed in place most likely not.
+        """
         info, chosen = self.source.dataset_info, None if self.chosen is None else self.chosen.tobytes()
         split = info.splits[self.source.split]
-        return (
-            f"{info.full_name} {self.source.split} {split.shard_lengths} {split.num_bytes} {zlib.crc32(chosen or b'')}"
-        )
+        told = f"{info.full_name} {self.source.split} {split.shard_lengths} {split.num_bytes}"
+        return f"{told} {_sampled(map(Path, split.filepaths))} {zlib.crc32(chosen or b'')}"
 
     def number(self, index: int) -> int:
         """The number within the split of a record here."""
@@ -117,3 +125,20 @@ class Records:
             raise ValueError(
                 f"data.name: image {number} of {self.what} cannot be decoded ({error}; {self._file(number)})"
             ) from error
+
+
+def _sampled(paths: Iterable[Path]) -> str:
+    """A digest of the files' sizes, and of pieces of them; one that cannot be read will be named when it is needed."""
+    digest, sizes = hashlib.sha256(), {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            sizes[path] = path.stat().st_size
+    digest.update(str([*sizes.values()]).encode())
+    apart, before = max(_PIECE, -(-sum(sizes.values()) // _PIECES)), 0
+    for path, size in sizes.items():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            for start in range(-before % apart, size, apart):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+        before += size
+    return digest.hexdigest()[:16]
