@@ -1,9 +1,12 @@
 """Predictions, scores, times, and the command that prints them."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,13 @@ import pytest
 from flax import linen as nn
 
 from kdsearch_jax import cli, evaluate, models
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import save_network
-from kdsearch_jax.config import DataConfig
+from kdsearch_jax.config import DataConfig, DistillConfig
 from kdsearch_jax.data import load
-from kdsearch_jax.examples import Split
+from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.task import Output, Task
 
 MEAN, STD = (0.4,), (0.3,)
 
@@ -122,6 +127,48 @@ def test_eight_devices_predict_as_one(network, images, tmp_path):
     subprocess.run([sys.executable, "-c", code, *paths], env=environment, check=True, timeout=120)
     expected = evaluate.predict(module, variables, images, MEAN, STD)
     np.testing.assert_allclose(np.load(paths[2]), expected, atol=1e-6 * np.abs(expected).max())
+
+
+def measured() -> dict[str, float]:
+    """What `measurer` says of values, of 103 examples in batches of 20; by a metric of their numbers, squared."""
+    random = np.random.default_rng(0)
+    arrays = {"x": random.normal(size=(103, 3)).astype(np.float32), "number": np.arange(103, dtype=np.int32)}
+    call = Call(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+    def numbers(outputs, batch):
+        return {"square": batch["number"] ** 2, "sum": outputs.sum(-1)}
+
+    task = Task(call, DistillConfig(), (Output("output", "values"),), metrics=numbers)
+    student, teacher = ({"params": {"kernel": random.normal(size=(3, 2)), "bias": np.ones(2)}} for _ in range(2))
+    dataset = Dataset("values", *[Split(arrays)] * 3, 0, (), (), ())
+    module = nn.Dense(2)
+    measure = evaluate.measurer(task, module, dataset.test, dataset, batch_size=20, teacher=(module, teacher))
+    return measure(student)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_each_example_once(tmp_path):
+    """Four devices share 103 examples of which 3 are left over; each process has the figures of a single one."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[3]); import jax\n"
+        "jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n"
+        "assert jax.device_count() == 4\n"
+        "import test_evaluate; print(json.dumps(test_evaluate.measured()))"
+    )
+    command = [sys.executable, "-c", code, address]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(Path(__file__).parent)], env=environment, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    found = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
+    alone = measured()
+    assert found[0] == found[1] and found[0].keys() == alone.keys() == {"distance", "square", "sum"}
+    assert found[0]["square"] == alone["square"] == (np.arange(103) ** 2).mean()
+    assert found[0] == pytest.approx(alone, rel=1e-6)
 
 
 def test_nothing_to_predict_is_named(network, images):
