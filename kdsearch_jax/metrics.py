@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdsearch_jax import losses
+from kdsearch_jax.events import Events
+from kdsearch_jax.files import naming
 
 _WINDOW = 30.0  # seconds over which the rate is measured
 
@@ -40,22 +42,12 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
-        # Not at the top: it is slow to import, and few modules write metrics.
-        from tensorboardX import SummaryWriter
-        from tensorboardX.proto import event_pb2
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._make_event: Any = event_pb2.Event  # type: ignore  # made by protobuf at run time
-        self._events = SummaryWriter(
-            str(directory / "tensorboard"),
-            purge_step=start_step + 1 if start_step else 0,  # hides what an interrupted run wrote from there on
-            max_queue=1000,
-            flush_secs=10,
-        )
+        self._events = Events(directory / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row.
@@ -71,19 +63,18 @@ class MetricsWriter:
         if taken := row.keys() & {"step", "time"}:
             raise ValueError(f"values: {taken.pop()!r} is written with every row; give it another name")
         now = time.time()
-        self._file.write(json.dumps({"step": int(step), "time": round(now, 3), **row}, allow_nan=False) + "\n")
-        # One event for all, as each goes through a pipe to the thread that writes it.
-        event = self._make_event()
-        for name, value in row.items():
-            if value is not None:
-                event.summary.value.add(tag=name, simple_value=value)
-        assert self._events.file_writer is not None
-        self._events.file_writer.add_event(event, int(step), now)
+        line = json.dumps({"step": int(step), "time": round(now, 3), **row}, allow_nan=False)
+        with naming(self._path):
+            self._file.write(line + "\n")
+        self._events.write(int(step), {name: value for name, value in row.items() if value is not None}, now)
 
     def close(self) -> None:
         """Writes what is pending; may be called again."""
-        self._file.close()
-        self._events.close()
+        try:
+            with naming(self._path):  # it writes once more what did not find room
+                self._file.close()
+        finally:
+            self._events.close()
 
     def __enter__(self) -> MetricsWriter:
         """Itself."""

@@ -43,7 +43,7 @@ LAYERS = [
     },
     {"budget", "hardware"},
     {"penalty", "front"},
-    {"pretrained", "student", "examples", "streaming", "forward", "metrics", "rundir", "cli"},
+    {"pretrained", "student", "examples", "streaming", "forward", "events", "metrics", "rundir", "cli"},
     {"checkpoint", "data", "feeding", "task", "tfds"},
     {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
     {"network"},

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import struct
+import subprocess
 from pathlib import Path
 
 import jax
@@ -113,6 +114,23 @@ def test_an_error_closes_the_files(tmp_path):
     assert scalars(tmp_path) == [(1, "loss", 1.0)]
     with pytest.raises(ValueError, match="closed"):
         writer.write(2, {"loss": 1.0})
+
+
+def test_a_full_disk_is_told_with_the_file_and_nothing_else_is_printed(tmp_path, python):
+    code = (
+        "import sys; from kdsearch_jax import events, metrics\n"
+        "rows, shown = (metrics.MetricsWriter(sys.argv[1] + name) for name in ('/rows', '/shown'))\n"
+        "rows._file = open('/dev/full', 'a', buffering=1)\n"
+        "shown._events._file, events._INTERVAL = open('/dev/full', 'wb'), 0\n"
+        "for writer in (rows, shown):\n"
+        "    for call in (lambda: writer.write(1, {'loss': 1.0}), writer.close):\n"
+        "        try: call()\n"
+        "        except OSError as error: print(error)\n"
+    )
+    done = subprocess.run([python, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("No space left on device") == 4
+    for name in ("rows/metrics.jsonl", "shown/tensorboard/events"):
+        assert done.stdout.count(str(tmp_path / name)) == 2
 
 
 # --- Progress -------------------------------------------------------------------------------------------------------
