@@ -174,7 +174,8 @@ class Lesson:
 def examine(task: Task, module: Any, variables: Any) -> None:
     """Raises ValueError where a loss asked for, in search or retraining, has no features to compare in this network.
 
-    Nothing is computed; variables: arrays or shapes.
+    Warns where retraining compares features alone, as nothing then trains the classifier behind them. Nothing is
+    computed; variables: arrays or shapes.
     """
     config = task.distill
     both = (*config.losses, *(loss for loss in config.retrain_losses if loss not in config.losses))
@@ -182,6 +183,14 @@ def examine(task: Task, module: Any, variables: Any) -> None:
         found = features.find(module, variables, task.call, config.features)
         for each in (config.losses, config.retrain_losses or config.losses):
             _check(dataclasses.replace(config, losses=each), found, found)
+        last = loss_weights(config.retrain_losses or config.losses)
+        if not config.cross_entropy and not any(name in PREDICTIONS for name in last):
+            log.warning(
+                "distill.losses: %s: features alone, so the classifier behind %s learns nothing in retraining; give kl "
+                "beside them, or --distill.retrain-losses kl",
+                " + ".join(last),
+                list(found)[-1],
+            )
 
 
 def prepare(

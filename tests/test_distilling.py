@@ -320,6 +320,35 @@ def test_losses_that_do_not_fit_are_named():
         check(_experiment(retrain_losses=("kk",)))
 
 
+@pytest.mark.parametrize(
+    ("distill", "told"),
+    [
+        ({"losses": ("kl",), "retrain_losses": ("at", "hint")}, True),
+        ({"losses": ("at",), "retrain_losses": ("kl",)}, False),
+        ({"losses": ("at",), "cross_entropy": 0.1}, False),
+    ],
+)
+def test_a_classifier_that_nothing_trains_is_told(caplog, distill, told):
+    """Where, and only where, the loss of retraining has no slope at the classifier."""
+    module, variables = _cnn()
+    experiment = _experiment(**distill, cache=False)
+    task, dataset = classification(experiment.distill, IMAGE), load(experiment.data, 0)
+    distilling.examine(task, module, variables)
+    assert ("the classifier behind stage3 learns nothing" in caplog.text) == told
+    teacher = Teacher(module, variables, IMAGE)
+    lesson = prepare(task, [teacher], dataset, experiment, STAGE, module, variables, retraining=True)
+    by, batch = lesson.distiller, _batch()
+    stats = {name: leaves for name, leaves in variables.items() if name != "params"}
+
+    @jax.jit
+    @jax.grad
+    def slope(params):
+        shown, _ = by.train(module, params, stats, batch, jax.random.key(0))
+        return by.distance(by.learned(lesson.extra), shown, by.target(lesson.constants, batch), batch).mean()
+
+    assert bool(jnp.any(slope(variables["params"])["dense"]["kernel"])) != told
+
+
 # --- the road -------------------------------------------------------------------------------------------------------
 
 
