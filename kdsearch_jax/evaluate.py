@@ -9,6 +9,7 @@ are normalised as the network was trained, by the numbers stored with it, whatev
 
 # No `from __future__ import annotations` here: tyro, imported by `main` alone, must see types and not their names.
 
+import itertools
 import json
 import statistics
 import time
@@ -219,25 +220,27 @@ def executable(module: Any, variables: Any, batch: int, call: Call) -> tuple[Any
 def clock(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> Callable[[], dict[str, float]]:
     """A function that gives the milliseconds of a call of each network, with `batch` examples.
 
-    Compiled as `executable` says, run before. Networks take turns, one with each call of the function, so that
-    whatever else the machine does meets all of them alike. A turn repeats short calls until `TURN` seconds are over,
-    each timed by itself, and gives their median.
+    Compiled as `executable` says, run before. Networks take turns, one with each call of the function, to and fro, so
+    that whatever else the machine does meets all of them alike. A turn repeats short calls until `TURN` seconds are
+    over, each timed by itself, and gives their median; how many, the shortest of a few says, which others' work on the
+    machine lengthens least: a single call a turn would be hit or missed as a whole.
     """
     calls = {name: executable(module, variables, batch, call) for name, (module, variables) in networks.items()}
 
-    def seconds(name: str, count: int) -> float:
+    def seconds(name: str, count: int) -> list[float]:
         run, arguments = calls[name]
         times = []
         for _ in range(count):
             start = time.perf_counter()
             jax.block_until_ready(run(*arguments))
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return times
 
     for name in calls:
         seconds(name, 1)
-    counts = {name: max(1, min(100, round(TURN / max(seconds(name, 5), 1e-9)))) for name in calls}
-    return lambda: {name: 1000 * seconds(name, count) for name, count in counts.items()}
+    counts = {name: max(1, min(100, round(TURN / max(min(seconds(name, 5)), 1e-9)))) for name in calls}
+    order = itertools.cycle([list(counts), list(reversed(counts))])
+    return lambda: {name: 1000 * statistics.median(seconds(name, counts[name])) for name in next(order)}
 
 
 TURN = 4e-3

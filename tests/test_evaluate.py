@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -230,6 +231,35 @@ def test_a_larger_network_takes_longer():
     assert list(found) == ["large", "small"] and 0 < found["small"] < found["large"]
     ratio = evaluate.ratios(found)
     assert ratio["large"] == 1 and ratio["small"] == pytest.approx(found["large"] / found["small"])
+
+
+def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatch):
+    """Where others' work delays three of the five calls by which it is decided how many make a turn."""
+    seen = []
+
+    class Watched(nn.Module):
+        title: str
+
+        @nn.compact
+        def __call__(self, x):
+            def note(x):
+                seen.append(self.title)
+                if 1 < seen.count(self.title) < 5:
+                    time.sleep(0.1)
+                return x
+
+            return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    monkeypatch.setattr(evaluate, "TURN", 0.05)
+    turn = evaluate.clock({title: (Watched(title), {"params": {}}) for title in "ab"}, 2, Call.of_image((1, 1, 1)))
+    orders = []
+    for _ in range(2):
+        seen.clear()
+        seen.extend("ab" * 5)  # none is delayed any more
+        turn()
+        orders.append("".join(seen[10:]))
+    assert orders[0] == "".join(sorted(orders[0])) and orders[1] == orders[0][::-1]
+    assert all(orders[0].count(title) > 1 for title in "ab")
 
 
 # --- command --------------------------------------------------------------------------------------------------------
