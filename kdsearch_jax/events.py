@@ -1,13 +1,12 @@
-"""TensorBoard's event files: an `Event` a record, framed as TFRecord, that is with its length and two checksums.
+"""TensorBoard's event files, by tensorboardX's records without its thread.
 
-tensorboardX's own writer sends every event through a pipe to a thread. Where the disk is full that thread dies with a
+Its `SummaryWriter` sends every event through a pipe to a thread. Where the disk is full that thread dies with a
 traceback, and the run goes on without it. Here whoever writes gets the error.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +26,14 @@ class Events:
     def __init__(self, directory: Path, start_step: int = 0):
         # Not at the top: it is slow to import, and few modules write metrics.
         from tensorboardX.proto import event_pb2
-        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.record_writer import RecordWriter
 
         proto: Any = event_pb2  # protobuf makes what is in it at run time
-        self._make_event, self._checksum = proto.Event, masked_crc32c
+        self._make_event = proto.Event
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        self._file, self._flushed = self._path.open("xb"), time.monotonic()
+        with naming(self._path):
+            self._records, self._flushed = RecordWriter(str(self._path)), time.monotonic()
         self._put(proto.Event(wall_time=time.time(), file_version="brain.Event:2"))
         begun = proto.SessionLog(status=proto.SessionLog.START)
         self._put(proto.Event(wall_time=time.time(), step=start_step + 1 if start_step else 0, session_log=begun))
@@ -51,16 +51,13 @@ class Events:
     def close(self) -> None:
         """Writes what is pending; may be called again."""
         with naming(self._path):
-            self._file.close()
+            self._records.close()
 
     def _put(self, event: Any) -> None:
-        content = event.SerializeToString()
-        length = struct.pack("<Q", len(content))
-        checksums = (struct.pack("<I", self._checksum(part)) for part in (length, content))
         with naming(self._path):
-            self._file.write(length + next(checksums) + content + next(checksums))
+            self._records.write(event.SerializeToString())
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()
         with naming(self._path):
-            self._file.flush()
+            self._records.flush()

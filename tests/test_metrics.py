@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_with_the_file_and_nothing_else_is_printed(tmp_path,
         "import sys; from kdsearch_jax import events, metrics\n"
         "rows, shown = (metrics.MetricsWriter(sys.argv[1] + name) for name in ('/rows', '/shown'))\n"
         "rows._file = open('/dev/full', 'a', buffering=1)\n"
-        "shown._events._file, events._INTERVAL = open('/dev/full', 'wb'), 0\n"
+        "shown._events._records._writer, events._INTERVAL = open('/dev/full', 'wb'), 0\n"
         "for writer in (rows, shown):\n"
         "    for call in (lambda: writer.write(1, {'loss': 1.0}), writer.close):\n"
         "        try: call()\n"
