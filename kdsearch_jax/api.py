@@ -25,7 +25,8 @@ from kdsearch_jax.config import (
 )
 from kdsearch_jax.examples import Dataset, own
 from kdsearch_jax.functional import Functional
-from kdsearch_jax.road import Loaded, Own, prepare
+from kdsearch_jax.given import Loaded, Own
+from kdsearch_jax.road import prepare
 
 
 @dataclass(frozen=True)

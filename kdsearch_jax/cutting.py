@@ -25,8 +25,9 @@ from kdsearch_jax.checkpoint import written_whole
 from kdsearch_jax.files import DamagedError, read_arrays, read_sealed
 from kdsearch_jax.fitting import meet, save, write, write_npz
 from kdsearch_jax.front import Point
+from kdsearch_jax.given import Loaded
 from kdsearch_jax.network import Network
-from kdsearch_jax.road import Loaded, Road, finished, limits_of, proof_batch, traced
+from kdsearch_jax.road import Road, finished, limits_of, proof_batch, traced
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import TrainState
 from kdsearch_jax.tracing.topology import Topology

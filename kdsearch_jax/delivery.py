@@ -15,8 +15,9 @@ from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.files import read_sealed
 from kdsearch_jax.fitting import write
+from kdsearch_jax.given import Loaded
 from kdsearch_jax.report import evidence
-from kdsearch_jax.road import Loaded, Road, finished, is_plain
+from kdsearch_jax.road import Road, finished, is_plain
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json, write_sealed
+from kdsearch_jax.given import Loaded
 from kdsearch_jax.network import count
-from kdsearch_jax.road import Loaded, Road, is_plain
+from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
 

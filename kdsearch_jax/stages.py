@@ -28,10 +28,11 @@ from kdsearch_jax.delivery import compare, deliver
 from kdsearch_jax.fitting import fit, meet, save, write, write_npz
 from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.front import Leg, Point
+from kdsearch_jax.given import Loaded, architecture_of
 from kdsearch_jax.network import Network
 from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.preemption import boundary
-from kdsearch_jax.road import Loaded, Road, architecture_of, finished, limits_of, proof_batch, traced
+from kdsearch_jax.road import Road, finished, limits_of, proof_batch, traced
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.steps import TrainState, create_state, distill_step, supervised_step
 from kdsearch_jax.tracing.topology import Topology

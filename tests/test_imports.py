@@ -48,7 +48,7 @@ LAYERS = [
     {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
     {"network"},
     {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
-    {"road"},
+    {"given", "road"},
     {"fitting", "cutting", "delivery"},
     {"stages"},
     {"teacher", "api", "search", "retrain", "inspect", "compare"},

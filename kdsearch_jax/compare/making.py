@@ -24,8 +24,9 @@ from kdsearch_jax.compare.rows import ROWS, Row
 from kdsearch_jax.config import BudgetConfig, DistillConfig
 from kdsearch_jax.examples import Split
 from kdsearch_jax.files import read_json, read_sealed, write_json, write_sealed
+from kdsearch_jax.given import Loaded
 from kdsearch_jax.locks import locked
-from kdsearch_jax.road import Loaded, Road, is_plain, limits_of, traced
+from kdsearch_jax.road import Road, is_plain, limits_of, traced
 from kdsearch_jax.surgery import SurgeryError
 from kdsearch_jax.tracing.topology import leaf_shapes
 from kdsearch_jax.train import TrainingDiverged
