@@ -51,7 +51,9 @@ def experiment(quick: bool = False) -> Experiment:
         retrain=stage,
         budget=BudgetConfig(macs=0.6),
         baselines=(),
-        run=RunConfig(steps_per_dispatch=2, checkpoint_every=2, evaluate_every=12, eval_batch_size=256),
+        run=RunConfig(
+            steps_per_dispatch=2, checkpoint_every=2, checkpoint_share=None, evaluate_every=12, eval_batch_size=256
+        ),
     )
 
 
@@ -134,14 +136,14 @@ def killed(
     """
     process = started(lambda: road(directory), log)
     deadline = time.monotonic() + LIMIT
-    while _place(directory) < STAGES.index(stage):
+    while place(directory) < STAGES.index(stage):
         if ended(process, 0.002) is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{directory} ended before it came to {stage}; see {log}")
     began = time.monotonic()
     while (left := began + share * seconds[stage] - time.monotonic()) > 0:
         if (status := ended(process, min(left, 0.002))) is not None:
             return stage_of(directory), status
-        if _place(directory) > STAGES.index(stage):
+        if place(directory) > STAGES.index(stage):
             seconds[stage] = time.monotonic() - began
             break
     if number == signal.SIGKILL:
@@ -156,7 +158,8 @@ def killed(
     return stage_of(directory), status
 
 
-def _place(directory: Path) -> int:
+def place(directory: Path) -> int:
+    """The number of the stage that a run is in; -1 before it has begun."""
     now = stage_of(directory)
     return STAGES.index(now) if now in STAGES else -1 if not now else len(STAGES)
 
@@ -220,13 +223,12 @@ def straight(directory: Path, log: Path) -> dict[str, float]:
     return {stage: max(times[i + 1] - times[i], 0.01) for i, stage in enumerate(STAGES)}
 
 
-def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """Kills so many roads so often and compares each with an undisturbed one; RuntimeError where one differs."""
+def undisturbed(scratch: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """(seconds of each stage, digest) of a run that nothing disturbs, equal to another one."""
     _import_all()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(scratch / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    chance, hits = random.Random(seed), collections.Counter()
     known = scratch / "seconds.json"
     if not known.is_file():
         straight(scratch / "first", scratch / "first.log")  # compiles
@@ -236,6 +238,13 @@ def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
     if expected != digested(scratch / "first", scratch / "first.log"):
         raise RuntimeError("two undisturbed runs differ")
     print("seconds of each stage:", {stage: round(each, 1) for stage, each in seconds.items()}, flush=True)
+    return seconds, expected
+
+
+def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
+    """Kills so many roads so often and compares each with an undisturbed one; RuntimeError where one differs."""
+    seconds, expected = undisturbed(scratch)
+    chance, hits = random.Random(seed), collections.Counter()
     for number in range(roads):
         directory, log = scratch / f"road-{number}", scratch / f"road-{number}.log"
         stages = STAGES if kills >= len(STAGES) else [STAGES[(number * kills + i) % len(STAGES)] for i in range(kills)]

@@ -1,18 +1,18 @@
 """A long search: its memory stays flat, and what it tells and keeps costs next to no time.
 
 python benchmarks/long_search.py memory [--steps 20000]     a small network, metrics and checkpoints as by default
-python benchmarks/long_search.py ratio [--blocks 4]         a ResNet whose steps take 10 ms and more
+python benchmarks/long_search.py ratio [--batch 4]          a ResNet whose steps take some milliseconds
 python benchmarks/long_search.py parts [--depth 20]         what a row of metrics and a checkpoint cost by themselves
 
 `memory` prints the resident memory of the process and the arrays on its devices after every twentieth of the search.
 
 `ratio` runs one search by `train.fit`, with metrics, progress and checkpoints as by default. After each of its blocks,
-of 4 × `checkpoint_every` updates, `checkpoint_every` updates run without all that, by the same compiled call and with
-the same controller, on a state of its own; blocks end halfway between two checkpoints, so that whatever a checkpoint
+of `checkpoint_every` updates, a quarter as many run without all that, by the same compiled call and with the same
+controller, on a state of its own; blocks end halfway between two checkpoints that may fall due, so that whatever one
 does behind the scenes is its block's own. Both kinds take turns in one process. Printed: an update of all blocks, over
 an update of all that runs without, in time by the clock and in processor time of all threads, which other work on the
-machine changes little; and which checkpoints there were. As the clock that spaces them goes on in both kinds of block,
-there are up to a quarter more of them than a search of its own has, never fewer.
+machine changes little; and which checkpoints there were, those that fell due and were left out not counted. As the
+clock that spaces them goes on in both kinds of block, there are up to a quarter more than in a search by itself.
 
 `parts` writes rows and checkpoints of a search's state one by one: what the loop waits for (processor time of its
 thread) and what goes on behind (of the others).
@@ -44,7 +44,6 @@ from kdsearch_jax.steps import TrainState
 from kdsearch_jax.task import classification
 
 DATA = DataConfig(crop=1, flip=True)
-BLOCK = 4  # times `checkpoint_every` updates
 
 
 class Search:
@@ -132,8 +131,7 @@ def memory(steps: int) -> dict[str, Any]:
 def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
     """What an update costs with metrics, progress and checkpoints, over one without."""
     every = RunConfig().checkpoint_every
-    size = BLOCK * every
-    stage = StageConfig(steps=(blocks + 1) * size, batch_size=batch, learning_rate=0.005)
+    stage = StageConfig(steps=(blocks + 1) * every, batch_size=batch, learning_rate=0.005)
     search = Search("cifar_resnet", {"depth": depth}, 32, stage)
     bare, full, plain = search.bare(), [], []
     since: list[tuple[float, float]] = []
@@ -149,21 +147,20 @@ def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
 
         def between(state: TrainState) -> Any:
             found, step = search.between(state), int(state.step)
-            if step % every == every // 2:
+            if step % every == every // 2 - search.run.steps_per_dispatch:
                 saved.update(int(path.name) for path in Path(directory, "checkpoints").glob("[0-9]*"))
-            if step % size == every // 2:  # the first block, which compiles, does not count
+            if step % every == every // 2:
                 if since:
                     full.append(spent(since.pop()))
-                    print(f"{step} updates", *full[-1], flush=True)
                 start = clock()
-                bare(every)
-                if step > every:
+                bare(every // 4)
+                if step > every:  # the first block, which compiles, does not count
                     plain.append(spent(start))
                 since.append(clock())
             return found
 
         search.fit(Path(directory), between)
-    updates = {"with": len(full) * size, "without": len(plain) * every}
+    updates = {"with": len(full) * every, "without": len(plain) * (every // 4)}
     rates = [
         [sum(each[i] for each in kind) / count for i in range(2)]
         for kind, count in zip((full, plain), updates.values(), strict=True)
@@ -218,7 +215,7 @@ def main() -> None:
     """Prints what is asked for, as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["memory", "ratio", "parts"])
-    for name, default in (("steps", 20_000), ("blocks", 4), ("depth", 8), ("batch", 32)):
+    for name, default in (("steps", 20_000), ("blocks", 16), ("depth", 8), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     arguments = parser.parse_args()
     if arguments.what == "memory":

@@ -297,18 +297,27 @@ def _passes(first: int, done: int, every: int) -> bool:
     return done // every > first // every
 
 
-def _kind(state: TrainState) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, jnp.dtype(x.dtype)) for path, x in leaves}
+def _kind(state: TrainState) -> tuple[Any, list[Any]]:
+    """(structure, [(shape, dtype), …] of the leaves)."""
+    leaves, structure = jax.tree.flatten(state)
+    arrays = (x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x) for x in leaves)
+    return structure, [(x.shape, x.dtype) for x in arrays]
 
 
-def _settled(state: TrainState, kind: dict[str, Any], mesh: Mesh) -> TrainState:
+def _settled(state: TrainState, kind: tuple[Any, list[Any]], mesh: Mesh) -> TrainState:
     """What `between` gave back, on the devices; another structure would be compiled again, or fail in an odd place."""
-    found = _kind(jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), state))
-    for path in {**kind, **found}:
-        if kind.get(path) != found.get(path):
-            raise ValueError(f"between changed {path}: {found.get(path, 'absent')}, not {kind.get(path, 'absent')}")
+    if (found := _kind(state)) != kind:
+        before, after = (_by_name(*each) for each in (kind, found))
+        for name in {**before, **after}:
+            if before.get(name) != after.get(name):
+                what, wanted = after.get(name, "absent"), before.get(name, "absent")
+                raise ValueError(f"between changed {name}: {what}, not {wanted}")
     return replicate(state, mesh)
+
+
+def _by_name(structure: Any, leaves: list[Any]) -> dict[str, Any]:
+    paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(structure, range(len(leaves))))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaves[number] for path, number in paths}
 
 
 def _floats(state: TrainState) -> list[tuple[str, Any]]:
