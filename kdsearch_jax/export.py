@@ -32,7 +32,7 @@ import safetensors.numpy
 
 from kdsearch_jax import cli, foreign, storage
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
-from kdsearch_jax.files import flush, parse_json, read_object, seal
+from kdsearch_jax.files import flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
 from kdsearch_jax.models import GIVEN, check_trust
 from kdsearch_jax.student import Architecture
@@ -89,7 +89,7 @@ def export(
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+        with naming(out), tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
             temporary = Path(folder)
             for format in formats:
                 content = (

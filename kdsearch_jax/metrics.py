@@ -108,7 +108,8 @@ def _drop_after(path: Path, last: int) -> None:
         if line.endswith("\n") and isinstance(row, dict) and row.get("step", math.inf) <= last:
             kept.append(line)
     temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    with naming(path):
+        temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
