@@ -107,7 +107,7 @@ class DistillConfig:
     """loss = (1 − cross_entropy)·Σ weight·loss + cross_entropy·CE, over `losses`; see `kdsearch_jax.losses`.
 
     losses: `name` or `name:weight` each. Of predictions, times T²: kl (in `direction`), dkd (decoupled KL, by
-    `dkd_beta`), dist. Of features: at (weights of 1000 are usual), hint, rkd_distance (25), rkd_angle (50), crd (0.8).
+    `dkd_beta`), dist. Of features: at (usual weight 1000), hint (100), rkd_distance (25), rkd_angle (50), crd (0.8).
     retrain_losses: those of retraining, if others than the search's.
     features: layers whose outputs are compared, as paths or patterns (fnmatch); by default the last of each resolution.
     teachers: more teachers, each as in `teacher_from`; the mean is learned from, of softened probabilities or of

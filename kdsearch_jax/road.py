@@ -160,6 +160,8 @@ def prepare(
                 baselines.check(network.topology, limits)
     base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
     further = tuple(one_more(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
+    if further:
+        log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
     return Road(experiment, dataset, directory, task, given, found, base, further)
 
 

@@ -369,3 +369,19 @@ def test_the_road_with_every_loss_delivers_a_plain_student(tmp_path, repository)
         assert {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves} == shapes
     assert json.loads((tmp_path / "run" / "config.json").read_text())["distill"]["losses"] == every
     assert distilling.PREDICTIONS == ("kl", "dkd", "dist")
+
+
+@pytest.mark.slow
+def test_the_road_with_two_teachers_learns_from_their_mean(tmp_path, repository, caplog):
+    """The second is a student of the first; with it, the student ends elsewhere, and the log says so."""
+    config, ends, told = ["--config", str(repository / "tests" / "tiny.py"), "--baselines"], [], []
+    teachers = [str(tmp_path / "one" / place) for place in ("teacher/network", "student")]
+    caplog.set_level("INFO", "kdsearch_jax")
+    for name, more in (("one", []), ("two", ["--teacher-from", *teachers])):
+        caplog.clear()
+        assert search([*config, "--workdir", str(tmp_path / name), *more]) == 0
+        told.append("2 teachers: the mean of their probabilities is learned from" in caplog.text)
+        end = jax.tree.leaves(load_network(tmp_path / name / "student")[1])
+        ends.append(np.concatenate([np.ravel(leaf) for leaf in end]))
+    assert told == [False, True]
+    assert ends[0].shape != ends[1].shape or not np.allclose(*ends, atol=1e-3)
