@@ -18,6 +18,7 @@ from kdsearch_jax.fitting import write
 from kdsearch_jax.given import Loaded
 from kdsearch_jax.report import evidence
 from kdsearch_jax.road import Road, finished, is_plain
+from kdsearch_jax.spread import times
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def compare(road: Road) -> dict[str, Any]:
     networks = {name: road.load(path) for name, path in places.items()}
     scores = _scores(road, networks, next(e.name for e in reversed(students) if e.method == "searched"))
     batch = min(64, len(dataset.test))
-    times = evaluate.measure_latency(
+    latencies = evaluate.measure_latency(
         {k: (n.module, n.variables) for k, n in networks.items()}, (), batch, call=road.task.call
     )
     memory = evaluate.measure_memory({k: (n.module, n.variables) for k, n in networks.items()}, batch, road.task.call)
@@ -99,7 +100,8 @@ def compare(road: Road) -> dict[str, Any]:
     for name, network in networks.items():
         cost = {**network.costs, "memory": memory[name]}
         steps = {} if name == "teacher" else {"steps": experiment.search.steps + experiment.retrain.steps}
-        rows[name] = {"name": name, **scores[name], **cost, "ms_per_image": times[name], "ms_batch": batch, **steps}
+        time = dict(zip(("ms_per_image", "ms_low", "ms_high"), latencies[name], strict=True))
+        rows[name] = {"name": name, **scores[name], **cost, **time, "ms_batch": batch, **steps}
     shared = {
         "dataset": dataset.name,
         "split": "test",
@@ -155,7 +157,7 @@ def _scores(road: Road, networks: Mapping[str, Loaded], student: str) -> dict[st
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rows of `results.json` as plain text: what was measured, then what it costs."""
+    """The rows of `results.json` as plain text: what was measured, then what it costs; a range where times scatter."""
     rows = results["rows"]
     known = {"loss", "accuracy", "accuracy_top5", "kl", *_COSTS}
     own = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in {*known, *_SHARES, "distance"}]
@@ -167,7 +169,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines.append(
             (row["name"], *cells, f"{row['macs']:,}", f"{row['params']:,}", f"{row['bytes'] / 1e3:,.0f} kB",
-             f"{row['ms_per_image']:.3f}")
+             "–".join(f"{ms:.3f}" for ms in times(row)))
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
@@ -177,4 +179,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 _SHARES = {"accuracy": "accuracy", "agreement": "agreement"}
-_COSTS = ("name", "macs", "params", "bytes", "memory", "ms_per_image", "ms_batch", "steps")
+_COSTS = ("name", "macs", "params", "bytes", "memory", "ms_per_image", "ms_low", "ms_high", "ms_batch", "steps")

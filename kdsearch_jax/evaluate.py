@@ -35,6 +35,7 @@ from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.feeding import in_order
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
+from kdsearch_jax.spread import interval
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
 
@@ -252,8 +253,8 @@ def measure_latency(
     batch: int = 64,
     repeats: int = 30,
     call: Call | None = None,
-) -> dict[str, float]:
-    """Milliseconds an example of each network: the median over `repeats` turns of `clock`. `ratios` compares them.
+) -> dict[str, tuple[float, float, float]]:
+    """Milliseconds an example of each network: median over `repeats` turns of `clock`, and its interval's low and high.
 
     Args:
       networks: {name: (module, variables)}.
@@ -263,7 +264,7 @@ def measure_latency(
     """
     turn = clock(networks, batch, call or Call.of_image(tuple(input_shape)))
     times = [turn() for _ in range(repeats)]
-    return {name: statistics.median(each[name] for each in times) / batch for name in networks}
+    return {name: interval([each[name] / batch for each in times]) for name in networks}
 
 
 def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> dict[str, float]:
@@ -284,12 +285,6 @@ def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Ca
         parts = (told.argument_size_in_bytes, told.output_size_in_bytes, told.temp_size_in_bytes)
         found[name] = float(sum(parts) - told.alias_size_in_bytes)
     return found
-
-
-def ratios(latencies: Mapping[str, float]) -> dict[str, float]:
-    """How many times less time each network takes than the first one: 2 is twice as fast."""
-    first = next(iter(latencies.values()))
-    return {name: first / value for name, value in latencies.items()}
 
 
 # --- command --------------------------------------------------------------------------------------------------------

@@ -228,9 +228,8 @@ def test_a_larger_network_takes_longer():
         module = models.build("mlp", {"num_classes": 3, "hidden": [size, size]})
         networks[name] = (module, some_variables(module))
     found = evaluate.measure_latency(networks, (8, 8, 1), batch=32, repeats=5)
-    assert list(found) == ["large", "small"] and 0 < found["small"] < found["large"]
-    ratio = evaluate.ratios(found)
-    assert ratio["large"] == 1 and ratio["small"] == pytest.approx(found["large"] / found["small"])
+    assert list(found) == ["large", "small"] and 0 < found["small"][0] < found["large"][0]
+    assert all(low <= median <= high for median, low, high in found.values())
 
 
 def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatch):

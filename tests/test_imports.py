@@ -23,6 +23,7 @@ LAYERS = [
         "processes",
         "preemption",
         "locks",
+        "spread",
         "library",
         "attributes",
         "functional",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdsearch_jax import config, report
+from kdsearch_jax import config, delivery, report
 from kdsearch_jax.report import deaths, evidence, figures, found, look, merging, page, record
 from kdsearch_jax.report.__main__ import main
 
@@ -236,7 +236,24 @@ def test_a_budget_that_was_missed_is_called_missed(small: Path) -> None:
     results = json.loads((small / "results.json").read_text())
     results["budget"]["macs"] = 0.4
     _write(small / "results.json", results)
-    assert "at most 40% of the MACs; got 48%: NOT met" in text(small)
+    said = text(small)
+    assert "at most 40% of the MACs; got 48%: NOT met" in said
+    assert "It costs 48% of the MACs and 56% of the time" in said
+
+
+def test_a_time_that_scatters_is_no_finding(small: Path) -> None:
+    """The student's interval is wide, the uniform one's overlaps the teacher's."""
+    results = json.loads((small / "results.json").read_text())
+    student, teacher, uniform = results["rows"]
+    student |= {"ms_low": 0.1, "ms_high": 0.35}
+    teacher |= {"ms_low": 0.39, "ms_high": 0.43}
+    uniform |= {"ms_per_image": 0.4, "ms_low": 0.38, "ms_high": 0.4}
+    _write(small / "results.json", results)
+    said = text(small)
+    assert "It costs 48% of the MACs" in said and "of the time" not in said
+    assert "0.1 ms to 0.35 ms too noisy to compare 0.4 ms too noisy to compare" in said
+    table = delivery.table(results)
+    assert "0.100–0.350" in table and "0.410" in table and "0.400" in table
 
 
 def test_figures_are_files_and_in_the_page(index: Path) -> None:

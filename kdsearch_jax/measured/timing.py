@@ -21,10 +21,10 @@ from kdsearch_jax import evaluate
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BudgetConfig
+from kdsearch_jax.spread import SPREAD, interval
 
 UNITS = {"latency": " ms", "memory": " bytes"}
 FIRST, MOST, SECONDS = 15, 960, 40.0  # turns at first and at most; seconds after which no more turns are begun
-SPREAD = 0.25  # width of an interval, over its median, that is too wide to decide by
 
 Networks = Mapping[str, tuple[Any, Any]]
 Turn = Callable[[], Mapping[str, float]]
@@ -44,15 +44,6 @@ class Tools:
 def asked(budget: BudgetConfig) -> tuple[str, ...]:
     """What of a budget must be measured."""
     return tuple(name for name in UNITS if getattr(budget, name) is not None)
-
-
-def interval(samples: Any) -> tuple[float, float, float]:
-    """(median, low, high): a 95% interval of the median, from order statistics; all of them where they are few."""
-    from scipy.stats import binom
-
-    ordered = np.sort(np.asarray(samples, float))
-    k = max(int(binom.ppf(0.025, len(ordered), 0.5)), 1)
-    return float(np.median(ordered)), float(ordered[k - 1]), float(ordered[-k])
 
 
 def medians(turn: Turn) -> dict[str, float]:

@@ -19,21 +19,20 @@ from kdsearch_jax.report.results import (
     percent,
     points,
     row_of,
+    size,
+    took,
 )
+from kdsearch_jax.spread import apart
 
 SHARE = "<small>% of teacher’s</small>"
 
 
-def size(value: float) -> str:
-    """Bytes with their unit."""
-    return amount(value) + "B"
-
-
+TIME = "ms_per_image"
 MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("MACs", "macs", amount),
     ("Parameters", "params", amount),
     ("Weights", "bytes", size),
-    ("Time an example", "ms_per_image", milliseconds),
+    ("Time an example", TIME, milliseconds),
     ("Memory", "memory", size),
 )
 
@@ -43,8 +42,8 @@ def title(run: Run) -> str:
     teacher, student = row_of(run, "teacher"), row_of(run, "student")
     parts = [
         f"{percent(student[key] / teacher[key])} of the {name}"
-        for name, key in (("MACs", "macs"), ("time", "ms_per_image"))
-        if both(teacher, student, key)
+        for name, key in (("MACs", "macs"), ("time", TIME))
+        if both(teacher, student, key) and (key != TIME or apart(student, teacher))
     ]
     return f"It costs {' and '.join(parts)}" if parts else "What the networks cost"
 
@@ -74,9 +73,11 @@ def _meanings(run: Run) -> list[str]:
 
 def bar(row: Mapping[str, Any], whole: Mapping[str, Any], key: str, text: Callable[[Any], str]) -> str:
     """A table's cell: the cost, its share of the teacher's, and that as a bar; a full bar is the teacher's cost."""
-    shown = cell(row.get(key), text)
+    shown = cell(row.get(key), lambda value: took(row) if key == TIME else text(value))
     if shown == NOTHING or whole.get(key) in (None, 0):
         return shown
+    if key == TIME and row is not whole and not apart(row, whole):
+        return f"{shown}<small>too noisy to compare</small>"
     share = row[key] / whole[key]
     shown += "" if row is whole else f"<small>{percent(share)}</small>"
     return f'{shown}<span class="bar" aria-hidden="true"><i style="width:{100 * min(share, 1):.1f}%"></i></span>'

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdsearch_jax.report import curves
 from kdsearch_jax.report.markup import NOTHING, cell, escape, notes, paragraph, table
 from kdsearch_jax.report.record import Run, amount
+from kdsearch_jax.spread import times
 
 NAMES = {"teacher": "Teacher", "student": "Student", "uniform": "Uniform", "magnitude": "Magnitude"}
 _EXPLAINED = {
@@ -95,16 +96,16 @@ def _front_lead(run: Run) -> str:
 
 def _tiles(teacher: dict[str, Any], student: dict[str, Any]) -> str:
     """The student's figures, large, each beside the teacher's."""
-    shown: list[tuple[str, str, Callable[[Any], str]]] = [
-        ("Accuracy", "accuracy", lambda v: f"{100 * v:.2f}%"),
-        ("MACs", "macs", amount),
-        ("Parameters", "params", amount),
-        ("Weights", "bytes", lambda v: amount(v) + "B"),
-        ("Time an example", "ms_per_image", milliseconds),
-        ("Memory", "memory", lambda v: amount(v) + "B"),
+    shown: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+        ("Accuracy", "accuracy", lambda row: f"{100 * row['accuracy']:.2f}%"),
+        ("MACs", "macs", lambda row: amount(row["macs"])),
+        ("Parameters", "params", lambda row: amount(row["params"])),
+        ("Weights", "bytes", lambda row: size(row["bytes"])),
+        ("Time an example", "ms_per_image", took),
+        ("Memory", "memory", lambda row: size(row["memory"])),
     ]
     tiles = [
-        f"<div><dt>{name}</dt><dd><b>{escape(text(student[key]))}</b> teacher {escape(text(teacher[key]))}</dd></div>"
+        f"<div><dt>{name}</dt><dd><b>{escape(text(student))}</b> teacher {escape(text(teacher))}</dd></div>"
         for name, key, text in shown
         if student.get(key) is not None and teacher.get(key) is not None
     ]
@@ -114,6 +115,17 @@ def _tiles(teacher: dict[str, Any], student: dict[str, Any]) -> str:
 def milliseconds(value: float) -> str:
     """A time with its unit."""
     return f"{value:.3g} ms" if value >= 0.1 else f"{1000 * value:.3g} µs"
+
+
+def took(row: Mapping[str, Any]) -> str:
+    """A network's time an example, or from where to where where it scatters."""
+    return " to ".join(milliseconds(value) for value in times(row))
+
+
+def size(value: float) -> str:
+    """Bytes with their unit."""
+    text = amount(value)
+    return f"{text}B" if text[-1:].isalpha() else f"{text} B"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -147,7 +159,8 @@ def oriented(caption: str, rows: Sequence[dict[str, Any]], lines: list[list[str]
 
 
 _KNOWN = {"name", "accuracy", "accuracy_top5", "agreement", "kl", "loss", "distance", "macs", "params", "bytes",
-          "ms_per_image", "ms_batch", "steps", "search_steps", "memory", "budget", "method", "path"}  # fmt: skip
+          "ms_per_image", "ms_low", "ms_high", "ms_batch", "steps", "search_steps", "memory",
+          "budget", "method", "path"}  # fmt: skip
 
 
 def _own(run: Run) -> list[str]:
@@ -203,7 +216,7 @@ def measured_notes(run: Run) -> list[str]:
         for name, noun in (("latency", "time"), ("memory", "memory")):
             if (found := record.get(name)) is not None:
                 bound = found["budget"] * (found["teacher"] if found["budget"] <= 1 else 1)
-                form = milliseconds if name == "latency" else lambda v: f"{amount(v)}B"
+                form = milliseconds if name == "latency" else size
                 limit, whole, got = (form(value) for value in (bound, found["teacher"], found["student"]))
                 said.append(
                     f"{who}: at most {limit} of {noun} a call of {record['batch_size']} examples "

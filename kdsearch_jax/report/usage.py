@@ -10,7 +10,8 @@ from typing import Any
 from kdsearch_jax import storage
 from kdsearch_jax.report import files
 from kdsearch_jax.report.markup import code, escape, paragraph, table
-from kdsearch_jax.report.record import Run, amount
+from kdsearch_jax.report.record import Run
+from kdsearch_jax.report.results import size
 
 _FILES = {
     "student.safetensors": "weights, with flat names, for any framework",
@@ -83,5 +84,5 @@ def _load(student: str, architecture: Mapping[str, Any]) -> str:
 
 def _files(path: Path) -> str:
     found = [(name, said) for name, said in _FILES.items() if (path / name).is_file()]
-    rows = [[escape(n), f"{amount((path / n).stat().st_size)}B", escape(said)] for n, said in found]
+    rows = [[escape(n), size((path / n).stat().st_size), escape(said)] for n, said in found]
     return table("Files of the student", ["File", "Size", "What it is"], rows, spoken=False) if rows else ""
