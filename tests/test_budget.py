@@ -1,6 +1,7 @@
 """Budgets: what can be asked for, what the closed loop asks of λ2, and that the selection lands where it says."""
 
 import itertools
+import re
 from functools import cache
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdsearch_jax import budget, models
-from kdsearch_jax.budget import FLOOR, BudgetError, Limits, selection
+from kdsearch_jax.budget import FLOOR, BudgetError, Limits, selection, smallest
 from kdsearch_jax.budget.multipliers import balance
 from kdsearch_jax.call import mode
 from kdsearch_jax.config import BudgetConfig
@@ -95,6 +96,17 @@ def test_the_least_that_is_accepted_is_one_unit_a_layer():
         budget.resolve(BudgetConfig(float(least - 1)), found)
     keep = budget.select(found, Limits(least, None), np.ones(found.units))
     assert {name: mask.sum() for name, mask in keep.items()} == dict.fromkeys(keep, 1)
+
+
+def test_where_no_unit_fits_the_error_says_what_to_ask_for():
+    found = topology("cnn")
+    least, params = found.cost(smallest(found))
+    with pytest.raises(BudgetError, match="one more unit is too much; free more gates.kinds, or ask for") as refusal:
+        budget.select(found, Limits(1.03 * least, 1.1 * params), np.ones(found.units))
+    asked = re.findall(r"budget\.(\w+) (\d\.\d+)", str(refusal.value))
+    bounds = budget.resolve(BudgetConfig(**{name: float(share) for name, share in asked}), found)
+    keep = budget.select(found, bounds, np.ones(found.units))
+    assert [name for name, _ in asked] == ["macs", "params"] and found.cost(keep) == (least, params)
 
 
 def test_pressure_is_the_worse_of_the_two_bounds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def _land(
     topology: Topology, limits: Limits, importance: np.ndarray, chunks: list[_Chunk], ranking: _Ranking
 ) -> np.ndarray:
     """(units,) `select` by one ranking."""
-    nearest, queue, seen = 0.0, deque([frozenset[int]()]), {frozenset[int]()}
+    nearest, best, queue, seen = 0.0, np.zeros(topology.units), deque([frozenset[int]()]), {frozenset[int]()}
     for _ in range(TRIALS):
         if not queue:
             break
@@ -82,15 +83,30 @@ def _land(
         pressure = limits.pressure(topology, keep)
         if pressure >= FLOOR:
             return keep
-        nearest = max(nearest, pressure)
+        if pressure > nearest:
+            nearest, best = pressure, keep
         for i in reversed(gone):
             if staying | {i} not in seen:
                 seen.add(staying | {i})
                 queue.append(staying | {i})
+    ways = [] if limits.round_to == 1 else ["lower budget.round_to"]
+    ways += ["free more gates.kinds", _met_by(topology, limits, best) if nearest else "ask for another budget"]
     raise BudgetError(
-        f"budget: the nearest student costs {nearest:.3f} of it, outside [{FLOOR}, 1]; its smallest step is too "
-        "large: lower budget.round_to, free more gates.kinds, or ask for another budget"
+        f"budget: the nearest student costs {nearest:.3f} of it, outside [{FLOOR}, 1]: one more "
+        f"{'unit' if limits.round_to == 1 else 'piece'} is too much; {', '.join(ways[:-1])}, or {ways[-1]}"
     )
+
+
+def _met_by(topology: Topology, limits: Limits, keep: np.ndarray) -> str:
+    """What to ask for instead: counted bounds that a student meets exactly, as shares of the teacher's."""
+    if limits.measured:
+        return "ask for another budget"
+    told = []
+    for name, cost, whole in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True):
+        if name in limits.names:
+            digits = max(4, 4 - math.floor(math.log10(cost / whole)) - 1)
+            told.append(f"budget.{name} {math.ceil(cost / whole * 10**digits) / 10**digits:.{digits}f}")
+    return f"ask for what it costs: {' and '.join(told)} of the teacher's"
 
 
 @dataclass(frozen=True)
