@@ -22,8 +22,9 @@ def interval(samples: Any) -> tuple[float, float, float]:
 def times(row: Mapping[str, Any]) -> tuple[float, ...]:
     """A row's milliseconds an example, or (low, high) where the interval is wider than `SPREAD` of the median."""
     middle, low, high = row["ms_per_image"], row.get("ms_low"), row.get("ms_high")
-    wide = low is not None and high is not None and high - low > SPREAD * middle
-    return (low, high) if wide else (middle,)
+    if low is None or high is None or high - low <= SPREAD * middle:
+        return (middle,)
+    return low, high
 
 
 def apart(row: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
