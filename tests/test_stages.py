@@ -375,22 +375,24 @@ def test_settings_go_all_the_way(tmp_path, changes):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(network[1]))
 
 
-def test_two_processes_search_together(repository, tmp_path, python):
+def test_two_processes_go_the_whole_road(repository, tmp_path, python):
     launcher = [
         python,
         repository / "launch" / "local.py",
         *["-n", "2", "--devices", "1", "--", "python", "-m", "kdsearch_jax.search"],
     ]
-    argv = ["--config", TINY, "--workdir", tmp_path / "run", *SHORT, "--stop-after", "search"]
+    steps = [option for stage in ("teacher", "search", "retrain") for option in (f"--{stage}.steps", "4")]
+    argv = ["--config", TINY, "--workdir", tmp_path / "run", *steps, "--baselines"]
     done = subprocess.run(
         [*map(str, [*launcher, *argv])], cwd=tmp_path, env={**os.environ, **QUICK}, capture_output=True, text=True,
-        timeout=300,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "run" / "environment.json")["processes"] == 2
     assert 0.98 * 0.6 * 30_112 <= read(tmp_path / "run" / "search" / "selection.json")["macs"] <= 0.6 * 30_112
     assert (tmp_path / "run" / "report" / "index.html").is_file()
-    kdsearch_jax.load(tmp_path / "run" / "search" / "network")
+    student, retrained = arrays(tmp_path / "run" / "student"), arrays(tmp_path / "run" / "retrain" / "network")
+    assert same(student, retrained) and not same(student, arrays(tmp_path / "run" / "search" / "network"))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
