@@ -149,17 +149,18 @@ def sweep(workdir: Path) -> None:
     for entry in list(workdir.iterdir()):
         found = _UNFINISHED.fullmatch(entry.name)
         if found is None and entry.is_dir() and _FOLDERS.fullmatch(entry.name):
-            _sweep(entry)
+            sweep_folder(entry)
         elif found and (_FOLDERS.fullmatch(found["target"] or "") or found["file"] in _FILES):
             _settle(entry, found)
 
 
-def _sweep(folder: Path) -> None:
+def sweep_folder(folder: Path) -> None:
+    """`sweep` of a folder in which everything is ours, and of all below it."""
     for entry in list(folder.iterdir()):
         if found := _UNFINISHED.fullmatch(entry.name):
             _settle(entry, found)
         elif entry.is_dir() and not entry.is_symlink():
-            _sweep(entry)
+            sweep_folder(entry)
 
 
 def _settle(path: Path, found: re.Match[str]) -> None:

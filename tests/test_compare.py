@@ -133,10 +133,11 @@ def test_an_interrupted_row_ends_as_if_nothing_had_been(comparison, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(comparison, directory)
     row = directory / "seed-0" / "uniform"
-    (row / "result.json").unlink()
+    (row / "result.json").rename(row / ".result.json.17.part")
     shutil.rmtree(row / "retrain" / "network")
     shutil.rmtree(row / "retrain" / "checkpoints" / str(STEPS))  # what is left is the state before the last steps
     assert compare(directory, "--seeds", 0, "--rows", "uniform", "--no-latency") == 0
+    assert not list(row.glob(".*.part"))
     for path in ("seed-0/uniform/retrain/network", "seed-0/searched/retrain/network"):
         assert same(leaves(directory / path), leaves(comparison / path))
     results = [read_sealed(each / "seed-0" / "uniform" / "result.json") for each in (directory, comparison)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kdsearch_jax import baselines, cutting, evaluate, fitting, front, stages, storage
+from kdsearch_jax import baselines, cutting, evaluate, fitting, front, rundir, stages, storage
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.compare.rows import ROWS, Row
@@ -95,6 +95,7 @@ def make(road: Road, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any
     place = place_of(road, row.name, seed, budget)
     path = place.directory / "result.json"
     with locked(place.directory, wait=True):
+        rundir.sweep_folder(place.directory)
         if path.is_file() and "why" not in (found := read_sealed(path)):
             return found
         log.info("%s, seed %d", row.label, seed)
