@@ -11,8 +11,9 @@ of `checkpoint_every` updates, a quarter as many run without all that, by the sa
 controller, on a state of its own; blocks end halfway between two checkpoints that may fall due, so that whatever one
 does behind the scenes is its block's own. Both kinds take turns in one process. Printed: an update of all blocks, over
 an update of all that runs without, in time by the clock and in processor time of all threads, which other work on the
-machine changes little; and which checkpoints there were, those that fell due and were left out not counted. As the
-clock that spaces them goes on in both kinds of block, there are up to a quarter more than in a search by itself.
+machine changes little; which checkpoints there were, without those that were left out; and the milliseconds of an
+update of each block, of which the first has also what a process needs for its first save. As the clock that spaces
+checkpoints goes on in both kinds of block, there are up to a quarter more than in a search by itself.
 
 `parts` writes rows and checkpoints of a search's state one by one: what the loop waits for (processor time of its
 thread) and what goes on behind (of the others).
@@ -172,6 +173,8 @@ def ratio(blocks: int, depth: int, batch: int) -> dict[str, Any]:
         "ratio_clock": round(rates[0][0] / rates[1][0], 4),
         "ratio_processor": round(rates[0][1] / rates[1][1], 4),
         "checkpoints": sorted(step for step in saved if step > every // 2),
+        "ms_processor": [round(1000 * each[1] / every, 2) for each in full],
+        "ms_processor_without": [round(1000 * each[1] / (every // 4), 2) for each in plain],
     }
 
 
