@@ -23,7 +23,7 @@ from kdsearch_jax.config import (
     StageConfig,
     changed,
 )
-from kdsearch_jax.examples import Dataset, own
+from kdsearch_jax.examples import Dataset, only_input, own
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.given import Loaded, Own
 from kdsearch_jax.road import prepare
@@ -207,9 +207,8 @@ def _inputs(inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module:
     entries = data["train"] if isinstance(data.get("train"), Mapping) else data
     if "images" in entries:
         return None
-    others = [entry for entry in entries if entry != "labels"]
-    if len(others) == 1:
-        return (str(others[0]),)
+    if (only := only_input(map(str, entries))) is not None:
+        return (only,)
     signature = signature_of(module)
     parameters = {} if signature is None else signature.parameters
     named = [name for name, p in parameters.items() if name in entries]
@@ -219,6 +218,6 @@ def _inputs(inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module:
     raise ValueError(
         f"inputs: which of {', '.join(map(str, entries))} feed the network is not clear; name them, as in "
         f"inputs=({others[0]!r},)"
-        if others
+        if (others := [str(entry) for entry in entries if entry != "labels"])
         else "inputs: the data have labels only; add what the network is fed"
     )

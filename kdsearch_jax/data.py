@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import zipfile
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from kdsearch_jax import storage, tfds
 from kdsearch_jax.config import RULES, DataConfig
-from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, own
+from kdsearch_jax.examples import SPLIT_SEED, SPLITS, TEST_SHARE, Dataset, Split, hold_out, only_input, own
 from kdsearch_jax.files import DamagedError, line, memory, read_arrays
 from kdsearch_jax.metrics import Progress
 from kdsearch_jax.streaming import Framing, Reader, Records, resized
@@ -51,7 +52,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
       FileNotFoundError: no such file; or a data set that is not on this machine, with no network to fetch it.
     """
     _check_settings(config)
-    if config.inputs is not None:
+    if config.inputs is not None or _feeds_itself(config.name):
         return _own(config, seed)
     train, validation, test, names = _source(config)
     framing = Framing(config.framing, config.image_size, config.least_area)
@@ -206,6 +207,20 @@ def _npz_arrays(name: str) -> dict[str, np.ndarray]:
     except (OSError, DamagedError) as error:
         why = line(error).rpartition(f"{path} is damaged, or ")[2]
         raise bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
+
+
+def _feeds_itself(name: str) -> bool:
+    """Whether a file has one entry beside the labels, and it is not images: it is the input."""
+    if not name.startswith("npz:"):
+        return False
+    try:
+        with zipfile.ZipFile(storage.local(name.removeprefix("npz:"), "data.name")) as file:
+            keys = {key.removesuffix(".npy") for key in file.namelist()}
+    except (OSError, zipfile.BadZipFile):  # which reading it will say
+        return False
+    if any(key.startswith("train_") for key in keys):
+        keys = {key.removeprefix(f"{split}_") for key in keys for split in SPLITS if key.startswith(f"{split}_")}
+    return only_input(keys) not in (None, "images")
 
 
 def _own(config: DataConfig, seed: int) -> Dataset:

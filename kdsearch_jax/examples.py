@@ -8,7 +8,7 @@ are held out, from constants of this module: runs of every seed are validated an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,12 @@ def _check_alike(splits: Mapping[str, Split], name: str) -> None:
                 f"data: {name}: {key} examples are {shapes(split)}, training examples {shapes(splits['train'])}; "
                 "give the same entries, types and sizes"
             )
+
+
+def only_input(entries: Iterable[str]) -> str | None:
+    """The one entry beside the labels, which is what the network is fed; None where there are others."""
+    others = [entry for entry in entries if entry != "labels"]
+    return others[0] if len(others) == 1 else None
 
 
 def hold_out(split: Split, count: int, stream: int) -> tuple[Split, Split]:

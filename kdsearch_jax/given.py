@@ -20,7 +20,7 @@ from kdsearch_jax.batches import is_image
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.config import Experiment
-from kdsearch_jax.examples import Dataset
+from kdsearch_jax.examples import Dataset, only_input
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.student import Architecture
 
@@ -171,7 +171,7 @@ def call_of(experiment: Experiment, dataset: Dataset) -> tuple[Call | None, tupl
       ValueError: the data have no such entry.
     """
     model, arrays = experiment.model, dataset.train.arrays
-    arguments = experiment.data.inputs or ("images",)
+    arguments = experiment.data.inputs or (only_input(arrays) or "images",)
     entries = [argument.rpartition("=")[2] for argument in arguments]
     for entry in entries:
         if entry not in arrays:

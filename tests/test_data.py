@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdsearch_jax import data
+from kdsearch_jax import data, road
 from kdsearch_jax import tfds as tfds_lib
 from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batches
-from kdsearch_jax.config import DataConfig
+from kdsearch_jax.config import DataConfig, Experiment
 from kdsearch_jax.data import load
 from kdsearch_jax.examples import Dataset, Split, hold_out
 from kdsearch_jax.streaming import reader_of
@@ -70,6 +70,16 @@ def test_digits_are_all_there_once():
         labels = getattr(dataset, split).labels
         assert labels.dtype == np.int32
         np.testing.assert_allclose(np.bincount(labels) / len(labels), 0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("prefixes", [[""], ["train_", "test_"]])
+def test_the_only_entry_beside_labels_is_the_input(tmp_path, prefixes):
+    """As `kdsearch_jax.search` takes it; whoever names it gets the same."""
+    x, labels = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32), np.arange(60) % 3
+    config = write(tmp_path, **{f"{p}x": x for p in prefixes}, **{f"{p}labels": labels for p in prefixes})
+    experiments = [Experiment(data=dataclasses.replace(config, crop=0, inputs=inputs)) for inputs in (None, ("x",))]
+    plain, named = (road.call_of(each, load(each.data)) for each in experiments)
+    assert plain == named and plain[0] is not None and plain[0].arguments == ("x",) and not plain[1]
 
 
 def test_the_splits_are_those_of_earlier_versions():
