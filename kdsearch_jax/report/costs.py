@@ -77,7 +77,7 @@ def bar(row: Mapping[str, Any], whole: Mapping[str, Any], key: str, text: Callab
     if shown == NOTHING or whole.get(key) in (None, 0):
         return shown
     if key == TIME and row is not whole and not apart(row, whole):
-        return f"{shown}<small>too noisy to compare</small>"
+        return f"{shown}<small>not told apart</small>"
     share = row[key] / whole[key]
     shown += "" if row is whole else f"<small>{percent(share)}</small>"
     return f'{shown}<span class="bar" aria-hidden="true"><i style="width:{100 * min(share, 1):.1f}%"></i></span>'
