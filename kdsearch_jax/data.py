@@ -54,7 +54,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
     _check_settings(config)
     if config.inputs is not None or _feeds_itself(config.name):
         return _own(config, seed)
-    train, validation, test, names = _source(config)
+    train, validation, test, names, scale = _source(config)
     framing = Framing(config.framing, config.image_size, config.least_area)
     streams = _streams(config, train, framing)
     held = max(1, round(config.validation * len(train)))
@@ -90,7 +90,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
         if low < 0 or high >= len(names):
             raise bad(config.name, f"has {key} labels from {low} to {high}, but {len(names)} classes in training")
     mean, std = _normalisation(config, splits["train"].images)
-    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
+    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names, scale=scale)
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _streamed(config: DataConfig, parts: dict[str, Records], names: tuple[str, .
         spread = np.linspace(0, len(splits["train"]) - 1, SAMPLE).astype(int)
         sample = splits["train"].images[np.unique(spread)]
     mean, std = _normalisation(config, sample)
-    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names)
+    return Dataset(config.name, **splits, num_classes=len(names), mean=mean, std=std, class_names=names, scale=255.0)
 
 
 def _hold_out(part: Any, count: int, stream: int, framing: Framing, streams: bool) -> tuple[Any, Any]:
@@ -145,28 +145,28 @@ def _hold_out(part: Any, count: int, stream: int, framing: Framing, streams: boo
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def _source(config: DataConfig) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    """Training, validation and test examples, each `Split` or `Records` or None, and the names of the classes."""
+def _source(config: DataConfig) -> tuple[Any, Any, Any, tuple[str, ...], float]:
+    """Training, validation and test examples, each `Split` or `Records` or None, names of classes, and the scale."""
     if config.name == "digits":
         return _digits()
     if config.name.startswith("npz:"):
         return _npz(config.name)
     if config.name.endswith(".npz"):
         raise bad(config.name, f"is unknown; did you mean npz:{config.name}?")
-    return tfds.records(config.name, config.data_dir)
+    return *tfds.records(config.name, config.data_dir), 255.0
 
 
-def _digits() -> tuple[Split, None, Split, tuple[str, ...]]:
+def _digits() -> tuple[Split, None, Split, tuple[str, ...], float]:
     """1797 grey 8×8 images, 0 to 16 stretched to 0 to 255; a fifth is for testing."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     train, test = hold_out(Split.of(images, labels.astype(np.int32)), round(0.2 * len(labels)), 0)
-    return train, None, test, tuple("0123456789")
+    return train, None, test, tuple("0123456789"), 16.0
 
 
-def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]:
+def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...], float]:
     """`images`, `labels`, to be split; or `train_…`, `test_…` and perhaps `validation_…`. `class_names` is optional."""
     arrays = _npz_arrays(name)
     splits = {}
@@ -194,7 +194,8 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...]]
                 "without gaps, or add an array class_names",
             )
         names = tuple(map(str, classes))
-    return train, splits.get("validation") if parts else None, splits["test"] if parts else None, names
+    scale = 255.0 if arrays["train_images" if parts else "images"].dtype == np.uint8 else 1.0
+    return train, splits.get("validation") if parts else None, splits["test"] if parts else None, names, scale
 
 
 def _npz_arrays(name: str) -> dict[str, np.ndarray]:

@@ -63,6 +63,7 @@ class Dataset:
 
     num_classes, class_names: 0 and () where there are no labels; a class without a name is called by its number.
     mean, std: per channel, of images in [0, 1]; () where no entry is images in uint8, which alone are normalised.
+    scale: what the source's own values are divided by to lie in [0, 1]; it is told users, images here are uint8.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    scale: float = 255.0
 
 
 def own(

@@ -90,6 +90,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "num_classes": road.dataset.num_classes,
         "mean": list(road.dataset.mean),
         "std": list(road.dataset.std),
+        **({"scale": road.dataset.scale} if road.dataset.mean else {}),
         "class_names": list(road.dataset.class_names),
         "framing": road.experiment.data.framing,
         "macs": cost.macs,

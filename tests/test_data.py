@@ -62,7 +62,7 @@ def test_digits_are_all_there_once():
     original = [tuple(image.astype(int)) for image in load_digits().data]
     images = np.concatenate([getattr(dataset, split).images for split in SPLITS])
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
-    assert (images.min(), images.max()) == (0, 255)
+    assert (images.min(), images.max()) == (0, 255) and dataset.scale == load_digits().data.max()
     assert Counter(tuple(np.round(image.ravel() / 255 * 16).astype(int)) for image in images) == Counter(original)
     assert [len(getattr(dataset, split)) for split in SPLITS] == [1294, 144, 359]
     assert (dataset.num_classes, dataset.class_names) == (10, tuple("0123456789"))
@@ -172,6 +172,7 @@ def test_float_images_become_bytes(tmp_path, dtype):
     inexact = np.clip(inexact / 255, 0, 1).astype(dtype)
     two = load(write(tmp_path, images=inexact, labels=labels.astype(np.uint8)))
     np.testing.assert_array_equal(one.train.images, two.train.images)
+    assert (one.scale, two.scale) == (255, 1)
 
 
 def test_images_without_a_channel_axis_get_one(tmp_path):

@@ -131,6 +131,8 @@ def test_the_student_is_delivered_in_every_form(run, tmp_path, python):
     module, variables = kdsearch_jax.load(run / "student")
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), module.apply(variables, images), atol=1e-5)
     assert isinstance(read(run / "student" / "architecture.json")["layers"], dict)
+    info = read(run / "student" / "network.json")["payload"]["info"]
+    assert (info["dataset"], info["scale"]) == ("digits", 16)  # what whoever reads scikit-learn's digits divides by
 
 
 def test_baselines_have_layers_of_the_same_share(run):

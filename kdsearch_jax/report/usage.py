@@ -58,7 +58,11 @@ def _images(student: str, architecture: Mapping[str, Any], info: Mapping[str, An
     if not (info.get("mean") and info.get("std")):
         return lines, f"images: float32 ({sizes}), normalised as the training images were."
     mean, std = (", ".join(f"{value:.4g}" for value in info[key]) for key in ("mean", "std"))
-    text = f"images: float32 ({sizes}), (value / 255 − mean) / std, with mean ({mean}) and std ({std}), one a channel."
+    scale = info.get("scale") if isinstance(info.get("scale"), int | float) else 255
+    text = (
+        f"images: float32 ({sizes}), (value / {scale:g} − mean) / std of values from 0 to {scale:g}, with "
+        f"mean ({mean}) and std ({std}), one a channel."
+    )
     names = info.get("class_names") or []
     if names and len(names) <= 20:
         text += f" The logits are those of {', '.join(map(str, names))}."
