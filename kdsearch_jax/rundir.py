@@ -213,9 +213,17 @@ def environment() -> dict[str, Any]:
             "default_prng_impl": jax.config.jax_default_prng_impl,  # type: ignore
             "threefry_partitionable": jax.config.jax_threefry_partitionable,  # type: ignore
         },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command_line(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def command_line() -> list[str]:
+    """What started this process, as it would be typed again."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:  # a script
+        return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
 def git_revision(package: Path) -> str | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -42,13 +45,19 @@ def full(source, target):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
 
-def test_describes_the_run(tmp_path):
+@pytest.mark.parametrize("module", ["kdsearch_jax.search.__main__", "kdsearch_jax.teacher"])
+def test_describes_the_run(tmp_path, monkeypatch, module):
+    main = types.ModuleType("__main__")
+    main.__spec__ = importlib.util.find_spec(module)  # as `python -m` does
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/file.py", "--quick"])
     experiment = load_experiment("digits")
     rundir.new_run_directory(tmp_path / "a" / "b", experiment)
     assert load_experiment(str(tmp_path / "a" / "b" / "config.json")) == experiment
     environment = json.loads((tmp_path / "a" / "b" / "environment.json").read_text())
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(environment["versions"])
-    assert {"git_revision", "devices", "command", "started"} <= set(environment)
+    assert {"git_revision", "devices", "started"} <= set(environment)
+    assert environment["command"] == ["python", "-m", module.removesuffix(".__main__"), "--quick"]
 
 
 def test_a_second_run_is_refused_and_the_first_intact(tmp_path):
