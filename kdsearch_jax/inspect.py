@@ -229,8 +229,8 @@ def frozen_lines(network: Network) -> Table:
 
 
 def pattern(name: str) -> str:
-    """A name with # for each of its numbers."""
-    return re.sub(r"\d+", "#", name)
+    """A name with # for each of its numbers, but for a line of code, `file.py:12`."""
+    return re.sub(r"(\.py:\d+)|\d+", lambda found: found[1] or "#", name)
 
 
 def show(titles: Sequence[str], lines: Table) -> None:

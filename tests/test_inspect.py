@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import flax.linen as nn
@@ -62,6 +63,7 @@ def test_text_names_every_group_and_every_reason(capsys):
     assert sum(int(line[3].replace(",", "")) for line in lines) == network.topology.units
     frozen = inspect.frozen_lines(network)
     assert sum(int(line[1]) for line in frozen) == len(network.topology.frozen)
+    assert re.search(r"\(models/\w+\.py:\d+\)", text) and "linen.py" not in text  # the model's line, not ours
     assert all(line[0] in text for line in frozen) and len(frozen) < len(network.topology.frozen)
 
 

@@ -45,7 +45,7 @@ class Op:
 def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
     """As file:line, the innermost frame in the model's own code; frames: (file, line), innermost first."""
     roots = [_root(sys.modules[name]) for name in ("jax", "jaxlib", "flax") if name in sys.modules]
-    own = os.path.dirname(__file__) + os.sep
+    own = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the package's
     for file, line in frames:
         if file == os.path.join(own, "network.py"):
             return None  # from here on it is who asked for the trace
