@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from kdsearch_jax.config import (
     RunConfig,
     StageConfig,
     changed,
+    nearest,
 )
 from kdsearch_jax.examples import Dataset, only_input, own
 from kdsearch_jax.functional import Functional
@@ -133,9 +135,14 @@ def run(
     )
     experiment = changed(experiment, settings or {})
     dataset = _dataset(data, experiment)
-    given = Path(tempfile.mkdtemp(prefix="kdsearch-")) / "run" if workdir is None else workdir
-    directory = storage.local(given, "workdir", whole=True)
-    road = prepare(experiment, directory, resume=resume, own=Own(module, variables, dataset, loss, metrics))
+    scratch = Path(tempfile.mkdtemp(prefix="kdsearch-")) if workdir is None else None
+    directory = storage.local(workdir or f"{scratch}/run", "workdir", whole=True)
+    try:
+        road = prepare(experiment, directory, resume=resume, own=Own(module, variables, dataset, loss, metrics))
+    except BaseException:
+        if scratch is not None:  # nobody knows of it
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
     with rundir.run_directory(directory, experiment, {"command": "api"}, resume=resume, data=road.fingerprint):
         results = stages.run(road, resume=resume)
     assert results is not None
@@ -153,6 +160,10 @@ def run(
 def _bounds(budget: Any) -> tuple[BudgetConfig, tuple[float, ...]]:
     """(budget, budgets) of an experiment, of what a user gave for both."""
     if isinstance(budget, Mapping):
+        known = [field.name for field in dataclasses.fields(BudgetConfig)]
+        for name in budget:
+            if name not in known:
+                raise ValueError(f"budget: {name!r} is no bound; {nearest(str(name), known)}")
         several = {name: value for name, value in budget.items() if isinstance(value, (list, tuple))}
         if not several:
             return BudgetConfig(**budget), ()

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 
 import flax.linen as nn
 import jax
@@ -321,3 +322,12 @@ def test_several_budgets_give_a_front_of_results(tmp_path):
     assert "at-0.7" in str(front)
     with pytest.raises(ValueError, match="budget: none is given"):
         kdsearch_jax.search(module, some(module, x[:2]), {"images": x, "labels": labels}, budget=[])
+
+
+def test_what_cannot_be_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module, data = nn.Dense(3), {"x": np.zeros((20, 4), np.float32)}
+    for budget, said in (({"mac": 1}, "budget: 'mac' is no bound; did you mean 'macs'"), (0.5, "nothing")):
+        with pytest.raises(ValueError, match=said):
+            kdsearch_jax.search(module, some(module, data["x"][:2]), data, budget=budget)
+    assert not list(tmp_path.iterdir())
