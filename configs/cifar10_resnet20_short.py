@@ -23,6 +23,6 @@ def experiment(quick: bool = False) -> Experiment:
         search=StageConfig(steps=234, batch_size=64, learning_rate=0.003, schedule="constant"),
         retrain=StageConfig(steps=156, batch_size=64, learning_rate=0.003),
         gates=GatesConfig(ramp=0.3, warmup=0.1),
-        run=RunConfig(steps_per_dispatch=6, checkpoint_every=10_000, evaluate_every=10_000),
+        run=RunConfig(steps_per_dispatch=6, checkpoint_every=30, evaluate_every=10_000),
     )
     return shorten(made) if quick else made
