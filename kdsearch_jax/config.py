@@ -207,19 +207,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides a run; written to `config.json` of its directory.
-
-    teacher_from: the teacher's weights: a directory written by this package, by Orbax or in Hugging Face's format, a
-    file `.safetensors`, `.msgpack` (Flax), `.pth` or `.th`; None trains a teacher.
-    baselines: hand-made students of equal cost, trained for as many steps as search and retraining together.
-    budgets: a student for each, from one search (`kdsearch_jax.front`): values of budget.macs, or of the first bound
-    that is given where that is None; other bounds hold for every student.
-    """
+    """Everything that decides a run; written to `config.json` of its directory."""
 
     name: str = "digits"
+    """What the experiment is called; its runs are in runs/NAME."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     teacher_from: str | None = None
+    """The teacher's weights: a directory written by this package, by Orbax or in Hugging Face's format, a file
+    `.safetensors`, `.msgpack` (Flax), `.pth` or `.th`; None trains a teacher."""
     teacher: StageConfig = StageConfig()
     search: StageConfig = StageConfig()
     gates: GatesConfig = GatesConfig()
@@ -227,7 +223,10 @@ class Experiment:
     distill: DistillConfig = DistillConfig()
     budget: BudgetConfig = BudgetConfig()
     budgets: tuple[float, ...] = ()
+    """A student for each, from one search: values of budget.macs, or of the first bound that is given where that is
+    None; other bounds hold for every student."""
     baselines: tuple[Literal["uniform", "magnitude"], ...] = ("uniform",)
+    """Hand-made students of equal cost, trained for as many steps as search and retraining together."""
     run: RunConfig = RunConfig()
 
 
