@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import delivery, front, models, rundir, stages, storage
@@ -28,7 +31,7 @@ from kdsearch_jax.config import (
 from kdsearch_jax.examples import Dataset, only_input, own
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.given import Loaded, Own
-from kdsearch_jax.road import prepare
+from kdsearch_jax.road import is_plain, prepare
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ def run(
         if scratch is not None:  # nobody knows of it
             shutil.rmtree(scratch, ignore_errors=True)
         raise
+    if jax.process_index() == 0 and not is_plain(road.task, road.dataset):
+        print(road.task.describe(), file=sys.stderr)  # where progress goes: loggers of a library say nothing
     with rundir.run_directory(directory, experiment, {"command": "api"}, resume=resume, data=road.fingerprint):
         results = stages.run(road, resume=resume)
     assert results is not None

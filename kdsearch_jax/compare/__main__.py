@@ -31,8 +31,8 @@ class CompareOptions(cli.RunOptions):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each student is made once with each."""
     rows: tuple[str, ...] = ()
-    """Students to make; all if left out: searched, layers, uniform, both, random, magnitude, bn_scale, slimming, scratch,
-    scratch2."""
+    """Students to make; all if left out: searched, layers, uniform, both, random, magnitude, bn_scale, slimming,
+    scratch, scratch2."""
     match: Literal["macs", "both"] = "both"
     """Students have the budget's MACs (macs), or also at most the parameters of the uniform student (both)."""
     latency: bool = True
