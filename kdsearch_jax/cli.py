@@ -381,11 +381,21 @@ def _tyro(argv: list[str], parts: dict[str, Any], prog: str, description: str) -
         raise
 
 
+_UNREAD = re.compile(
+    r"Error parsing (?P<flag>--[\w.-]+): (no type matching (?P<kinds>\S+) could be instantiated from|"
+    r"Could not find valid parse for arguments:) \[(?P<given>.*?)\]"
+)
+
+
 def _one_line(box: str) -> str:
     """The message of tyro's box: its first part, without borders and line breaks."""
     lines = [line.strip("│╭╮╰╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    return " ".join(" ".join(lines[:end]).split()).rstrip(".") + "; --help lists everything"
+    text = " ".join(" ".join(lines[:end]).split()).rstrip(".")
+    if found := _UNREAD.match(text):
+        wanted = f"; give {found['kinds'].replace('{None}', 'None').replace('|', ' or ')}" if found["kinds"] else ""
+        text = f"{found['flag']}: {found['given']} cannot be read{wanted}"
+    return text + "; --help lists everything"
 
 
 class _Changes(dict[str, Any]):

@@ -28,6 +28,7 @@ import numpy as np
 from kdsearch_jax import budget, cli, evaluate, hardware, measured
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BOUNDS, Experiment
+from kdsearch_jax.files import line
 from kdsearch_jax.models import build, takes
 from kdsearch_jax.network import Network, library_of, trace
 
@@ -75,7 +76,11 @@ def main(argv: list[str]) -> int:
     module = build(model, arguments)
     call.check(module)
     start = time.perf_counter()
-    network = trace(module, *call.example(2), **call.keywords(module, train=False))
+    try:
+        network = trace(module, *call.example(2), **call.keywords(module, train=False))
+    except (TypeError, ValueError) as error:
+        entries = ", ".join(call.to_json()["inputs"].values())
+        raise ValueError(f"the network was called with {entries} (--input-shape, --inputs): {line(error)}") from error
     seconds = time.perf_counter() - start
     gates = experiment.gates
     network = network.select(gates.kinds, gates.include, gates.exclude)

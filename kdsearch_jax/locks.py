@@ -34,7 +34,11 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
       InUseError: there is another, and it is not waited for.
       OSError: the directory cannot be made, or not be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{error.strerror}; --workdir must be a directory that can be made and written"
+        raise OSError(error.errno, why, str(directory)) from error
     with _held(directory / NAME, wait):
         try:
             yield

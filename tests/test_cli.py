@@ -83,6 +83,7 @@ class TestCommandLine:
             (["--search.steps"], r"Missing value for argument '--search\.steps'"),
             (["--search.steps", "-3"], r"search\.steps: -3 is not possible"),
             (["--search.optimizer", "adam"], r"'adam' for argument '--search\.optimizer'.*sgd"),
+            (["--budget.macs", "half"], r"^--budget\.macs: 'half' cannot be read; give None or FLOAT"),
             (["--budget.macs", "0"], r"budget\.macs: 0\.0 is not possible"),
             (["--budget.macs", "None"], "all None"),
             (["--config", "digit"], "did you mean 'digits'"),

@@ -119,6 +119,7 @@ def test_several_inputs_and_keywords(capsys):
         (["--inputs", "int32 9"], r"--inputs: 'int32 9' is not understood; write float32\[224,224,3\]"),
         (["--inputs", "int32[9]", "maks=float32[9]"], "takes no 'maks'"),
         (["--inputs", "int32[9]", "float32[9]", "bool[1]", "bool[1]"], "are 4 arguments, but"),
+        (["--inputs", "int32[9]", "mask=float32[4]"], r"called with int32\[9\], float32\[4\] \(--input-shape"),
         (["--input-dtype", "float31"], "float31"),
     ],
 )

@@ -341,7 +341,7 @@ def test_torch_file_without_tensors_is_refused(content, tmp_path):
 def test_without_pytorch_the_error_shows_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     (tmp_path / "weights.pth").write_bytes(b"PK")
-    with pytest.raises(ImportError, match=r"pip install torch.*\.safetensors"):
+    with pytest.raises(ImportError, match=r"pip install .kdsearch-jax.torch.*\.safetensors"):
         pretrained.read_tensors(tmp_path / "weights.pth")
 
 

@@ -196,7 +196,8 @@ def _imported(name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         what = "has no" if factory is None else "has, but cannot call,"
-        hint = _nearest(attribute, vars(module))
+        own = (n for n, v in vars(module).items() if callable(v) and _made_by(v, (nn.Module, nnx.Module)))
+        hint = _nearest(attribute, own)
         raise ValueError(f"model {name!r}: module {module_name!r} {what} {attribute!r}{hint}")
     if not _made_by(factory, (nn.Module, nnx.Module)):
         raise ValueError(

@@ -65,8 +65,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]  # an extra of its own
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs PyTorch: pip install torch, or, wherever PyTorch is, convert the state dict once by "
-            "safetensors.torch.save_file and load the .safetensors file"
+            f"reading {path} needs PyTorch: pip install 'kdsearch-jax[torch]', or, wherever PyTorch is, convert the "
+            "state dict once by safetensors.torch.save_file and load the .safetensors file"
         ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < SOUND:

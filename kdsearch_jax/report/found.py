@@ -129,7 +129,7 @@ def _path_note(run: Run) -> str:
     alive = [(g.path, g.kept) for g in run.units if g.path is not None and g.kept is not None and g.kept_units]
     late = sum(int((path[-1] > 0)[~kept].sum()) for path, kept in alive)
     if late:
-        caption += f" {late} units with gates above zero to the end were cut by the last, exact selection."
+        caption += f" Of units with gates above zero to the end, the last, exact selection cut {late}."
     if len(alive) < len(run.units):
         caption += " Units of a removed branch went with it, whatever their own gates."
     return caption
@@ -189,7 +189,7 @@ def search(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
     """Cost, penalty, accuracy and loss over the steps."""
     if "search" not in pictures:
         return paragraph("There are no metrics of a search or a training to show.")
-    caption = "Dotted lines: the budget asked for, and the teacher’s accuracy. "
+    caption = f"Dotted: the budget asked for{', and the teacher’s accuracy' if curves.teacher_accuracy(run) else ''}. "
     retrained = [stage for stage in run.metrics if stage.startswith("at-") or stage == "retrain"]
     retrained = [stage for stage in retrained if run.metrics[stage]]
     if retrained and run.metrics["search"]:

@@ -261,6 +261,7 @@ class Topology:
         macs, params = self.total()
         shares = self.shares()
         lines = [f"{macs:,} MACs an example, {params:,} parameters, {len(self.groups)} groups, {self.units} units"]
+        lines += ["Shares are what goes with a whole group; what two groups share is counted with both."]
         lines += [f"{'group':40} {'kind':9} {'units':>6} {'MACs':>7} {'params':>7}"]
         for group in self.groups:
             a, b = shares[group.name]
