@@ -77,13 +77,14 @@ def quick_run(name: str, folder: Path, *options: str) -> Path:
     return folder / "run"
 
 
-# The first has its whole road below; the second differs from it in steps, and quick variants have their own.
+# The first has its whole road below, a slow test; the second differs from it in steps, and quick variants have their
+# own. Others like them go as far as retraining here, and test_stages has the whole road of a tiny one.
 SAME = ("cifar10_resnet20", "cifar10_resnet20_short")
 
 
 def _slow(name: str):
-    """The largest have their forms tested elsewhere: residual networks below, the rest by the other configurations."""
-    large = ("cifar10_resnet56", "cifar100_resnet56", "cifar100_wrn40_2", "imagenet_resnet50")
+    """The largest have their forms tested elsewhere, residual networks by the other configurations."""
+    large = ("cifar10_resnet56", "cifar10_vgg16", "cifar100_resnet56", "cifar100_wrn40_2", "imagenet_resnet50")
     return pytest.param(name, marks=pytest.mark.slow) if name in large else name
 
 
@@ -101,6 +102,7 @@ def test_the_quick_variant_trains_searches_cuts_and_retrains(name, tmp_path):
     assert json.loads((run / "search" / "selection.json").read_text())["proof"]["difference"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_quick_variant_runs_the_whole_road(tmp_path):
     run = quick_run("cifar10_resnet20", tmp_path, "--baselines", "uniform")
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}

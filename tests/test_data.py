@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdsearch_jax import data, road
+from kdsearch_jax import data
 from kdsearch_jax import tfds as tfds_lib
 from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batches
 from kdsearch_jax.config import DataConfig, Experiment
 from kdsearch_jax.data import load
 from kdsearch_jax.examples import Dataset, Split, hold_out
+from kdsearch_jax.given import call_of
 from kdsearch_jax.streaming import reader_of
 
 SPLITS = ("train", "validation", "test")
@@ -78,7 +79,7 @@ def test_the_only_entry_beside_labels_is_the_input(tmp_path, prefixes):
     x, labels = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32), np.arange(60) % 3
     config = write(tmp_path, **{f"{p}x": x for p in prefixes}, **{f"{p}labels": labels for p in prefixes})
     experiments = [Experiment(data=dataclasses.replace(config, crop=0, inputs=inputs)) for inputs in (None, ("x",))]
-    plain, named = (road.call_of(each, load(each.data)) for each in experiments)
+    plain, named = (call_of(each, load(each.data)) for each in experiments)
     assert plain == named and plain[0] is not None and plain[0].arguments == ("x",) and not plain[1]
 
 

@@ -111,7 +111,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
         ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student", "results.json"],
         ["retrain/network", "student"],
         ["student/manifest.json", "student/student.stablehlo", "report"],
-        ["teacher/network", "search", "retrain", "student", "results.json"],
+        pytest.param(["teacher/network", "search", "retrain", "student", "results.json"], marks=pytest.mark.slow),
     ],
     ids=lambda paths: paths[0],
 )
