@@ -109,7 +109,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
     "missing",
     [
         ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student", "results.json"],
-        ["retrain/network", "student"],
+        pytest.param(["retrain/network", "student"], marks=pytest.mark.slow),
         ["student/manifest.json", "student/student.stablehlo", "report"],
         pytest.param(["teacher/network", "search", "retrain", "student", "results.json"], marks=pytest.mark.slow),
     ],

@@ -347,6 +347,7 @@ def test_a_search_of_another_run(run, tmp_path, command):
         assert command(["--workdir", str(directory), "--resume"]) == 0
 
 
+@pytest.mark.slow  # `test_resume` kills in retraining and goes on
 def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
     directory = tmp_path / "run"
     for name in ("teacher", "search"):
