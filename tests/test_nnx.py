@@ -498,6 +498,7 @@ def test_bad_input_says_what_to_do():
 SMALL = ["--config", str(Path(__file__).parent / "tiny.py"), "--model.name", "test_nnx:Cnn"]
 
 
+@pytest.mark.slow
 def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
     from kdsearch_jax.search.__main__ import main
 

@@ -110,7 +110,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
     [
         ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student", "results.json"],
         pytest.param(["retrain/network", "student"], marks=pytest.mark.slow),
-        ["student/manifest.json", "student/student.stablehlo", "report"],
+        pytest.param(["student/manifest.json", "student/student.stablehlo", "report"], marks=pytest.mark.slow),
         pytest.param(["teacher/network", "search", "retrain", "student", "results.json"], marks=pytest.mark.slow),
     ],
     ids=lambda paths: paths[0],

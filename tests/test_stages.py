@@ -207,6 +207,7 @@ def test_a_front_has_a_student_for_each_budget_from_one_search(several):
     assert (several / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_front_that_was_killed_goes_on(several, tmp_path):
     """In its second part, shrunk: what is lost comes again bit by bit."""
     copy = tmp_path / "run"
@@ -276,6 +277,7 @@ def test_a_run_that_is_finished_is_not_done_again(run, tmp_path):
     assert len(read(copy / "environment.json")["earlier"]) == 1
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
     """teacher; search --stop-after search; the rest: bit by bit what one command does."""
     directory = tmp_path / "run"
