@@ -619,7 +619,7 @@ def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monke
 
 # Many short calls with a checkpoint each.
 LONG = ("--teacher.steps", "8", "--search.steps", "24", "--retrain.steps", "4", "--baselines",
-        "--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2")  # fmt: skip
+        "--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2", "--run.checkpoint-share", "None")  # fmt: skip
 SAME = ("teacher/network", "search/network", "retrain/network", "student")
 
 
