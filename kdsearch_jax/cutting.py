@@ -115,7 +115,9 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
       the steps of the search up to that state; None where the search of an older version did not say.
     """
     directory = point.cut(road.search)
-    if not _is_cut(directory):
+    cut = _is_cut(directory)
+    meet("cut looked at")  # before the first process writes what others may still be looking at
+    if not cut:
         teacher = road.load(road.teacher)
         network = network or traced(road.experiment, teacher.architecture, teacher.module)
         topology, limits = network.topology, limits_of(road.experiment, network, [point], road.search)[0]

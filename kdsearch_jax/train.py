@@ -125,6 +125,7 @@ def fit(
         watched = _watched(state)
         dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched)
         compiled: set[int] = set()
+        told = False  # that a jump was let pass
         while first < stage.steps:
             count = min(run.steps_per_dispatch - first % run.steps_per_dispatch, stage.steps - first)
             done, last = first + count, first + count == stage.steps
@@ -149,6 +150,12 @@ def fit(
                 raise TrainingDiverged(
                     _divergence(name, first, metrics["loss"], state, watched, constants, checkpoints)
                 )
+            if jumps and not told:
+                told = True
+                log.warning(
+                    "%s: the loss jumped to %.4g by step %d; all run.rollbacks (%d) are used up, so training goes on",
+                    name, metrics["loss"].mean(), done, run.rollbacks,
+                )  # fmt: skip
             row = {key: float(metrics[key].mean()) for key in sorted(metrics, key="loss".__ne__)} | noted  # loss first
             noted = {}
             if count in compiled:  # the first call of each length is mostly compilation

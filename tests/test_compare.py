@@ -147,6 +147,13 @@ def test_an_interrupted_row_ends_as_if_nothing_had_been(comparison, tmp_path):
 # --- its numbers ----------------------------------------------------------------------------------------------------
 
 
+def test_help_names_every_row(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│]", " ", capsys.readouterr().out).split())
+    assert f"all if left out: {', '.join(ROWS)}." in told
+
+
 def test_the_interval_is_that_of_a_paired_t_test():
     random = np.random.default_rng(0)
     ours, theirs = random.normal(0.9, 0.01, 4), random.normal(0.88, 0.01, 4)

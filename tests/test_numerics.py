@@ -152,6 +152,19 @@ def test_it_goes_back_so_often_and_no_more(tmp_path, plain):
         t.fit(tmp_path, state, step, run=GUARDED, stage=LONG)
 
 
+def test_a_jump_that_is_let_pass_is_told_once(tmp_path, plain, caplog):
+    state, update = plain
+
+    def step(state, batch, key, constants):
+        new, metrics = update(state, batch, key, constants)
+        return new, {**metrics, "loss": jnp.where(state.step >= 12, 1e4, metrics["loss"])}
+
+    with caplog.at_level(logging.WARNING):
+        assert int(t.fit(tmp_path, state, step, run=GUARDED, stage=LONG).step) == 24
+    assert caplog.text.count("going back to step") == 2
+    assert caplog.text.count("all run.rollbacks (2) are used up, so training goes on") == 1
+
+
 def test_detours_of_detours():
     guard = rollback.Guard(GUARDED)
     assert not any(guard.jumps(1.0 + 0.1 * i) for i in range(9)) and guard.jumps(4.9) and guard.jumps(np.nan)
