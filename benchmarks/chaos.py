@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,22 @@ def undisturbed(scratch: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return seconds, expected
 
 
+def gone_on(directory: Path, log: Path) -> None:
+    """The same command once more, to its end."""
+    status = ended(started(lambda: road(directory), log), LIMIT)
+    if status != 0:
+        raise RuntimeError(f"{directory}: the same command ended with {status}; see {log}")
+
+
+def compared(directory: Path, log: Path, expected: Mapping[str, Any]) -> None:
+    """Says that a road ended as the undisturbed one, and removes it; RuntimeError where it did not."""
+    actual = digested(directory, log)
+    if different := [key for key in expected if actual[key] != expected[key]]:
+        raise RuntimeError(f"{directory}: {', '.join(different)} differ; see {log}")
+    print(f"{directory.name}: bit-identical", flush=True)
+    shutil.rmtree(directory)
+
+
 def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
     """Kills so many roads so often and compares each with an undisturbed one; RuntimeError where one differs."""
     seconds, expected = undisturbed(scratch)
@@ -258,14 +274,8 @@ def prove(roads: int, kills: int, seed: int, scratch: Path) -> dict[str, Any]:
             hits[hit, how.name] += 1
             print(f"road {number}: {how.name} in {hit}", flush=True)
         else:
-            status = ended(started(lambda directory=directory: road(directory), log), LIMIT)
-            if status != 0:
-                raise RuntimeError(f"road {number}: the same command ended with {status}; see {log}")
-        actual = digested(directory, log)
-        if different := [key for key in expected if actual[key] != expected[key]]:
-            raise RuntimeError(f"road {number}: {', '.join(different)} differ; see {directory}")
-        print(f"road {number}: bit-identical", flush=True)
-        shutil.rmtree(directory)
+            gone_on(directory, log)
+        compared(directory, log, expected)
     return {f"{how} in {stage or 'the start'}": count for (stage, how), count in sorted(hits.items())}
 
 
