@@ -28,6 +28,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else os.environ.ge
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = ("test_stages", "test_resume", "test_compare", "test_api", "test_configs", "test_random_networks", "test_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: of two workers none is then left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache():
     """What one test has compiled the next need not; of this session and process only.
