@@ -28,12 +28,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else os.environ.ge
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("test_stages", "test_resume", "test_compare", "test_api", "test_configs", "test_random_networks", "test_train")
+LONGEST = ("stages", "resume", "compare", "api", "configs", "random_networks", "train")  # files, test_….py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first: of two workers none is then left alone with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -645,7 +645,7 @@ def same_results(run: Path, reference: Path) -> None:
         assert left["leaves"] == right["leaves"] and left["architecture"] == right["architecture"], name
     assert (run / "search" / "selection.json").read_text() == (reference / "search" / "selection.json").read_text()
     tables = [
-        [{k: v for k, v in row.items() if k != "memory" and not k.startswith("ms_")} for row in json.loads(text)["rows"]]
+        [{k: v for k, v in r.items() if k != "memory" and not k.startswith("ms_")} for r in json.loads(text)["rows"]]
         for text in ((d / "results.json").read_text() for d in (run, reference))
     ]
     assert tables[0] == tables[1]
