@@ -55,9 +55,7 @@ class Call:
 
     def example(self, size: int | Any) -> tuple[Any, ...]:
         """Shapes of inputs with a batch axis of `size`, which may be symbolic."""
-        return self.bind(
-            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), dict(self.inputs))
-        )
+        return self.bind(jax.tree.map(lambda leaf: shaped((size, *leaf.shape), leaf.dtype), dict(self.inputs)))
 
     def random(self, size: int, rng: np.random.Generator) -> tuple[Any, ...]:
         """Inputs to try a module with: normal numbers, and zeros and ones where there are none of floating point."""
@@ -130,6 +128,11 @@ class Call:
             raise ValueError(f"call: 'arguments' must name entries of 'inputs', not {record['arguments']!r:.80}")
         inputs = {name: _parsed(spec, name, 0) for name, spec in record["inputs"].items()}
         return Call(tuple(record["arguments"]), inputs, record["train"], record["eval"])
+
+
+def shaped(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """An input of this shape as JAX will have it: of 64 bits only where JAX is set so."""
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
 
 
 def mode(module: Any, train: bool) -> dict[str, Any]:

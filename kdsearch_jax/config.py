@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdsearch_jax import storage
-from kdsearch_jax.files import read_json
+from kdsearch_jax.files import MAX_SETTINGS, read_json
 
 
 @dataclass(frozen=True)
@@ -382,7 +382,7 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
         if quick:
             raise ValueError(f"--quick is a variant of an experiment file; {path} holds one experiment: leave it out")
         try:
-            return from_json(read_json(path))
+            return from_json(read_json(path, MAX_SETTINGS))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     spec = importlib.util.spec_from_file_location(f"kdsearch_experiment_{path.stem}", path)

@@ -154,7 +154,7 @@ def _is_cut(directory: Path) -> bool:
     if not finished(directory):
         return False
     try:
-        read_sealed(directory / "selection.json")
+        read_sealed(directory / "selection.json", has={"kept": dict, "macs": int, "params": int, "budget": dict})
         read_arrays(directory / "gates.npz")
     except (DamagedError, OSError) as error:
         log.warning("%s: cut again, as %s", directory, error)

@@ -161,8 +161,8 @@ def measurer(
 ) -> Callable[[Any], dict[str, float]]:
     """variables → means of `task.figures` over a split, each example exactly once, whatever the outputs are.
 
-    A user's loss that is one number for a batch is the mean over whole batches, the last one smaller; of one that the
-    devices cannot share evenly, up to their number less one of examples are left out.
+    A user's loss that is one number for a batch is the mean over whole batches; the last one is smaller, and two where
+    the devices cannot share it evenly: as many examples as they can, and the rest on each of them.
 
     Args:
       dataset: by whose mean and std images are normalised.
@@ -194,13 +194,16 @@ def measurer(
             found, real = of(arrays), int(weights.sum())
             if real < size and any(np.ndim(value) == 0 for value in found.values()):  # padding is part of such a number
                 shared = real // mesh.size * mesh.size
-                alone = of(place(split[indices[:shared]].arrays, spread)) if shared else {}
-                found = {name: value if np.ndim(value) else alone.get(name) for name, value in found.items()}
+                parts = [(indices[:shared], spread), (indices[shared:real], whole)]
+                parts = [(len(rows) / real, of(place(split[rows].arrays, how))) for rows, how in parts if len(rows)]
+                found = {
+                    name: value if np.ndim(value) else sum(share * part[name] for share, part in parts)
+                    for name, value in found.items()
+                }
             for name, value in found.items():
-                if value is not None:
-                    one = np.ndim(value) == 0
-                    sums[name] = sums.get(name, 0.0) + (float(value) * real if one else float((value * weights).sum()))
-                    counts[name] = counts.get(name, 0.0) + real
+                one = np.ndim(value) == 0
+                sums[name] = sums.get(name, 0.0) + (float(value) * real if one else float((value * weights).sum()))
+                counts[name] = counts.get(name, 0.0) + real
         return {name: total / counts[name] for name, total in sums.items()}
 
     return measure

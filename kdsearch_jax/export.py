@@ -32,7 +32,7 @@ import safetensors.numpy
 
 from kdsearch_jax import cli, foreign, storage
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
-from kdsearch_jax.files import flush, naming, parse_json, read_object, seal
+from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
 from kdsearch_jax.models import GIVEN, check_trust
 from kdsearch_jax.student import Architecture
@@ -132,6 +132,24 @@ def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool =
     if module is None:
         check_trust(architecture.model, trust_code)
     return fitting_module(architecture, variables, path, module), variables
+
+
+def load_stablehlo(path: str | Path) -> jax.export.Exported:
+    """The network in a file that `export` wrote, of its inputs by `.call`; its bytes are those that were written.
+
+    `jax.export.deserialize` alone takes a file in which bits have changed, and computes something else.
+
+    Raises:
+      FileNotFoundError: there is no such file, or no manifest.json beside it.
+      ValueError: it is not the file that the manifest describes, or no network that this version of JAX can read.
+    """
+    path = storage.local(path, "path")
+    files = read_object(path.parent / "manifest.json").get("files")
+    told = files.get(path.name) if isinstance(files, dict) else None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not isinstance(told, dict) or told.get("sha256") != digest:
+        raise DamagedError(f"{path} is damaged: it is not the file that manifest.json beside it describes; export anew")
+    return _deserialized(path)
 
 
 def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -239,8 +257,12 @@ def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
     if format == "safetensors":
         architecture, _ = _read_safetensors(path)
         return jax.jit(_function(*load_safetensors(path, trust_code=trust_code), architecture))
+    return _deserialized(path).call
+
+
+def _deserialized(path: Path) -> jax.export.Exported:
     try:
-        return jax.export.deserialize(bytearray(path.read_bytes())).call
+        return jax.export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:  # flatbuffers trips over damage in ways of its own
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_SETTINGS = 1 << 20  # bytes of a JSON file of settings: values in memory can take 30 times as much
 MAX_JSON = 1 << 26  # bytes; of what this package writes, nothing comes near
 MAX_ARRAYS = 1 << 32
 DEEPEST = 64  # nesting of JSON: whoever walks through it may recurse
@@ -128,14 +129,19 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, "sha256": seal(value)})
 
 
-def read_sealed(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+def read_sealed(path: Path, limit: int = MAX_JSON, *, has: Mapping[str, type] | None = None) -> dict[str, Any]:
     """The object that `write_sealed` wrote; raises as `read_object`, also where it is not what was written.
 
     One without a digest, of an older version, is taken as it is.
+
+    has: entries that must be there, of these types.
     """
     found = read_object(path, limit)
     if "sha256" in found and found.pop("sha256") != seal(found):
         raise DamagedError(f"{path} is damaged: its digest is not that of its content")
+    for key, kind in (has or {}).items():
+        if not isinstance(found.get(key), kind):
+            raise DamagedError(f"{path} is damaged: {key!r} must be a {kind.__name__}, not {found.get(key)!r:.80}")
     return found
 
 

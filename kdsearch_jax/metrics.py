@@ -24,7 +24,7 @@ from jax import Array
 
 from kdsearch_jax import losses
 from kdsearch_jax.events import Events
-from kdsearch_jax.files import naming
+from kdsearch_jax.files import naming, parse_json
 
 _WINDOW = 30.0  # seconds over which the rate is measured
 
@@ -102,10 +102,11 @@ def _drop_after(path: Path, last: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if last else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if line.endswith("\n") and isinstance(row, dict) and row.get("step", math.inf) <= last:
+        step = row.get("step") if isinstance(row, dict) else None
+        if line.endswith("\n") and isinstance(step, int | float) and step <= last:
             kept.append(line)
     temporary = path.with_name(f"{path.name}.new")
     with naming(path):

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax import linen, nnx
+from kdsearch_jax.call import shaped
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Layer, Library
 from kdsearch_jax.tracing import sizes as sizes_lib
@@ -93,7 +94,7 @@ def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, 
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    return jax.tree.map(lambda x: shaped(x.shape, x.dtype), inputs)
 
 
 def resized(

@@ -8,6 +8,7 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.budget import Limits
 from kdsearch_jax.checkpoint import CheckpointError
-from kdsearch_jax.config import Experiment
+from kdsearch_jax.config import Experiment, to_json
+from kdsearch_jax.consensus import check_alike
 from kdsearch_jax.examples import SPLITS, Dataset
 from kdsearch_jax.files import memory, read_sealed
 from kdsearch_jax.forward import apply_eval
@@ -43,7 +45,7 @@ from kdsearch_jax.given import (
     the_teacher,
 )
 from kdsearch_jax.network import Network, library_of, trace
-from kdsearch_jax.rundir import fingerprint
+from kdsearch_jax.rundir import code, fingerprint, versions
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
 
@@ -118,7 +120,7 @@ def prepare(
         start from, may always.
 
     Raises:
-      ValueError, OSError: where one of them cannot serve.
+      ValueError, OSError: where one of them cannot serve, or another process of the run has others.
     """
     points = front.points(experiment)
     if experiment.budgets and search_from is not None:
@@ -162,7 +164,17 @@ def prepare(
     further = tuple(one_more(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    return Road(experiment, dataset, directory, task, given, found, base, further)
+    road = Road(experiment, dataset, directory, task, given, found, base, further)
+    check_alike(
+        {
+            "versions": lambda: json.dumps([versions(), code(experiment)]),
+            "settings": lambda: json.dumps(to_json(experiment)),
+            "data": lambda: road.fingerprint,
+            "teacher": lambda: fingerprint(given.variables if given else None),
+            "distill.teachers": lambda: fingerprint([each.variables for each in further]),
+        }
+    )
+    return road
 
 
 def traced(experiment: Experiment, architecture: Architecture, module: Any) -> Network:

@@ -22,17 +22,27 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kdsearch_jax import storage
 from kdsearch_jax.config import Experiment, differences, from_json, to_json
-from kdsearch_jax.files import DamagedError, read_json, read_sealed, seal, write_json, write_sealed
+from kdsearch_jax.consensus import check_shared, first_says
+from kdsearch_jax.files import (
+    MAX_SETTINGS,
+    DamagedError,
+    read_json,
+    read_object,
+    read_sealed,
+    seal,
+    write_json,
+    write_sealed,
+)
 from kdsearch_jax.locks import check_free, locked
 
 log = logging.getLogger(__name__)
@@ -59,7 +69,10 @@ def goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], r
       ValueError: it holds another experiment; or, without `resume`, a run that has ended or is of another command.
       InUseError: another process is at work in it.
     """
-    return _first_says(lambda: _goes_on(workdir, experiment, command, resume))
+    answer = first_says(lambda: _goes_on(workdir, experiment, command, resume))
+    if answer:
+        check_shared(workdir, "config.json")
+    return answer
 
 
 def is_under_way(workdir: Path, command: Mapping[str, Any]) -> bool:
@@ -69,7 +82,7 @@ def is_under_way(workdir: Path, command: Mapping[str, Any]) -> bool:
         known = _run(workdir)
         return bool(known) and not known["finished"] and known["command"] == json.loads(json.dumps(command))
 
-    return _first_says(ask)
+    return first_says(ask)
 
 
 @contextlib.contextmanager
@@ -115,8 +128,9 @@ def run_directory(
             storage.publish()
             return True
 
-        _first_says(begin)
+        first_says(begin)
         storage.follow()
+        check_shared(workdir, "environment.json")
         yield
         if jax.process_index() == 0:
             write_sealed(workdir / "run.json", {**(_run(workdir) or {}), "finished": True})
@@ -136,7 +150,7 @@ def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = Fals
         storage.publish()
         return True
 
-    _first_says(begin)
+    first_says(begin)
     storage.follow()
     return workdir
 
@@ -173,8 +187,8 @@ def _settle(path: Path, found: re.Match[str]) -> None:
         path.unlink()
 
 
-def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """A short digest of {split: {entry: pytree of arrays}}; of large arrays only of every so many rows."""
+def fingerprint(arrays: Any) -> str:
+    """A short digest of a pytree of arrays, {split: {entry: …}} say; of large arrays only of every so many rows."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
@@ -186,24 +200,47 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+# What numbers and data pass through; extras may be missing, as is this package in a checkout on PYTHONPATH.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow", "grain",
+             "array-record", "tensorflow-datasets", "kdsearch-jax")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of Python and of what numbers and data pass through, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def code(experiment: Experiment) -> dict[str, str]:
+    """{module: digest of its file} of the modules, of somebody's own, that the experiment names and are imported."""
+    named = (experiment.model.name, experiment.distill.loss, experiment.distill.metrics)
+    found = {}
+    for name in sorted({text.partition(":")[0] for text in named if text and ":" in text}):
+        with contextlib.suppress(OSError):
+            if file := getattr(sys.modules.get(name), "__file__", None):
+                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return found
+
+
 def environment() -> dict[str, Any]:
     """What produced a run and its results depend on: versions, revision, devices, settings of JAX, command, time."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # absent when run from a checkout by PYTHONPATH
-        versions["kdsearch-jax"] = importlib.metadata.version("kdsearch-jax")
     names = [
         name
         for name in sorted(os.environ)
         if name == "XLA_FLAGS" or name.startswith(("JAX_", "LIBTPU_", "NVIDIA_TF32"))
     ]
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "git_revision": git_revision(Path(__file__).parent),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "backend": jax.default_backend(),
+        "runtime": jax.extend.backend.get_backend().platform_version,  # of CUDA and its driver, or of libtpu
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
         "variables": {name: os.environ[name] for name in names},
@@ -216,6 +253,15 @@ def environment() -> dict[str, Any]:
         "command": command_line(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _cpu() -> str:
+    """The processor's name, as Linux has it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def command_line() -> list[str]:
@@ -281,10 +327,12 @@ def _new_run_directory(
         if not extends:
             check_same(workdir, experiment)
         with contextlib.suppress(OSError, ValueError):
-            last = read_json(workdir / "environment.json")
-            earlier = [*last.pop("earlier", []), last]
+            last = read_object(workdir / "environment.json")
+            earlier = last.pop("earlier", [])
+            earlier = [*(earlier if isinstance(earlier, list) else []), last]
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "environment.json", {**environment(), **_about(state), "earlier": earlier})
+    about = {**_about(state), "code": code(experiment)}
+    write_json(workdir / "environment.json", {**environment(), **about, "earlier": earlier})
     if state is not None:
         write_sealed(workdir / "run.json", {**state, "config": seal(settings)})
     if extends or not path.exists():
@@ -299,7 +347,7 @@ def check_same(workdir: Path, experiment: Experiment) -> None:
     """Raises ValueError where the run is of another experiment, with the settings that differ."""
     path, known = workdir / "config.json", _run(workdir)
     try:
-        stored = read_json(path)
+        stored = read_json(path, MAX_SETTINGS)
         if known and known.get("config") not in (None, seal(stored)):
             raise DamagedError("not what the run began with, says run.json; put it back, or choose another --workdir")
         old = from_json(stored)
@@ -317,7 +365,7 @@ def check_same(workdir: Path, experiment: Experiment) -> None:
 def _run(workdir: Path) -> dict[str, Any] | None:
     """What run.json says; None where there is none."""
     path = workdir / "run.json"
-    return read_sealed(path) if path.is_file() else None
+    return read_sealed(path, MAX_SETTINGS, has={"command": dict, "finished": bool}) if path.is_file() else None
 
 
 def _told(command: Mapping[str, Any]) -> str:
@@ -330,22 +378,3 @@ def _forget(workdir: Path, existed: bool) -> None:
         with contextlib.suppress(OSError):
             (workdir / ".lock").unlink(missing_ok=True)
             workdir.rmdir()
-
-
-def _first_says(decide: Callable[[], bool]) -> bool:
-    """What the first process decides, in all of them; what it raises, they do as well.
-
-    The others wait for its word, or they would take what it wrote for an old run.
-    """
-    if jax.process_count() == 1:
-        return decide()
-    failure, answer = None, False
-    if jax.process_index() == 0:
-        try:
-            answer = decide()
-        except (ValueError, OSError) as error:
-            failure = error
-    good, answer = multihost_utils.broadcast_one_to_all(np.array([failure is None, answer]))
-    if not good:
-        raise failure or ValueError("refused by process 0, see its message")
-    return bool(answer)

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 
 from kdsearch_jax import losses
-from kdsearch_jax.call import Call
+from kdsearch_jax.call import Call, shaped
 from kdsearch_jax.config import DistillConfig, loss_weights
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval
@@ -303,7 +303,7 @@ def _check_losses(task: Task) -> None:
 def _check_own(task: Task, outputs: Any, dataset: Dataset) -> None:
     """Raises ValueError where a user's function does not return what it must, looked at abstractly."""
     size = SIZES[0]
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), dataset.train.arrays)
+    batch = jax.tree.map(lambda leaf: shaped((size, *leaf.shape[1:]), leaf.dtype), dataset.train.arrays)
     if "images" in batch and "images" in task.call.inputs:
         batch["images"] = jax.ShapeDtypeStruct(batch["images"].shape, task.call.inputs["images"].dtype)
     if (loss := task.loss) is not None:

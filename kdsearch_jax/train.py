@@ -39,11 +39,13 @@ from kdsearch_jax.devices import data_mesh, owned, place, replicate
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.metrics import MetricsWriter, Progress
 from kdsearch_jax.optimizer import check_record, check_stage
-from kdsearch_jax.preemption import Preempted, preemption
+from kdsearch_jax.preemption import Preempted, preemption, terminable
 from kdsearch_jax.rollback import KEY, Guard
 from kdsearch_jax.steps import Metrics, Step, TrainState
 
 log = logging.getLogger(__name__)
+
+_UNEVALUATED = "unevaluated"  # in the meta of a last checkpoint: its metrics, where SIGTERM came before the evaluation
 
 
 class TrainingDiverged(FloatingPointError):
@@ -109,9 +111,14 @@ def fit(
     _check_batch(stage, dataset, mesh)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(checkpoints_in or Path(directory) / "checkpoints", run.keep))
-        state, stored = _begin(owned(state, mesh), checkpoints, meta, resume, mesh)
+        state = owned(state, mesh)
+        watched = _watched(state)  # not of what is resumed: what is not finite there has become so
+        state, stored = _begin(state, checkpoints, meta, resume, mesh)
         first, guard, noted = int(state.step), Guard(run, stored.get(KEY)), {}
         if first >= stage.steps or (until is not None and until(state)):
+            if (row := stored.get(_UNEVALUATED)) is not None and evaluate is not None:
+                with _report(Path(directory), name, stage.steps, first - 1) as report:
+                    report(first, row | evaluate(state))
             return state
         share = None if guard.active else run.checkpoint_share  # what it goes back to is not for the clock to say
         if guard.active and not checkpoints.steps():  # there must be one to go back to
@@ -122,7 +129,6 @@ def fit(
         feed = stack.enter_context(closing(feeding.make(dataset, stage.batch_size, mesh, stage.steps)))
         constants, kind = replicate(constants, mesh), _kind(state)
         scanned = feed.resides and jax.default_backend() != "cpu"
-        watched = _watched(state)
         dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched)
         compiled: set[int] = set()
         told = False  # that a jump was let pass
@@ -168,12 +174,23 @@ def fit(
                 state, row = _settled(state, kind, mesh), row | more
             last = last or (until is not None and until(state))
             stopping = stop.requested
+            scores = None
             if evaluate is not None and not stopping and (last or _passes(first, done, run.evaluate_every)):
-                row |= evaluate(state)
+                try:
+                    with terminable():
+                        scores = evaluate(state)
+                except Preempted:
+                    stopping = True
+                stopping = stop.requested or stopping
+            left = {_UNEVALUATED: row} if last and scores is None else {}
+            row = row | (scores or {})
             report(done, row)
             due = _passes(first, done, run.checkpoint_every)
             if last or stopping or (due and checkpoints.affordable(share)):
-                checkpoints.save(done, state, {**meta, **guard.memory}, row, wait=last or stopping)
+                if between is not None and not _all_finite([x for path, x in _floats(state) if path in watched]):
+                    nothing = np.empty(0)
+                    raise TrainingDiverged(_divergence(name, done, nothing, state, watched, constants, checkpoints))
+                checkpoints.save(done, state, {**meta, **guard.memory, **left}, row, wait=last or stopping)
             if stopping:
                 raise Preempted(
                     f"{name}: stopped by SIGTERM and saved at step {done} of {stage.steps}; the same command goes on"
@@ -273,8 +290,6 @@ def make_dispatch(
     """
     shared, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))
     compiled = make_update(step, mesh, data, seed, scanned=scanned)
-    finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]).all())
-
     places: list[int] = []  # of what is watched, among all of floating point
 
     # Waits for an update: many collectives under way can starve few CPU threads, and many batches fill a memory.
@@ -294,7 +309,7 @@ def make_dispatch(
         if not places:
             places.extend(i for i, (name, _) in enumerate(_floats(state)) if watched is None or name in watched)
         leaves = [leaf for leaf in jax.tree.leaves(_parts(state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return state, metrics, finite([leaves[i] for i in places])
+        return state, metrics, _all_finite([leaves[i] for i in places])
 
     return dispatch
 
@@ -345,6 +360,11 @@ def _floats(state: TrainState) -> list[tuple[str, Any]]:
 def _parts(state: TrainState) -> tuple[Any, ...]:
     """What explains most, if it is not finite, comes first."""
     return state.params, state.model_state, state.extra, state.opt_state, state.ema
+
+
+@jax.jit
+def _all_finite(leaves: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _is_finite(leaf: Any) -> bool:

@@ -131,7 +131,8 @@ def test_eight_devices_predict_as_one(network, images, tmp_path):
 
 
 def measured() -> dict[str, float]:
-    """What `measurer` says of values, of 103 examples in batches of 20; by a metric of their numbers, squared."""
+    """What `measurer` says of values, of 103 examples in batches of 20; by a metric of their numbers, squared; and by
+    a loss that is one number a batch, their mean square, "whole"."""
     random = np.random.default_rng(0)
     arrays = {"x": random.normal(size=(103, 3)).astype(np.float32), "number": np.arange(103, dtype=np.int32)}
     call = Call(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
@@ -143,11 +144,15 @@ def measured() -> dict[str, float]:
     student, teacher = ({"params": {"kernel": random.normal(size=(3, 2)), "bias": np.ones(2)}} for _ in range(2))
     dataset = Dataset("values", *[Split(arrays)] * 3, 0, (), (), ())
     module = nn.Dense(2)
-    measure = evaluate.measurer(task, module, dataset.test, dataset, batch_size=20, teacher=(module, teacher))
-    return measure(student)
+    options = {"batch_size": 20, "teacher": (module, teacher)}
+    found = evaluate.measurer(task, module, dataset.test, dataset, **options)(student)
+    whole = Task(call, DistillConfig(), (Output("output", "values"),), loss=lambda a, b, _: jnp.square(a - b).mean())
+    found["whole"] = evaluate.measurer(whole, module, dataset.test, dataset, **options)(student)["distance"]
+    difference = arrays["x"] @ (student["params"]["kernel"] - teacher["params"]["kernel"])
+    assert found["whole"] == pytest.approx(np.square(difference).mean(), rel=1e-5)
+    return found
 
 
-@pytest.mark.slow
 def test_two_processes_measure_each_example_once(tmp_path):
     """Four devices share 103 examples of which 3 are left over; each process has the figures of a single one."""
     with socket.socket() as listener:
@@ -167,7 +172,7 @@ def test_two_processes_measure_each_example_once(tmp_path):
     ]
     found = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
     alone = measured()
-    assert found[0] == found[1] and found[0].keys() == alone.keys() == {"distance", "square", "sum"}
+    assert found[0] == found[1] and found[0].keys() == alone.keys() == {"distance", "square", "sum", "whole"}
     assert found[0]["square"] == alone["square"] == (np.arange(103) ** 2).mean()
     assert found[0] == pytest.approx(alone, rel=1e-6)
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from kdsearch_jax import export
 from kdsearch_jax.checkpoint import load_network, save_network
-from kdsearch_jax.files import seal
+from kdsearch_jax.files import DamagedError, seal
 from kdsearch_jax.student import Architecture
 
 SHAPE = (8, 8, 1)
@@ -97,6 +97,26 @@ def test_an_export_is_whole_until_something_is_amiss(copy):
     for name in ("student.stablehlo", "manifest.json"):
         (copy / name).unlink()
         assert not export.is_whole(copy)
+
+
+def test_a_stablehlo_file_is_loaded_as_it_was_written_or_not_at_all(copy):
+    """JAX alone takes many a flipped bit, and computes something else."""
+    path = copy / "student.stablehlo"
+    images, content = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype(np.float32), path.read_bytes()
+    expected = jax.export.deserialize(bytearray(content)).call(images)
+    np.testing.assert_array_equal(export.load_stablehlo(path).call(images), expected)
+    for at in np.random.default_rng(2).integers(0, len(content), 20):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(DamagedError, match="student.stablehlo is damaged"):
+            export.load_stablehlo(path)
+    path.write_bytes(content)
+    for said in ("{}", '{"files": []}', '{"files": {"student.stablehlo": 3}}'):
+        (copy / "manifest.json").write_text(said)
+        with pytest.raises(DamagedError, match="student.stablehlo is damaged"):
+            export.load_stablehlo(path)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="manifest.json"):
+        export.load_stablehlo(path)
 
 
 def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python):

@@ -92,7 +92,8 @@ def test_a_resumed_run_continues_at_its_step(tmp_path):
     assert not list(tmp_path.glob("*.new"))
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 20, "loss": 1}', b"\xff\xfe\n", b"[]\n", b'{"loss": 1}\n', b"\n"])
+@pytest.mark.parametrize("damage", [b'{"step": 20, "loss": 1}', b"\xff\xfe\n", b"[]\n", b'{"loss": 1}\n', b"\n",
+                                    b'{"step": "a"}\n', b'{"step": null}\n', b"[" * 100_000 + b"\n"])  # fmt: skip
 def test_lines_that_are_no_rows_do_not_stop_a_resumed_run(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10, "loss": 1}\n' + damage)
     MetricsWriter(tmp_path, start_step=20).close()

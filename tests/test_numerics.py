@@ -12,7 +12,7 @@ import pytest
 import test_train as t
 from test_train import RUN, STAGE, TASK
 
-from kdsearch_jax import optimizer, rollback, steps, train
+from kdsearch_jax import checkpoint, optimizer, rollback, steps, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # What it goes back to must not depend on what a checkpoint costs.
@@ -53,6 +53,29 @@ def test_whatever_is_not_finite_any_more_is_named(tmp_path, plain, part, name):
 
     with pytest.raises(train.TrainingDiverged, match=f"step 12, {name} is not finite; the last good .*checkpoints/8"):
         t.fit(tmp_path, state, step)
+
+
+def test_what_a_hook_breaks_is_never_saved(tmp_path, plain):
+    """Nor is it taken for the way things are where a checkpoint has it all the same."""
+    state, update = plain
+    state = state.replace(extra={"memory": jnp.ones(2)})
+
+    def between(state):
+        broken = jnp.where(state.step == 8, jnp.nan, state.extra["memory"])
+        return state.replace(extra={"memory": broken}), {}
+
+    with pytest.raises(
+        train.TrainingDiverged, match=r"step 8, extra/memory is not finite; the last good .*checkpoints/4"
+    ):
+        t.fit(tmp_path / "hook", state, update, between=between, run=replace(RUN, checkpoint_every=4))
+    with checkpoint.Checkpointer(tmp_path / "hook" / "checkpoints") as stored:
+        assert stored.steps() == [4]
+    with checkpoint.Checkpointer(tmp_path / "old" / "checkpoints") as stored:
+        stored.save(
+            4, jax.device_get(state.replace(step=np.int32(4), extra={"memory": np.full(2, np.nan, np.float32)})), {}
+        )
+    with pytest.raises(train.TrainingDiverged, match="extra/memory is not finite"):
+        t.fit(tmp_path / "old", state, update, resume=True)
 
 
 def test_a_broken_teacher_is_named(tmp_path, plain):

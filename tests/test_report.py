@@ -435,7 +435,6 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
         ("search/history.npz", b"PK no archive"),
         ("evidence.npz", b"PK no archive"),
         ("front.json", b'{"points": [{"name": "at-0.5", "accuracy": "high"}], "teacher": {}}'),
-        ("search/metrics.jsonl", b'{"step"\n{"step": 2}\n'),
     ],
 )
 def test_a_damaged_file_is_named(small: Path, file: str, content: bytes) -> None:
@@ -443,6 +442,14 @@ def test_a_damaged_file_is_named(small: Path, file: str, content: bytes) -> None
     with pytest.raises(ValueError, match=re.escape(Path(file).name)) as error:
         report.write(small)
     assert "\n" not in str(error.value) and not (small / "report").exists()
+
+
+@pytest.mark.parametrize("line", [b'{"step"', b"\xff\xfe{", b"[" * 100_000])
+def test_a_damaged_line_of_metrics_is_left_out_and_told(small: Path, line: bytes, caplog) -> None:
+    path = small / "search/metrics.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    report.write(small)
+    assert f"{path} is damaged in line 1" in caplog.text
 
 
 def test_a_selection_of_another_network_is_refused(small: Path) -> None:

@@ -155,6 +155,33 @@ def test_a_flipped_byte_in_what_steers_is_found(tmp_path, name, resume):
     assert begin(tmp_path / "run") is True
 
 
+@pytest.mark.parametrize(
+    "said", ["{}", "[]", '{"finished": false}', '{"command": 3, "finished": false}', '{"command": {}, "finished": 1}']
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_does_not_say_what_it_is_is_refused(tmp_path, said, resume):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(said)
+    with pytest.raises(DamagedError, match=r"run\.json is damaged"):
+        begin(tmp_path / "run", resume=resume)
+
+
+@pytest.mark.parametrize("said", ["[]", '{"earlier": 3}', "{", "null"])
+def test_what_is_only_told_of_earlier_starts_stops_nobody(tmp_path, said):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "environment.json").write_text(said)
+    assert begin(tmp_path / "run") is True
+    assert "versions" in json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+def test_settings_are_no_large_file(tmp_path):
+    """Of which a JSON parser makes thirty times as much in memory."""
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("[" + "{}," * (1 << 19) + "{}]")
+    with pytest.raises(DamagedError, match="more than 1048576 bytes"):
+        begin(tmp_path / "run")
+
+
 def test_a_changed_config_is_no_way_to_change_a_run(tmp_path):
     """--resume --workdir RUN takes the experiment from there."""
     begin(tmp_path / "run")

@@ -520,6 +520,38 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "stopped")] == [4, 8, 12]
 
 
+@pytest.mark.parametrize("at", [4, 12])
+def test_sigterm_in_an_evaluation_ends_it_at_once(tmp_path, at):
+    """The state of this update is saved; the metrics that are missing at the end come when the run goes on."""
+    module, variables = network()
+    tx = optimizer.make_optimizer(STAGE)
+    state = steps.create_state(variables, tx)
+    step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
+
+    def run(directory, signal_at=None, **options):
+        def evaluate(state):
+            if int(state.step) == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+                raise AssertionError("the evaluation went on")
+            return {"validation_accuracy": float(state.params["dense"]["bias"][0])}
+
+        return fit(directory, state, step, evaluate=evaluate, run=replace(RUN, evaluate_every=4), **options)
+
+    straight = run(tmp_path / "straight")
+    with pytest.raises(train.Preempted, match=f"saved at step {at} of 12"):
+        run(tmp_path / "stopped", signal_at=at)
+    assert same(straight, run(tmp_path / "stopped", resume=True))
+    found, expected = (
+        [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in rows(tmp_path / name)]
+        for name in ("stopped", "straight")
+    )
+    if at == 4:
+        assert "validation_accuracy" not in found[0]
+        del expected[0]["validation_accuracy"]
+    assert found == expected and "validation_accuracy" in found[-1]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
     if road.given is not None:
         making.check_teacher(road, road.given)
     with locked(directory, wait=True):
-        _check_own(directory, options.match)  # another process may have begun meanwhile
-        write_json(directory / "setup.json", {"match": options.match})
+        _check_own(directory, options.match, road.fingerprint)  # another process may have begun meanwhile
+        write_json(directory / "setup.json", {"match": options.match, "data": road.fingerprint})
         rundir.new_run_directory(directory, experiment, (directory / "config.json").is_file())
     with locked(directory / "teacher", wait=True):
         stages.teach(road, True)
@@ -95,16 +95,25 @@ def _check_budget(experiment: Experiment) -> None:
             raise ValueError(f"budget.{name}: students are matched by MACs and parameters; give --budget.macs instead")
 
 
-def _check_own(directory: Path, match: str) -> None:
-    """Raises ValueError where the directory holds something else than this comparison."""
+def _check_own(directory: Path, match: str, data: str | None = None) -> None:
+    """Raises ValueError where the directory holds something else than this comparison.
+
+    data: fingerprint of its data; None where they are not read yet.
+    """
     if not (directory / "config.json").is_file():
         return
     if not (directory / "setup.json").is_file():
         raise ValueError(f"{directory} holds a run, and no comparison; give another --workdir")
-    before = read_object(directory / "setup.json")["match"]
-    if before != match:
+    before = read_object(directory / "setup.json")
+    if before.get("match") != match:
         raise ValueError(
-            f"match: {directory} holds a comparison with --match {before}; give that, or another --workdir than this"
+            f"match: {directory} holds a comparison with --match {before.get('match')}; give that, or another "
+            "--workdir than this"
+        )
+    if data is not None and before.get("data", data) != data:
+        raise ValueError(
+            f"data: {directory} holds a comparison on others (fingerprint {before['data']}, now {data}); give those, "
+            "or another --workdir than this"
         )
 
 

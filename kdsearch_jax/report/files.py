@@ -1,12 +1,17 @@
-"""Reading what runs have written; a file that is there and cannot be read is an error that names it."""
+"""Reading what runs have written; a file that is there and cannot be read is an error that names it.
+
+A line of metrics is left out with a warning: the curves of a stage that has ended have no other source.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.files import read_object
+from kdsearch_jax.files import parse_json, read_object
+
+log = logging.getLogger(__name__)
 
 
 def json_object(path: Path) -> dict[str, Any] | None:
@@ -25,14 +30,14 @@ def with_rows(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; a last line cut short by a kill is left out."""
+    """The rows of a JSON lines file; what is no row is left out, a last line cut short by a kill without a word."""
     if not path.is_file():
         return []
-    rows, lines = [], path.read_text("utf-8").splitlines()
+    rows, lines = [], path.read_text("utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path} is damaged in line {number}: {error}") from None
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+                log.warning("%s is damaged in line %d, which is left out: %s", path, number, error)
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int | float)]

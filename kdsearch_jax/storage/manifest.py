@@ -65,7 +65,7 @@ class Manifest:
                 if entry.staged is not None and not re.fullmatch(rf"{re.escape(STAGED)}/[\w-]+", entry.staged):
                     raise ValueError(f"{entry.staged!r:.80} is not where changed files wait")
             return Manifest(files, str(found["writer"]), int(found["sequence"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
             raise DamagedError(f"{where} is damaged: {text:.200}; take another copy of the directory") from None
 
