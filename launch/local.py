@@ -3,9 +3,9 @@
     python launch/local.py -n 2 -- python -m kdsearch_jax.search --workdir runs/two
 
 A bare `python` is the interpreter that runs this file. What process 0 prints is shown as it is; the others print into
-launch-1.log and so on. SIGINT, SIGTERM and SIGHUP are passed on, so that every process can save; a second one ends them
-all. When one fails, the others get a moment to end by themselves, then everything that is left is killed, and the
-status is that of the first failure (128 + signal where a signal ended it).
+launch-1.log and so on. SIGINT, SIGTERM and SIGHUP are passed on, so that every process can end in its own way, and save
+on SIGTERM; a second one ends them all. When one fails, the others get a moment to end by themselves, then everything
+that is left is killed, and the status is that of the first failure (128 + signal where a signal ended it).
 """
 
 from __future__ import annotations

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -398,6 +401,63 @@ def test_two_processes_go_the_whole_road(repository, tmp_path, python):
     assert (tmp_path / "run" / "report" / "index.html").is_file()
     student, retrained = arrays(tmp_path / "run" / "student"), arrays(tmp_path / "run" / "retrain" / "network")
     assert same(student, retrained) and not same(student, arrays(tmp_path / "run" / "search" / "network"))
+
+
+def test_processes_that_were_given_different_things_refuse_together(tmp_path, python):
+    """One by the same command, but on another file of data; then one with another setting. Nothing is left behind."""
+    rng = np.random.default_rng(0)
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        images = rng.integers(0, 256, (60, 8, 8, 1)).astype(np.uint8)
+        np.savez(tmp_path / str(rank) / "x.npz", images=images, labels=np.arange(60) % 3)
+    for what, others in (("data", []), ("settings", ["--teacher.learning-rate", "0.011"])):
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            place = ["--coordinator", f"localhost:{listener.getsockname()[1]}", "--num-processes", "2"]
+        both = [
+            subprocess.Popen(
+                [python, "-m", "kdsearch_jax.search", "--config", TINY, "--workdir", str(tmp_path / "run"),
+                 "--data.name", "npz:x.npz",
+                 *place, "--process-id", str(rank), *(others if rank else [])],
+                cwd=tmp_path / (str(rank) if what == "data" else "0"), env={**os.environ, **QUICK},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        for process in both:
+            _, err = process.communicate(timeout=200)
+            assert process.returncode == 1 and "Traceback" not in err
+            assert f"error: {what}: process 1 has another than process 0; start all by the same command" in err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_two_processes_began_one_goes_on_with(repository, tmp_path, python):
+    """SIGTERM in the search; all save and end; the same command, by one process with as many devices."""
+    options = ["--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2", "--run.checkpoint-share", "None"]
+    argv = ["--config", TINY, *options, "--search.steps", "40", "--baselines", "--workdir"]
+    launcher = [python, str(repository / "launch" / "local.py"), "-n", "2", "--devices", "1", "--"]
+    environment = {**os.environ, **QUICK}
+    command = ["python", "-m", "kdsearch_jax.search", *argv, str(tmp_path / "run")]
+    process = subprocess.Popen([*launcher, *command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    saved, deadline = tmp_path / "run" / "search" / "checkpoints", time.monotonic() + 200
+    while not (saved / "6").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and "search: stopped by SIGTERM and saved at step" in err
+    for name in ("run", "straight"):
+        status, _, err = start(python, "kdsearch_jax.search", *argv, tmp_path / name, JAX_NUM_CPU_DEVICES="2")
+        assert status == 0, err
+    assert read(tmp_path / "run" / "environment.json")["earlier"][0]["processes"] == 2
+    assert (
+        read(tmp_path / "run" / "search" / "selection.json")["kept"]
+        == read(tmp_path / "straight" / "search" / "selection.json")["kept"]
+    )
+    found, expected = (arrays(tmp_path / name / "search" / "network") for name in ("run", "straight"))
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(found[name], leaf, atol=1e-5, err_msg=name)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
