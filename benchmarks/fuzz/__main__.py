@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.fuzz import arrays, lines, networks, seeds
+from benchmarks.fuzz import arrays, lines, networks, runs, seeds
 from benchmarks.fuzz.cases import EVALUATE, IMAGES, TRAIN, UNTAUGHT, Case, Write, both, copied
 
 COMMANDS = {
@@ -48,6 +48,7 @@ KINDS: dict[str, Callable[[Path, np.random.Generator], Iterator[Case]]] = {
     "safetensors": arrays.safetensors,
     "others": arrays.others,
     "images": arrays.images,
+    "runs": runs.runs,
 }
 MISSING = "teacher_from: no-such-teacher does not exist"  # where settings and configurations have been accepted
 SECONDS, CPU, MEBIBYTES = 600, 60, 256  # by the clock, for a machine that does other things; of computing; of memory
@@ -168,6 +169,8 @@ def valid_cases(root: Path) -> dict[str, Case]:
             case("images", "evaluate", IMAGES, net, lambda box: seeds.tfds_images(box / "tfds", pictures)),
             case("check", "export", check, net, copied(root, "out")),
             case("msgpack", "teacher", (*taught, "x.msgpack"), config, copied(root, "weights.msgpack", to="x.msgpack")),
+            case("report", "report", runs.REPORT, runs.run(root)),
+            case("resume", "search", runs.RESUME, runs.run(root)),
             case("orbax", "teacher", (*taught, "teacher"), config, copied(root, "orbax", to="teacher")),
         )
     }

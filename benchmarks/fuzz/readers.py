@@ -195,6 +195,20 @@ def decode_image(content: bytes) -> None:
     assert array.shape[2] == 3
 
 
+def read_manifest(content: bytes) -> None:
+    """What is listed of an object store lies below its directory, and is written the same again."""
+    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.storage.manifest import Manifest
+
+    try:
+        found = Manifest.of(content, "it")
+    except DamagedError as error:
+        assert len(str(error)) < 2000
+        return
+    assert Manifest.of(found.to_json(), "it") == found
+    assert all(part not in ("", ".", "..") for name in found.files for part in name.split("/"))
+
+
 READERS: dict[str, Reader] = {
     "json": read_json,
     "npz": read_arrays,
@@ -206,6 +220,7 @@ READERS: dict[str, Reader] = {
     "network": read_network,
     "huggingface": read_huggingface,
     "images": decode_image,
+    "manifest": read_manifest,
 }
 
 
@@ -230,6 +245,11 @@ def examples(name: str) -> list[bytes]:
         from benchmarks.fuzz import seeds
 
         return [seeds.encoded(kind, 4, mode) for kind in ("PNG", "JPEG", "GIF", "BMP") for mode in ("L", "RGB")]
+    if name == "manifest":
+        from kdsearch_jax.storage.manifest import Entry, Manifest
+
+        files = {"a.json": Entry(3, "0" * 64, None), "search/log": Entry(5, None, None)}
+        return [Manifest(files, "writer", 7).to_json()]
     from kdsearch_jax.config import to_json
     from kdsearch_jax.student import Architecture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def make(root: Path) -> None:
     from kdsearch_jax import export
     from kdsearch_jax.checkpoint import flatten, save_network
     from kdsearch_jax.config import to_json
+    from kdsearch_jax.search.__main__ import main as search
     from kdsearch_jax.student import Architecture
 
     arguments = {"num_classes": CLASSES, "width": 4}
@@ -63,6 +65,10 @@ def make(root: Path) -> None:
     labels = np.arange(40) % CLASSES
     np.savez(root / "data.npz", images=random.integers(0, 255, (40, *SHAPE), np.uint8), labels=labels)
     (root / "config.json").write_text(json.dumps(to_json(experiment()), indent=1))
+    assert search(["--config", str(root / "config.json"), "--workdir", str(root / "run"), "--baselines"]) == 0
+    for kept in ("checkpoints", "tensorboard", "report"):  # what no report reads
+        for folder in (root / "run").rglob(kept):
+            shutil.rmtree(folder)
 
 
 def encoded(kind: str, side: int = 8, mode: str = "L") -> bytes:

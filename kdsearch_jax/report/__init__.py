@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdsearch_jax import storage
-from kdsearch_jax.files import write_bytes, write_text
+from kdsearch_jax.files import line, write_bytes
 from kdsearch_jax.report import (
     agreement,
     comparison,
@@ -34,37 +34,50 @@ from kdsearch_jax.report import (
     found as found_lib,
 )
 
+Files = dict[str, bytes | None]  # content by name; None: there shall be none of this name
+INDEX = "index.html"
 WIDE, NARROW = 9.6, 3.7  # inches: a desk's and a phone's text width
 
 
 def write(directory: str | Path) -> Path:
     """Writes the report of a run or of a comparison and returns the path of its page, DIRECTORY/report/index.html.
 
-    Figures of an earlier report that this one cannot draw are removed.
+    Figures of an earlier report that this one cannot draw are removed. All is drawn before anything is written.
 
     Raises:
-      ValueError: where `directory` is neither, or one of its files is damaged; one line that names the file.
+      ValueError: where `directory` is neither, or one of its files is damaged; one line that names the file, if reading
+        it has shown it, and else the directory.
     """
     place = storage.local(directory)
-    index = _comparison(place) if (place / comparison.FILE).is_file() else _run(place)
+    try:
+        files = _comparison(place) if (place / comparison.FILE).is_file() else _run(place)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"{place}: no report can be made of what its files say ({type(error).__name__}: {line(error)}); one is "
+            "damaged, or of another version; --traceback shows where it is read"
+        ) from error
+    out = place / "report"
+    out.mkdir(exist_ok=True)
+    for name, content in files.items():
+        if content is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            write_bytes(out / name, content)
     storage.publish()
-    return index
+    return out / INDEX
 
 
-def _comparison(directory: Path) -> Path:
+def _comparison(directory: Path) -> Files:
     found = comparison.read(directory)
     drawings: dict[str, tuple[look.Draw, str]] = {
         "ranking": (versus.ranking, comparison_page.title(found)),
         "tradeoff": (versus.tradeoff, "Accuracy of the students against what they cost"),
     }
-    out = directory / "report"
-    out.mkdir(exist_ok=True)
-    index = out / "index.html"
-    write_text(index, comparison_page.page(found, _draw(drawings, found, out)))
-    return index
+    pictures, files = _draw(drawings, found)
+    return {**files, INDEX: comparison_page.page(found, pictures).encode()}
 
 
-def _run(directory: Path) -> Path:
+def _run(directory: Path) -> Files:
     run = record.read(directory)
     architecture, gates = found_lib.architecture_title(run), found_lib.gates_title(run)
     drawings: dict[str, tuple[look.Draw, str]] = {
@@ -77,32 +90,24 @@ def _run(directory: Path) -> Path:
         "front": (fronts.figure, "Accuracy against costs, one search"),
         "confusion": (confusion.figure, agreement.title(run)),
     }
-    out = run.directory / "report"
-    out.mkdir(exist_ok=True)
-    pictures = _draw(drawings, run, out)
-    _alone(out / "examples.png", agreement.sheet(run, look.Look(WIDE, title="Where student and teacher differ most")))
-    index = out / "index.html"
-    write_text(index, page.page(run, pictures))
-    return index
+    pictures, files = _draw(drawings, run)
+    sheet = agreement.sheet(run, look.Look(WIDE, title="Where student and teacher differ most"))
+    files["examples.png"] = None if sheet is None else look.png(sheet)
+    return {**files, INDEX: page.page(run, pictures).encode()}
 
 
-def _draw(drawings: Mapping[str, tuple[look.Draw, str]], of: Any, out: Path) -> dict[str, markup.Pictures]:
-    """Each figure as OUT/NAME.png, and for the page; those that cannot be drawn are left out."""
-    pictures = {}
+def _draw(drawings: Mapping[str, tuple[look.Draw, str]], of: Any) -> tuple[dict[str, markup.Pictures], Files]:
+    """Each figure for the page, and as NAME.png; those that cannot be drawn are left out."""
+    pictures: dict[str, markup.Pictures] = {}
+    files: Files = {}
     for number, (name, (draw, title)) in enumerate(drawings.items()):
-        if _alone(out / f"{name}.png", draw(of, look.Look(WIDE, title=title))):
+        figure = draw(of, look.Look(WIDE, title=title))
+        files[f"{name}.png"] = None if figure is None else look.png(figure)
+        if figure is not None:
             narrow = look.svg(_drawn(draw, of, look.Look(NARROW)), f"n{number}")
             wide = "" if name.endswith("-all") else look.svg(_drawn(draw, of, look.Look(WIDE)), f"w{number}")
             pictures[name] = markup.Pictures(wide, narrow)
-    return pictures
-
-
-def _alone(path: Path, figure: look.Canvas | None) -> bool:
-    if figure is None:
-        path.unlink(missing_ok=True)
-        return False
-    write_bytes(path, look.png(figure))
-    return True
+    return pictures, files
 
 
 def _drawn(draw: look.Draw, of: Any, how: look.Look) -> look.Canvas:

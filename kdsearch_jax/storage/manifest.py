@@ -59,13 +59,16 @@ class Manifest:
                 raise ValueError(f"format {found['format']!r:.40}, version {found['version']!r:.20} is not known here")
             files = {checked(n): Entry(e["bytes"], e.get("sha256"), e.get("staged")) for n, e in found["files"].items()}
             for entry in files.values():
-                texts = all(isinstance(text, str | None) for text in (entry.sha256, entry.staged))
-                if type(entry.bytes) is not int or entry.bytes < 0 or not texts:
+                digest = entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+                if type(entry.bytes) is not int or entry.bytes < 0 or not digest:
                     raise ValueError("a file is described wrongly")
                 if entry.staged is not None and not re.fullmatch(rf"{re.escape(STAGED)}/[\w-]+", entry.staged):
                     raise ValueError(f"{entry.staged!r:.80} is not where changed files wait")
-            return Manifest(files, str(found["writer"]), int(found["sequence"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            writer, sequence = found["writer"], found["sequence"]
+            if not isinstance(writer, str | None) or type(sequence) is not int:
+                raise ValueError(f"it was written by {writer!r:.40}, for the {sequence!r:.40}th time")
+            return Manifest(files, writer, sequence)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
             raise DamagedError(f"{where} is damaged: {text:.200}; take another copy of the directory") from None
 
