@@ -179,13 +179,15 @@ def digest(directory: Path) -> dict[str, Any]:
         _, variables, architecture, info = load_network(directory / name)
         arrays = {leaf: np.asarray(value).tobytes().hex() for leaf, value in flatten(variables).items()}
         found[name] = _hash([arrays, architecture.to_json(), info])
-    for name in ("gates", "history"):
-        arrays = read_arrays(directory / "search" / f"{name}.npz")
+    for name in ("search/gates", "search/history", "evidence"):
+        arrays = read_arrays(directory / f"{name}.npz")
         found[name] = _hash({key: value.tobytes().hex() for key, value in arrays.items()})
     for stage in ("teacher", "search", "retrain"):
         rows = [json.loads(line) for line in (directory / stage / "metrics.jsonl").read_text().splitlines()]
         measured = ("time", "images_per_second")  # by the clock
         found[f"{stage}/metrics"] = _hash([{k: v for k, v in row.items() if k not in measured} for row in rows])
+    table = json.loads((directory / "results.json").read_text())["rows"]
+    found["results"] = [{k: v for k, v in row.items() if k != "memory" and k[:3] != "ms_"} for row in table]
     found["selection"] = (directory / "search" / "selection.json").read_text()
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     found["files"] = sorted({re.sub(r"events\.out\.tfevents.*|/d/[0-9a-f]{32}$", "/…", name) for name in files})

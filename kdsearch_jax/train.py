@@ -45,7 +45,7 @@ from kdsearch_jax.steps import Metrics, Step, TrainState
 
 log = logging.getLogger(__name__)
 
-_UNEVALUATED = "unevaluated"  # in the meta of a last checkpoint: its metrics, where SIGTERM came before the evaluation
+_UNEVALUATED = "unevaluated"  # in the meta of a checkpoint: its metrics, where SIGTERM came before the evaluation
 
 
 class TrainingDiverged(FloatingPointError):
@@ -115,10 +115,10 @@ def fit(
         watched = _watched(state)  # not of what is resumed: what is not finite there has become so
         state, stored = _begin(state, checkpoints, meta, resume, mesh)
         first, guard, noted = int(state.step), Guard(run, stored.get(KEY)), {}
+        if evaluate is not None and (row := stored.get(_UNEVALUATED)) is not None:
+            with _report(Path(directory), name, stage.steps, first - 1) as report:
+                report(first, row | evaluate(state))
         if first >= stage.steps or (until is not None and until(state)):
-            if (row := stored.get(_UNEVALUATED)) is not None and evaluate is not None:
-                with _report(Path(directory), name, stage.steps, first - 1) as report:
-                    report(first, row | evaluate(state))
             return state
         share = None if guard.active else run.checkpoint_share  # what it goes back to is not for the clock to say
         if guard.active and not checkpoints.steps():  # there must be one to go back to
@@ -174,16 +174,11 @@ def fit(
                 state, row = _settled(state, kind, mesh), row | more
             last = last or (until is not None and until(state))
             stopping = stop.requested
-            scores = None
-            if evaluate is not None and not stopping and (last or _passes(first, done, run.evaluate_every)):
-                try:
-                    with terminable():
-                        scores = evaluate(state)
-                except Preempted:
-                    stopping = True
-                stopping = stop.requested or stopping
-            left = {_UNEVALUATED: row} if last and scores is None else {}
-            row = row | (scores or {})
+            left: dict[str, Any] = {}
+            if evaluate is not None and (last or _passes(first, done, run.evaluate_every)):
+                scores = None if stopping else _evaluated(evaluate, state)
+                left = {_UNEVALUATED: row} if scores is None else {}
+                row, stopping = row | (scores or {}), stop.requested or scores is None
             report(done, row)
             due = _passes(first, done, run.checkpoint_every)
             if last or stopping or (due and checkpoints.affordable(share)):
@@ -199,6 +194,15 @@ def fit(
                 break
             first = done
     return state
+
+
+def _evaluated(evaluate: Callable[[TrainState], dict[str, float]], state: TrainState) -> dict[str, float] | None:
+    """The metrics of a state; None where SIGTERM came meanwhile. Several processes finish it together."""
+    try:
+        with terminable():
+            return evaluate(state)
+    except Preempted:
+        return None
 
 
 @contextmanager
