@@ -643,18 +643,24 @@ def test_help_names_every_option(module, python):
     assert wanted.get(module, "--traceback") in out.replace("_", "-")
 
 
-@pytest.fixture
-def little_space(tmp_path):
-    """A directory on a file system of one MiB."""
-    directory = tmp_path / "little"
+@contextlib.contextmanager
+def mounted(directory: Path, size: str):
+    """The directory, made for this, on a file system of so many bytes."""
     directory.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True
+    done = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], capture_output=True
     )
-    if not mounted or mounted.returncode:
+    if not done or done.returncode:
         pytest.skip("needs the right to mount a file system")
     yield directory
     subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.fixture
+def little_space(tmp_path):
+    """A directory on a file system of one MiB."""
+    with mounted(tmp_path / "little", "1m") as directory:
+        yield directory
 
 
 def test_no_space_left_ends_in_one_line_and_what_was_saved_is_good(little_space, python, tmp_path):
@@ -667,6 +673,22 @@ def test_no_space_left_ends_in_one_line_and_what_was_saved_is_good(little_space,
     shutil.copytree(directory, tmp_path / "moved")
     assert teacher.main(["--workdir", str(tmp_path / "moved"), "--resume"]) == 0
     kdsearch_jax.load(tmp_path / "moved" / "teacher" / "network")
+
+
+def test_a_directory_that_is_read_only_is_refused_in_one_line(run, tmp_path):
+    """Also to root, whom permissions do not stop."""
+    with mounted(tmp_path / "disk", "64m") as disk:
+        shutil.copytree(run, disk / "run", ignore=shutil.ignore_patterns("tensorboard"))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with refused("Read-only file system", disk):
+            tiny(disk / "new")
+        with refused("Read-only file system", disk):
+            search_main(["--resume", "--workdir", str(disk / "run")])
+        with refused("Read-only file system", disk):
+            export.main([str(disk / "run" / "student"), "--out", str(disk / "out"), "--formats", "safetensors"])
+        with refused("Read-only file system", disk):
+            report_main([str(disk / "run")])
+        assert evaluate.main([str(disk / "run" / "student")]) == 0
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, python):
