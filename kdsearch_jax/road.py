@@ -45,7 +45,7 @@ from kdsearch_jax.given import (
     the_teacher,
 )
 from kdsearch_jax.network import Network, library_of, trace
-from kdsearch_jax.rundir import code, fingerprint, versions
+from kdsearch_jax.provenance import code, fingerprint, versions
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
 

@@ -16,8 +16,8 @@ import types
 import numpy as np
 import pytest
 
-from kdsearch_jax import locks, rundir
-from kdsearch_jax.config import Experiment, load_experiment
+from kdsearch_jax import locks, provenance, rundir
+from kdsearch_jax.config import Experiment, ModelConfig, load_experiment
 from kdsearch_jax.files import DamagedError
 
 SEARCH = {"command": "search", "--stop-after": None}
@@ -58,6 +58,21 @@ def test_describes_the_run(tmp_path, monkeypatch, module):
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(environment["versions"])
     assert {"git_revision", "devices", "started"} <= set(environment)
     assert environment["command"] == ["python", "-m", module.removesuffix(".__main__"), "--quick"]
+
+
+def test_code_of_ones_own_is_known_by_its_file(tmp_path, monkeypatch):
+    """Which has no version; of what is not imported nothing is known."""
+    experiment = dataclasses.replace(Experiment(), model=ModelConfig("models_of_mine:make", {}))
+    assert provenance.code(experiment) == {}
+    found = []
+    for text in ("make = 1\n", "make = 2\n"):
+        (tmp_path / "models_of_mine.py").write_text(text)
+        module = types.ModuleType("models_of_mine")
+        module.__file__ = str(tmp_path / "models_of_mine.py")
+        monkeypatch.setitem(sys.modules, "models_of_mine", module)
+        found.append(provenance.code(experiment)["models_of_mine"])
+    assert found[0] != found[1]
+    assert provenance.code(Experiment()) == {}
 
 
 def test_a_second_run_is_refused_and_the_first_intact(tmp_path):
@@ -291,7 +306,7 @@ def test_who_waits_comes_in_one_after_another(tmp_path):
 def test_a_fingerprint_tells_data_apart():
     images = np.arange(24, dtype=np.uint8).reshape(6, 4)
     seen = {
-        rundir.fingerprint({"train": entries})
+        provenance.fingerprint({"train": entries})
         for entries in (
             {"images": images},
             {"images": images.reshape(4, 6)},
@@ -301,4 +316,4 @@ def test_a_fingerprint_tells_data_apart():
         )
     }
     assert len(seen) == 5
-    assert rundir.fingerprint({"train": {"images": images.copy()}}) in seen
+    assert provenance.fingerprint({"train": {"images": images.copy()}}) in seen

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from kdsearch_jax import cache, evaluate, feeding, rundir, steps, train
+from kdsearch_jax import cache, evaluate, feeding, provenance, rundir, steps, train
 from kdsearch_jax.batches import batch_indices
 from kdsearch_jax.config import (
     BudgetConfig,
@@ -165,7 +165,7 @@ def test_a_run_is_refused_where_the_files_it_began_with_have_changed(tmp_path):
 
     def fingerprint(directory: str) -> str:
         dataset = load(replace(settings, data_dir=str(tmp_path / directory)))
-        return rundir.fingerprint({split: getattr(dataset, split).arrays for split in COUNTS})
+        return provenance.fingerprint({split: getattr(dataset, split).arrays for split in COUNTS})
 
     def run(data: str, resume: bool) -> None:
         with rundir.run_directory(tmp_path / "run", Experiment(), {"command": "x"}, resume=resume, data=data):
