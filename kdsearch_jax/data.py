@@ -214,8 +214,11 @@ def _feeds_itself(name: str) -> bool:
     """Whether a file has one entry beside the labels, and it is not images: it is the input."""
     if not name.startswith("npz:"):
         return False
+    path = storage.local(name.removeprefix("npz:"), "data.name")
+    if not path.is_file():  # a device may have no end
+        return False
     try:
-        with zipfile.ZipFile(storage.local(name.removeprefix("npz:"), "data.name")) as file:
+        with zipfile.ZipFile(path) as file:
             keys = {key.removesuffix(".npy") for key in file.namelist()}
     except (OSError, zipfile.BadZipFile):  # which reading it will say
         return False

@@ -144,6 +144,8 @@ def load_stablehlo(path: str | Path) -> jax.export.Exported:
       ValueError: it is not the file that the manifest describes, or no network that this version of JAX can read.
     """
     path = storage.local(path, "path")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
     files = read_object(path.parent / "manifest.json").get("files")
     told = files.get(path.name) if isinstance(files, dict) else None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz import readers
 from benchmarks.fuzz.cases import mutated, replaced
-from kdsearch_jax import cli, export, files, foreign, images, load, models
+from kdsearch_jax import cli, data, export, files, foreign, images, load, models
 from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.config import DataConfig
 from kdsearch_jax.pretrained.files import read_tensors
 from kdsearch_jax.student import Architecture
 
@@ -159,6 +160,10 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         for read in (files.read_json, foreign.read_safetensors, foreign.read_msgpack):
             with pytest.raises(files.DamagedError, match="is no regular file"):
                 read(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="is not there"):
+            data.load(DataConfig(f"npz:{tmp_path / name}"))
+        with pytest.raises(FileNotFoundError, match="is no file"):
+            export.load_stablehlo(tmp_path / name)
     with pytest.raises(files.DamagedError, match=r"pipe is no regular file|endless is no regular file"):
         foreign.check_directory(tmp_path)
 
