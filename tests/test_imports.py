@@ -24,6 +24,8 @@ LAYERS = [
         "preemption",
         "locks",
         "spread",
+        "consensus",
+        "provenance",
         "library",
         "attributes",
         "functional",
