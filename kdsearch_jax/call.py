@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdsearch_jax.files import DTYPE
 from kdsearch_jax.library import Keywords
 
 # How modules call the switch between training and inference, and its value for training.
@@ -182,10 +183,6 @@ def _parsed(value: Any, name: str, depth: int) -> Any:
     sizes = [int(n) for n in found[2].split(",") if n]
     if math.prod(sizes) > LARGEST:
         raise ValueError(f"call: input {name!r:.80} has more than {LARGEST} numbers: {value!r:.80}")
-    try:
-        dtype = jnp.dtype(found[1])
-    except TypeError:
-        dtype = None
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+    if not DTYPE.fullmatch(found[1]):
         raise ValueError(f"call: input {name!r:.80} has the unknown dtype {found[1]!r:.80}")
-    return jax.ShapeDtypeStruct(tuple(sizes), dtype)
+    return jax.ShapeDtypeStruct(tuple(sizes), jnp.dtype(found[1]))

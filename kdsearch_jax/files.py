@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+# Types of arrays in our files. NumPy would read much else into a name, "3i4,0x" too.
+DTYPE = re.compile("bool|bfloat16|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 MAX_SETTINGS = 1 << 20  # bytes of a JSON file of settings: values in memory can take 30 times as much
 MAX_JSON = 1 << 26  # bytes; of what this package writes, nothing comes near
 MAX_ARRAYS = 1 << 32

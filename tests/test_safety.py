@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import readers
 from benchmarks.fuzz.cases import mutated, replaced
 from kdsearch_jax import cli, data, export, files, foreign, images, load, models
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network, save_network
 from kdsearch_jax.config import DataConfig
 from kdsearch_jax.pretrained.files import read_tensors
@@ -47,6 +48,13 @@ def test_a_reader_reads_or_refuses(name):
         readers.READERS[name](content)
 
     mutants()
+
+
+@pytest.mark.parametrize("dtype", ["000i4", "3i4", "0003700047209481721172f", "object", "V8", "datetime64", "float33"])
+def test_a_type_is_one_of_ours(dtype):
+    """NumPy reads counts into a name, and stumbles over some of them."""
+    with pytest.raises(ValueError, match="has the unknown dtype"):
+        Call.from_json({"arguments": ["x"], "inputs": {"x": f"{dtype}[2]"}, "train": {}, "eval": {}})
 
 
 # --- code -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +15,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from kdsearch_jax.checkpoint.shared import CheckpointError
+from kdsearch_jax.files import DTYPE
 
 PyTree = Any
-DTYPE = re.compile("bool|bfloat16|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

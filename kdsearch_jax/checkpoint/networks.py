@@ -14,7 +14,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kdsearch_jax.checkpoint.arrays import (
-    DTYPE,
     alone,
     array_handler,
     copied,
@@ -36,7 +35,7 @@ from kdsearch_jax.checkpoint.shared import (
     unsealed,
     written_whole,
 )
-from kdsearch_jax.files import read_json, seal
+from kdsearch_jax.files import DTYPE, read_json, seal
 from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.models import check_trust
