@@ -20,7 +20,7 @@ from kdsearch_jax.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FEW = 30
+FEW = 20
 NETWORKS = int(os.environ.get("KDSEARCH_RANDOM", FEW))
 
 
