@@ -21,7 +21,7 @@ import kdsearch_jax
 from kdsearch_jax import checkpoint, losses, models
 from kdsearch_jax.call import Call
 from kdsearch_jax.compare import making, table
-from kdsearch_jax.compare.__main__ import main
+from kdsearch_jax.compare.__main__ import check_own, main
 from kdsearch_jax.compare.rows import ROWS, check_seeds, chosen
 from kdsearch_jax.config import load_experiment
 from kdsearch_jax.files import read_sealed
@@ -152,6 +152,23 @@ def test_help_names_every_row(capsys):
         main(["--help"])
     told = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│]", " ", capsys.readouterr().out).split())
     assert f"all if left out: {', '.join(ROWS)}." in told
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ({"match": "both", "data": "other"}, r"data: .* holds a comparison on others \(fingerprint other, now ours\)"),
+        ({"match": "macs", "data": "ours"}, "holds a comparison with --match macs"),
+        ({}, "holds a comparison with --match None"),
+    ],
+)
+def test_a_directory_of_another_comparison_is_refused(tmp_path, setup, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "setup.json").write_text(json.dumps(setup))
+    with pytest.raises(ValueError, match=message):
+        check_own(tmp_path, "both", "ours")
+    (tmp_path / "setup.json").write_text(json.dumps({"match": "both"}))  # of an older version
+    check_own(tmp_path, "both", "ours")
 
 
 def test_the_interval_is_that_of_a_paired_t_test():

@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     directory = options.workdir
     assert directory is not None
     experiment = dataclasses.replace(experiment, baselines=())
-    _check_own(directory, options.match)
+    check_own(directory, options.match)
     road = prepare(experiment, directory, resume=True, trust_code=options.trust_code)
     if road.given is not None:
         making.check_teacher(road, road.given)
     with locked(directory, wait=True):
-        _check_own(directory, options.match, road.fingerprint)  # another process may have begun meanwhile
+        check_own(directory, options.match, road.fingerprint)  # another process may have begun meanwhile
         write_json(directory / "setup.json", {"match": options.match, "data": road.fingerprint})
         rundir.new_run_directory(directory, experiment, (directory / "config.json").is_file())
     with locked(directory / "teacher", wait=True):
@@ -95,7 +95,7 @@ def _check_budget(experiment: Experiment) -> None:
             raise ValueError(f"budget.{name}: students are matched by MACs and parameters; give --budget.macs instead")
 
 
-def _check_own(directory: Path, match: str, data: str | None = None) -> None:
+def check_own(directory: Path, match: str, data: str | None = None) -> None:
     """Raises ValueError where the directory holds something else than this comparison.
 
     data: fingerprint of its data; None where they are not read yet.
