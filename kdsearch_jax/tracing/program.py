@@ -35,10 +35,13 @@ class Op:
     scope: str
     traceback: Any = None
 
+    def line(self) -> str | None:
+        """The line of the model's code that asked for the operation, as file:line, where it is known."""
+        return line_of((f.file_name, f.line_num) for f in self.traceback.frames) if self.traceback else None
+
     def where(self) -> str:
         """The operation, its module, and the line of the model's code that asked for it, where these are known."""
-        frames = ((f.file_name, f.line_num) for f in self.traceback.frames) if self.traceback else ()
-        line = line_of(frames)
+        line = self.line()
         return self.name + (f" of {self.scope}" if self.scope else "") + (f" ({line})" if line else "")
 
 
