@@ -47,9 +47,11 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
     """
     units = before.components()
     old_steps, new_steps = _without_stretches(before), _without_stretches(after)
-    for old, new in itertools.zip_longest(old_steps, new_steps):
-        if old is None or new is None:
-            return f"its size decides which operations there are, in {(old if new is None else new).op.where()}"
+    if len(old_steps) != len(new_steps):
+        pairs = itertools.zip_longest(old_steps, new_steps)
+        first = next(old or new for old, new in pairs if not old or not new or old.op.name != new.op.name)
+        return f"its size decides which operations there are, in {first.op.where() if first else 'its code'}"
+    for old, new in zip(old_steps, new_steps, strict=True):
         if old.op.name != new.op.name:
             return f"its size decides which operations there are, in {old.op.where()}"
         if _numbers(old) != _numbers(new) or _parameters(old) != _parameters(new):
