@@ -24,7 +24,7 @@ from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Layer, Library
 from kdsearch_jax.tracing import sizes as sizes_lib
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Walk
+from kdsearch_jax.tracing.findings import Ordered, Walk
 from kdsearch_jax.tracing.program import flatten, line_of
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.tracing.walk import again, walk
@@ -211,7 +211,7 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`.
+    or does not, and which are not among `flops`; orders: in which its einsums of three operands or more are contracted.
     """
 
     macs: int
@@ -220,6 +220,7 @@ class Count:
     xla_flops: float
     uncounted: tuple[str, ...]
     foldable: float = 0.0
+    orders: tuple[Ordered, ...] = ()
 
 
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
@@ -233,4 +234,27 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    return Count(round(macs), params, found.flops, xla, uncounted, found.foldable)
+    return Count(round(macs), params, found.flops, xla, uncounted, found.foldable, tuple(found.orders))
+
+
+def macs_in_order_of(network: Network, student: Count) -> int:
+    """The MACs of a student if its einsums were contracted in the order in which the network's are.
+
+    JAX takes the order that is cheapest at the sizes at hand. Costs of candidates are counted in the network's order, so
+    they are those of the student, or a little above.
+    """
+    library = library_of(network.module)
+    variables = library.variables(network.module, network.inputs, network.kwargs)
+    jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
+    products: dict[str, list[Any]] = {}
+    for order, _, scope in walk(flatten(jaxpr), network.topology.shapes).orders:
+        products.setdefault(_inside(scope), []).append(order.products)
+    saved = 0.0
+    for order, times, scope in student.orders:
+        saved += times * (order.macs(products[_inside(scope)].pop(0)) - order.macs())
+    return student.macs + round(saved / topology_lib.batch_size(network.inputs))
+
+
+def _inside(scope: str) -> str:
+    """The scope of an operation in the module that a student runs."""
+    return scope.removeprefix("Student/")

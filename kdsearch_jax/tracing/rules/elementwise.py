@@ -10,8 +10,8 @@ from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Part, Value, blend, labelled
 from kdsearch_jax.tracing.program import Op
 
-LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "real", "reduce_precision", "stop_gradient", "name",
-          "sharding_constraint", "device_put"}  # fmt: skip
+LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "real", "imag", "conj", "reduce_precision", "stop_gradient",
+          "name", "sharding_constraint", "device_put"}  # fmt: skip
 TRANSCENDENTAL = {"exp", "log", "log1p", "expm1", "tanh", "sin", "cos", "tan", "sqrt", "rsqrt", "cbrt", "erf",
                   "pow", "atan", "atan2"}  # fmt: skip
 NAMES = LINEAR | TRANSCENDENTAL | {
@@ -27,7 +27,7 @@ _EXPANDED = {
     "erfc": 62, "erf_inv": 37, "logistic": 3, "sinh": 10, "cosh": 3, "asin": 5, "acos": 3, "asinh": 11, "acosh": 7,
     "atanh": 6, "lgamma": 53, "digamma": 73, "copy": 0, "copy_p": 0, "stop_gradient": 0, "name": 0,
 }  # fmt: skip
-_SUMS = {"add", "add_any", "sub"}
+_SUMS = {"add", "add_any", "sub", "complex"}
 _UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e"}
 
 
@@ -41,7 +41,7 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     if number is not None:
         return [Value((UNIFORM,) * len(shape), number=number)]
     if len(ins) == 1 and len(ins[0].axes) == len(shape):
-        return [blend(ins, ins[0].axes, ins[0].linear and name in LINEAR)]
+        return [blend(ins, ins[0].axes, ins[0].linear and _keeps_zeros(c.op))]
     full = [v for v in ins if len(v.axes) == len(shape)]
     if any(isinstance(axis, Part) for v in full for axis in v.axes):
         ins = _aligned(c, ins, len(shape))
@@ -49,6 +49,8 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     weights = [v for v in ins if v.weight]
     linear = len(weights) == 1 and weights[0].linear and (name in LINEAR or name in ("mul", "div"))
     linear = linear and not (name == "div" and ins[1].weight)
+    if name == "div" and len(weights) == 2:
+        linear = ins[0].linear and _covers(ins[0], ins)
     if name == "mul" and len(weights) == 2:  # a kernel times a kernel: scaling either scales the product
         ins = sorted(ins, key=lambda v: not (v.linear and _covers(v, ins)))
         linear = ins[0].linear and _covers(ins[0], ins)
@@ -58,6 +60,11 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
             c.found.join_kernels(ins, i)
     axes = [_one([v.axes[i] for v in full], c) for i in range(len(shape))]
     return [blend(ins, axes, linear)]
+
+
+def _keeps_zeros(op: Op) -> bool:
+    """Whether an operation on kernels is linear, or as good as that: 0 where they are 0, and smooth around."""
+    return op.name in LINEAR or op.name in ("square", "abs") or (op.name == "integer_pow" and op.params["y"] > 0)
 
 
 def _one(axes: list[Axis], c: Context) -> Axis:

@@ -15,7 +15,7 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
     Only the last of these walks counts: in the first, a carry of zeros is still of no one's size.
     """
     p = c.op.params
-    body = flatten(p["jaxpr"])
+    body = flatten(p["jaxpr"], c.op)
     ins = [c.found.settle(v) for v in ins]
     # Constants, carry, slices come in, carry and slices go out; what is sliced has an axis more outside. (How the
     # primitive's parameters say so differs between versions of JAX.)
@@ -56,7 +56,7 @@ def _cond(c: Context, ins: list[Value]) -> list[Value]:
     """Each of the branches is walked, and what they return is joined; the costs of all are added up."""
     c.found.uncounted.add(c.op.name)
     ins = [c.found.settle(v) for v in ins]
-    results = [_body(c, flatten(body), ins[1:], c.times) for body in c.op.params["branches"]]
+    results = [_body(c, flatten(body, c.op), ins[1:], c.times) for body in c.op.params["branches"]]
     return [
         blend([ins[0], *same], [c.found.merge(axes, c) for axes in zip(*(v.axes for v in same), strict=True)])
         for same in zip(*results, strict=True)
@@ -75,7 +75,7 @@ def _outline(value: Value) -> tuple[Any, ...]:
     return (*value[1:], *("labels" if labelled(axis) else axis for axis in value.axes))
 
 
-_LISTS = ("pairs", "freezes", "reads", "alongside", "kinds", "terms", "steps")
+_LISTS = ("pairs", "freezes", "reads", "alongside", "kinds", "terms", "steps", "orders")
 
 
 def _mark(found: Walk) -> tuple[dict[str, int], float, float]:
