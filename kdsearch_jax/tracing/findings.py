@@ -125,7 +125,13 @@ class Walk:
     # What rules do.
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Index by index, a and b live and die together."""
+        """Index by index, a and b live and die together.
+
+        Raises:
+          AssertionError: they have different numbers of indices, which is a mistake in a rule.
+        """
+        if np.size(a) != np.size(b):
+            raise AssertionError(f"{np.size(a)} indices joined to {np.size(b)}")
         self.pairs.append((np.ravel(a), np.ravel(b)))
 
     def join_kernels(self, ins: Sequence[Value], axis: int) -> None:

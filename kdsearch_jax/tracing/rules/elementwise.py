@@ -42,6 +42,7 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(shape), number=number)]
     if len(ins) == 1 and len(ins[0].axes) == len(shape):
         return [blend(ins, ins[0].axes, ins[0].linear and _keeps_zeros(c.op))]
+    ins = [_broadcast(c, v, c.shape(i), shape) for i, v in enumerate(ins)]
     full = [v for v in ins if len(v.axes) == len(shape)]
     if any(isinstance(axis, Part) for v in full for axis in v.axes):
         ins = _aligned(c, ins, len(shape))
@@ -65,6 +66,21 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
 def _keeps_zeros(op: Op) -> bool:
     """Whether an operation on kernels is linear, or as good as that: 0 where they are 0, and smooth around."""
     return op.name in LINEAR or op.name in ("square", "abs") or (op.name == "integer_pow" and op.params["y"] > 0)
+
+
+def _broadcast(c: Context, value: Value, shape: Sequence[int], out: Sequence[int]) -> Value:
+    """The operand as the operation stretches it: constant along axes of size 1 where the result's are longer.
+
+    Since jax 0.10 an elementwise primitive takes such operands; older versions put a `broadcast_in_dim` before it.
+    """
+    stretched = [i for i, (n, m) in enumerate(zip(shape, out, strict=True)) if n != m] if len(shape) == len(out) else []
+    if not stretched:
+        return value
+    if any(isinstance(value.axes[i], Part) for i in stretched):
+        value = c.found.settle(value, [i for i in range(len(out)) if i not in stretched])
+    for i in stretched:
+        c.freeze(value.axes[i], "picked out by its index and broadcast by")
+    return value._replace(axes=tuple(UNIFORM if i in stretched else axis for i, axis in enumerate(value.axes)))
 
 
 def _one(axes: list[Axis], c: Context) -> Axis:
