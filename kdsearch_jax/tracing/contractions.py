@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kdsearch_jax.tracing.program import Op, Program
 
 NAME = "einsum"
-# The name of the call is its subscripts, perhaps inside of "vmap(…)".
-_SUBSCRIPTS = re.compile(r"(?:\w+\()*[\w. ]*(?:,[\w. ]*){2,}(?:->[\w. ]*)?\)*")
 _MOST_ORDERINGS = 24
 
 
@@ -60,17 +58,25 @@ def join(program: Program) -> None:
     """Replaces the operations of each einsum of three operands or more by one."""
     ops: list[Op] = []
     uses = Counter(v for op in program.ops for v in op.inputs) + Counter(program.outputs)
-    for scope, run in itertools.groupby(program.ops, key=lambda op: op.scope if _is_einsum(op.scope) else None):
-        ops += run if scope is None else _joined(program, list(run), uses)
+    for call, run in itertools.groupby(program.ops, key=_call):
+        ops += run if call is None else _joined(program, list(run), uses)
     program.ops = ops
 
 
-def _is_einsum(scope: str) -> bool:
-    return _SUBSCRIPTS.fullmatch(scope.rsplit("/", 1)[-1]) is not None
+def _call(op: Op) -> Any:
+    """The lines that called `jnp.einsum`, outwards, where an operation is part of such a call."""
+    if op.name not in _STEPS:
+        return None
+    for traceback in op.tracebacks:
+        frames = traceback.frames
+        for i, frame in enumerate(frames):
+            if frame.function_name == "einsum" and os.path.basename(frame.file_name) == "einsum.py":
+                return op.scope, *((each.file_name, each.line_num) for each in frames[i:])
+    return None
 
 
 def _joined(program: Program, run: list[Op], uses: Counter[int]) -> list[Op]:
-    """The operations of one call, or of several in a row, with each tree of them as one where it is multilinear."""
+    """The operations of one call, or of one line's several, with each tree of them as one operation."""
     trees: dict[int, list[Op]] = {}  # by the value that the tree makes
     for op in run:
         inside = [tree for v in op.inputs if uses[v] == 1 and (tree := trees.pop(v, None)) is not None]
@@ -79,7 +85,7 @@ def _joined(program: Program, run: list[Op], uses: Counter[int]) -> list[Op]:
 
 
 def _one(program: Program, ops: list[Op]) -> list[Op] | None:
-    """One operation for a tree of them; None where one of these is not multilinear."""
+    """One operation for a tree of them; None where it has two operands or one, or cannot be told apart from others."""
     made = {op.outputs[0] for op in ops}
     inputs = tuple(sorted({v for op in ops for v in op.inputs} - made))
     counter = itertools.count()
@@ -92,12 +98,9 @@ def _one(program: Program, ops: list[Op]) -> list[Op] | None:
         return _Sum(((inputs.index(number), indices),), indices)
 
     for op in ops:
-        step = _STEPS.get(op.name)
-        if step is None or len(op.outputs) > 1:
-            return None
-        sums[op.outputs[0]] = step(op, *map(value, op.inputs))
+        sums[op.outputs[0]] = _STEPS[op.name](op, *map(value, op.inputs))
     whole = _canonical(sums[ops[-1].outputs[0]])
-    if whole is None:
+    if whole is None or len(whole.factors) < 3:
         return None
     sizes = {
         index: size

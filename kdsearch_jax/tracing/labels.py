@@ -69,7 +69,7 @@ def constant(array: Any, shape: tuple[int, ...]) -> Value:
     """The entries of a known array: uniform along the axes where it does not vary."""
     if array is None:
         return Value((FIXED,) * len(shape))
-    if array.size and array.dtype.kind in "fiu" and (array == array.flat[0]).all():
+    if array.size and array.dtype.kind in "fiub" and (array == array.flat[0]).all():
         return Value((UNIFORM,) * len(shape), number=float(array.flat[0]))
     varies = [size > 1 and bool((array != array.take([0], axis)).any()) for axis, size in enumerate(array.shape)]
     return Value(tuple(FIXED if v else UNIFORM for v in varies))

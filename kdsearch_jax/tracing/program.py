@@ -20,10 +20,10 @@ from kdsearch_jax.tracing import contractions
 
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call", "composite", "custom_vmap_call",
 }  # fmt: skip
 _PASSED_THROUGH = ("contextlib.py", "functools.py")
-_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Op:
     def where(self) -> str:
         """The operation, its module, and the line of the model's code that asked for it, where these are known."""
         line = line_of((f.file_name, f.line_num) for each in self.tracebacks for f in each.frames)
-        return self.name + (f" of {self.scope}" if self.scope else "") + (f" ({line})" if line else "")
+        scope = "/".join(part for part in self.scope.split("/") if not part.endswith("()"))  # as in "vmap()"
+        return self.name + (f" of {scope}" if scope else "") + (f" ({line})" if line else "")
 
 
 def line_of(frames: Iterable[tuple[str, int]]) -> str | None:

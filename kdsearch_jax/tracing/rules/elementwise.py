@@ -11,7 +11,8 @@ from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Part, Value, blend
 from kdsearch_jax.tracing.program import Op
 
 LINEAR = {"neg", "convert_element_type", "copy", "copy_p", "real", "imag", "conj", "reduce_precision", "stop_gradient",
-          "name", "sharding_constraint", "device_put"}  # fmt: skip
+          "name", "sharding_constraint", "device_put", "reshard", "layout_constraint", "with_memory_space_constraint",
+          "pin", "unpin"}  # fmt: skip
 TRANSCENDENTAL = {"exp", "log", "log1p", "expm1", "tanh", "sin", "cos", "tan", "sqrt", "rsqrt", "cbrt", "erf",
                   "pow", "atan", "atan2"}  # fmt: skip
 NAMES = LINEAR | TRANSCENDENTAL | {
@@ -19,7 +20,8 @@ NAMES = LINEAR | TRANSCENDENTAL | {
     "round", "square", "integer_pow", "is_finite", "not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge",
     "select_n", "clamp", "erf_inv", "erfc", "sinh", "cosh", "asin", "acos", "asinh", "acosh", "atanh", "nextafter",
     "imag", "conj", "complex", "lgamma", "digamma", "shift_left", "shift_right_logical", "shift_right_arithmetic",
-    "population_count", "clz", "bitcast_convert_type", "bessel_i0e", "bessel_i1e",
+    "population_count", "clz", "bitcast_convert_type", "bessel_i0e", "bessel_i1e", "igamma", "igammac", "igamma_grad_a",
+    "random_gamma_grad", "polygamma", "zeta", "regularized_incomplete_beta", "mulhi", "eq_to", "lt_to", "le_to",
 }  # fmt: skip
 
 # Operations that XLA expands into others: what it then counts for each element.
@@ -28,7 +30,9 @@ _EXPANDED = {
     "atanh": 6, "lgamma": 53, "digamma": 73, "copy": 0, "copy_p": 0, "stop_gradient": 0, "name": 0,
 }  # fmt: skip
 _SUMS = {"add", "add_any", "sub", "complex"}
-_UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e"}
+_UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e", "igamma", "igammac", "igamma_grad_a",
+              "random_gamma_grad", "polygamma", "zeta", "regularized_incomplete_beta", "mulhi", "eq_to", "lt_to",
+              "le_to"}  # fmt: skip
 
 
 def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
@@ -132,9 +136,11 @@ def _flops(op: Op) -> int:
 
 
 def _folded(name: str, ins: list[Value]) -> bool:
-    """Whether XLA may never see the operation: constants, a zero added or multiplied, a one multiplied."""
+    """Whether XLA may never see the operation: constants, a zero added or multiplied, a one multiplied, a mask of True."""
     numbers = [v.number for v in ins]
-    neutral: dict[str, tuple[float, ...]] = {"add": (0.0,), "add_any": (0.0,), "sub": (0.0,), "mul": (0.0, 1.0)}
+    neutral: dict[str, tuple[float, ...]] = {
+        "add": (0.0,), "add_any": (0.0,), "sub": (0.0,), "mul": (0.0, 1.0), "and": (0.0, 1.0), "or": (0.0, 1.0),
+    }  # fmt: skip
     which = numbers[1:] if name == "sub" else numbers
     return None not in numbers or any(n in which for n in neutral.get(name, ()))
 

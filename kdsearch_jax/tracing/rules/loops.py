@@ -32,15 +32,36 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
     while True:
         before = _mark(c.found)
         outs = _body(c, body, ins[:fixed] + carry + xs, c.times * p["length"])
-        entered = carry
-        carry = [
-            blend([a, b], [c.found.merge([x, y], c) for x, y in zip(a.axes, b.axes, strict=True)])
-            for a, b in zip(carry, outs[:carried], strict=True)
-        ]
+        entered, carry = carry, _around(c, carry, outs[:carried])
         if [_outline(v) for v in entered] == [_outline(v) for v in carry]:
             _unroll(c.found, before, p["length"], int(p["unroll"]))
             return carry + [v._replace(axes=(FIXED, *v.axes), number=None) for v in outs[carried:]]
         _forget(c.found, before)
+
+
+def _while(c: Context, ins: list[Value]) -> list[Value]:
+    """As a scan, but nobody knows how often it turns: its products are counted once, as XLA counts them."""
+    p = c.op.params
+    test, body = flatten(p["cond_jaxpr"], c.op), flatten(p["body_jaxpr"], c.op)
+    c.found.uncounted.add(c.op.name)
+    ins = [c.found.settle(v) for v in ins]
+    tested, fixed = ins[: p["cond_nconsts"]], ins[p["cond_nconsts"] : p["cond_nconsts"] + p["body_nconsts"]]
+    carry = ins[len(tested) + len(fixed) :]
+    while True:
+        before = _mark(c.found)
+        _body(c, test, tested + carry, c.times)
+        entered, carry = carry, _around(c, carry, _body(c, body, fixed + carry, c.times))
+        if [_outline(v) for v in entered] == [_outline(v) for v in carry]:
+            return carry
+        _forget(c.found, before)
+
+
+def _around(c: Context, carry: list[Value], outs: list[Value]) -> list[Value]:
+    """What enters the next turn of a loop: what entered this one, joined to what came of it."""
+    return [
+        blend([a, b], [c.found.merge([x, y], c) for x, y in zip(a.axes, b.axes, strict=True)])
+        for a, b in zip(carry, outs, strict=True)
+    ]
 
 
 def _unroll(found: Walk, before: tuple[dict[str, int], float, float], length: int, unroll: int) -> None:
@@ -90,4 +111,4 @@ def _forget(found: Walk, before: tuple[dict[str, int], float, float]) -> None:
         del getattr(found, name)[length:]
 
 
-RULES: dict[str, Rule] = {"scan": _scan, "cond": _cond}
+RULES: dict[str, Rule] = {"scan": _scan, "while": _while, "cond": _cond}
