@@ -49,6 +49,7 @@ LAYERS = [
     {"pretrained", "student", "examples", "streaming", "forward", "events", "metrics", "rundir", "cli"},
     {"checkpoint", "data", "feeding", "task", "tfds"},
     {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
+    {"trials"},
     {"network"},
     {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
     {"given", "road"},

@@ -29,6 +29,28 @@ class Step(NamedTuple):
     outs: tuple[Value, ...]
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where the code treats the parts of an axis alike: `split` in two, every other channel, the groups of a convolution.
+
+    Removing units from one part alone may break such code; pairing its parts index by index (`Walk.paired`) keeps them
+    equally long. op: where, for reasons; line: file and line of the model's code, or the operation's scope.
+    """
+
+    op: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Axes of two parameters that stay equally long, index by index, since the code has one number for both."""
+
+    leaf: str
+    axis: int
+    other: str
+    other_axis: int
+
+
 class Term(NamedTuple):
     """`constant` times the product of the sizes of `axes` multiply-accumulates; leaves: the parameters it contracts."""
 
@@ -51,9 +73,16 @@ class Ordered(NamedTuple):
 
 @dataclass
 class Walk:
-    """What a walk found: joined pairs, frozen and consumed labels, cost terms, branches."""
+    """What a walk found: joined pairs, frozen and consumed labels, cost terms, branches.
+
+    paired: sites whose parts are joined index by index; sites: {site: the labels of its parts}; within: kernels of
+    grouped convolutions that lose channels of every group instead of whole groups, {leaf: number of groups}.
+    """
 
     labels: Labels
+    paired: Collection[Site | Tie] = ()
+    sites: dict[Site, list[np.ndarray]] = field(default_factory=dict)
+    within: dict[int, int] = field(default_factory=dict)
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     freezes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
@@ -152,6 +181,15 @@ class Walk:
         keys = self.labels.keys()
         return not np.isin(keys[axis], keys[list(value.normalised)]).any()
 
+    def pairable(self, site: Site, rows: np.ndarray) -> bool:
+        """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""
+        if len(rows) < 2 or rows.shape[1] < 2 or (rows == 0).any():
+            return False
+        self.sites.setdefault(site, []).append(rows)
+        if site in self.paired:
+            self.join(rows, np.broadcast_to(rows[:1], rows.shape))
+        return site in self.paired
+
     def mark(self, kind: str, axis: Axis) -> None:
         """The labels of an axis are of a kind."""
         if isinstance(axis, np.ndarray):
@@ -201,6 +239,11 @@ class Context(NamedTuple):
     def where(self) -> str:
         """The operation, its module, and the line of the model's code, for reasons."""
         return self.op.where()
+
+    @property
+    def site(self) -> Site:
+        """The operation as a place where parts may be paired."""
+        return Site(self.where, f"{self.op.name} {self.op.line() or self.op.scope}")
 
     def shape(self, i: int) -> tuple[int, ...]:
         """The shape of operand i."""

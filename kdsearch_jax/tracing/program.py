@@ -41,9 +41,13 @@ class Op:
     scope: str
     tracebacks: tuple[Any, ...] = ()
 
+    def line(self) -> str | None:
+        """The line of the model's code that asked for the operation, as file:line, where it is known."""
+        return line_of((f.file_name, f.line_num) for each in self.tracebacks for f in each.frames)
+
     def where(self) -> str:
         """The operation, its module, and the line of the model's code that asked for it, where these are known."""
-        line = line_of((f.file_name, f.line_num) for each in self.tracebacks for f in each.frames)
+        line = self.line()
         scope = "/".join(part for part in self.scope.split("/") if not part.endswith("()"))  # as in "vmap()"
         return self.name + (f" of {scope}" if scope else "") + (f" ({line})" if line else "")
 

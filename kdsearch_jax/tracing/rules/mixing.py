@@ -10,6 +10,7 @@ import numpy as np
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
+from kdsearch_jax.tracing.rules.moving import cut_axes
 
 
 def _spare(c: Context, value: Value, mixed: Collection[int]) -> Value:
@@ -145,6 +146,11 @@ def _written(c: Context, ins: list[Value], whole: dict[int, int]) -> Value:
 
 def _dynamic_slice(c: Context, ins: list[Value]) -> list[Value]:
     cut = [i for i, (n, m) in enumerate(zip(c.shape(0), c.out_shape(), strict=True)) if n != m]
+    starts = [v.number for v in ins[1:]]
+    if None not in starts:  # known, so that it is a slice
+        sizes = [(i, c.out_shape()[i], c.shape(0)[i]) for i in cut]
+        first = {i: min(max(int(starts[i] or 0), 0), size - n) for i, n, size in sizes}  # as the primitive clamps it
+        return [cut_axes(c, ins[0], {i: slice(first[i], first[i] + n) for i, n, _ in sizes})]
     table = _spare(c, ins[0], cut)
     axes: list[Axis] = list(table.axes)
     for i in cut:

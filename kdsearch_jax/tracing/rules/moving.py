@@ -197,7 +197,7 @@ def _stack(c: Context, ins: list[Value]) -> list[Value]:
 
 def _unstack(c: Context, ins: list[Value]) -> list[Value]:
     axis = c.op.params["axis"]
-    return [_drop(_cut(c, ins[0], {axis: slice(i, i + 1)}), axis, c) for i in range(c.shape(0)[axis])]
+    return [_drop(cut_axes(c, ins[0], {axis: slice(i, i + 1)}), axis, c) for i in range(c.shape(0)[axis])]
 
 
 def _drop(value: Value, axis: int, c: Context) -> Value:
@@ -213,32 +213,46 @@ def _slice(c: Context, ins: list[Value]) -> list[Value]:
         for i, (a, b, s, n) in enumerate(zip(start, limit, stride, c.shape(0), strict=True))
         if (a, b, s) != (0, n, 1)
     }
-    return [_cut(c, ins[0], cut)]
+    return [cut_axes(c, ins[0], cut)]
 
 
 def _split(c: Context, ins: list[Value]) -> list[Value]:
     axis, sizes = c.op.params["axis"], c.op.params["sizes"]
     starts = np.cumsum([0, *sizes]).tolist()
-    return [_cut(c, ins[0], {axis: slice(a, b)}) for a, b in itertools.pairwise(starts)]
+    return [cut_axes(c, ins[0], {axis: slice(a, b)}) for a, b in itertools.pairwise(starts)]
 
 
 def _rev(c: Context, ins: list[Value]) -> list[Value]:
-    return [_cut(c, ins[0], {i: slice(None, None, -1) for i in c.op.params["dimensions"]})]
+    return [cut_axes(c, ins[0], {i: slice(None, None, -1) for i in c.op.params["dimensions"]})]
 
 
-def _cut(c: Context, value: Value, cut: dict[int, slice]) -> Value:
+def cut_axes(c: Context, value: Value, cut: dict[int, slice]) -> Value:
     """The value with some of its axes cut."""
     axes = list(value.axes)
     for i, piece in cut.items():
         axis = axes[i]
         if isinstance(axis, np.ndarray):
+            _note_parts(c, axis, piece)
             axes[i] = axis[piece]
         elif isinstance(axis, Part):
+            c.found.pairable(c.site, np.moveaxis(axis.labels, axis.dim, 0).reshape(axis.labels.shape[axis.dim], -1))
             labels = axis.labels[(slice(None),) * axis.dim + (piece,)]
             if labels.size == 1:
                 c.freeze(labels, "picked out by its index in")
             axes = remake(axes, axis.labels, labels)
     return value._replace(axes=tuple(axes))
+
+
+def _note_parts(c: Context, axis: np.ndarray, piece: slice) -> None:
+    """Notes that an axis is cut into parts of equal length, where `piece` is such a part."""
+    start, stop, step = piece.indices(len(axis))
+    size = len(range(start, stop, step))
+    if size == 0 or len(axis) % size or size == len(axis):
+        return
+    if step == 1 and start % size == 0:
+        c.found.pairable(c.site, axis.reshape(-1, size))
+    elif step == len(axis) // size and start < step:
+        c.found.pairable(c.site, axis.reshape(size, step).T)
 
 
 def _pad(c: Context, ins: list[Value]) -> list[Value]:

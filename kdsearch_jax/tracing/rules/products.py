@@ -88,7 +88,7 @@ def _conv(c: Context, ins: list[Value]) -> list[Value]:
     elif groups == 1:
         contract(c, x, kernel, x_spec[1], k_spec[1])
     else:
-        made = _grouped(c, channels, made, read, groups, c.shape(1)[k_spec[0]])
+        made = _grouped(c, channels, made, kernel, k_spec[1], groups)
     if groups == 1:
         c.found.mark("channels", made)
     dilated = any(d != 1 for d in p["lhs_dilation"])
@@ -103,14 +103,25 @@ def _conv(c: Context, ins: list[Value]) -> list[Value]:
     return [blend(ins, axes, False)]
 
 
-def _grouped(c: Context, channels: Axis, made: Axis, read: Axis, groups: int, outputs: int) -> Axis:
-    """Channels in a group, and all that is made of them, are one unit; the kernel's input axis stays."""
-    c.freeze(read, "the inputs of each group of")
+def _grouped(c: Context, channels: Axis, made: Axis, kernel: Value, read: int, groups: int) -> Axis:
+    """A grouped convolution loses whole groups, or, as a paired site, the same channels of every group.
+
+    channels: of the input; made: of the kernel's output axis; read: which axis of the kernel has a group's inputs.
+    """
+    inputs = kernel.axes[read]
     if not isinstance(channels, np.ndarray) or not isinstance(made, np.ndarray):
-        for axis in (channels, made):
+        for axis in (channels, made, inputs):
             c.freeze(axis, "joined to an axis of fixed size in")
         return made
-    blocks, outs = channels.reshape(groups, -1), made.reshape(groups, outputs // groups)
+    blocks, outs = channels.reshape(groups, -1), made.reshape(groups, -1)
+    if isinstance(inputs, np.ndarray) and c.found.stored(kernel, inputs) and c.found.pairable(c.site, blocks):
+        c.found.join(outs, np.broadcast_to(outs[:1], outs.shape))
+        c.found.join(inputs, blocks[0])
+        c.found.reads.append(inputs)
+        c.found.within.update(dict.fromkeys(np.unique(c.found.labels.leaf[made]).tolist(), groups))
+        c.found.mark("channels", made)
+        return made
+    c.freeze(inputs, "the inputs of each group of")
     for block in (blocks, outs):
         c.found.join(block, np.broadcast_to(outs[:, :1], block.shape))
     if blocks.shape[1] > 1:
