@@ -19,6 +19,7 @@ from kdsearch_jax.call import shaped
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Layer, Library
 from kdsearch_jax.tracing import topology as topology_lib
+from kdsearch_jax.tracing.findings import Ordered
 from kdsearch_jax.tracing.program import flatten
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.tracing.walk import walk
@@ -152,7 +153,8 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`.
+    or does not, and which are not among `flops`; batch_macs: of the batch; orders: in which its einsums of three operands
+    or more are contracted.
     """
 
     macs: int
@@ -161,6 +163,8 @@ class Count:
     xla_flops: float
     uncounted: tuple[str, ...]
     foldable: float = 0.0
+    batch_macs: float = 0.0
+    orders: tuple[Ordered, ...] = ()
 
 
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
@@ -169,9 +173,33 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     variables = library.variables(module, shapes, kwargs)
     traced = library.traced(module, variables, shapes, kwargs)
     found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))
-    macs = sum(term.macs() for term in found.terms) / topology_lib.batch_size(shapes)
+    macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    return Count(round(macs), params, found.flops, xla, uncounted, found.foldable)
+    batch, orders = topology_lib.batch_size(shapes), tuple(found.orders)
+    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable, macs, orders)
+
+
+def macs_in_order_of(network: Network, student: Count) -> int:
+    """The MACs of a student if its einsums were contracted in the order in which the network's are.
+
+    JAX takes the order that is cheapest at the sizes at hand, but candidates are costed in the network's order: a student
+    that takes another one may cost less than was counted.
+    """
+    library = library_of(network.module)
+    variables = library.variables(network.module, network.inputs, network.kwargs)
+    jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
+    products: dict[str, list[Any]] = {}
+    for order, _, scope in walk(flatten(jaxpr), network.topology.shapes).orders:
+        products.setdefault(_inside(scope), []).append(order.products)
+    macs = student.batch_macs
+    for order, times, scope in student.orders:
+        macs += times * (order.macs(products[_inside(scope)].pop(0)) - order.macs())
+    return round(macs / topology_lib.batch_size(network.inputs))
+
+
+def _inside(scope: str) -> str:
+    """The scope of an operation in the module that a student runs."""
+    return scope.removeprefix("Student/")

@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from kdsearch_jax.tracing import branches
+from kdsearch_jax.tracing.contractions import Order
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Labels, Part, Value, labelled
 from kdsearch_jax.tracing.program import Op, Program
 
@@ -62,6 +63,14 @@ class Term(NamedTuple):
         return self.constant * math.prod(axis if isinstance(axis, int) else len(axis) for axis in self.axes)
 
 
+class Ordered(NamedTuple):
+    """The order of one contraction, how often a loop runs it, and whose it is."""
+
+    order: Order
+    times: float
+    scope: str
+
+
 @dataclass
 class Walk:
     """What a walk found: joined pairs, frozen and consumed labels, cost terms, branches.
@@ -82,6 +91,7 @@ class Walk:
     terms: list[Term] = field(default_factory=list)
     op_terms: dict[int, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    orders: list[Ordered] = field(default_factory=list)
     graph: branches.Graph | None = None
     branches: list[branches.Branch] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
@@ -163,6 +173,13 @@ class Walk:
         if labelled(axis):
             ids = axis.labels if isinstance(axis, Part) else axis
             self.freezes.append((np.ravel(ids), reason if isinstance(reason, str) else reason()))
+
+    def stored(self, value: Value, axis: Axis) -> bool:
+        """Whether scaling what is stored of a kernel, along one of its axes, serves to remove units from it."""
+        if not (value.weight and value.linear):
+            return False
+        keys = self.labels.keys()
+        return not np.isin(keys[axis], keys[list(value.normalised)]).any()
 
     def pairable(self, site: Site, rows: np.ndarray) -> bool:
         """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax.tracing import branches
@@ -48,6 +49,8 @@ def _start(program: Program, found: Walk, leaves: int) -> list[Value | None]:
             values[value] = Value(found.labels.value_axes(i), weight=True, linear=True)
         else:
             values[value] = Value((FIXED,) * len(program.shape(value)), active=True)
+    if any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in program.avals):
+        found.uncounted.add("complex numbers")
     _run(program, values, found, 1.0, top=True)
     return values
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 
 import jax
+import numpy as np
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
@@ -46,7 +47,10 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            c.freeze(v.axes[i], "its units are mixed by")
+            if c.op.name == "reduce_sum" and isinstance(v.axes[i], np.ndarray) and c.found.stored(v, v.axes[i]):
+                c.found.reads.append(v.axes[i])  # the norm of a kernel, say: what is scaled by 0 adds nothing to it
+            else:
+                c.freeze(v.axes[i], "its units are mixed by")
     keep = [i for i in range(len(c.shape(0))) if i not in gone]
     axes = [c.found.merge([v.axes[i] for v in ins if len(v.axes) > i], c) for i in keep]
     linear = c.op.name == "reduce_sum" and all(v.linear for v in ins)

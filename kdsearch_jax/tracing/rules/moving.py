@@ -100,6 +100,10 @@ def _whole_parts(c: Context, value: Value, blocks: list[tuple[list[int], list[in
     for labels in arrays.values():
         at = [i for i, axis in enumerate(value.axes) if isinstance(axis, Part) and axis.labels is labels]
         holder = next((a for a, _ in blocks if set(at) & set(a)), [])
+        split = [a[0] for a, b in blocks if len(b) > 1 and len(at) > 1 and a[0] in at and len(a) == 1]
+        if split:  # heads into groups of them: what is split again carries the labels
+            value = c.found.settle(value, split)
+            continue
         in_order = holder == at and [value.axes[i].dim for i in at] == list(range(len(at)))
         if not in_order and not all([i] in [a for a, _ in blocks] for i in at):
             # Those to be flattened with others stay fixed. All of them turned about, as in a channel shuffle: the last.
@@ -116,9 +120,11 @@ def _reshape_block(c: Context, axes: list[Axis], sizes: list[int], new: list[int
         return axes
     if isinstance(axes[0], Part):
         return parts(axes[0].labels.reshape(new))
-    for i in arrays[1:]:
-        c.freeze(axes[i], "flattened together with another axis of units in")
-    keep = arrays[0]
+    # Of a convolution's kernel made a matrix, the inputs, not the window.
+    keep = arrays[0] if len(arrays) < 3 else arrays[-1]
+    for i in arrays:
+        if i != keep:
+            c.freeze(axes[i], "flattened together with another axis of units in")
     spread = [1] * len(sizes)
     spread[keep] = sizes[keep]
     labels = np.broadcast_to(axes[keep].reshape(spread), sizes).reshape(new)
