@@ -135,15 +135,16 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
 
 
 def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Whether the experiment's budget can be met, and if not why; None: that must be measured."""
+    """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
     given = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        budget.resolve(experiment.budget, network.topology)
+        limits = budget.resolve(experiment.budget, network.topology)
     except budget.BudgetError as error:
         return {**given, "reachable": False, "reason": str(error)}
     if asked := measured.asked(experiment.budget):
         return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
-    return {**given, "reachable": True, "reason": None}
+    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    return {**given, "reachable": True, "reason": note or None}
 
 
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: Call) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def heading(record: dict[str, Any]) -> str:
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
     least, goal, padded = record["smallest"], record["budget"], record["padded"]
     asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
-    reached = {True: "within reach", False: goal["reason"], None: goal["reason"]}[goal["reachable"]]
+    reached = goal["reason"] or "within reach"
     lines = [
         f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
         f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
