@@ -46,7 +46,11 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
     """
     units = before.components()
     if len(before.steps) != len(after.steps):
-        return "its size decides which operations there are"
+        pairs = list(zip(before.steps, after.steps, strict=False))
+        first = next((i for i, (old, new) in enumerate(pairs) if old.op.name != new.op.name), len(pairs))
+        longer = max(before.steps, after.steps, key=len)[first:]  # the operation that is in one of the two only
+        where = next((step.op.where() for step in longer if step.op.where().endswith(")")), longer[0].op.where())
+        return f"its size decides which operations there are, in {where.replace(' of Student/', ' of ')}"
     for old, new in zip(before.steps, after.steps, strict=True):
         if old.op.name != new.op.name:
             return f"its size decides which operations there are, in {old.op.where()}"
