@@ -13,6 +13,7 @@ device; whether a budget on these can be met is known only then.
 
 # No `from __future__ import annotations` here: the command line is read off the types.
 
+import itertools
 import json
 import re
 import sys
@@ -254,9 +255,11 @@ def alike(text: str, layers: frozenset[str]) -> str:
 
 def _alike(word: str, layers: frozenset[str]) -> str:
     """One word: a layer's path, behind the name of the model's class or not, and what follows it."""
+    if re.search(r"\.\w+:\d+", word):
+        return word
     parts = word.split("/")
-    for begin, end in ((begin, end) for begin in (0, 1) for end in range(len(parts), begin, -1)):
-        if "/".join(parts[begin:end]).rstrip(":") in layers and not re.search(r"\.\w+:\d+", word):
+    for begin, end in itertools.product((0, 1), range(len(parts), 0, -1)):
+        if "/".join(parts[begin:end]).rstrip(":") in layers:
             return "/".join(pattern(part) if begin <= i < end else part for i, part in enumerate(parts))
     return word
 
