@@ -278,7 +278,17 @@ def packed(architecture: Architecture, variables: Mapping[str, Any], info: Mappi
         "info": json.dumps(dict(info)),
         "leaves": json.dumps({name: describe(array) for name, array in arrays.items()}),
     }
-    return safetensors.numpy.save(arrays, {**metadata, "sha256": seal(metadata)})
+    return _in_order(safetensors.numpy.save(arrays, {**metadata, "sha256": seal(metadata)}))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names; safetensors writes them in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:

@@ -137,6 +137,14 @@ def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python)
     assert difference <= 1e-5 * np.abs(expected).max()
 
 
+def test_equal_networks_are_equal_files(network, exported):
+    _, variables, architecture, info = load_network(network)
+    files = {export.packed(architecture, variables, info) for _ in range(20)}
+    assert files == {(exported / "student.safetensors").read_bytes()}
+    (content,) = files
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+
+
 def test_the_safetensors_file_is_the_network(network, exported):
     module, variables, _, _ = load_network(network)
     loaded, arrays = export.load_safetensors(exported / "student.safetensors")

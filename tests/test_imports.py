@@ -19,6 +19,7 @@ LAYERS = [
     {
         "config",
         "files",
+        "formatting",
         "storage",
         "processes",
         "preemption",
