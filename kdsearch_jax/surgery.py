@@ -19,12 +19,13 @@ import numpy as np
 
 from kdsearch_jax import equality
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.equality import TOLERANCE, Comparison
+from kdsearch_jax.equality import Comparison
 from kdsearch_jax.library import bound
 from kdsearch_jax.network import Network, count, library_of, shapes_of
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing import topology as topology_lib
 
+TOLERANCE = equality.TOLERANCE
 XLA_TOLERANCE = 0.02
 _SAMPLED = 1 << 16  # numbers of a layer's output that are compared
 
@@ -145,7 +146,7 @@ def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
 
 
 def function_of(module: Any, kwargs: Any) -> Any:
-    """The jitted function (variables, *inputs) → {path in the module's outputs: array}; what is no array is left out."""
+    """The jitted function (variables, *inputs) → {path in the module's outputs: array}, without what is no array."""
 
     def call(variables: Any, *inputs: Any) -> dict[str, Any]:
         args, keywords = bound(inputs, kwargs)
