@@ -5,19 +5,19 @@ scores near 1e-4 next to boxes in pixels, whether they are in one array or in se
 
     moved   how far the entry moves when every kernel is multiplied by 1 - s·u, where s = `TOLERANCE` and u is random
             in [0, 2): the largest of `DRAWS` draws, and no less than is typical of the entry over the examples
-    scale   (moved + `ULPS`·eps·|entry|) / s
+    scale   (moved + `ULPS`·eps·|entry|) / `TOLERANCE`
 
 The kernels' contribution to an entry decides its scale. A constant added to it does not, whether it is an offset
 (1e4 + x) or a mask. An entry that does not move at all (a mask, an infinity, NaN, a constant, a saturated sigmoid) must
-be equal up to the rounding of its own size. If a function computes in bfloat16 or float16 anywhere, s and eps are the
-rounding of that type.
+be equal up to the rounding of its own size. Where a function computes in bfloat16 or float16 anywhere, eps is that
+type's, and s is eps / 2.
 
 Outputs of integers and booleans have no scale. Of the entries that did not change in any draw, the share that differs
 may be up to `FLIPS`, since in an argmax over a million pixels a few depend on the last bit; below 1 / `FLIPS` entries
 all must be equal.
 
 Equality says nothing about an entry that is the same for every input. `compare` finds the entries that respond: those
-of floating point that the kernels move and that differ between two inputs by at least `RESPONDS` of their scale.
+of floating point that the kernels move and that differ between two inputs by ten times what is tolerated, or more.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import numpy as np
 
 TOLERANCE = 1e-5  # of an entry's own scale
 FLIPS = 1e-4  # share of the entries of an integer output
-ULPS, DRAWS = 4, 4
-RESPONDS = 1e-3, 1e3  # of an entry's own scale; entries that are further apart have crossed a mask
+ULPS, DRAWS = 2, 4
+RESPONDS = 10 * TOLERANCE, 1e3  # of an entry's own scale; entries that are further apart have crossed a mask
 FLOAT32 = float(np.finfo(np.float32).eps)
 
 Arrays = Mapping[str, Any]  # {name of an output: array}
@@ -57,11 +57,16 @@ class Measured:
 
 @dataclass
 class Comparison:
-    """differences: {name: largest difference of an entry over its own scale}, in the order of the outputs; responding:
-    {name: which entries respond to the input, without the axis of the batch}, of outputs of floating point."""
+    """What a comparison of two networks has found.
+
+    differences: {name: largest difference of an entry over its own scale}, in the order of the outputs.
+    responding: {name: which entries respond to the input, without the axis of the batch}, of floating point only.
+    undefined: outputs that are nothing but NaN in the network itself.
+    """
 
     differences: dict[str, float] = field(default_factory=dict)
     responding: dict[str, np.ndarray] = field(default_factory=dict)
+    undefined: set[str] = field(default_factory=set)
 
     @property
     def worst(self) -> str | None:
@@ -106,7 +111,7 @@ def measure(function: Function, variables: Any, inputs: Sequence[Any], rounding:
       inputs: a batch: pytrees of arrays with a leading batch axis.
       rounding: of the coarsest type that the function computes with, see `rounding_of`.
     """
-    batch, share = _batch_size(inputs), max(TOLERANCE, rounding)
+    batch, share = _batch_size(inputs), max(TOLERANCE, rounding / 2)
     values = _host(function(variables, *inputs))
     moved = {name: np.zeros(value.shape, np.float32) for name, value in values.items()}
     for draw in range(DRAWS):
@@ -172,6 +177,8 @@ def compare(
             if _is_float(expected.values[name]):
                 responds = _responding(expected, first, name)
                 found.responding[name] = responds | found.responding.get(name, np.zeros_like(responds))
+                if first is None and responds.size and np.isnan(expected.values[name]).all():
+                    found.undefined.add(name)
         first = first or expected
         enough = [bool(each.any()) for each in found.responding.values()]
         if found.first or (any(enough) if common else enough and all(enough)):

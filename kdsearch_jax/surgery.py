@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -109,6 +110,8 @@ def verify(
 
 def _check_equal(found: Comparison, layers: Comparison) -> None:
     """Raises SurgeryError where outputs or layers differ, or none of them responds to the input."""
+    if found.undefined:
+        raise SurgeryError(f"the network returns nothing but NaN in {', '.join(found.undefined)}; is it trained?")
     output, layer = found.worst, layers.first
     place = "no single layer" if layer is None else layer or "the whole network"
     if output is not None:
@@ -145,11 +148,21 @@ def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
             )
 
 
-def function_of(module: Any, kwargs: Any) -> Any:
-    """The jitted function (variables, *inputs) → {path in the module's outputs: array}, without what is no array."""
+def function_of(module: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The jitted function (variables, *inputs) → {path in the module's outputs: array}, without what is no array.
 
+    The same for equal modules, so that a network which is cut at several budgets is compiled once.
+    """
+    try:
+        return _function_of(module, tuple(sorted(kwargs.items())))
+    except TypeError:  # an attribute or a keyword that has no hash
+        return _function_of.__wrapped__(module, tuple(kwargs.items()))
+
+
+@lru_cache(maxsize=8)
+def _function_of(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> Any:
     def call(variables: Any, *inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, kwargs)
+        args, keywords = bound(inputs, dict(kwargs))
         outputs = jax.tree_util.tree_leaves_with_path(module.apply(variables, *args, **keywords))
         named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in outputs)
         return {name or "the output": leaf for name, leaf in named if isinstance(leaf, jax.Array)}
