@@ -79,10 +79,10 @@ def _difference(
         return worst, 0.0
     whole = surgery.gated(variables, scales, gates.everything(network.topology), network)
     got = _run(network.student(keep), sliced, inputs, network)
-    effect = surgery.difference(_run(network.module, whole, inputs, network), got)
+    effect = _moved(_run(network.module, whole, inputs, network), got)
     if not effect > MATTERS:
         raise ValueError(f"what was removed changed the output by {effect:.1e} only: equality shows nothing")
-    answer = surgery.difference(got, _run(network.student(keep), sliced, other(inputs, rng), network))
+    answer = _moved(got, _run(network.student(keep), sliced, other(inputs, rng), network))
     if not answer > MATTERS:
         raise ValueError(f"another input changed the student's output by {answer:.1e} only: equality shows nothing")
     return worst, effect
@@ -90,7 +90,13 @@ def _difference(
 
 def _run(module: Any, variables: Any, inputs: Any, network: Network) -> Any:
     with jax.default_matmul_precision("highest"):  # as `surgery.verify` does, so that it is compiled once for both
-        return surgery.run(module, variables, inputs, network.kwargs)
+        return surgery.function_of(module, network.kwargs)(variables, *inputs)
+
+
+def _moved(before: Any, after: Any) -> float:
+    """The largest change of any output over the scale of that output; NaN where one is not finite."""
+    pairs = [(np.asarray(before[name], np.float32), np.asarray(after[name], np.float32)) for name in before]
+    return float(np.max([np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs if a.size] + [0.0]))
 
 
 def half(network: Network, rng: np.random.Generator) -> dict[str, np.ndarray]:
