@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import traverse_util
 from proof import ANY, random_gates, traced, variables_of
 
-from kdsearch_jax import equality, surgery
-from kdsearch_jax.network import trace
+from kdsearch_jax import surgery
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
