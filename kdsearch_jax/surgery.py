@@ -105,12 +105,15 @@ def verify(
         found = equality.compare(one, whole, other, sliced, inputs, rounding)
         if found.worst or found.silent or not found.responding:
             layers = _compare_layers(network, student, whole, sliced, keep, inputs, rounding)
-            _check_equal(found, layers)
+            _check_equal(found, layers, bool(network.topology.dropped(keep)))
     return {"difference": found.difference, "responding": found.share, **verify_cost(network, keep, student)}
 
 
-def _check_equal(found: Comparison, layers: Comparison) -> None:
-    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input."""
+def _check_equal(found: Comparison, layers: Comparison, branches: bool) -> None:
+    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input.
+
+    branches: whether branches were dropped; what their inner layers return then is of no consequence.
+    """
     if found.undefined:
         raise SurgeryError(f"the network returns nothing but NaN in {', '.join(found.undefined)}; is it trained?")
     output, layer = found.worst, layers.first
@@ -120,7 +123,7 @@ def _check_equal(found: Comparison, layers: Comparison) -> None:
         raise SurgeryError(
             f"the student differs from the gated network by {far:.2e} of its own scale in {output}, first in {place}"
         )
-    if layer is not None:
+    if layer is not None and not (branches and found.share):
         raise SurgeryError(
             f"the student differs from the gated network by {layers.differences[layer]:.2e} of its own scale, first in "
             f"{place}, though not in the outputs: {', '.join(found.silent)} hardly respond to the input"
