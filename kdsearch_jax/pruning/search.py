@@ -1,0 +1,338 @@
+"""`GatedSearch`: the search for use in anybody's training loop.
+
+    network = kd.trace(model, x)
+    search = kd.GatedSearch(network, kd.Budget(macs=0.5), steps=4000)
+    params = search.init(variables)
+    tx = search.optimizer(optax.adamw(1e-3))
+    state = tx.init(params)
+    …                                          # model.apply(search.fold(params), x) in the loss; tx.update(g, state, params)
+    student = search.finish(params, state, x)
+
+For Linen, `params` is {"params": weights, "gates": {group: (size,)}}: Flax variables with a collection of gates. Other
+collections, such as `batch_stats`, stay with the user, who hands them to `fold` and `finish`. For NNX, `params` is an
+nnx.Module: the user's model with gates, called, trained and saved as any other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kdsearch_jax import budget as budget_lib
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.budget import BudgetError, Limits
+from kdsearch_jax.network import Network
+from kdsearch_jax.pruning import transform
+from kdsearch_jax.pruning.budgets import Budget, fewest_units
+from kdsearch_jax.pruning.control import Controller, Path, Penalty
+from kdsearch_jax.pruning.counting import Costs
+from kdsearch_jax.pruning.gated_module import Gated
+from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
+from kdsearch_jax.pruning.student import Student, check_variables, cut, variables_of
+from kdsearch_jax.pruning.transform import GATES, SearchState
+
+MET = 1.02  # the living may cost so much of the budget when the search is finished; the landing removes the rest
+SNAPSHOTS = 200
+
+
+@dataclass(frozen=True)
+class GatedSearch:
+    """Distils into a gated network while a proximal L1 penalty removes structures until a budget is met.
+
+    Args:
+      network: from `trace`. budget: what the student may cost. rules: what may go, see `Rule`.
+      steps: updates of the whole search. Over the first `ramp` share of them, after a `warmup` share of that in which
+        importances are measured, the cost falls to the budget in a straight line; there it stays.
+      every: updates between two calls of the controller, which re-estimates α and moves λ2.
+      learning_rate, momentum: of the gates' accelerated proximal step.
+      penalty: α: "importance" (cost over Fisher information, to the power `sharpness`), or "macs", "params", "one".
+      importance_decay: of the running mean of importances. lambda2: a fixed λ2 instead of the closed loop.
+      snapshots: rows of the history in the optimiser's state.
+
+    Raises:
+      ValueError: a setting is out of range, or a rule matches nothing.
+      BudgetError: the budget cannot be met.
+    """
+
+    network: Network
+    budget: Budget
+    steps: int
+    rules: Sequence[Rule] = ()
+    every: int = 10
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    ramp: float = 0.5
+    warmup: float = 0.05
+    penalty: Penalty = "importance"
+    sharpness: float = 8.0
+    importance_decay: float = 0.97
+    lambda2: float | None = None
+    snapshots: int = SNAPSHOTS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, Network):
+            kind = type(self.network).__name__
+            raise ValueError(f"GatedSearch: network must come from kd.trace(model, x), not {kind}")
+        if not isinstance(self.budget, Budget):
+            raise ValueError(f"GatedSearch: budget={self.budget!r} must be a Budget, such as Budget(macs=0.5)")
+        ranges = {
+            "steps": self.steps >= 1,
+            "every": self.every >= 1,
+            "learning_rate": self.learning_rate > 0,
+            "momentum": 0 <= self.momentum < 1,
+            "ramp": 0 < self.ramp <= 1,
+            "warmup": 0 <= self.warmup < 1,
+            "penalty": self.penalty in ("importance", "macs", "params", "one"),
+            "sharpness": self.sharpness > 0,
+            "importance_decay": 0 <= self.importance_decay < 1,
+            "lambda2": self.lambda2 is None or self.lambda2 >= 0,
+            "snapshots": self.snapshots >= 1,
+        }
+        for name, holds in ranges.items():
+            if not holds:
+                raise ValueError(f"GatedSearch: {name}={getattr(self, name)!r} is out of range; see its docstring")
+        self.limits  # noqa: B018  a budget that cannot be met is an error here, not after an hour
+
+    # --- what is searched -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _ruled(self) -> Ruled:
+        return apply_rules(self.network, tuple(self.rules), self.budget.round_to)
+
+    @property
+    def topology(self) -> Any:
+        """What may go, under the rules."""
+        return self._ruled.network.topology
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The budget in absolute numbers."""
+        return self.budget.limits(self.topology, self._ruled.round_to, self._ruled.least)
+
+    @cached_property
+    def _least(self) -> np.ndarray:
+        """(groups,) units that must stay."""
+        groups = self.topology.groups
+        return np.array([fewest_units(self.limits.round_to, self._ruled.least, group) for group in groups])
+
+    @cached_property
+    def controller(self) -> Controller:
+        """What moves the penalty, on the device."""
+        topology, limits = self.topology, self.limits
+        costs = Costs.of(topology, [cost for cost, _ in limits.measured])
+        bounds = {"macs": limits.macs, "params": limits.params} | {cost.name: bound for cost, bound in limits.measured}
+        bounded = tuple(i for i, name in enumerate(costs.names) if bounds[name])
+        per_limit = np.array([costs.whole[i] / bounds[costs.names[i]] for i in bounded])
+        ramp = int(self.ramp * self.steps)
+        start = max(limits.pressure(topology, np.ones(topology.units)), 1.0)
+        path = Path(start, int(self.warmup * ramp), ramp)
+        rate = self.learning_rate / (1.0 - self.momentum)
+        return Controller(
+            topology, costs, bounded, per_limit, path, self._least, self.every, rate,
+            self.penalty, self.sharpness, self.lambda2,
+        )  # fmt: skip
+
+    # --- in the loop ------------------------------------------------------------------------------------------------
+
+    def init(self, variables: Any) -> Any:
+        """Weights and gates to train; the gated network starts as the network itself.
+
+        Args:
+          variables: Linen variables, {"params": …} and other collections; or the nnx.Module that was traced.
+
+        Returns:
+          {"params": copies of the weights, "gates": {group: (size,) ones}}; of an nnx.Module a `Gated` module around a
+          copy of it. Copies, so that donating them does not delete the teacher.
+
+        Raises:
+          ValueError: they are not those of the network.
+        """
+        gates = gates_lib.init(self.topology)
+        if isinstance(variables, flax.nnx.Module):
+            variables_of(self.network, variables)
+            return Gated(flax.nnx.clone(variables), gates, self._ruled.network)
+        if isinstance(variables, Mapping):
+            check_variables(self.network, variables)
+        return {"params": jax.tree.map(jnp.copy, variables_of(self.network, variables)["params"]), GATES: gates}
+
+    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """One transformation: `tx` for weights, the proximal L1 step for gates, the controller in between.
+
+        Its updates need parameters, `update(gradients, state, params)`, and are to be applied as they come: what
+        scales or delays them afterwards breaks exact zeros. Put clipping inside `tx` or in front.
+        """
+        return transform.gated_optimizer(
+            tx,
+            self.controller,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            importance_decay=self.importance_decay,
+            spacing=max(self.every, -(-self.steps // self.snapshots)),
+            snapshots=min(self.snapshots, self.steps) + 1,
+        )
+
+    def fold(self, params: Any, **collections: Any) -> Any:
+        """Variables of the gated network, for `module.apply`.
+
+        Args:
+          params: {"params": …, "gates": …}. collections: others of the module, such as `batch_stats=…`.
+
+        Returns:
+          {"params": weights times gates, …}; of a `Gated` module the plain nnx.Module with its gates folded in.
+
+        Raises:
+          ValueError: there are no gates in params, or those of another network.
+        """
+        if isinstance(params, Gated):
+            return params.folded()
+        rest, gates = transform.split(params, self.topology)
+        transform.flatten(gates, self.topology)  # sizes
+        folded = gates_lib.fold({**rest, **collections}, dict(gates), self.topology)
+        self._check_read(folded)
+        return folded
+
+    def _check_read(self, variables: Any) -> None:
+        for collection in self._read:
+            if collection not in variables:
+                raise ValueError(
+                    f"fold: gates multiply arrays of the collection {collection!r}; give it, as in "
+                    f"search.fold(params, {collection}={collection})"
+                )
+
+    @cached_property
+    def _read(self) -> tuple[str, ...]:
+        """Collections besides "params" that gates multiply."""
+        members = (member for group in self.topology.groups for member in group.members)
+        return tuple(sorted({m.leaf.split("/", 1)[0] for m in members if m.consumes} - {"params"}))
+
+    # --- at the end -------------------------------------------------------------------------------------------------
+
+    def progress(self, state: Any) -> dict[str, float]:
+        """{"step", "pressure" (cost of the living over the budget), "lambda2", "macs", "params" (shares)} of a state."""
+        found = search_state(state)
+        rows = np.asarray(found.history.rows)
+        seen = rows[np.isfinite(rows[:, 0])]
+        macs, params = (float(seen[-1, i]) for i in (1, 2)) if len(seen) else (1.0, 1.0)
+        return {
+            "step": int(found.count), "pressure": float(found.pressure), "lambda2": float(found.lambda2),
+            "macs": macs, "params": params,
+        }  # fmt: skip
+
+    def select(self, params: Any, state: Any) -> dict[str, np.ndarray]:
+        """{group: (size,) bool}: the units to keep; the living, from there exactly into the budget.
+
+        Raises:
+          BudgetError: no choice of units lands in the budget.
+        """
+        _, gates = transform.split(_pure(params), self.topology)
+        alive = np.asarray(self.topology.flatten({name: np.asarray(gate) for name, gate in gates.items()})) > 0
+        importance = np.asarray(search_state(state).importance, float)
+        worth = np.where(alive, importance + 1e-30, 0.0)
+        return select(self.topology, self.limits, worth, self._least)
+
+    def finish(self, params: Any, state: Any, *inputs: Any, **collections: Any) -> Student:
+        """Cuts the student and proves on a batch that it is the gated network.
+
+        Args:
+          params: as trained; state: the optimiser's, or the nnx.Optimizer. inputs: a batch as the module takes it.
+          collections: others of the module, such as `batch_stats=…`.
+
+        Returns:
+          the student, with exactly the gated network's outputs (within 1e-5) at a cost in [0.98, 1] of the budget.
+
+        Raises:
+          BudgetError: the budget is not met yet, or no choice lands in it. ValueError: params or state are others'.
+          SurgeryError: the student would differ.
+        """
+        found = search_state(state)
+        _, gates = transform.split(_pure(params), self.topology)
+        gates = {name: np.asarray(gate, np.float32) for name, gate in gates.items()}
+        transform.flatten(gates, self.topology)
+        self._check_met(gates, int(found.count))
+        if isinstance(params, Gated):
+            variables = variables_of(self.network, params.model)
+        else:
+            rest, _ = transform.split(params, self.topology)
+            variables = {**rest, **collections}
+            self._check_collections(variables)
+        variables = jax.tree.map(np.asarray, variables)
+        return cut(self._ruled.network, variables, gates, self.select(params, state), inputs)
+
+    def _check_met(self, gates: Mapping[str, np.ndarray], step: int) -> None:
+        alive = (self.topology.flatten(gates) > 0).astype(float)
+        pressure = self.limits.pressure(self.topology, alive)
+        if pressure <= MET:
+            return
+        told = f"the living units still cost {pressure:.2f} of the budget after {step} of {self.steps} updates"
+        if step < self.steps:
+            raise BudgetError(
+                f"finish: {told}; train on, or make the search shorter with GatedSearch(steps=…), so that the budget is "
+                "met by its end"
+            )
+        warnings.warn(
+            f"finish: {told}; the rest is removed by importance, which the weights did not adapt to. Give more steps "
+            "or a larger learning_rate of the gates",
+            stacklevel=3,
+        )
+
+    def _check_collections(self, variables: Any) -> None:
+        needed = {path.split("/", 1)[0] for path in self.topology.shapes} - {"params"}
+        for name in sorted(needed):
+            if name not in variables:
+                raise ValueError(f"finish: the network has the collection {name!r}; give it, as in finish(…, {name}={name})")
+
+
+def select(
+    topology: Any, limits: Limits, worth: np.ndarray, least: np.ndarray, *, per_cost: bool = True
+) -> dict[str, np.ndarray]:
+    """{group: (size,) bool}: the worthiest units that land in the limits; `least` of each group stay.
+
+    per_cost: ranked by worth over what a unit costs, or by worth alone.
+
+    Raises:
+      BudgetError: no choice lands there.
+    """
+    worth = np.array(worth, float)
+    starts = np.cumsum([0] + [group.size for group in topology.groups])
+    for a, b, count in zip(starts, starts[1:], least, strict=False):
+        if count:  # gone last of all: the smallest student is within the limits, so they never have to go
+            best = a + np.argsort(-worth[a:b], kind="stable")[:count]
+            worth[best] = 1e30
+    keep = budget_lib.select(topology, limits, worth, per_cost=per_cost, rounds=20 if per_cost else 1)
+    for group, count in zip(topology.groups, least, strict=True):
+        if keep[group.name].sum() < count:
+            raise BudgetError(f"budget: no choice that leaves {count} units of {group.name} was found; relax its rule")
+    return keep
+
+
+def search_state(state: Any) -> SearchState:
+    """The search's part of an optimiser's state, wherever it lies.
+
+    Raises:
+      ValueError: there is none.
+    """
+    state = getattr(state, "opt_state", state)
+    leaves = jax.tree.leaves(_pure(state), is_leaf=lambda node: isinstance(node, SearchState))
+    found = [leaf for leaf in leaves if isinstance(leaf, SearchState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state: {len(found)} states of a search are in it, one is expected; give the state of "
+            "search.optimizer(tx), restored into the structure of tx.init(params) if it comes from a checkpoint"
+        )
+    return found[0]
+
+
+def _pure(tree: Any) -> Any:
+    """The same tree without NNX's Variables; of a module its parameters."""
+    if isinstance(tree, flax.nnx.Module):
+        tree = flax.nnx.state(tree, flax.nnx.Param)
+    return flax.nnx.as_pure(tree)
