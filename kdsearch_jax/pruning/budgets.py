@@ -61,10 +61,7 @@ class Budget:
             found.append((cost, bound))
         limits = replace(limits, measured=tuple(found))
         smallest = topology.flatten(
-            {
-                g.name: np.arange(g.size) < fewest_units(limits.round_to, least or {}, g)
-                for g in topology.groups
-            }
+            {g.name: np.arange(g.size) < fewest_units(limits.round_to, least or {}, g) for g in topology.groups}
         ).astype(float)
         pressures = limits.pressures(topology, smallest)
         worst = int(np.argmax(pressures))

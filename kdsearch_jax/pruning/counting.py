@@ -147,7 +147,9 @@ def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callab
     matrix = np.zeros((len(names), classes.count))
     for i in range(len(names)):
         matrix[i, np.unique(classes.of_unit[starts[i] : starts[i + 1]])] = 1.0
-    holders = [[branch for branch, held in estimate.inside.items() if name in held and branch in names] for name in names]
+    holders = [
+        [branch for branch, held in estimate.inside.items() if name in held and branch in names] for name in names
+    ]
     depth = max([len(each) for each in holders] + [0])
     alive = np.full((len(names), depth), classes.count)
     for i, branches in enumerate(holders):

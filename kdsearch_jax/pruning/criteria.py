@@ -20,8 +20,8 @@ from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.network import Network
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
+from kdsearch_jax.pruning.landing import select
 from kdsearch_jax.pruning.rules import Rule, apply_rules
-from kdsearch_jax.pruning.search import select
 from kdsearch_jax.pruning.student import Student, cut, variables_of
 
 Scores = Mapping[str, np.ndarray]
@@ -123,7 +123,9 @@ def prune(
     found = dict(criterion(ruled.network, variables))
     names = {group.name for group in ruled.network.topology.groups}
     if odd := sorted(set(found) - names):
-        raise ValueError(f"criterion: it scores {', '.join(map(repr, odd[:3]))}, which the network has not or may not lose")
+        raise ValueError(
+            f"criterion: it scores {', '.join(map(repr, odd[:3]))}, which the network has not or may not lose"
+        )
     silent = {name: "the criterion says nothing of it" for name in names - set(found)}
     topology = ruled.network.topology.without(silent)
     limits = budget.limits(topology, ruled.round_to, ruled.least)

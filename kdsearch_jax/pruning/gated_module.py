@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
+from flax import nnx, traverse_util
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.network import Network
-from flax import traverse_util
 
 
 class Gate(nnx.Param):
@@ -19,6 +18,8 @@ class Gate(nnx.Param):
 
 class Gated(nnx.Module):
     """Calls `model` with its kernels multiplied by `gates`; arguments and outputs are those of `model`.
+
+    Copy it with `flax.nnx.merge(…, copy=True)` inside `jax.grad`, as any module whose statistics change there.
 
     Attributes:
       model: the user's module, whose weights train; statistics and random streams change in place as in any call.
@@ -32,36 +33,26 @@ class Gated(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The gated network's output."""
-        model = self.folded()
-        output = model(*args, **kwargs)
-        self.update(model)
-        return output
+        folded: Any = self.folded()
+        return folded(*args, **kwargs)
 
     def folded(self) -> nnx.Module:
-        """A plain module with the gates folded in, to call any of its methods; `update` takes back what they changed."""
+        """A module of the user's class with the gates folded in, to call any of its methods.
+
+        It shares all Variables that no gate multiplies: statistics and random streams that a call changes are those of
+        `model`.
+        """
         graph, state = nnx.split(self.model, graph=True)
-        names = self._names()
-        flat = dict(nnx.to_flat_state(state))
+        flat, names, scaled = dict(nnx.to_flat_state(state)), self._names(), self._scaled()
         arrays = {name: _array(flat[path]) for path, name in names.items()}
         gates = {name: gate.get_value() for name, gate in self.gates.items()}
-        folded = gates_lib.fold(traverse_util.unflatten_dict(arrays, sep="/"), gates, self._topology.network.topology)
-        folded = traverse_util.flatten_dict(folded, sep="/")
+        nested = gates_lib.fold(traverse_util.unflatten_dict(arrays, sep="/"), gates, self._topology.network.topology)
+        folded = traverse_util.flatten_dict(nested, sep="/")
         for path, name in names.items():
-            if name in self._scaled():
+            if name in scaled:
                 value = flat[path]
                 flat[path] = value.replace(folded[name]) if isinstance(value, nnx.Variable) else folded[name]
         return nnx.merge(graph, nnx.from_flat_state(flat.items()))
-
-    def update(self, model: nnx.Module) -> None:
-        """Takes over what calls of a folded module changed in it: statistics, caches, random streams; no parameter."""
-        names, scaled = self._names(), self._scaled()
-        flat = dict(nnx.to_flat_state(nnx.split(model, graph=True)[1]))
-        changed = [
-            (path, value)
-            for path, value in flat.items()
-            if names.get(path) not in scaled and not isinstance(value, nnx.Param)
-        ]
-        nnx.update(self.model, nnx.from_flat_state(changed))
 
     def _names(self) -> dict[tuple[Any, ...], str]:
         """{path as NNX has it: name in the topology} of arrays."""

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import BudgetError, Limits
 from kdsearch_jax.network import Network
@@ -36,6 +35,7 @@ from kdsearch_jax.pruning.budgets import Budget, fewest_units
 from kdsearch_jax.pruning.control import Controller, Path, Penalty
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.pruning.gated_module import Gated
+from kdsearch_jax.pruning.landing import land
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
 from kdsearch_jax.pruning.student import Student, check_variables, cut, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
@@ -231,13 +231,11 @@ class GatedSearch:
         """{group: (size,) bool}: the units to keep; the living, from there exactly into the budget.
 
         Raises:
-          BudgetError: no choice of units lands in the budget.
+          BudgetError: no choice of units is within the budget.
         """
         _, gates = transform.split(_pure(params), self.topology)
-        alive = np.asarray(self.topology.flatten({name: np.asarray(gate) for name, gate in gates.items()})) > 0
-        importance = np.asarray(search_state(state).importance, float)
-        worth = np.where(alive, importance + 1e-30, 0.0)
-        return select(self.topology, self.limits, worth, self._least)
+        flat = self.topology.flatten({name: np.asarray(gate, float) for name, gate in gates.items()})
+        return land(self.topology, self.limits, flat, np.asarray(search_state(state).importance, float), self._least)
 
     def finish(self, params: Any, state: Any, *inputs: Any, **collections: Any) -> Student:
         """Cuts the student and proves on a batch that it is the gated network.
@@ -247,7 +245,7 @@ class GatedSearch:
           collections: others of the module, such as `batch_stats=…`.
 
         Returns:
-          the student, with exactly the gated network's outputs (within 1e-5) at a cost in [0.98, 1] of the budget.
+          the student: the gated network without its dead units, equal to it within 1e-5, at most at the budget's cost.
 
         Raises:
           BudgetError: the budget is not met yet, or no choice lands in it. ValueError: params or state are others'.
@@ -288,30 +286,9 @@ class GatedSearch:
         needed = {path.split("/", 1)[0] for path in self.topology.shapes} - {"params"}
         for name in sorted(needed):
             if name not in variables:
-                raise ValueError(f"finish: the network has the collection {name!r}; give it, as in finish(…, {name}={name})")
-
-
-def select(
-    topology: Any, limits: Limits, worth: np.ndarray, least: np.ndarray, *, per_cost: bool = True
-) -> dict[str, np.ndarray]:
-    """{group: (size,) bool}: the worthiest units that land in the limits; `least` of each group stay.
-
-    per_cost: ranked by worth over what a unit costs, or by worth alone.
-
-    Raises:
-      BudgetError: no choice lands there.
-    """
-    worth = np.array(worth, float)
-    starts = np.cumsum([0] + [group.size for group in topology.groups])
-    for a, b, count in zip(starts, starts[1:], least, strict=False):
-        if count:  # gone last of all: the smallest student is within the limits, so they never have to go
-            best = a + np.argsort(-worth[a:b], kind="stable")[:count]
-            worth[best] = 1e30
-    keep = budget_lib.select(topology, limits, worth, per_cost=per_cost, rounds=20 if per_cost else 1)
-    for group, count in zip(topology.groups, least, strict=True):
-        if keep[group.name].sum() < count:
-            raise BudgetError(f"budget: no choice that leaves {count} units of {group.name} was found; relax its rule")
-    return keep
+                raise ValueError(
+                    f"finish: the network has the collection {name!r}; give it, as in finish(…, {name}={name})"
+                )
 
 
 def search_state(state: Any) -> SearchState:

@@ -209,13 +209,19 @@ def _call(network: Network) -> Call:
     places = [] if signature is None else list(signature.parameters)
     names = [places[i] if i < len(places) else f"input{i}" for i in range(len(inputs))]
     one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), {**dict(zip(names, inputs, strict=True)), **keywords}
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+        {**dict(zip(names, inputs, strict=True)), **keywords},
     )
     guessed = mode(network.module, False)
     static = {name: value for name, value in network.kwargs.items() if guessed.get(name) != value}
     if isinstance(network.module, nn.Module) and len(inputs) == 1 and not keywords and not static:
         (spec,) = jax.tree.leaves(one) if len(jax.tree.leaves(one)) == 1 else (None,)
-        if spec is not None and spec.dtype == jnp.float32 and math.prod(spec.shape) and isinstance(inputs[0], jax.ShapeDtypeStruct):
+        if (
+            spec is not None
+            and spec.dtype == jnp.float32
+            and math.prod(spec.shape)
+            and isinstance(inputs[0], jax.ShapeDtypeStruct)
+        ):
             return Call.of_image(spec.shape)
     arguments = (*names, *(f"{name}={name}" for name in keywords))
     return Call(arguments, one, {}, static)

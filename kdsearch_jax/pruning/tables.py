@@ -120,7 +120,8 @@ class Table:
         """() float32 of (classes,) counts: the cost as a share of the whole network's."""
         starts = np.cumsum([0] + [group.size for group in topology.groups])
         of_group = {
-            group.name: np.unique(classes.of_unit[a:b]) for group, a, b in zip(topology.groups, starts, starts[1:], strict=False)
+            group.name: np.unique(classes.of_unit[a:b])
+            for group, a, b in zip(topology.groups, starts, starts[1:], strict=False)
         }
 
         def share(counts: Array) -> Array:

@@ -127,7 +127,7 @@ def gated_optimizer(
             decision.pressure,
             history,
         )
-        return joined(gradients, updates, unflatten(moved, gates, topology)), new
+        return joined(gradients, updates, unflatten(moved, slopes, topology)), new
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -174,10 +174,11 @@ def flatten(gates: Mapping[str, Any], topology: Topology) -> Array:
       ValueError: a group has another size.
     """
     for group in topology.groups:
-        if np.shape(gates[group.name]) != (group.size,):
+        shape = tuple(_array(gates[group.name]).shape)
+        if shape != (group.size,):
             raise ValueError(
-                f"gates[{group.name!r}]: shape {np.shape(gates[group.name])}, not {(group.size,)}; they are of another "
-                "network: take those of this search's init"
+                f"gates[{group.name!r}]: shape {shape}, not {(group.size,)}; they are of another network: take those of "
+                "this search's init"
             )
     return jnp.concatenate([jnp.asarray(_array(gates[group.name]), jnp.float32) for group in topology.groups])
 
@@ -185,11 +186,12 @@ def flatten(gates: Mapping[str, Any], topology: Topology) -> Array:
 def unflatten(flat: Array, like: Mapping[str, Any], topology: Topology) -> Mapping[str, Any]:
     """The inverse of `flatten`, with the containers and dtypes of `like`."""
     starts = np.cumsum([0] + [group.size for group in topology.groups])
-    parts = {
-        group.name: flat[a:b].astype(_array(like[group.name]).dtype)
-        for group, a, b in zip(topology.groups, starts, starts[1:], strict=False)
-    }
-    return type(like)({name: parts[name] for name in like})  # type: ignore[call-arg]
+    parts = {group.name: flat[a:b] for group, a, b in zip(topology.groups, starts, starts[1:], strict=False)}
+
+    def filled(leaf: Any, part: Array) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(leaf), [part.astype(_array(leaf).dtype)])
+
+    return type(like)({name: filled(leaf, parts[name]) for name, leaf in like.items()})  # type: ignore[call-arg]
 
 
 def _array(leaf: Any) -> Any:
@@ -201,7 +203,7 @@ def _places(tree: Any, path: tuple[str, ...]) -> Any:
     """(path, node) of every mapping called "gates"."""
     if not isinstance(tree, Mapping):
         return
-    for key, node in tree.items():
+    for key, node in _inside(tree).items():
         if key == GATES and isinstance(node, Mapping):
             yield (*path, key), node
         else:
@@ -211,7 +213,7 @@ def _places(tree: Any, path: tuple[str, ...]) -> Any:
 def _replaced(tree: Any, place: tuple[str, ...], gates: Mapping[str, Any] | None) -> Any:
     """The tree with other gates at a place; without any for None."""
     key, rest = place[0], place[1:]
-    items = dict(tree.items())
+    items = dict(_inside(tree))
     if rest:
         items[key] = _replaced(items[key], rest, gates)
     elif gates is None:
@@ -219,6 +221,11 @@ def _replaced(tree: Any, place: tuple[str, ...], gates: Mapping[str, Any] | None
     else:
         items[key] = gates
     return type(tree)(items)
+
+
+def _inside(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of a mapping as they are; an nnx.State would make States of those that are dictionaries."""
+    return getattr(tree, "raw_mapping", tree)
 
 
 def _explained(places: Any, fitting: Any, names: set[str], what: str) -> str:
