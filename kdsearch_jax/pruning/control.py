@@ -53,7 +53,7 @@ class Path(NamedTuple):
         return np.float32(self.start) + np.float32(1.0 - self.start) * jnp.clip(share, 0.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Controller:
     """What moves the penalty.
 
@@ -85,7 +85,8 @@ class Controller:
         shares = self.costs.of_counts(counts)
         pressure = self._pressures(shares).max()
         goal = self.path.goal(step + self.every)
-        log_alpha = self.log_alpha(gates, importance, goal)
+        cost = self.cost_of(alive, importance, goal)
+        log_alpha = self.log_alpha(gates, importance, cost)
         if self.lambda2 is None:
             behind = pressure > self.path.goal(step) * LAG
             gain = jnp.where(behind, jnp.minimum(gain * GAIN, MOST_GAIN), jnp.maximum(gain / GAIN, 1.0))
@@ -95,7 +96,7 @@ class Controller:
             log_lambda = jnp.where(pressure > 1.0, np.float32(fixed), -jnp.inf)
         free = alive | lax.cond(
             pressure < FLOOR,
-            lambda: self.recalled(alive, counts, importance, goal),
+            lambda: self.recalled(alive, counts, importance, cost),
             lambda: jnp.zeros_like(alive),
         )
         penalty = jnp.where(free, jnp.exp(jnp.minimum(log_lambda + log_alpha, _LARGEST)), np.float32(HOLD))
@@ -118,8 +119,8 @@ class Controller:
 
     # --- α ---------------------------------------------------------------------------------------------------------
 
-    def log_alpha(self, gates: Array, importance: Array, goal: Array) -> Array:
-        """(units,) log α, up to a common constant; −inf where α is 0."""
+    def log_alpha(self, gates: Array, importance: Array, cost: Array) -> Array:
+        """(units,) log α, up to a common constant; −inf where α is 0. cost: (units,) from `cost_of`."""
         alive = gates > 0
         if self.penalty == "one":
             logs = jnp.zeros_like(gates)
@@ -128,7 +129,6 @@ class Controller:
             mean = (slope * alive).sum() / jnp.maximum(alive.sum(), 1)
             logs = _log(slope) - jnp.log(jnp.maximum(mean, 1e-30))
         else:
-            cost = self.cost_of(alive, importance, goal)
             # The scale is that of the living: what the dead are worth falls at every step, and would carry it away.
             mean = (importance * alive).sum() / jnp.maximum(alive.sum(), 1)
             logs = self.sharpness * (_log(cost) - jnp.log(importance + jnp.maximum(1e-12 * mean, 1e-37)))
@@ -216,9 +216,8 @@ class Controller:
 
     # --- recall ----------------------------------------------------------------------------------------------------
 
-    def recalled(self, alive: Array, counts: Array, importance: Array, goal: Array) -> Array:
+    def recalled(self, alive: Array, counts: Array, importance: Array, cost: Array) -> Array:
         """(units,) bool: the dead units that may live again where more died than had to; see `budget.recalled`."""
-        cost = self.cost_of(alive, importance, goal)
         worth = jnp.where(~alive & (cost > 0), importance / jnp.where(cost > 0, cost, 1.0), 0.0)
         order = jnp.argsort(-worth, stable=True)
         many = jnp.minimum((worth > 0).sum(), RECALLED)

@@ -1,7 +1,7 @@
 """Costs on the device: `Cost` and measured bounds as functions of a few counts, in `jax.numpy`.
 
-Units with equal columns in every cost are interchangeable, so a cost depends only on how many units of each such *class*
-are kept. A class is usually a whole group; each residual branch is one. With n the (classes,) counts,
+Units with equal columns in every cost are interchangeable, so a cost depends only on how many units of each such
+*class* are kept. A class is usually a whole group; each residual branch is one. With n the (classes,) counts,
 
     share(n) = Σ_t w_t Π_k r_tk(n) Π_b n_tb,      r = (base + C n) / (base + C n of the whole network)
 
@@ -31,7 +31,7 @@ _ONE_HOT = 1 << 18  # entries of a one-hot matrix up to which units are counted 
 _EXACT = 1 << 24  # integers up to here are exact in float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classes:
     """of_unit: (units,) class of each unit; count: of classes; group: (units,) its group's number."""
 
@@ -69,7 +69,7 @@ def classes_of(topology: Topology) -> Classes:
     return Classes(rank[of_unit.ravel()].astype(np.int32), len(first))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Polynomial:
     """constant + Σ_t weights_t Π_k r_tk Π_b n_tb, as in the module's docstring.
 
@@ -161,7 +161,7 @@ def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callab
     return lambda counts: units(counts) + np.float32(a) * macs(counts) + np.float32(b) * params(counts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Costs:
     """All costs of a network on the device.
 

@@ -126,7 +126,7 @@ def prune(
         raise ValueError(
             f"criterion: it scores {', '.join(map(repr, odd[:3]))}, which the network has not or may not lose"
         )
-    silent = {name: "the criterion says nothing of it" for name in names - set(found)}
+    silent = dict.fromkeys(names - set(found), "the criterion says nothing of it")
     topology = ruled.network.topology.without(silent)
     limits = budget.limits(topology, ruled.round_to, ruled.least)
     least = np.array([fewest_units(limits.round_to, ruled.least, group) for group in topology.groups])

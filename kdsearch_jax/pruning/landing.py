@@ -8,14 +8,15 @@ per cost go.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from kdsearch_jax import budget as budget_lib
 from kdsearch_jax.budget import FLOOR, BudgetError, Limits
 from kdsearch_jax.budget.estimate import within
-from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.tracing.topology import Cost, Topology
 
 Keep = dict[str, np.ndarray]
 
@@ -72,21 +73,60 @@ def select(topology: Topology, limits: Limits, worth: np.ndarray, least: np.ndar
     Raises:
       BudgetError: no choice was found that lands there.
     """
-    worth = np.array(worth, float)
-    for units, count in _groups(topology, least):
-        # Gone last of all: the smallest student is within the limits, so these never have to go.
-        worth[units[np.argsort(-worth[units], kind="stable")[:count]]] = 1e30
-    keep = budget_lib.select(topology, limits, worth, per_cost=per_cost, rounds=20 if per_cost else 1)
-    for group, count in zip(topology.groups, least, strict=True):
-        if keep[group.name].sum() < count:
-            raise BudgetError(f"budget: no choice that leaves {count} units of {group.name} was found; relax its rule")
-    return keep
+    pinned = np.zeros(topology.units, bool)
+    for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True):
+        step = 0 if group.kind == "branches" else budget_lib.multiple(limits.round_to, group)  # these stay in any case
+        pinned[units[np.argsort(-worth[units], kind="stable")[: max(count - step, 0)]]] = True
+    free, bounds = _without(topology, limits, pinned)
+    found = budget_lib.select(free, bounds, worth[~pinned], per_cost=per_cost, rounds=20 if per_cost else 1)
+    keep = pinned.copy()
+    keep[~pinned] = free.flatten(found)
+    return {name: vector > 0 for name, vector in topology.unflatten(keep.astype(float)).items()}
+
+
+def _without(topology: Topology, limits: Limits, pinned: np.ndarray) -> tuple[Topology, Limits]:
+    """The topology and its limits without the pinned units, which are kept for good."""
+    if not pinned.any():
+        return topology, limits
+    starts = np.cumsum([0] + [group.size for group in topology.groups])
+    sizes = [int((~pinned[a:b]).sum()) for a, b in zip(starts, starts[1:], strict=False)]
+    groups = tuple(replace(g, size=size) for g, size in zip(topology.groups, sizes, strict=True) if size)
+    macs, params = (_kept(cost, pinned) for cost in (topology.macs, topology.params))
+    measured = tuple((_Pinned(cost, topology, pinned), bound) for cost, bound in limits.measured)
+    return replace(topology, groups=groups, macs=macs, params=params), replace(limits, measured=measured)  # type: ignore
+
+
+def _kept(cost: Cost, pinned: np.ndarray) -> Cost:
+    """The cost as a function of the other units."""
+    number = np.append(np.where(pinned, -1, np.cumsum(~pinned) - 1), -1)
+    base = cost.base + np.asarray(cost.counts[:, pinned].sum(1)).ravel()
+    return replace(cost, alive=number[cost.alive], base=base, counts=cost.counts[:, ~pinned].tocsr())
+
+
+class _Pinned:
+    """A measured cost as a function of the units that are not pinned."""
+
+    def __init__(self, cost: Any, topology: Topology, pinned: np.ndarray):
+        self.cost, self.topology, self.pinned, self.name = cost, topology, pinned, cost.name
+
+    def total(self, _: Topology, keep: np.ndarray) -> float:
+        """The cost of keeping (free units,)."""
+        return self.cost.total(self.topology, self._whole(keep))
+
+    def marginal(self, _: Topology, keep: np.ndarray) -> np.ndarray:
+        """(free units,) what one more adds."""
+        return self.cost.marginal(self.topology, self._whole(keep))[~self.pinned]
+
+    def _whole(self, keep: np.ndarray) -> np.ndarray:
+        whole = np.ones(len(self.pinned))
+        whole[~self.pinned] = keep
+        return whole
 
 
 def _filled(
     topology: Topology, limits: Limits, alive: np.ndarray, importance: np.ndarray, least: np.ndarray
 ) -> np.ndarray | None:
-    """(units,) bool: the living, whole multiples of them, and dead units that fit besides; None where they are too many."""
+    """(units,) bool: the living in whole multiples, and dead units that fit besides; None where these are too many."""
     keep = alive.copy()
     ranks = []
     for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True):

@@ -3,9 +3,10 @@
     rules=[Rule("head/.*", freeze=True), Rule("encoder/.*/mlp", round_to=64), Rule(".*", kinds=("neurons", "heads"))]
 
 A path is matched as a whole (`re.fullmatch`), without the collection's name: "head/kernel" is a parameter, "head" its
-layer, which stands for all that is in it, and a group carries the name of the layer that makes its units. `freeze` keeps the shape of every parameter that
-matches, so it also freezes the units that a matching kernel reads. Other settings are of the groups whose units a
-matching layer makes. Of several rules that say something of the same setting the first counts.
+layer, which stands for all that is in it, and a group carries the name of the layer that makes its units. `freeze`
+keeps the shape of every parameter that matches, so it also freezes the units that a matching kernel reads. Other
+settings are of the groups whose units a matching layer makes. Of several rules that say something of the same setting
+the first counts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     params = search.init(variables)
     tx = search.optimizer(optax.adamw(1e-3))
     state = tx.init(params)
-    …                                          # model.apply(search.fold(params), x) in the loss; tx.update(g, state, params)
+    …                            # in the loss model.apply(search.fold(params), x), then tx.update(grads, state, params)
     student = search.finish(params, state, x)
 
 For Linen, `params` is {"params": weights, "gates": {group: (size,)}}: Flax variables with a collection of gates. Other
@@ -44,7 +44,7 @@ MET = 1.02  # the living may cost so much of the budget when the search is finis
 SNAPSHOTS = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GatedSearch:
     """Distils into a gated network while a proximal L1 penalty removes structures until a budget is met.
 
@@ -217,7 +217,7 @@ class GatedSearch:
     # --- at the end -------------------------------------------------------------------------------------------------
 
     def progress(self, state: Any) -> dict[str, float]:
-        """{"step", "pressure" (cost of the living over the budget), "lambda2", "macs", "params" (shares)} of a state."""
+        """{"step", "pressure" (cost of the living over the budget), "lambda2", "macs", "params" (shares)}."""
         found = search_state(state)
         rows = np.asarray(found.history.rows)
         seen = rows[np.isfinite(rows[:, 0])]
@@ -273,8 +273,8 @@ class GatedSearch:
         told = f"the living units still cost {pressure:.2f} of the budget after {step} of {self.steps} updates"
         if step < self.steps:
             raise BudgetError(
-                f"finish: {told}; train on, or make the search shorter with GatedSearch(steps=…), so that the budget is "
-                "met by its end"
+                f"finish: {told}; train on, or make the search shorter with GatedSearch(steps=…), so that the budget "
+                "is met by its end"
             )
         warnings.warn(
             f"finish: {told}; the rest is removed by importance, which the weights did not adapt to. Give more steps "

@@ -13,7 +13,7 @@ import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
+from flax.core import FrozenDict, unfreeze
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import models, surgery
@@ -26,7 +26,7 @@ from kdsearch_jax.student import Architecture
 EXAMPLES = 4  # of a batch on which equality is proved where none is given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Student:
     """A network: `module, variables = student`.
 
@@ -149,7 +149,7 @@ def variables_of(network: Network, variables: Any) -> Any:
     """
     if isinstance(variables, flax.nnx.Module):
         variables = Functional.split(variables)[1]
-    variables = unfreeze(variables) if isinstance(variables, Mapping) else variables
+    variables = unfreeze(variables) if isinstance(variables, (dict, FrozenDict)) else variables
     check_variables(network, variables)
     return variables
 

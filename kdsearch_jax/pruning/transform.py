@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from kdsearch_jax.pruning.control import Controller, Decision
 from kdsearch_jax.prox import ProximalState, accelerated_proximal_l1
+from kdsearch_jax.pruning.control import Controller, Decision
 from kdsearch_jax.tracing.topology import Topology
 
 GATES = "gates"  # the collection of gates among the parameters
@@ -75,7 +75,7 @@ def gated_optimizer(
     """
     topology = controller.topology
     inner = optax.with_extra_args_support(weights)
-    proximal = accelerated_proximal_l1(learning_rate, momentum)
+    proximal: Any = accelerated_proximal_l1(learning_rate, momentum)
 
     def init(params: Any) -> SearchState:
         rest, gates = split(params, topology, "init")
@@ -142,7 +142,7 @@ def _noted(history: History, due: Array, row: Array, step: Array, gates: Array, 
     )
 
 
-# --- the gates among the parameters -------------------------------------------------------------------------------------
+# --- the gates among the parameters ---------------------------------------------------------------------------------
 
 
 def split(tree: Any, topology: Topology, what: str = "params") -> tuple[Any, Mapping[str, Any]]:
@@ -177,8 +177,8 @@ def flatten(gates: Mapping[str, Any], topology: Topology) -> Array:
         shape = tuple(_array(gates[group.name]).shape)
         if shape != (group.size,):
             raise ValueError(
-                f"gates[{group.name!r}]: shape {shape}, not {(group.size,)}; they are of another network: take those of "
-                "this search's init"
+                f"gates[{group.name!r}]: shape {shape}, not {(group.size,)}; they are of another network: take those "
+                "of this search's init"
             )
     return jnp.concatenate([jnp.asarray(_array(gates[group.name]), jnp.float32) for group in topology.groups])
 
