@@ -51,6 +51,7 @@ LAYERS = [
     {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
     {"network"},
     {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
+    {"pruning"},
     {"given", "road"},
     {"fitting", "cutting", "delivery"},
     {"stages"},

@@ -345,21 +345,17 @@ def test_rules_say_what_may_go():
     _, network, variables, (x, _) = teacher()
     rules = [
         kd.Rule("dense/.*", freeze=True),
-        kd.Rule("block/conv1/.*", least=7, round_to=2),
+        kd.Rule("block/conv1/.*", least=5, round_to=2),
         kd.Rule(".*", kinds=("channels",)),
         kd.Rule("stage1/conv", least=0.75),
     ]
-    student = kd.prune(network, variables, kd.random(3), kd.Budget(macs=0.7), x, rules=rules)
+    student = kd.prune(network, variables, kd.random(3), kd.Budget(macs=0.5605), x, rules=rules)
     before, after = variables["params"], student.variables["params"]
     assert after["dense"]["kernel"].shape == before["dense"]["kernel"].shape
     kept = {name: int(mask.sum()) for name, mask in student.keep.items()}
     groups = {group.name: group for group in network.topology.groups}
     assert all(groups[name].kind == "channels" for name in kept) and "stage3/conv" not in kept
-    assert (
-        kept["block/conv1"] == 8 == groups["block/conv1"].size
-        or 7 <= kept["block/conv1"]
-        and not kept["block/conv1"] % 2
-    )
+    assert kept["block/conv1"] in (6, 8)
     assert kept["stage1/conv"] >= 3 and sum(kept.values()) < sum(groups[name].size for name in kept)
 
 

@@ -7,6 +7,7 @@ per cost go.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -89,7 +90,7 @@ def _without(topology: Topology, limits: Limits, pinned: np.ndarray) -> tuple[To
     if not pinned.any():
         return topology, limits
     starts = np.cumsum([0] + [group.size for group in topology.groups])
-    sizes = [int((~pinned[a:b]).sum()) for a, b in zip(starts, starts[1:], strict=False)]
+    sizes = [int((~pinned[a:b]).sum()) for a, b in itertools.pairwise(starts)]
     groups = tuple(replace(g, size=size) for g, size in zip(topology.groups, sizes, strict=True) if size)
     macs, params = (_kept(cost, pinned) for cost in (topology.macs, topology.params))
     measured = tuple((_Pinned(cost, topology, pinned), bound) for cost, bound in limits.measured)
