@@ -125,7 +125,7 @@ def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> S
     """The network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
 
     Args:
-      module: the base model, for a network of a module object that the directory could not name.
+      module: the base model, Linen or NNX, for a network of a module object that the directory could not name.
       trust_code: a network of a package that you have not imported may import it, so that its code runs.
 
     Raises:
@@ -134,6 +134,7 @@ def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> S
     from kdsearch_jax import storage
     from kdsearch_jax.checkpoint import load_network
 
+    module = Functional.split(module)[0] if isinstance(module, flax.nnx.Module) else module
     with storage.named():
         found, variables, architecture, _ = load_network(path, module, trust_code=trust_code)
     if isinstance(found, Functional):
