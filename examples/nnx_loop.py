@@ -55,7 +55,9 @@ def main(steps: int = 300):
     student.module.eval()
     right = data.accuracy(model(x["x"]), x), data.accuracy(student.module(x["x"]), x)
     macs = student.macs / network.topology.total()[0]
-    print(f"{macs:.3f} of the MACs; accuracy {right[0]:.3f} before, {right[1]:.3f} after; {type(student.module).__name__}")
+    print(
+        f"{macs:.3f} of the MACs; accuracy {right[0]:.3f} before, {right[1]:.3f} after; {type(student.module).__name__}"
+    )
     return student, macs
 
 

@@ -22,18 +22,17 @@ def main(steps: int = 200):
             lambda params: data.cross_entropy(model.apply(search.fold(params), batch["x"]), batch)
         )(params)
         updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), (value, state.pressure)
+        return (optax.apply_updates(params, updates), state), value
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *data.batches(steps))
     params = search.init(variables)
-    (params, state), (losses, pressures) = jax.jit(lambda carry, rows: jax.lax.scan(step, carry, rows))(
+    (params, state), losses = jax.jit(lambda carry, rows: jax.lax.scan(step, carry, rows))(
         (params, tx.init(params)), stacked
     )
     student = search.finish(params, state, example["x"])
     right = data.accuracy(student.module.apply(student.variables, example["x"]), example)
     share = student.params / search.network.topology.total()[1]
-    print(f"loss {losses[-1]:.3f}, budget {pressures[0]:.2f} → {pressures[-1]:.2f}, {share:.3f} of the parameters,")
-    print(f"accuracy {right:.3f}")
+    print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}, {share:.3f} of the parameters, accuracy {right:.3f}")
     return student, share
 
 

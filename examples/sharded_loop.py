@@ -54,7 +54,7 @@ def main(steps: int = 60):
         for batch in data.batches(steps):
             params, state = update(params, state, batch)
         student = search.finish(params, state, example["x"])
-        found[name] = np.asarray(jnp.concatenate([gate for gate in params["gates"].values()])), student
+        found[name] = np.asarray(jnp.concatenate(list(params["gates"].values()))), student
         print(f"{name}: {search.progress(state)}, {student.macs:,} MACs")
     return found
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from kdsearch_jax.pruning.transform import flatten
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.task import classification
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore:finish")]
 
 STEPS, EVERY = 40, 4
 
@@ -110,7 +111,7 @@ def test_the_first_gated_network_is_the_network_and_a_student_is_the_last():
 def test_the_cost_follows_its_path_and_the_dead_stay_dead():
     search, _, seen = searched()
     path = search.controller.path
-    for (before, _), (after, _) in zip(seen, seen[1:], strict=False):
+    for (before, _), (after, _) in pairwise(seen):
         assert (after >= 0).all() and np.isfinite(after).all()
         assert not ((before == 0) & (after > 0)).any() or search.limits.pressure(search.topology, before > 0) < 1
     for step, (gates, progress) in enumerate(seen, start=1):
@@ -374,7 +375,7 @@ def mean_square(variables, batch):
 
 @pytest.mark.parametrize("name", ["magnitude", "random", "batch_norm_scale", "taylor", "fisher"])
 def test_pruning_at_once_lands_in_the_budget_and_is_proved(name, tmp_path):
-    module, network, variables, (x, target) = teacher()
+    _, network, variables, (x, target) = teacher()
     criterion = getattr(kd, name)
     criterion = criterion(mean_square, [(x, target)]) if name in ("taylor", "fisher") else criterion()
     student = kd.prune(network, variables, criterion, kd.Budget(macs=0.6), x)

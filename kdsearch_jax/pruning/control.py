@@ -110,12 +110,13 @@ class Controller:
         return shares[np.array(self.bounded)] * self.per_limit.astype(np.float32)
 
     def _pressures_of(self, counts: Array) -> Array:
-        return self._pressures(jnp.stack([self.costs.shares[i](counts) for i in range(len(self.costs.shares))]))
+        """(bounded,) the same of (classes,) counts, without the costs that have no bound."""
+        shares = jnp.stack([self.costs.shares[number](counts) for number in self.bounded])
+        return shares * self.per_limit.astype(np.float32)
 
     def _prices(self, keep: Array) -> Array:
         """(bounded, units) what one more unit adds to each pressure."""
-        marginal = self.costs.marginal(keep)[np.array(self.bounded)]
-        return marginal * self.per_limit.astype(np.float32)[:, None]
+        return self.costs.marginal(keep, self.bounded) * self.per_limit.astype(np.float32)[:, None]
 
     # --- α ---------------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Controller:
         if self.penalty == "one":
             logs = jnp.zeros_like(gates)
         elif self.penalty in ("macs", "params"):
-            slope = self.costs.marginal(alive)[self.costs.names.index(self.penalty)]
+            slope = self.costs.marginal(alive, (self.costs.names.index(self.penalty),))[0]
             mean = (slope * alive).sum() / jnp.maximum(alive.sum(), 1)
             logs = _log(slope) - jnp.log(jnp.maximum(mean, 1e-30))
         else:
@@ -165,7 +166,7 @@ class Controller:
         prices, factors = self._prices(alive), jnp.ones(len(self.bounded))
         if len(self.bounded) == 1:
             return prices[0]
-        pressures = self._pressures(self.costs.total(alive))
+        pressures = self._pressures_of(self.costs.classes.counts(alive))
         most = pressures.max()
         share = (most - goal) / jnp.maximum(most - 1.0, 1e-6)
         stretch = jnp.maximum(pressures - share * (pressures - 1.0), 1.0)

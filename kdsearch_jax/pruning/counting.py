@@ -194,7 +194,11 @@ class Costs:
         """(costs,) the same of (classes,) counts."""
         return jnp.stack([share(counts) for share in self.shares])
 
-    def marginal(self, keep: Array) -> Array:
-        """(costs, units) derivatives of `total`: the share that one more unit of its make adds."""
+    def marginal(self, keep: Array, numbers: Sequence[int] | None = None) -> Array:
+        """(costs, units) derivatives of `total`: the share that one more unit of its make adds.
+
+        numbers: of the costs that are asked for; None: all.
+        """
         counts = self.classes.counts(keep)
-        return self.classes.spread(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in self.shares]))
+        shares = self.shares if numbers is None else [self.shares[number] for number in numbers]
+        return self.classes.spread(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import BudgetError, Limits
@@ -37,8 +38,9 @@ from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.pruning.gated_module import Gated
 from kdsearch_jax.pruning.landing import land
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
-from kdsearch_jax.pruning.student import Student, check_variables, cut, variables_of
+from kdsearch_jax.pruning.student import Student, cut, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
+from kdsearch_jax.tracing.topology import Topology, leaf_shapes
 
 MET = 1.02  # the living may cost so much of the budget when the search is finished; the landing removes the rest
 SNAPSHOTS = 200
@@ -52,7 +54,8 @@ class GatedSearch:
       network: from `trace`. budget: what the student may cost. rules: what may go, see `Rule`.
       steps: updates of the whole search. Over the first `ramp` share of them, after a `warmup` share of that in which
         importances are measured, the cost falls to the budget in a straight line; there it stays.
-      every: updates between two calls of the controller, which re-estimates α and moves λ2.
+      every: updates between two calls of the controller, which re-estimates α and moves λ2; None: 10, or fewer where a
+        search has less than 400 steps.
       learning_rate, momentum: of the gates' accelerated proximal step.
       penalty: α: "importance" (cost over Fisher information, to the power `sharpness`), or "macs", "params", "one".
       importance_decay: of the running mean of importances. lambda2: a fixed λ2 instead of the closed loop.
@@ -67,7 +70,7 @@ class GatedSearch:
     budget: Budget
     steps: int
     rules: Sequence[Rule] = ()
-    every: int = 10
+    every: int | None = None
     learning_rate: float = 0.01
     momentum: float = 0.9
     ramp: float = 0.5
@@ -84,9 +87,11 @@ class GatedSearch:
             raise ValueError(f"GatedSearch: network must come from kd.trace(model, x), not {kind}")
         if not isinstance(self.budget, Budget):
             raise ValueError(f"GatedSearch: budget={self.budget!r} must be a Budget, such as Budget(macs=0.5)")
+        if self.every is None and self.steps >= 1:
+            object.__setattr__(self, "every", min(10, max(1, self.steps // 40)))
         ranges = {
             "steps": self.steps >= 1,
-            "every": self.every >= 1,
+            "every": self.every is None or self.every >= 1,
             "learning_rate": self.learning_rate > 0,
             "momentum": 0 <= self.momentum < 1,
             "ramp": 0 < self.ramp <= 1,
@@ -109,7 +114,7 @@ class GatedSearch:
         return apply_rules(self.network, tuple(self.rules), self.budget.round_to)
 
     @property
-    def topology(self) -> Any:
+    def topology(self) -> Topology:
         """What may go, under the rules."""
         return self._ruled.network.topology
 
@@ -127,6 +132,7 @@ class GatedSearch:
     @cached_property
     def controller(self) -> Controller:
         """What moves the penalty, on the device."""
+        assert self.every is not None
         topology, limits = self.topology, self.limits
         costs = Costs.of(topology, [cost for cost, _ in limits.measured])
         bounds = {"macs": limits.macs, "params": limits.params} | {cost.name: bound for cost, bound in limits.measured}
@@ -160,8 +166,6 @@ class GatedSearch:
         if isinstance(variables, flax.nnx.Module):
             variables_of(self.network, variables)
             return Gated(flax.nnx.clone(variables), gates, self._ruled.network)
-        if isinstance(variables, Mapping):
-            check_variables(self.network, variables)
         return {"params": jax.tree.map(jnp.copy, variables_of(self.network, variables)["params"]), GATES: gates}
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -176,7 +180,7 @@ class GatedSearch:
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             importance_decay=self.importance_decay,
-            spacing=max(self.every, -(-self.steps // self.snapshots)),
+            spacing=max(self.controller.every, -(-self.steps // self.snapshots)),
             snapshots=min(self.snapshots, self.steps) + 1,
         )
 
@@ -197,22 +201,19 @@ class GatedSearch:
         rest, gates = transform.split(params, self.topology)
         transform.flatten(gates, self.topology)  # sizes
         folded = gates_lib.fold({**rest, **collections}, dict(gates), self.topology)
-        self._check_read(folded)
+        for leaf in sorted(self._read - leaf_shapes(folded).keys()):
+            collection = leaf.split("/", 1)[0]
+            way = f"give the collection, as in search.fold(params, {collection}={collection})"
+            if collection in folded:
+                way = "begin with params = search.init(variables), and leave its structure as it is"
+            raise ValueError(f"fold: gates multiply {leaf}, which is not there; {way}")
         return folded
 
-    def _check_read(self, variables: Any) -> None:
-        for collection in self._read:
-            if collection not in variables:
-                raise ValueError(
-                    f"fold: gates multiply arrays of the collection {collection!r}; give it, as in "
-                    f"search.fold(params, {collection}={collection})"
-                )
-
     @cached_property
-    def _read(self) -> tuple[str, ...]:
-        """Collections besides "params" that gates multiply."""
+    def _read(self) -> frozenset[str]:
+        """Arrays that gates multiply."""
         members = (member for group in self.topology.groups for member in group.members)
-        return tuple(sorted({m.leaf.split("/", 1)[0] for m in members if m.consumes} - {"params"}))
+        return frozenset(member.leaf for member in members if member.consumes)
 
     # --- at the end -------------------------------------------------------------------------------------------------
 
@@ -234,8 +235,9 @@ class GatedSearch:
           BudgetError: no choice of units is within the budget.
         """
         _, gates = transform.split(_pure(params), self.topology)
-        flat = self.topology.flatten({name: np.asarray(gate, float) for name, gate in gates.items()})
-        return land(self.topology, self.limits, flat, np.asarray(search_state(state).importance, float), self._least)
+        flat = self.topology.flatten({name: _fetched(gate).astype(float) for name, gate in gates.items()})
+        importance = _fetched(search_state(state).importance).astype(float)
+        return land(self.topology, self.limits, flat, importance, self._least)
 
     def finish(self, params: Any, state: Any, *inputs: Any, **collections: Any) -> Student:
         """Cuts the student and proves on a batch that it is the gated network.
@@ -253,7 +255,7 @@ class GatedSearch:
         """
         found = search_state(state)
         _, gates = transform.split(_pure(params), self.topology)
-        gates = {name: np.asarray(gate, np.float32) for name, gate in gates.items()}
+        gates = {name: _fetched(gate).astype(np.float32) for name, gate in gates.items()}
         transform.flatten(gates, self.topology)
         self._check_met(gates, int(found.count))
         if isinstance(params, Gated):
@@ -262,7 +264,7 @@ class GatedSearch:
             rest, _ = transform.split(params, self.topology)
             variables = {**rest, **collections}
             self._check_collections(variables)
-        variables = jax.tree.map(np.asarray, variables)
+        variables = jax.tree.map(_fetched, variables)
         return cut(self._ruled.network, variables, gates, self.select(params, state), inputs)
 
     def _check_met(self, gates: Mapping[str, np.ndarray], step: int) -> None:
@@ -306,6 +308,13 @@ def search_state(state: Any) -> SearchState:
             "search.optimizer(tx), restored into the structure of tx.init(params) if it comes from a checkpoint"
         )
     return found[0]
+
+
+def _fetched(leaf: Any) -> np.ndarray:
+    """An array on the host; of several processes every one calls it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
 def _pure(tree: Any) -> Any:

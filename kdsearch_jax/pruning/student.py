@@ -13,15 +13,16 @@ import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict, unfreeze
+from flax.core import FrozenDict, meta, unfreeze
 
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import models, surgery
 from kdsearch_jax.call import Call, mode, signature_of
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Keywords
-from kdsearch_jax.network import Network
+from kdsearch_jax.network import Network, library_of
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing.topology import leaf_shapes
 
 EXAMPLES = 4  # of a batch on which equality is proved where none is given
 
@@ -37,7 +38,8 @@ class Student:
       architecture: the network as plain JSON (`architecture.to_json()`).
       keep: {group: (size,) bool}, the units of the pruned network that stayed; {} where nobody knows.
       gates: {group: (size,)}, what was folded into the weights; {} as well.
-      macs, params: exact costs; difference: of the outputs from the gated network's, over their scale, as verified.
+      macs, params: exact costs, as counted when it was cut; 0 for one that was loaded. difference: largest one between
+        its outputs and the gated network's, over their scale, as verified; NaN as well.
     """
 
     module: Any
@@ -45,9 +47,9 @@ class Student:
     architecture: Architecture
     keep: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     gates: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    macs: int | None = None
-    params: int | None = None
-    difference: float | None = None
+    macs: int = 0
+    params: int = 0
+    difference: float = math.nan
 
     def __iter__(self) -> Iterator[Any]:
         """(module, variables)."""
@@ -150,7 +152,8 @@ def variables_of(network: Network, variables: Any) -> Any:
     """
     if isinstance(variables, flax.nnx.Module):
         variables = Functional.split(variables)[1]
-    variables = unfreeze(variables) if isinstance(variables, (dict, FrozenDict)) else variables
+    if isinstance(variables, (dict, FrozenDict)):
+        variables = meta.unbox(unfreeze(variables))  # of `nn.with_partitioning`
     check_variables(network, variables)
     return variables
 
@@ -160,8 +163,6 @@ def check_variables(network: Network, variables: Any) -> None:
     if not isinstance(variables, Mapping) or "params" not in variables:
         kind = type(variables).__name__
         raise ValueError(f"variables: {{'params': …}} as the module's init returns them are expected, not {kind}")
-    from kdsearch_jax.tracing.topology import leaf_shapes
-
     own, given = network.topology.shapes, leaf_shapes(variables)
     for path in [*own, *given]:
         if path.startswith("params/") and own.get(path) != given.get(path):
@@ -195,8 +196,6 @@ def architecture_of(network: Network) -> Architecture:
 
 
 def _already_cut(network: Network) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    from kdsearch_jax.network import library_of
-
     layers, dropped = library_of(network.module).already_cut(network.module)
     return {path: dict(sizes) for path, sizes in layers.items()}, tuple(dropped)
 

@@ -81,7 +81,7 @@ def gated_optimizer(
         rest, gates = split(params, topology, "init")
         flat = flatten(gates, topology)
         units = topology.units
-        history = History(jnp.full((snapshots, 4), jnp.nan), jnp.full((snapshots, units), jnp.nan))
+        history = History(*(jnp.full((snapshots, width), jnp.nan, jnp.float32) for width in (4, units)))
         return SearchState(
             inner.init(rest),
             proximal.init(jnp.zeros_like(flat)),
