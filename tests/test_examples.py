@@ -18,7 +18,15 @@ CALLS = {
         "import jax, numpy as np; found = main(30); assert jax.device_count() == 8; "
         "one, student = found['one device']; "
         "assert all(np.abs(gates - one).max() < 1e-4 and each.macs == student.macs for gates, each in found.values())"
-    )
+    ),
+}
+
+
+def test_every_example_is_run():
+    assert set(CALLS) == {path.stem for path in EXAMPLES.glob("*.py")} - {"data"}
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_an_example(name, python, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); from {name} import main; {CALLS[name]}"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8" if name == "sharded_loop" else "1"}
