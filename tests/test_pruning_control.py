@@ -109,7 +109,7 @@ def test_the_controller_decides_what_the_host_decides(name, bound, dead):
     network = NETWORKS[name]()
     topology = network.topology
     search = GatedSearch(network, BUDGETS[bound], steps=100, every=5)
-    controller, limits = search.controller, search.limits
+    controller, limits = search.controller.at(0), search.limits[0]
     for seed in range(2):
         gates, importance = states(topology, seed, dead)
         alive = (gates > 0).astype(float)
@@ -148,7 +148,7 @@ def test_what_may_live_again_is_what_the_host_recalls(name, bound):
     network = NETWORKS[name]()
     topology = network.topology
     search = GatedSearch(network, BUDGETS[bound], steps=100)
-    limits, controller = search.limits, search.controller
+    limits, controller = search.limits[0], search.controller.at(0)
     rng = np.random.default_rng(0)
     importance = rng.uniform(0.1, 1, topology.units).astype(np.float32)
     smaller = Budget(macs=0.4, params=0.4).limits(topology)

@@ -113,13 +113,13 @@ def test_the_cost_follows_its_path_and_the_dead_stay_dead():
     path = search.controller.path
     for (before, _), (after, _) in pairwise(seen):
         assert (after >= 0).all() and np.isfinite(after).all()
-        assert not ((before == 0) & (after > 0)).any() or search.limits.pressure(search.topology, before > 0) < 1
+        assert not ((before == 0) & (after > 0)).any() or search.limits[0].pressure(search.topology, before > 0) < 1
     for step, (gates, progress) in enumerate(seen, start=1):
-        pressure = search.limits.pressure(search.topology, gates > 0)
-        goal = float(path.goal(np.int32(max(step - 3 * EVERY, 0))))
+        pressure = search.limits[0].pressure(search.topology, gates > 0)
+        goal = float(path.goal(np.int32(max(step - 3 * EVERY, 0)), np.int32(0)))
         assert pressure <= 1.1 * goal, f"update {step}: {pressure} is behind {goal}"
         assert progress["step"] == step
-    assert search.limits.pressure(search.topology, seen[-1][0] > 0) <= 1.0
+    assert search.limits[0].pressure(search.topology, seen[-1][0] > 0) <= 1.0
 
 
 def test_it_is_the_search_of_the_built_in_loop():
@@ -166,6 +166,24 @@ def test_it_is_the_search_of_the_built_in_loop():
         if done % EVERY == 0:
             host, metrics = between(host)
     assert metrics["macs"] < 0.6
+
+
+def test_one_search_has_a_student_for_each_of_several_budgets():
+    _, network, _, (x, _) = teacher()
+    budgets = [kd.Budget(macs=0.7), kd.Budget(macs=0.45)]
+    search = kd.GatedSearch(network, budgets, steps=60, every=3)
+    (params, stats, state), update = loop(search, search.optimizer(optax.adamw(1e-3)))
+    update, found = jax.jit(update), []
+    for number in range(1, 61):
+        params, stats, state = update((params, stats, state))
+        if number in search.ends:
+            found.append(search.finish(params, state, x, batch_stats=stats))
+    shares = [student.macs / network.topology.total()[0] for student in found]
+    assert len(found) == 2 and 0.45 < shares[0] <= 0.7 and shares[1] <= 0.45
+    with pytest.raises(ValueError, match="below the one before"):
+        kd.GatedSearch(network, budgets[::-1], steps=60)
+    with pytest.raises(ValueError, match="same costs"):
+        kd.GatedSearch(network, [kd.Budget(macs=0.7), kd.Budget(params=0.5)], steps=60)
 
 
 def test_at_a_fixed_penalty_gates_reach_the_optimum_of_the_objective():

@@ -9,7 +9,7 @@ sharded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -41,31 +41,40 @@ class Decision(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The pressure asked for: `start` up to update `begin`, then in a straight line down to 1 at `arrive`."""
+    """The pressure asked for, by legs, one for each budget: `start` up to update `begin`, 1 from `arrive` to `end`."""
 
-    start: float
-    begin: int
-    arrive: int
+    start: tuple[float, ...]
+    begin: tuple[int, ...]
+    arrive: tuple[int, ...]
+    end: tuple[int, ...]
 
-    def goal(self, step: Array) -> Array:
-        """() float32 at a step."""
-        share = (step - self.begin).astype(jnp.float32) / max(self.arrive - self.begin, 1)
-        return np.float32(self.start) + np.float32(1.0 - self.start) * jnp.clip(share, 0.0, 1.0)
+    def leg(self, step: Array) -> Array:
+        """() int32: the leg that the update after `step` belongs to."""
+        return (step >= np.array(self.end[:-1], np.int32)).sum().astype(jnp.int32)
+
+    def goal(self, step: Array, leg: Array) -> Array:
+        """() float32: the pressure that a leg asks for at a step; in a straight line between `begin` and `arrive`."""
+        start = jnp.asarray(self.start, jnp.float32)[leg]
+        begin, arrive = (jnp.asarray(each, jnp.int32)[leg] for each in (self.begin, self.arrive))
+        share = (step - begin).astype(jnp.float32) / jnp.maximum(arrive - begin, 1).astype(jnp.float32)
+        return start + (1.0 - start) * jnp.clip(share, 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Controller:
     """What moves the penalty.
 
-    costs: of the network; bounded: numbers of those with a bound; per_limit: (bounded,) the whole network's cost over
-    each limit; least: (groups,) units that stay in each group, 0 for branches. every: updates between calls; rate:
-    η / (1 − μ) of the gates' proximal step. lambda2: fixed instead of the closed loop.
+    costs: of the network; bounded: numbers of those with a bound; per_limit: (legs, bounded) the whole network's cost
+    over each limit of each leg; least: (groups,) units that stay in each group, 0 for branches. every: updates between
+    calls; rate: η / (1 − μ) of the gates' proximal step. lambda2: fixed instead of the closed loop.
+
+    Everything but `__call__` is of one leg's limits: `at(leg)`, where `per_limit` is (bounded,).
     """
 
     topology: Topology
     costs: Costs
     bounded: tuple[int, ...]
-    per_limit: np.ndarray
+    per_limit: np.ndarray | Array
     path: Path
     least: np.ndarray
     every: int
@@ -80,15 +89,26 @@ class Controller:
         Args:
           step: () int32, updates done; gates, importance: (units,) float32 ≥ 0; gain: () from the call before.
         """
+        leg = self.path.leg(step)
+        goals = self.path.goal(step, leg), self.path.goal(step + self.every, leg)
+        return self.at(leg).decide(goals, gates, importance, gain)
+
+    def at(self, leg: int | Array) -> Controller:
+        """The controller with the limits of one leg."""
+        several = len(self.path.start) > 1
+        return replace(self, per_limit=jnp.asarray(self.per_limit, jnp.float32)[leg] if several else self.per_limit[0])
+
+    def decide(self, goals: tuple[Array, Array], gates: Array, importance: Array, gain: Array) -> Decision:
+        """`__call__` for one leg; goals: the pressures asked for now and after the next `every` updates."""
         alive = gates > 0
         counts = self.costs.classes.counts(alive)
         shares = self.costs.of_counts(counts)
         pressure = self._pressures(shares).max()
-        goal = self.path.goal(step + self.every)
+        now, goal = goals
         cost = self.cost_of(alive, importance, goal)
         log_alpha = self.log_alpha(gates, importance, cost)
         if self.lambda2 is None:
-            behind = pressure > self.path.goal(step) * LAG
+            behind = pressure > now * LAG
             gain = jnp.where(behind, jnp.minimum(gain * GAIN, MOST_GAIN), jnp.maximum(gain / GAIN, 1.0))
             log_lambda = jnp.log(gain) + self.log_level(gates, log_alpha, goal)
         else:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import flax.nnx
@@ -28,8 +29,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from kdsearch_jax import front
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax.budget import BudgetError, Limits
+from kdsearch_jax.config import GatesConfig, StageConfig
 from kdsearch_jax.network import Network
 from kdsearch_jax.pruning import transform
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
@@ -51,7 +54,9 @@ class GatedSearch:
     """Distils into a gated network while a proximal L1 penalty removes structures until a budget is met.
 
     Args:
-      network: from `trace`. budget: what the student may cost. rules: what may go, see `Rule`.
+      network: from `trace`. rules: what may go, see `Rule`.
+      budget: what the student may cost. Of several, the largest first, each is met at one of `ends`: the cost falls to
+        the first, stays there for a while, falls to the next, and so on.
       steps: updates of the whole search. Over the first `ramp` share of them, after a `warmup` share of that in which
         importances are measured, the cost falls to the budget in a straight line; there it stays.
       every: updates between two calls of the controller, which re-estimates α and moves λ2; None: 10, or fewer where a
@@ -67,7 +72,7 @@ class GatedSearch:
     """
 
     network: Network
-    budget: Budget
+    budget: Budget | Sequence[Budget]
     steps: int
     rules: Sequence[Rule] = ()
     every: int | None = None
@@ -85,7 +90,7 @@ class GatedSearch:
         if not isinstance(self.network, Network):
             kind = type(self.network).__name__
             raise ValueError(f"GatedSearch: network must come from kd.trace(model, x), not {kind}")
-        if not isinstance(self.budget, Budget):
+        if not self.budgets or not all(isinstance(each, Budget) for each in self.budgets):
             raise ValueError(f"GatedSearch: budget={self.budget!r} must be a Budget, such as Budget(macs=0.5)")
         if self.every is None and self.steps >= 1:
             object.__setattr__(self, "every", min(10, max(1, self.steps // 40)))
@@ -105,13 +110,18 @@ class GatedSearch:
         for name, holds in ranges.items():
             if not holds:
                 raise ValueError(f"GatedSearch: {name}={getattr(self, name)!r} is out of range; see its docstring")
-        self.limits  # noqa: B018  a budget that cannot be met is an error here, not after an hour
+        self._path  # noqa: B018  a budget that cannot be met is an error here, not after an hour
 
     # --- what is searched -------------------------------------------------------------------------------------------
 
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """All budgets, the largest first."""
+        return (self.budget,) if isinstance(self.budget, Budget) else tuple(self.budget)
+
     @cached_property
     def _ruled(self) -> Ruled:
-        return apply_rules(self.network, tuple(self.rules), self.budget.round_to)
+        return apply_rules(self.network, tuple(self.rules), self.budgets[0].round_to)
 
     @property
     def topology(self) -> Topology:
@@ -119,31 +129,48 @@ class GatedSearch:
         return self._ruled.network.topology
 
     @cached_property
-    def limits(self) -> Limits:
-        """The budget in absolute numbers."""
-        return self.budget.limits(self.topology, self._ruled.round_to, self._ruled.least)
+    def limits(self) -> tuple[Limits, ...]:
+        """The budgets in absolute numbers."""
+        found = [each.limits(self.topology, self._ruled.round_to, self._ruled.least) for each in self.budgets]
+        for before, after in pairwise(found):
+            if before.names != after.names or before.round_to != after.round_to:
+                raise ValueError("GatedSearch: several budgets must bound the same costs, with the same round_to")
+            if not 0 < _fall(before, after) < 1:
+                raise ValueError("GatedSearch: of several budgets each must be below the one before it")
+        return tuple(found)
 
     @cached_property
     def _least(self) -> np.ndarray:
         """(groups,) units that must stay."""
-        groups = self.topology.groups
-        return np.array([fewest_units(self.limits.round_to, self._ruled.least, group) for group in groups])
+        groups, round_to = self.topology.groups, self.limits[0].round_to
+        return np.array([fewest_units(round_to, self._ruled.least, group) for group in groups])
+
+    @cached_property
+    def _path(self) -> Path:
+        """See `kdsearch_jax.front`, whose path this is."""
+        assert self.every is not None
+        falls = [1.0, *(_fall(before, after) for before, after in pairwise(self.limits))]
+        pressure = self.limits[0].pressure(self.topology, np.ones(self.topology.units))
+        stage, config = StageConfig(steps=self.steps), GatesConfig(ramp=self.ramp, warmup=self.warmup)
+        legs = front.legs(self.limits, falls, pressure, stage, config, self.every)
+        return Path(*(tuple(getattr(leg, name) for leg in legs) for name in Path._fields))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Updates after which `finish` cuts the student of each budget; the last is `steps`."""
+        return self._path.end
 
     @cached_property
     def controller(self) -> Controller:
         """What moves the penalty, on the device."""
         assert self.every is not None
-        topology, limits = self.topology, self.limits
-        costs = Costs.of(topology, [cost for cost, _ in limits.measured])
-        bounds = {"macs": limits.macs, "params": limits.params} | {cost.name: bound for cost, bound in limits.measured}
-        bounded = tuple(i for i, name in enumerate(costs.names) if bounds[name])
-        per_limit = np.array([costs.whole[i] / bounds[costs.names[i]] for i in bounded])
-        ramp = int(self.ramp * self.steps)
-        start = max(limits.pressure(topology, np.ones(topology.units)), 1.0)
-        path = Path(start, int(self.warmup * ramp), ramp)
+        measured = [cost for cost, _ in self.limits[0].measured]
+        costs, bounds = Costs.of(self.topology, measured), [_bounds(limits) for limits in self.limits]
+        bounded = tuple(number for number, name in enumerate(costs.names) if name in bounds[0])
+        per_limit = np.array([[costs.whole[i] / each[costs.names[i]] for i in bounded] for each in bounds])
         rate = self.learning_rate / (1.0 - self.momentum)
         return Controller(
-            topology, costs, bounded, per_limit, path, self._least, self.every, rate,
+            self.topology, costs, bounded, per_limit, self._path, self._least, self.every, rate,
             self.penalty, self.sharpness, self.lambda2,
         )  # fmt: skip
 
@@ -237,7 +264,14 @@ class GatedSearch:
         _, gates = transform.split(_pure(params), self.topology)
         flat = self.topology.flatten({name: _fetched(gate).astype(float) for name, gate in gates.items()})
         importance = _fetched(search_state(state).importance).astype(float)
-        return land(self.topology, self.limits, flat, importance, self._least)
+        return land(self.topology, self._limits_at(state), flat, importance, self._least)
+
+    def _limits_at(self, state: Any) -> Limits:
+        """The limits of the leg that ends with this state, or next."""
+        step = int(search_state(state).count)
+        return next(
+            (limits for limits, end in zip(self.limits, self.ends, strict=True) if step <= end), self.limits[-1]
+        )
 
     def finish(self, params: Any, state: Any, *inputs: Any, **collections: Any) -> Student:
         """Cuts the student and proves on a batch that it is the gated network.
@@ -257,7 +291,7 @@ class GatedSearch:
         _, gates = transform.split(_pure(params), self.topology)
         gates = {name: _fetched(gate).astype(np.float32) for name, gate in gates.items()}
         transform.flatten(gates, self.topology)
-        self._check_met(gates, int(found.count))
+        self._check_met(gates, int(found.count), self._limits_at(found))
         if isinstance(params, Gated):
             variables = variables_of(self.network, params.model)
         else:
@@ -267,13 +301,13 @@ class GatedSearch:
         variables = jax.tree.map(_fetched, variables)
         return cut(self._ruled.network, variables, gates, self.select(params, state), inputs)
 
-    def _check_met(self, gates: Mapping[str, np.ndarray], step: int) -> None:
+    def _check_met(self, gates: Mapping[str, np.ndarray], step: int, limits: Limits) -> None:
         alive = (self.topology.flatten(gates) > 0).astype(float)
-        pressure = self.limits.pressure(self.topology, alive)
+        pressure = limits.pressure(self.topology, alive)
         if pressure <= MET:
             return
         told = f"the living units still cost {pressure:.2f} of the budget after {step} of {self.steps} updates"
-        if step < self.steps:
+        if step not in self.ends and step < self.steps:
             raise BudgetError(
                 f"finish: {told}; train on, or make the search shorter with GatedSearch(steps=…), so that the budget "
                 "is met by its end"
@@ -291,6 +325,18 @@ class GatedSearch:
                 raise ValueError(
                     f"finish: the network has the collection {name!r}; give it, as in finish(…, {name}={name})"
                 )
+
+
+def _bounds(limits: Limits) -> dict[str, float]:
+    """{name: absolute bound}."""
+    counted = {name: bound for name, bound in (("macs", limits.macs), ("params", limits.params)) if bound}
+    return counted | {cost.name: bound for cost, bound in limits.measured}
+
+
+def _fall(before: Limits, after: Limits) -> float:
+    """By what factor the bounds of one budget are below another's: that of the first that differs; 0 for none."""
+    high, low = _bounds(before), _bounds(after)
+    return next((low[name] / high[name] for name in high if low[name] != high[name]), 0.0)
 
 
 def search_state(state: Any) -> SearchState:

@@ -89,7 +89,7 @@ def gated_optimizer(
             jnp.zeros(units, jnp.float32),
             jnp.ones((), jnp.float32),
             jnp.zeros((), jnp.float32),
-            jnp.asarray(controller.path.start, jnp.float32),
+            jnp.asarray(controller.path.start[0], jnp.float32),
             history,
         )
 
