@@ -117,7 +117,7 @@ class GatedSearch:
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """All budgets, the largest first."""
-        return (self.budget,) if isinstance(self.budget, Budget) else tuple(self.budget)
+        return tuple(self.budget) if isinstance(self.budget, Sequence) else (self.budget,)
 
     @cached_property
     def _ruled(self) -> Ruled:
