@@ -19,7 +19,7 @@ from flax import errors
 from flax.core import freeze
 from flax.linen import recurrent
 
-from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound
+from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound, numbers_in
 from kdsearch_jax.student import Held, Student
 
 Resize = Callable[[Shapes, Shapes], Sizes]
@@ -57,7 +57,7 @@ def layers(
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
         result = call(*args, **call_kwargs)
-        if context.method_name == "__call__":
+        if context.method_name == "__call__" and not isinstance(context.module, Student):
             met["/".join(context.module.path)] = _layer(context.module, result)
         return result
 
@@ -191,33 +191,16 @@ def _is_flax(kind: type[nn.Module]) -> bool:
 
 def _layer(module: nn.Module, result: Any) -> Layer:
     if not _is_flax(type(module)) and not isinstance(module, tuple(kind for kinds, _ in _RESIZE for kind in kinds)):
-        return Layer(isinstance(result, jax.Array), _strangers(module))
+        held = {name: value for name, value in vars(module).items() if name not in ("parent", "name", "scope")}
+        return Layer(isinstance(result, jax.Array), _own_arrays, numbers=numbers_in(held))
     resize = next((make(module) for kinds, make in _RESIZE if isinstance(module, kinds)), None)
     droppable = _is_flax(type(module))
-    return Layer(droppable) if resize is None else Layer(droppable, resize)
+    return Layer(droppable) if resize is None else Layer(droppable, resize, hasattr(module, "feature_group_count"))
 
 
-def _strangers(module: nn.Module) -> Resize:
-    """The whole numbers among the attributes of a layer that Flax does not know, where its own parameters have such a
-    size: a bias says best what is made, a kernel may have the same size twice."""
-    numbers = {
-        name: value
-        for name in type(module).__dataclass_fields__
-        if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 1
-    }
-
-    def resize(before: Shapes, after: Shapes) -> Sizes:
-        own = sorted((leaf for leaf in before if leaf.count("/") == 1), key=lambda leaf: len(before[leaf]))
-        if all(before[leaf] == after[leaf] for leaf in own):
-            return {}
-        pairs = [pair for leaf in own for pair in zip(before[leaf], after[leaf], strict=True)]
-        return {
-            name: next(new for old, new in pairs if old == value)
-            for name, value in numbers.items()
-            if any(old == value for old, _ in pairs)
-        }
-
-    return resize
+def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
+    """The shapes of a module's own arrays, "params/w", whatever shape its code asks for."""
+    return {leaf: after[leaf] for leaf in before if leaf.count("/") == 1 and after[leaf]}
 
 
 def _kernel(module: Any) -> Resize:

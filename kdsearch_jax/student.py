@@ -12,6 +12,7 @@ knows nothing about search, gates or slicing.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -26,6 +27,7 @@ from flax.core import freeze
 
 from kdsearch_jax import models
 from kdsearch_jax.call import LARGEST, Call
+from kdsearch_jax.library import with_number
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -204,23 +206,62 @@ def _intercept(
     layer = context.module
     path = _path(layer, root) or ""
     met.add(path)
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
-            for name, value in layers.get(_path(each, root), {}).items():
-                before.append((each, name, _attribute(each, path, name)))
-                # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-                object.__setattr__(each, name, _like(value, before[-1][-1]))
+            _resize(each, layers.get(_path(each, root), {}), path, context.method_name, undo)
         if path not in dropped or context.method_name != "__call__":
             return call(*args, **kwargs)
         made.append(path)
-        try:
-            return _zeros(layer, args, kwargs)
-        finally:
-            made.pop()
-    finally:
-        for each, name, value in reversed(before):
-            object.__setattr__(each, name, value)
+        undo.callback(made.pop)
+        return _zeros(layer, args, kwargs)
+
+
+def _resize(layer: nn.Module, sizes: Mapping[str, Any], path: str, method: str, undo: contextlib.ExitStack) -> None:
+    """Gives a layer its sizes until `undo` is closed.
+
+    sizes: of attributes, of numbers inside them ("config.heads"), and of the layer's own arrays ("params/w").
+    """
+    arrays: dict[str, tuple[int, ...]] = {}
+    for name, value in sizes.items():
+        if "/" in name:
+            arrays[name] = tuple(value)
+            continue
+        attribute, _, inside = name.partition(".")
+        if method == "setup" and attribute not in type(layer).__dataclass_fields__:
+            continue  # made by `setup`
+        old = _attribute(layer, path, attribute)
+        # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
+        undo.callback(object.__setattr__, layer, attribute, old)
+        object.__setattr__(layer, attribute, _changed(layer, path, name, old, inside, value))
+    if arrays and layer.scope is not None:
+        scope = layer.scope
+        for name, function in (("param", _sized_param), ("variable", _sized_variable)):
+            before = getattr(scope, name)
+            undo.callback(setattr, scope, name, before)
+            setattr(scope, name, functools.partial(function, scope, before, arrays))
+
+
+def _sized_param(scope: Any, param: Any, arrays: Any, name: str, init: Any, *args: Any, **kwargs: Any) -> Any:
+    """`scope.param` for a parameter whose shape the architecture gives, whatever shape the code asks for."""
+    shape = arrays.get(f"params/{name}")
+    if shape is None:
+        return param(name, init, *args, **kwargs)
+    if scope.has_variable("params", name):  # Flax compares its shape with the initializer's
+        return param(name, lambda *_, **__: scope.get_variable("params", name), *args, **kwargs)
+    return param(name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *args, **kwargs)
+
+
+def _sized_variable(_: Any, variable: Any, arrays: Any, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """`scope.variable` likewise; Flax does not compare the shapes of these."""
+    shape, (init, *rest) = arrays.get(f"{col}/{name}"), args or (None,)
+    if shape is None or init is None:
+        return variable(col, name, *args, **kwargs)
+    return variable(col, name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *rest, **kwargs)
+
+
+def _first(value: Any, shape: tuple[int, ...]) -> Any:
+    """The first entries of an array, boxed or not. In a stack of layers, the last axes of `shape` are one layer's."""
+    return jax.tree.map(lambda leaf: leaf[tuple(map(slice, shape[len(shape) - leaf.ndim :]))], value)
 
 
 def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:
@@ -240,9 +281,20 @@ def _held(layer: nn.Module) -> list[nn.Module]:
 
 
 def _attribute(layer: nn.Module, path: str, name: str) -> Any:
-    if name not in type(layer).__dataclass_fields__ or name in ("parent", "name"):
+    if name in ("parent", "name", "scope") or name.startswith("_") or not hasattr(layer, name):
         raise ValueError(f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}")
     return getattr(layer, name)
+
+
+def _changed(layer: nn.Module, path: str, name: str, old: Any, inside: str, value: Any) -> Any:
+    if not inside:
+        return _like(value, old)
+    try:
+        return with_number(old, inside, value)
+    except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}"
+        ) from error
 
 
 def _like(value: Any, model: Any) -> Any:

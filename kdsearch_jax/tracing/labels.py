@@ -32,13 +32,16 @@ class Part:
 
 class Value(NamedTuple):
     """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: and
-    scaling an index of a parameter scales that index of the value; number: what a constant is everywhere."""
+    an index of a parameter that is scaled by 0 makes that index of the value 0, and leaves the others as they would be
+    without it; normalised: labels, one or more of each axis of a parameter along which that does not hold, since the
+    value was divided by a function of that same index; number: what a constant is everywhere."""
 
     axes: tuple[Axis, ...]
     active: bool = False
     weight: bool = False
     linear: bool = False
     number: float | None = None
+    normalised: frozenset[int] = frozenset()
 
 
 def labelled(axis: Axis) -> bool:
@@ -50,14 +53,23 @@ def blend(ins: Sequence[Value], axes: Sequence[Axis], linear: bool = False) -> V
     """A value with these axes, made of `ins`."""
     active = any(v.active for v in ins)
     weight = not active and any(v.weight for v in ins)
-    return Value(tuple(axes), active, weight, weight and linear)
+    normalised: frozenset[int] = frozenset()
+    if weight:
+        normalised = normalised.union(*(v.normalised if v.linear else _firsts(v) for v in ins if v.weight))
+    return Value(tuple(axes), active, weight, weight and linear, normalised=normalised)
+
+
+def _firsts(value: Value) -> frozenset[int]:
+    """Labels of a value's axes, at least one of each axis of a parameter that is among them."""
+    arrays = [np.ravel(axis.labels if isinstance(axis, Part) else axis) for axis in value.axes if labelled(axis)]
+    return value.normalised.union(*(ids[np.append(True, np.diff(ids) != 1)].tolist() for ids in arrays))
 
 
 def constant(array: Any, shape: tuple[int, ...]) -> Value:
     """The entries of a known array: uniform along the axes where it does not vary."""
     if array is None:
         return Value((FIXED,) * len(shape))
-    if array.size and array.dtype.kind in "fiu" and (array == array.flat[0]).all():
+    if array.size and array.dtype.kind in "fiub" and (array == array.flat[0]).all():
         return Value((UNIFORM,) * len(shape), number=float(array.flat[0]))
     varies = [size > 1 and bool((array != array.take([0], axis)).any()) for axis, size in enumerate(array.shape)]
     return Value(tuple(FIXED if v else UNIFORM for v in varies))

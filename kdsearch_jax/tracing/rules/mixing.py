@@ -6,9 +6,11 @@ import math
 from collections.abc import Collection
 
 import jax
+import numpy as np
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
+from kdsearch_jax.tracing.rules.moving import cut_axes
 
 
 def _spare(c: Context, value: Value, mixed: Collection[int]) -> Value:
@@ -45,7 +47,10 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            c.freeze(v.axes[i], "its units are mixed by")
+            if c.op.name == "reduce_sum" and isinstance(v.axes[i], np.ndarray) and c.found.stored(v, v.axes[i]):
+                c.found.reads.append(v.axes[i])  # the norm of a kernel, say: what is scaled by 0 adds nothing to it
+            else:
+                c.freeze(v.axes[i], "its units are mixed by")
     keep = [i for i in range(len(c.shape(0))) if i not in gone]
     axes = [c.found.merge([v.axes[i] for v in ins if len(v.axes) > i], c) for i in keep]
     linear = c.op.name == "reduce_sum" and all(v.linear for v in ins)
@@ -141,6 +146,11 @@ def _written(c: Context, ins: list[Value], whole: dict[int, int]) -> Value:
 
 def _dynamic_slice(c: Context, ins: list[Value]) -> list[Value]:
     cut = [i for i, (n, m) in enumerate(zip(c.shape(0), c.out_shape(), strict=True)) if n != m]
+    starts = [v.number for v in ins[1:]]
+    if None not in starts:  # known, so that it is a slice
+        sizes = [(i, c.out_shape()[i], c.shape(0)[i]) for i in cut]
+        first = {i: min(max(int(starts[i] or 0), 0), size - n) for i, n, size in sizes}  # as the primitive clamps it
+        return [cut_axes(c, ins[0], {i: slice(first[i], first[i] + n) for i, n, _ in sizes})]
     table = _spare(c, ins[0], cut)
     axes: list[Axis] = list(table.axes)
     for i in cut:
