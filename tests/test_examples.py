@@ -31,7 +31,7 @@ def test_an_example(name, python, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); from {name} import main; {CALLS[name]}"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8" if name == "sharded_loop" else "1"}
     done = subprocess.run(
-        [python, "-W", "error", "-W", "ignore:finish", "-c", code],
+        [python, "-W", "error", "-W", "ignore::UserWarning", "-c", code],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

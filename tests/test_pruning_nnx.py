@@ -13,7 +13,10 @@ from flax import nnx
 import kdsearch_jax as kd
 from kdsearch_jax.pruning.transform import flatten
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore:finish")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.budget.BudgetWarning"),
+]
 
 X = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 STEPS = 24

@@ -21,7 +21,10 @@ from kdsearch_jax.pruning.transform import flatten
 from kdsearch_jax.shrinking import Part
 from kdsearch_jax.task import classification
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore:finish")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.budget.BudgetWarning"),
+]
 
 STEPS, EVERY = 40, 4
 

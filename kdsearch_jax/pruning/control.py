@@ -66,7 +66,8 @@ class Controller:
 
     costs: of the network; bounded: numbers of those with a bound; per_limit: (legs, bounded) the whole network's cost
     over each limit of each leg; least: (groups,) units that stay in each group, 0 for branches. every: updates between
-    calls; rate: η / (1 − μ) of the gates' proximal step. lambda2: fixed instead of the closed loop.
+    calls; rate: η / (1 − μ) of the gates' proximal step. lambda2: fixed instead of the closed loop. floor: the pressure
+    from which on a budget counts as met.
 
     Everything but `__call__` is of one leg's limits: `at(leg)`, where `per_limit` is (bounded,).
     """
@@ -82,6 +83,7 @@ class Controller:
     penalty: Penalty = "importance"
     sharpness: float = 8.0
     lambda2: float | None = None
+    floor: float = FLOOR
 
     def __call__(self, step: Array, gates: Array, importance: Array, gain: Array) -> Decision:
         """The penalty for the next `every` updates.
@@ -115,7 +117,7 @@ class Controller:
             fixed = np.log(self.lambda2) if self.lambda2 > 0 else -np.inf
             log_lambda = jnp.where(pressure > 1.0, np.float32(fixed), -jnp.inf)
         free = alive | lax.cond(
-            pressure < FLOOR,
+            pressure < self.floor,
             lambda: self.recalled(alive, counts, importance, cost),
             lambda: jnp.zeros_like(alive),
         )
@@ -176,7 +178,7 @@ class Controller:
         columns = self.costs.classes.of_unit[branches]
 
         def falls_short(column: Array) -> Array:
-            return self._pressures_of(counts.at[column].set(0.0)).max() < FLOOR
+            return self._pressures_of(counts.at[column].set(0.0)).max() < self.floor
 
         short = jax.vmap(falls_short)(jnp.asarray(columns))
         return jnp.zeros_like(alive).at[branches].set(short & alive[branches])
@@ -246,7 +248,7 @@ class Controller:
 
         def more(state: tuple[Array, Array, Array, Array]) -> Array:
             place, _, _, pressure = state
-            return (place < many) & (pressure < FLOOR)
+            return (place < many) & (pressure < self.floor)
 
         def take(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             place, counts, found, pressure = state

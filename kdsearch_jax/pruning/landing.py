@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdsearch_jax import budget as budget_lib
-from kdsearch_jax.budget import FLOOR, BudgetError, Limits
+from kdsearch_jax.budget import FLOOR, BudgetWarning, Limits, Selection
 from kdsearch_jax.budget.estimate import within
 from kdsearch_jax.tracing.topology import Cost, Topology
 
@@ -29,31 +29,33 @@ def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.n
       gates, importance: (units,) ≥ 0; least: (groups,) units that must stay.
 
     Warns:
-      UserWarning: the living alone cost less than 0.98 of the budget, and no dead unit fits into what is left.
+      BudgetWarning: the student costs less than 0.98 of the budget.
 
     Raises:
       BudgetError: no choice of units is within the budget.
     """
     matters = effective(topology, gates)
     own = _filled(topology, limits, matters, importance, least)
-    failed = None
-    try:
-        exact = select(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0), least)
-        if own is None or (topology.flatten(exact)[matters]).all():
-            return exact
-    except BudgetError as error:
-        failed = error
-    if own is None:
-        assert failed is not None
-        raise failed
+    chosen = choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0), least)
+    if own is None or topology.flatten(chosen.keep)[matters].all():
+        _warn(chosen.note)
+        return chosen.keep
     pressure = limits.pressure(topology, own.astype(float))
     if pressure < FLOOR:
-        warnings.warn(
+        _warn(
             f"finish: the student costs {pressure:.3f} of the budget: what died last was larger than what was too much,"
-            " and nothing that fits is left to take back",
-            stacklevel=4,
+            " and no dead unit fits into what is left"
         )
-    return {name: vector > 0 for name, vector in topology.unflatten(own.astype(float)).items()}
+    return _named(topology, own)
+
+
+def _warn(note: str) -> None:
+    if note:
+        warnings.warn(note, BudgetWarning, stacklevel=5)
+
+
+def _named(topology: Topology, keep: np.ndarray) -> Keep:
+    return {name: vector > 0 for name, vector in topology.unflatten(keep.astype(float)).items()}
 
 
 def effective(topology: Topology, gates: np.ndarray) -> np.ndarray:
@@ -66,23 +68,32 @@ def effective(topology: Topology, gates: np.ndarray) -> np.ndarray:
     return topology.flatten(alive).astype(bool)
 
 
-def select(topology: Topology, limits: Limits, worth: np.ndarray, least: np.ndarray, *, per_cost: bool = True) -> Keep:
-    """{group: (size,) bool}: the worthiest units that land in [0.98, 1] of the budget; `least` of each group stay.
+def choose(
+    topology: Topology, limits: Limits, worth: np.ndarray, least: np.ndarray, *, per_cost: bool = True
+) -> Selection:
+    """The worthiest units that land in [0.98, 1] of the budget, or nearest below; `least` of each group stay.
 
     per_cost: ranked by worth over what a unit costs, or by worth alone.
 
     Raises:
-      BudgetError: no choice was found that lands there.
+      BudgetError: even the smallest student costs more.
     """
     pinned = np.zeros(topology.units, bool)
     for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True):
         step = 0 if group.kind == "branches" else budget_lib.multiple(limits.round_to, group)  # these stay in any case
         pinned[units[np.argsort(-worth[units], kind="stable")[: max(count - step, 0)]]] = True
     free, bounds = _without(topology, limits, pinned)
-    found = budget_lib.select(free, bounds, worth[~pinned], per_cost=per_cost, rounds=20 if per_cost else 1)
+    found = budget_lib.choose(free, bounds, worth[~pinned], per_cost=per_cost, rounds=20 if per_cost else 1)
     keep = pinned.copy()
-    keep[~pinned] = free.flatten(found)
-    return {name: vector > 0 for name, vector in topology.unflatten(keep.astype(float)).items()}
+    keep[~pinned] = free.flatten(found.keep)
+    return replace(found, keep=_named(topology, keep))
+
+
+def select(topology: Topology, limits: Limits, worth: np.ndarray, least: np.ndarray, *, per_cost: bool = True) -> Keep:
+    """{group: (size,) bool} of `choose`, with a `BudgetWarning` where that costs less than 0.98 of the budget."""
+    found = choose(topology, limits, worth, least, per_cost=per_cost)
+    _warn(found.note)
+    return found.keep
 
 
 def _without(topology: Topology, limits: Limits, pinned: np.ndarray) -> tuple[Topology, Limits]:
@@ -93,7 +104,7 @@ def _without(topology: Topology, limits: Limits, pinned: np.ndarray) -> tuple[To
     sizes = [int((~pinned[a:b]).sum()) for a, b in itertools.pairwise(starts)]
     groups = tuple(replace(g, size=size) for g, size in zip(topology.groups, sizes, strict=True) if size)
     macs, params = (_kept(cost, pinned) for cost in (topology.macs, topology.params))
-    measured = tuple((_Pinned(cost, topology, pinned), bound) for cost, bound in limits.measured)
+    measured = tuple((_pinned(cost, topology, pinned), bound) for cost, bound in limits.measured)
     return replace(topology, groups=groups, macs=macs, params=params), replace(limits, measured=measured)  # type: ignore
 
 
@@ -104,8 +115,13 @@ def _kept(cost: Cost, pinned: np.ndarray) -> Cost:
     return replace(cost, alive=number[cost.alive], base=base, counts=cost.counts[:, ~pinned].tocsr())
 
 
-class _Pinned:
+def _pinned(cost: Any, topology: Topology, pinned: np.ndarray) -> Any:
     """A measured cost as a function of the units that are not pinned."""
+    return _Modelled(cost, topology, pinned) if hasattr(cost, "polynomial") else _Pinned(cost, topology, pinned)
+
+
+class _Pinned:
+    """See `_pinned`."""
 
     def __init__(self, cost: Any, topology: Topology, pinned: np.ndarray):
         self.cost, self.topology, self.pinned, self.name = cost, topology, pinned, cost.name
@@ -122,6 +138,15 @@ class _Pinned:
         whole = np.ones(len(self.pinned))
         whole[~self.pinned] = keep
         return whole
+
+
+class _Modelled(_Pinned):
+    """One that is a polynomial."""
+
+    def polynomial(self, _: Topology) -> tuple[float, tuple[tuple[float, Cost], ...]]:
+        """As `Estimate.polynomial`."""
+        offset, costs = self.cost.polynomial(self.topology)
+        return offset, tuple((scale, _kept(cost, self.pinned)) for scale, cost in costs)
 
 
 def _filled(

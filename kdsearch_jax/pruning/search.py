@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -39,7 +39,7 @@ from kdsearch_jax.pruning.budgets import Budget, fewest_units
 from kdsearch_jax.pruning.control import Controller, Path, Penalty
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.pruning.gated_module import Gated
-from kdsearch_jax.pruning.landing import land
+from kdsearch_jax.pruning.landing import choose, land
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
 from kdsearch_jax.pruning.student import Student, cut, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
@@ -47,6 +47,7 @@ from kdsearch_jax.tracing.topology import Topology, leaf_shapes
 
 MET = 1.02  # the living may cost so much of the budget when the search is finished; the landing removes the rest
 SNAPSHOTS = 200
+COARSE = 512  # units up to which it is looked for what the nearest student costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,16 @@ class GatedSearch:
                 raise ValueError("GatedSearch: several budgets must bound the same costs, with the same round_to")
             if not 0 < _fall(before, after) < 1:
                 raise ValueError("GatedSearch: of several budgets each must be below the one before it")
-        return tuple(found)
+        return tuple(map(self._reachable, found))
+
+    def _reachable(self, limits: Limits) -> Limits:
+        """The limits with the pressure of the nearest student, where widths are so coarse that none costs 0.98 to 1."""
+        if self.topology.units > COARSE:
+            return limits
+        worth = np.random.default_rng(0).uniform(0.1, 1.0, self.topology.units)
+        least = np.array([fewest_units(limits.round_to, self._ruled.least, group) for group in self.topology.groups])
+        chosen = choose(self.topology, limits, worth, least)
+        return replace(limits, floor=chosen.pressure) if chosen.note and chosen.exact else limits
 
     @cached_property
     def _least(self) -> np.ndarray:
@@ -171,7 +181,7 @@ class GatedSearch:
         rate = self.learning_rate / (1.0 - self.momentum)
         return Controller(
             self.topology, costs, bounded, per_limit, self._path, self._least, self.every, rate,
-            self.penalty, self.sharpness, self.lambda2,
+            self.penalty, self.sharpness, self.lambda2, min(limits.floor for limits in self.limits),
         )  # fmt: skip
 
     # --- in the loop ------------------------------------------------------------------------------------------------
