@@ -408,6 +408,30 @@ def test_pruning_at_once_lands_in_the_budget_and_is_proved(name, tmp_path):
     np.testing.assert_allclose(again.apply(read, x, train=False), outputs, atol=1e-6)
 
 
+def test_a_measured_budget_is_met_by_its_table():
+    _, network, variables, (x, _) = teacher()
+    sizes = {group.name: group.size for group in network.topology.groups}
+    first, second = "block/conv1", "stage3/conv"
+    table = kd.Table(
+        "latency",
+        (
+            kd.Part((first,), ((0, 3, sizes[first]),), (0.0, 1.0, 4.0)),
+            kd.Part((first, second), ((0, sizes[first]), (0, sizes[second])), ((0.0, 1.0), (1.0, 4.0)), "block:branch"),
+        ),
+        1.0,
+    )
+    budget, rules = kd.Budget(measured=((table, 0.6),)), [kd.Rule("stage3/conv", least=0.4)]
+    student = kd.prune(network, variables, kd.magnitude(), budget, x, rules=rules)
+    flat_keep = network.topology.flatten(student.keep).astype(float)
+    assert 0.98 * 5.4 <= table.total(network.topology, flat_keep) <= 0.6 * 9.0
+    assert student.keep[second].sum() >= 0.4 * sizes[second]
+    assert kd.GatedSearch(network, budget, 10).controller.costs.names == ("macs", "params", "latency")
+    with pytest.raises(ValueError, match="no group 'other'"):
+        kd.GatedSearch(
+            network, kd.Budget(measured=((kd.Table("t", (kd.Part(("other",), ((0, 1),), (0, 1)),)), 0.5),)), 10
+        )
+
+
 def test_what_is_exported_is_there():
     for name in kd.__all__:
         assert getattr(kd, name).__doc__, name

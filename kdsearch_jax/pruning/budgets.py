@@ -11,7 +11,7 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax.budget import BudgetError, Estimate, Limits
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.pruning.tables import Table
-from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.tracing.topology import Group, Topology
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,17 @@ class Budget:
             raise BudgetError("Budget: give a bound, such as Budget(macs=0.5) for half of the MACs")
 
     def limits(
-        self, topology: Topology, round_to: Mapping[str, int] | None = None, least: Mapping[str, int] | None = None
+        self,
+        topology: Topology,
+        round_to: Mapping[str, int] | None = None,
+        least: Mapping[str, int] | None = None,
+        whole: Topology | None = None,
     ) -> Limits:
         """The absolute bounds for a network.
 
         Args:
           round_to, least: {group: multiple} and {group: units that must stay}, of rules.
+          whole: the topology before rules, whose groups tables may name.
 
         Raises:
           BudgetError: a bound is not below the network's cost, or below that of the smallest student.
@@ -55,31 +60,31 @@ class Budget:
             limits = Limits(None, None, round_to=multiples)
         found = []
         for cost, value in self.measured:
-            cost = cost.on(topology) if isinstance(cost, Table) else cost
+            cost = cost.on(whole or topology) if isinstance(cost, Table) else cost
             bound = budget_lib.bound_of(cost.name, value, cost.whole)
             assert bound is not None
             found.append((cost, bound))
         limits = replace(limits, measured=tuple(found))
-        smallest = topology.flatten(
-            {g.name: np.arange(g.size) < fewest_units(limits.round_to, least or {}, g) for g in topology.groups}
-        ).astype(float)
-        pressures = limits.pressures(topology, smallest)
-        worst = int(np.argmax(pressures))
-        if pressures[worst] > 1.0:
-            name = limits.names[worst]
-            ones = np.ones(topology.units)
-            share = pressures[worst] / limits.pressures(topology, ones)[worst]
-            raise BudgetError(
-                f"budget.{name}: out of reach: with the fewest units that rules and round_to leave, the student still "
-                f"costs {share:.3f} of the network; give more, or relax least, round_to or freeze of the rules"
-            )
+        _check_reach(topology, limits, least or {})
         return limits
 
 
-def fewest_units(round_to: int | Mapping[str, int], least: Mapping[str, int], group: object) -> int:
+def _check_reach(topology: Topology, limits: Limits, least: Mapping[str, int]) -> None:
+    """Raises BudgetError where the smallest student costs more than the limits."""
+    stays = {g.name: np.arange(g.size) < fewest_units(limits.round_to, least, g) for g in topology.groups}
+    pressures = limits.pressures(topology, topology.flatten(stays).astype(float))
+    worst = int(np.argmax(pressures))
+    if pressures[worst] > 1.0:
+        share = pressures[worst] / limits.pressures(topology, np.ones(topology.units))[worst]
+        raise BudgetError(
+            f"budget.{limits.names[worst]}: out of reach: with the fewest units that rules and round_to leave, the "
+            f"student still costs {share:.3f} of the network; give more, or relax least, round_to or freeze of rules"
+        )
+
+
+def fewest_units(round_to: int | Mapping[str, int], least: Mapping[str, int], group: Group) -> int:
     """How many units of a group must stay: its `least` rounded up to its multiple; none of a residual branch."""
-    if group.kind == "branches":  # type: ignore[attr-defined]
-        return int(least.get(group.name, 0) > 0)  # type: ignore[attr-defined]
-    step = budget_lib.multiple(round_to, group)  # type: ignore[arg-type]
-    asked = max(least.get(group.name, 1), 1)  # type: ignore[attr-defined]
-    return min(-(-asked // step) * step, group.size)  # type: ignore[attr-defined]
+    if group.kind == "branches":
+        return int(least.get(group.name, 0) > 0)
+    step, asked = budget_lib.multiple(round_to, group), max(least.get(group.name, 1), 1)
+    return min(-(-asked // step) * step, group.size)

@@ -128,7 +128,7 @@ def prune(
         )
     silent = dict.fromkeys(names - set(found), "the criterion says nothing of it")
     topology = ruled.network.topology.without(silent)
-    limits = budget.limits(topology, ruled.round_to, ruled.least)
+    limits = budget.limits(topology, ruled.round_to, ruled.least, network.topology)
     least = np.array([fewest_units(limits.round_to, ruled.least, group) for group in topology.groups])
     per_cost = getattr(criterion, "per_cost", False)
     keep = select(topology, limits, topology.flatten(found), least, per_cost=per_cost)

@@ -132,7 +132,8 @@ class GatedSearch:
     @cached_property
     def limits(self) -> tuple[Limits, ...]:
         """The budgets in absolute numbers."""
-        found = [each.limits(self.topology, self._ruled.round_to, self._ruled.least) for each in self.budgets]
+        ruled, whole = self._ruled, self.network.topology
+        found = [each.limits(self.topology, ruled.round_to, ruled.least, whole) for each in self.budgets]
         for before, after in pairwise(found):
             if before.names != after.names or before.round_to != after.round_to:
                 raise ValueError("GatedSearch: several budgets must bound the same costs, with the same round_to")

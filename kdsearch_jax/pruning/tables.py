@@ -9,8 +9,10 @@ staircase, such as multiples of 128 on a TPU, put knots at its steps and set `ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -73,39 +75,46 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """A measured cost. name: such as "latency"; parts: see above; constant: what is always paid, in the same unit."""
+    """A measured cost. name: such as "latency"; parts: see above; constant: what is always paid, in the same unit.
+
+    whole, sizes: cost and widths of the whole network, filled in by `on`.
+    """
 
     name: str
     parts: tuple[Part, ...]
     constant: float = 0.0
-    whole: float = 0.0  # of the whole network: filled in by `on`
+    whole: float = 0.0
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def on(self, topology: Topology) -> Table:
-        """The table with the value of the whole network.
+        """The table of a network; with a topology of fewer groups, the others stay whole.
 
         Raises:
           ValueError: a part names a group that the topology has not.
         """
-        names = {group.name for group in topology.groups}
+        sizes = {group.name: group.size for group in topology.groups}
         for part in self.parts:
             for name in (*part.groups, *filter(None, [part.branch])):
-                if name not in names:
-                    raise ValueError(f"table {self.name!r}: the network has no group {name!r}")
+                if name not in sizes:
+                    near = difflib.get_close_matches(name, sizes, 1, 0.0)
+                    raise ValueError(
+                        f"table {self.name!r}: the network has no group {name!r}; the nearest is {near[0]!r}"
+                    )
         whole = self.total(topology, np.ones(topology.units))
         if not whole > 0:
             raise ValueError(f"table {self.name!r}: the whole network costs {whole}, which must be above 0")
-        return Table(self.name, self.parts, self.constant, whole)
+        return replace(self, whole=whole, sizes=sizes)
 
     def total(self, topology: Topology, keep: np.ndarray) -> float:
         """The cost of the flat `keep`, (units,) of 0 and 1."""
-        widths = _widths(topology, keep)
+        widths = self._widths(topology, keep)
         return self.constant + sum(
             float(part.value([widths[g] for g in part.groups])[0]) * _lives(part, widths) for part in self.parts
         )
 
     def marginal(self, topology: Topology, keep: np.ndarray) -> np.ndarray:
         """(units,) what one more unit adds, at least 0; for a branch, all that goes with it."""
-        widths = _widths(topology, keep)
+        widths = self._widths(topology, keep)
         slopes = dict.fromkeys(widths, 0.0)
         for part in self.parts:
             at = [widths[g] for g in part.groups]
@@ -121,21 +130,24 @@ class Table:
         starts = np.cumsum([0] + [group.size for group in topology.groups])
         of_group = {
             group.name: np.unique(classes.of_unit[a:b])
-            for group, a, b in zip(topology.groups, starts, starts[1:], strict=False)
+            for group, (a, b) in zip(topology.groups, pairwise(starts), strict=True)
         }
 
         def share(counts: Array) -> Array:
+            def width(name: str) -> Array:
+                return counts[of_group[name]].sum() if name in of_group else jnp.float32(self.sizes[name])
+
             value = jnp.float32(self.constant)
             for part in self.parts:
-                cost, _ = part.value([counts[of_group[g]].sum() for g in part.groups], jnp)
-                value = value + (cost if part.branch is None else cost * counts[of_group[part.branch]].sum())
+                cost, _ = part.value([width(name) for name in part.groups], jnp)
+                value = value + (cost if part.branch is None else cost * width(part.branch))
             return value / np.float32(self.whole)
 
         return share
 
-
-def _widths(topology: Topology, keep: np.ndarray) -> dict[str, float]:
-    return {name: float(np.sum(vector)) for name, vector in topology.unflatten(np.asarray(keep, float)).items()}
+    def _widths(self, topology: Topology, keep: np.ndarray) -> dict[str, float]:
+        kept = topology.unflatten(np.asarray(keep, float))
+        return {**self.sizes, **{name: float(np.sum(vector)) for name, vector in kept.items()}}
 
 
 def _lives(part: Part, widths: dict[str, float]) -> float:
