@@ -73,9 +73,11 @@ def check_costs(topology, measured=()):
 def test_costs_of_random_networks_are_those_of_the_host(seed):
     program = sample(seed)
     try:
-        network = traced(module_of(program), *inputs_of(program))
+        with jax.numpy_rank_promotion("allow"):
+            network = traced(module_of(program), *inputs_of(program))
     except ValueError as error:
-        pytest.skip(str(error)[:80])
+        assert "nothing in this network can be pruned" in str(error)
+        pytest.skip("nothing can be pruned")
     check_costs(network.topology)
 
 
