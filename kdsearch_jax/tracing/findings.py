@@ -176,10 +176,10 @@ class Walk:
 
     def stored(self, value: Value, axis: Axis) -> bool:
         """Whether scaling what is stored of a kernel, along one of its axes, serves to remove units from it."""
-        if not (value.weight and value.linear):
+        if not value.linear or not isinstance(axis, np.ndarray):
             return False
         keys = self.labels.keys()
-        return not np.isin(keys[axis], keys[list(value.normalised)]).any()
+        return not (value.normalised and np.isin(keys[axis], keys[list(value.normalised)]).any())
 
     def pairable(self, site: Site, rows: np.ndarray) -> bool:
         """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""

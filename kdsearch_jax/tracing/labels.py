@@ -31,8 +31,8 @@ class Part:
 
 
 class Value(NamedTuple):
-    """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: and
-    an index of a parameter that is scaled by 0 makes that index of the value 0, and leaves the others as they would be
+    """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: an
+    index of a parameter that is scaled by 0 makes that index of the value 0, and leaves the others as they would be
     without it; normalised: labels, one or more of each axis of a parameter along which that does not hold, since the
     value was divided by a function of that same index; number: what a constant is everywhere."""
 

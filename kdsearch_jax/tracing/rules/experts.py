@@ -22,7 +22,7 @@ def _ragged_dot(c: Context, ins: list[Value]) -> list[Value]:
     for i in divided:
         c.freeze(a.axes[i], "divided into groups by")
     for j in groups:
-        c.freeze(b.axes[j], "its groups are numbered in")
+        c.freeze(b.axes[j], "indexed by the groups of")
     for value in ins[2:]:
         for axis in value.axes:
             c.freeze(axis, "used as an index in")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection
 
 import jax
-import numpy as np
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
@@ -47,7 +46,7 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            if c.op.name == "reduce_sum" and isinstance(v.axes[i], np.ndarray) and c.found.stored(v, v.axes[i]):
+            if c.op.name == "reduce_sum" and v.weight and c.found.stored(v, v.axes[i]):
                 c.found.reads.append(v.axes[i])  # the norm of a kernel, say: what is scaled by 0 adds nothing to it
             else:
                 c.freeze(v.axes[i], "its units are mixed by")
@@ -103,7 +102,8 @@ def _gather(c: Context, ins: list[Value]) -> list[Value]:
         c.freeze(axis, "used as an index in")
     if c.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         c.count(math.prod(c.out_shape()) + 3 * math.prod(c.shape(1)))
-    return [blend(ins, axes, table.linear)]
+    # Also where the network computes which of the kernels are picked, as those of a token's experts.
+    return [blend(ins, axes)._replace(linear=table.linear, normalised=table.normalised)]
 
 
 def _scatter(c: Context, ins: list[Value]) -> list[Value]:

@@ -20,7 +20,8 @@ def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
             c.freeze(axis, "reads an axis of fixed size in")
         return
     c.found.join(left, right)
-    kernel = next((axis for v, axis in ((b, right), (a, left)) if c.found.stored(v, axis)), None)
+    kernels = sorted(((b, right), (a, left)), key=lambda each: not each[0].weight)
+    kernel = next((axis for v, axis in kernels if c.found.stored(v, axis)), None)
     if kernel is not None:
         c.found.reads.append(kernel)
     elif a.weight or b.weight:
