@@ -377,7 +377,9 @@ def _set_numbers(node: nnx.Module, path: str, sizes: Mapping[str, Any], places: 
                 raise AttributeError(attribute)
             setattr(node, attribute, with_number(getattr(node, attribute), inside, value))
         except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
-            raise ValueError(f"architecture: layer {path!r} has no array and no number {name!r}") from error
+            raise ValueError(f"architecture: layer {path!r} has no array {name!r}, and no such number") from error
+        if isinstance(node, nnx.Conv):  # groups that lose the same channels each, and not whole groups
+            node.in_features = node.kernel.shape[-2] * node.feature_group_count
 
 
 def _drop(module: nnx.Module, gone: set[int]) -> None:

@@ -13,11 +13,11 @@ device; whether a budget on these can be met is known only then.
 
 # No `from __future__ import annotations` here: the command line is read off the types.
 
+import itertools
 import json
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import line
 from kdsearch_jax.models import build, takes
 from kdsearch_jax.network import Network, library_of, trace
+from kdsearch_jax.tracing.topology import Topology
 
 # Shape and classes of data sets that need not be read to be known; others are taken for ImageNet.
 KNOWN = {
@@ -135,15 +136,16 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
 
 
 def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Whether the experiment's budget can be met, and if not why; None: that must be measured."""
+    """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
     given = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        budget.resolve(experiment.budget, network.topology)
+        limits = budget.resolve(experiment.budget, network.topology)
     except budget.BudgetError as error:
         return {**given, "reachable": False, "reason": str(error)}
     if asked := measured.asked(experiment.budget):
         return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
-    return {**given, "reachable": True, "reason": None}
+    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    return {**given, "reachable": True, "reason": note or None}
 
 
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: Call) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def heading(record: dict[str, Any]) -> str:
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
     least, goal, padded = record["smallest"], record["budget"], record["padded"]
     asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
-    reached = {True: "within reach", False: goal["reason"], None: goal["reason"]}[goal["reachable"]]
+    reached = goal["reason"] or "within reach"
     lines = [
         f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
         f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
@@ -206,36 +208,71 @@ def group_lines(network: Network) -> Table:
     for group in topology.groups:
         alike.setdefault((pattern(group.name), group.kind), []).append(group)
     lines: Table = []
-    for (name, kind), groups in alike.items():
+    for (_, kind), groups in alike.items():
         names = {group.name for group in groups}
         keep = {g.name: np.full(g.size, float(g.name not in names)) for g in topology.groups}
         less_macs, less_params = topology.cost(keep)
         shares = (f"{1 - less_macs / max(macs, 1):.1%}", f"{1 - less_params / max(params, 1):.1%}")
-        title = groups[0].name if len(groups) == 1 else name
-        lines.append((title, kind, str(len(groups)), f"{sum(g.size for g in groups):,}", *shares))
+        units = f"{sum(g.size for g in groups):,}"
+        lines.append((common([g.name for g in groups]), kind, str(len(groups)), units, *shares))
     return lines
 
 
 def frozen_lines(network: Network) -> Table:
-    """A line for each reason, numbers in names aside: how many axes must stay for it, and of which parameters."""
-    reasons: dict[str, Counter[str]] = {}
+    """A line for each reason, numbers in names of layers aside: how many axes must stay for it, of which parameters."""
+    layers = layer_names(network.topology)
+    reasons: dict[str, list[str]] = {}
+    places: dict[str, dict[str, list[str]]] = {}
     for item in network.topology.frozen:
-        reason = pattern(re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason))
-        name = pattern(item.leaf.removeprefix("params/"))
-        place = f"{name}[{item.axis}]" if item.axis >= 0 else name
-        reasons.setdefault(reason, Counter())[place] += 1
+        reason = re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason)
+        key, name = alike(reason, layers), item.leaf.removeprefix("params/")
+        reasons.setdefault(key, []).append(reason)
+        place = f"[{item.axis}]" if item.axis >= 0 else ""
+        places.setdefault(key, {}).setdefault(pattern(name) + place, []).append(name + place)
     lines: Table = []
-    for reason, places in sorted(reasons.items(), key=lambda entry: -entry[1].total()):
-        shown = [f"{place} ×{count}" if count > 1 else place for place, count in places.most_common(SHOWN)]
-        more = [f"and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
-        lines.append((reason, str(places.total()), ", ".join(shown + more)))
+    for key, found in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        ranked = sorted(places[key].values(), key=lambda names: -len(names))
+        shown = [f"{common(names)} ×{len(names)}" if len(names) > 1 else names[0] for names in ranked[:SHOWN]]
+        more = [f"and {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
+        lines.append((common(found), str(len(found)), ", ".join(shown + more)))
     lines += [(f"operation {name} is not known", "", "what it touches") for name in network.topology.unknown]
     return lines
 
 
+def layer_names(topology: Topology) -> frozenset[str]:
+    """Paths of layers, of the modules that they are in, and names of groups; no bare numbers."""
+    names = {group.name for group in topology.groups} | set(topology.excluded)
+    for leaf in topology.shapes:
+        parts = leaf.split("/")[1:]
+        names |= {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return frozenset(name for name in names if not name.isdigit())
+
+
+def alike(text: str, layers: frozenset[str]) -> str:
+    """The text with # for the numbers in names of layers, and in nothing else: no line, no shape."""
+    return re.sub(r"[^\s(),;'\"]+", lambda word: _alike(word[0], layers), text)
+
+
+def _alike(word: str, layers: frozenset[str]) -> str:
+    """One word: a layer's path, behind the name of the model's class or not, and what follows it."""
+    if re.search(r"\.\w+:\d+", word):
+        return word
+    parts = word.split("/")
+    for begin, end in itertools.product((0, 1), range(len(parts), 0, -1)):
+        if "/".join(parts[begin:end]).rstrip(":") in layers:
+            return "/".join(pattern(part) if begin <= i < end else part for i, part in enumerate(parts))
+    return word
+
+
 def pattern(name: str) -> str:
-    """A name with # for each of its numbers, but for a line of code, `file.py:12`."""
-    return re.sub(r"(\.py:\d+)|\d+", lambda found: found[1] or "#", name)
+    """A name with # for each of its numbers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def common(names: Sequence[str]) -> str:
+    """What names that differ in numbers at most have in common: # where their numbers differ."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    return "".join(part[0] if len(set(part)) == 1 else "#" for part in zip(*parts, strict=True))
 
 
 def show(titles: Sequence[str], lines: Table) -> None:

@@ -29,8 +29,8 @@ from kdsearch_jax.tracing.walk import walk
 class Network:
     """A module with what tracing it found.
 
-    inputs: shapes of the example inputs; kwargs: keywords of its call; follows: numbers in the model's own code that are
-    sizes of its groups.
+    inputs: shapes of the example inputs; kwargs: keywords of its call; follows: numbers in the model's own code that
+    are sizes of its groups.
     """
 
     module: Any

@@ -11,8 +11,9 @@ import dataclasses
 import json
 import logging
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
-from kdsearch_jax.budget import Limits
+from kdsearch_jax.budget import BudgetWarning, Limits
 from kdsearch_jax.checkpoint import CheckpointError
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
@@ -61,7 +62,8 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`.
+    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`; warned: what was
+    warned of.
     """
 
     experiment: Experiment
@@ -72,6 +74,13 @@ class Road:
     search_from: Path | None = None
     base: Any = None
     further: tuple[Loaded, ...] = ()
+    warned: set[str] = field(default_factory=set, compare=False)
+
+    def warn(self, note: str) -> None:
+        """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
+        if note and note not in self.warned and jax.process_index() == 0:
+            warnings.warn(note, BudgetWarning, stacklevel=2)
+        self.warned.add(note)
 
     @property
     def teacher(self) -> Path:
@@ -151,13 +160,16 @@ def prepare(
     architecture = given.architecture if given else architecture_of(experiment, dataset)
     module = given.module if given else architecture.module()
     dataset, task = _task(experiment, dataset, architecture, module, given, own)
+    notes: list[str] = []
     if searches and found is None and not (resume and finished(directory / "search")):
         network = traced(experiment, architecture, module)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
         every = limits_of(experiment, network, points)
         front.path(experiment, every, network.topology)  # whether there are steps enough
-        for limits in every:
-            budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+        for limits, point in zip(every, points, strict=True):
+            chosen = budget_lib.choose(network.topology, limits, random)
+            if chosen.exact and not measured.asked(point.budget):  # it will be the same whatever a search finds
+                notes.append(chosen.note)
             if experiment.baselines:
                 baselines.check(network.topology, limits)
     base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
@@ -165,6 +177,8 @@ def prepare(
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
     road = Road(experiment, dataset, directory, task, given, found, base, further)
+    for note in notes:
+        road.warn(note)
     check_alike(
         {
             "versions": lambda: json.dumps([versions(), code(experiment)]),

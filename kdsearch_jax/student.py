@@ -260,7 +260,7 @@ def _sized_variable(_: Any, variable: Any, arrays: Any, col: str, name: str, *ar
 
 
 def _first(value: Any, shape: tuple[int, ...]) -> Any:
-    """The first entries of an array, or of the one in a box; of a layer in a stack, the last axes of `shape` are its."""
+    """The first entries of an array, boxed or not. In a stack of layers, the last axes of `shape` are one layer's."""
     return jax.tree.map(lambda leaf: leaf[tuple(map(slice, shape[len(shape) - leaf.ndim :]))], value)
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Pairing = Site | Tie
 
 _SMALL = 12  # units; a smaller group has no room for the cuts of `_units_left`
-_CANDIDATES = 12  # numbers to try for one group
+_CANDIDATES = 8  # numbers to try for one group, and as many sets of them
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Follow:
 class Verdict:
     """What the trials found.
 
-    follows: numbers that follow groups; frozen: {group: reason}. Where there is something to pair or to release, nothing
-    else counts, and the walk is to be repeated.
+    follows: numbers that follow groups; frozen: {group: reason}. Where there is something to pair or to release,
+    nothing else counts, and the walk is to be repeated.
     """
 
     follows: tuple[Follow, ...] = ()
@@ -207,7 +207,8 @@ class _Trials:
             and any((each.path, each.name) in own for each in self.candidates(other, around=True))
             and self.failure([other])
         ]
-        first, *others = [_axes(self.groups[n], self.topology)[:1] for n in (name, *mates)]
+        axes = [[a for a in _axes(self.groups[n], self.topology) if a[2] == group.size][:1] for n in (name, *mates)]
+        first, *others = axes
         return {Tie(*first[0][:2], *other[0][:2]) for other in others if first and other}
 
     def candidates(self, name: str, around: bool = False) -> list[Follow]:
@@ -239,17 +240,11 @@ class _Trials:
     def follow(self, name: str, together: Sequence[str]) -> bool:
         """Whether numbers of the user's modules, set to the group's size, make its trial pass; they are kept then."""
         free = [each for each in self.candidates(name) if not self.taken(each)]
-        trials = [[each] for each in free[:_CANDIDATES]]
-        for shared in dict.fromkeys(each.path for each in free):
-            trials.append([each for each in free if each.path == shared])
-        for shared in dict.fromkeys(each.name for each in free):
-            trials.append([each for each in free if each.name == shared])
-        trials += [free] * bool(free)
-        seen: list[list[Follow]] = []
-        for chosen in trials:
-            if chosen in seen:
-                continue
-            seen.append(chosen)
+        choices = [[each] for each in free[:_CANDIDATES]]
+        choices += [[each for each in free if each.path == path] for path in dict.fromkeys(each.path for each in free)]
+        choices += [[each for each in free if each.name == same] for same in dict.fromkeys(each.name for each in free)]
+        several = [choice for i, choice in enumerate(choices) if len(choice) > 1 and choice not in choices[:i]]
+        for chosen in [*choices[: len(free[:_CANDIDATES])], *several[:_CANDIDATES]]:
             if self.failure(together, chosen) is None:
                 for each in chosen:
                     self.add(each, name)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_blocks  # noqa: F401  (adds to STEPS)
+import random_sizes  # noqa: F401  (adds to STEPS)
 from hypothesis import strategies as st
 from proof import traced, variables_of
 from random_steps import STEPS, pooled, spread, widths
@@ -53,9 +54,9 @@ class Build:
         self.seen: list[tuple[int, ...]] = []
 
     def name(self, kind: str) -> str:
-        """A name of its own for a layer, without digits: layers that are named alike are not tried one by one."""
+        """A name of its own for a layer, numbered as Flax numbers them."""
         self._named += 1
-        return f"{kind}_{chr(ord('a') + self._named // 26)}{chr(ord('a') + self._named % 26)}"
+        return f"{kind}_{self._named}"
 
     def whole(self, x: Any) -> tuple[int, ...]:
         """The shape that x has in the whole network."""

@@ -19,6 +19,7 @@ LAYERS = [
     {
         "config",
         "files",
+        "formatting",
         "storage",
         "processes",
         "preemption",
@@ -43,6 +44,7 @@ LAYERS = [
         "optimizer",
         "convolution",
         "gates",
+        "equality",
     },
     {"budget", "hardware"},
     {"penalty", "front"},
@@ -64,6 +66,7 @@ ONLY = {
     "config": set(),
     "tracing": {"jax", "numpy", "scipy"},
     "gates": {"jax", "numpy", "scipy"},
+    "equality": {"jax", "numpy"},
     "budget": {"jax", "numpy", "scipy"},
     "hardware": {"jax", "numpy", "scipy"},
     "losses": {"jax", "optax"},

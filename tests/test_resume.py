@@ -48,7 +48,11 @@ def same_results(a: Path, b: Path) -> None:
             for text in ((run / stage / "metrics.jsonl").read_text() for run in (a, b))
         )
         assert left == right and len(left) == 20
-    assert (a / "search" / "selection.json").read_text() == (b / "search" / "selection.json").read_text()
+    for name in ("architecture.json", "network.json", "manifest.json", "student.safetensors", "student.stablehlo"):
+        assert (a / "student" / name).read_bytes() == (b / "student" / name).read_bytes(), name
+    for name in ("selection.json", "topology.json", "architecture.json", "gates.npz", "history.npz"):
+        assert (a / "search" / name).read_bytes() == (b / "search" / name).read_bytes(), name
+    assert (a / "evidence.npz").read_bytes() == (b / "evidence.npz").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -361,6 +361,30 @@ def divided_by_a_count_of_ones(m, x):
     return out(nn.relu(nn.Dense(5, name="b")(x / jnp.ones_like(x[:1]).sum())))
 
 
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in tanh of an_operation_more_from_some_size_on (tests/test_walk.py:"})
+def an_operation_more_from_some_size_on(m, x):
+    x = nn.relu(nn.Dense(6, name="a")(x))
+    x = jnp.tanh(x) if x.shape[-1] >= 6 else x
+    return out(nn.relu(nn.Dense(5, name="b")(x)))
+
+
+@case(
+    VECTOR, neurons(b=5), {"a/kernel[1]": "in sin of an_operation_more_below_some_size_at_the_end (tests/test_walk.py:"}
+)
+def an_operation_more_below_some_size_at_the_end(m, x):
+    x = nn.relu(nn.Dense(6, name="a")(x))
+    y = out(nn.relu(nn.Dense(5, name="b")(x)))
+    return y if x.shape[-1] >= 6 else jnp.sin(y)
+
+
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in add of as_many_operations_as_units (tests/test_walk.py:"})
+def as_many_operations_as_units(m, x):
+    x = nn.relu(nn.Dense(6, name="a")(x))
+    for _ in range(x.shape[-1]):
+        x = x + 1.0
+    return out(nn.relu(nn.Dense(5, name="b")(x)))
+
+
 @case(VECTOR, neurons(b=5), {"a/kernel[1]": "combined with a tensor of fixed size in add"})
 def added_to_its_index(m, x):
     x = nn.relu(nn.Dense(6, name="a")(x))

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """Where the code treats the parts of an axis alike: `split` in two, every other channel, the groups of a convolution.
+    """Where the code treats the parts of an axis alike: `split` in two, every other channel, groups of a convolution.
 
     Removing units from one part alone may break such code; pairing its parts index by index (`Walk.paired`) keeps them
     equally long. op: where, for reasons; line: file and line of the model's code, or the operation's scope.

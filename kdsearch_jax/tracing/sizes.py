@@ -8,7 +8,6 @@ must have made exactly what is left of what it made before.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,9 +46,13 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
     """
     units = before.components()
     old_steps, new_steps = _without_stretches(before), _without_stretches(after)
-    for old, new in itertools.zip_longest(old_steps, new_steps):
-        if old is None or new is None:
-            return f"its size decides which operations there are, in {(old if new is None else new).op.where()}"
+    if len(old_steps) != len(new_steps):
+        pairs = list(zip(old_steps, new_steps, strict=False))
+        first = next((i for i, (old, new) in enumerate(pairs) if old.op.name != new.op.name), len(pairs))
+        longer = max(old_steps, new_steps, key=len)[first:]  # the operation that is in one of the two only
+        where = next((step.op.where() for step in longer if step.op.line()), longer[0].op.where())
+        return f"its size decides which operations there are, in {where.replace(' of Student/', ' of ')}"
+    for old, new in zip(old_steps, new_steps, strict=True):
         if old.op.name != new.op.name:
             return f"its size decides which operations there are, in {old.op.where()}"
         if _numbers(old) != _numbers(new) or _parameters(old) != _parameters(new):
