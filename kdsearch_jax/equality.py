@@ -209,7 +209,8 @@ def _scale(value: np.ndarray, moved: np.ndarray, batch: int, rounding: float) ->
     if not _is_float(value):
         return np.where(moved > 0, np.inf, 0.0).astype(np.float32)
     size = np.where(np.isfinite(value), np.abs(value), 0)
-    return (np.maximum(moved, _typical(moved, batch)) + np.float32(ULPS * rounding) * size) / np.float32(TOLERANCE)
+    with np.errstate(over="ignore"):
+        return (np.maximum(moved, _typical(moved, batch)) + np.float32(ULPS * rounding) * size) / np.float32(TOLERANCE)
 
 
 def _typical(moved: np.ndarray, batch: int) -> np.ndarray | float:
@@ -266,14 +267,14 @@ def _responding(found: Measured, before: Measured | None, name: str) -> np.ndarr
     before."""
     value, scale, moved = found.values[name], found.scales[name], found.moved[name]
     axis = _batch_axis(value, found.batch)
-    pairs = [] if before is None else [(before.values[name], before.scales[name], before.moved[name])]
+    others = [] if before is None else [(before.values[name], before.scales[name], before.moved[name])]
     if axis is not None:
-        pairs.append(tuple(np.roll(each, 1, axis) for each in (value, scale, moved)))
+        others.append((np.roll(value, 1, axis), np.roll(scale, 1, axis), np.roll(moved, 1, axis)))
     responds = np.zeros(value.shape, bool)
-    for other, its, also in pairs:
+    for other, its, also in others:
         far = _over(_distance(value, other), np.maximum(scale, its))
         responds |= moved & also & (far >= RESPONDS[0]) & (far <= RESPONDS[1])
-    return responds if axis is None else responds.any(axis)
+    return responds if axis is None else np.asarray(responds.any(axis))
 
 
 def _batches(inputs: Sequence[Any]) -> Iterator[Any]:
@@ -318,8 +319,10 @@ def _widened(x: Any) -> np.ndarray:
 
 
 def _only(found: Measured, names: set[str]) -> Measured:
-    kept = [{n: each[n] for n in each if n in names} for each in (found.values, found.scales, found.moved)]
-    return Measured(*kept, found.batch)
+    values, scales, moved = (
+        {name: each[name] for name in each if name in names} for each in (found.values, found.scales, found.moved)
+    )
+    return Measured(values, scales, moved, found.batch)
 
 
 def _shape(found: Measured, name: str) -> tuple[int, ...] | None:

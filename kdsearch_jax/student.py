@@ -260,8 +260,18 @@ def _sized_variable(_: Any, variable: Any, arrays: Any, col: str, name: str, *ar
 
 
 def _first(value: Any, shape: tuple[int, ...]) -> Any:
-    """The first entries of an array, boxed or not. In a stack of layers, the last axes of `shape` are one layer's."""
-    return jax.tree.map(lambda leaf: leaf[tuple(map(slice, shape[len(shape) - leaf.ndim :]))], value)
+    """The first entries of an array, boxed or not, over again where it has too few.
+
+    In a stack of layers, the last axes of `shape` are one layer's.
+    """
+
+    def fitted(leaf: Any) -> Any:
+        own = shape[len(shape) - leaf.ndim :]
+        leaf = leaf[tuple(map(slice, own))]
+        missing = [(0, n - m) for n, m in zip(own, leaf.shape, strict=True)]
+        return jnp.pad(leaf, missing, mode="wrap") if any(n for _, n in missing) else leaf
+
+    return jax.tree.map(fitted, value)
 
 
 def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -104,12 +105,15 @@ def verify(
         found = equality.compare(one, whole, other, sliced, inputs, rounding)
         if found.worst or found.silent or not found.responding:
             layers = _compare_layers(network, student, whole, sliced, keep, inputs, rounding)
-            _check_equal(found, layers)
+            _check_equal(found, layers, bool(network.topology.dropped(keep)))
     return {"difference": found.difference, "responding": found.share, **verify_cost(network, keep, student)}
 
 
-def _check_equal(found: Comparison, layers: Comparison) -> None:
-    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input."""
+def _check_equal(found: Comparison, layers: Comparison, branches: bool) -> None:
+    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input.
+
+    branches: whether branches were dropped; what their inner layers return then is of no consequence.
+    """
     if found.undefined:
         raise SurgeryError(f"the network returns nothing but NaN in {', '.join(found.undefined)}; is it trained?")
     output, layer = found.worst, layers.first
@@ -119,7 +123,7 @@ def _check_equal(found: Comparison, layers: Comparison) -> None:
         raise SurgeryError(
             f"the student differs from the gated network by {far:.2e} of its own scale in {output}, first in {place}"
         )
-    if layer is not None:
+    if layer is not None and not (branches and found.share):
         raise SurgeryError(
             f"the student differs from the gated network by {layers.differences[layer]:.2e} of its own scale, first in "
             f"{place}, though not in the outputs: {', '.join(found.silent)} hardly respond to the input"
@@ -196,11 +200,11 @@ def _compare_layers(
 ) -> Comparison:
     """What the layers return, at the units that stay, compared in the order of the calls.
 
-    Layers of dropped branches return zeros, where the gated network's are only multiplied by zero later: not compared.
+    Not compared are layers in which it is not plain which units their output has, and those of dropped branches: they
+    return zeros, where the gated network's are only multiplied by zero later.
     """
-    masks = network.topology.masks(keep)
+    stays, library = _units_of_layers(network, keep), library_of(network.module)
     dropped = [f"{path}/" for path in network.topology.dropped(keep)]
-    library = library_of(network.module)
 
     def outputs(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
         made = library.outputs(module, variables, inputs, network.kwargs)
@@ -210,18 +214,34 @@ def _compare_layers(
             if not isinstance(value, jax.core.Tracer) and not any(layer.startswith(f"{path}/") for layer in dropped)
         }
 
-    def stays(path: str, value: Any) -> Any:
-        mask = next((m for (leaf, axis), m in masks.items() if _makes_last_axis(network, leaf, axis, path)), None)
-        return value if mask is None or value.shape[-1] != len(mask) else value[..., mask]
-
     def one(variables: Any, *inputs: Any) -> dict[str, Any]:
-        made = outputs(network.module, variables, inputs)
-        return {path: _sampled(stays(path, value)) for path, value in made.items()}
+        found = {}
+        for path, value in outputs(network.module, variables, inputs).items():
+            masks = stays.get((path, value.shape[-1]), []) if value.ndim else []
+            if len(masks) < 2:
+                found[path] = _sampled(value[..., masks[0]] if masks else value)
+        return found
 
     def other(variables: Any, *inputs: Any) -> dict[str, Any]:
         return {path: _sampled(value) for path, value in outputs(student, variables, inputs).items()}
 
     return equality.compare(one, whole, other, sliced, inputs, rounding, common=True)
+
+
+def _units_of_layers(network: Network, keep: Any) -> dict[tuple[str, int], list[np.ndarray]]:
+    """{(path of a layer, size of its output's last axis): which of these units stay}, as its own leaves say.
+
+    Several where they do not agree.
+    """
+    masks, found = network.topology.masks(keep), {}
+    for leaf, shape in network.topology.shapes.items():
+        if shape:
+            path = leaf.partition("/")[2].rpartition("/")[0]
+            mask = masks.get((leaf, len(shape) - 1), np.ones(shape[-1], bool))
+            known = found.setdefault((path, shape[-1]), [])
+            if not any(np.array_equal(mask, other) for other in known):
+                known.append(mask)
+    return found
 
 
 def _sampled(value: Any) -> Any:
@@ -231,7 +251,3 @@ def _sampled(value: Any) -> Any:
     value = value.reshape(value.shape[0], -1, value.shape[-1])
     places = max(1, _SAMPLED // (value.shape[0] * value.shape[-1]))
     return value[:, np.linspace(0, value.shape[1] - 1, min(places, value.shape[1])).astype(int)]
-
-
-def _makes_last_axis(network: Network, leaf: str, axis: int, path: str) -> bool:
-    return leaf.split("/", 1)[1].rsplit("/", 1)[0] == path and axis == len(network.topology.shapes[leaf]) - 1

@@ -225,21 +225,18 @@ def bounds_of(values: np.ndarray) -> tuple[float, float]:
     Args:
       values: any shape, finite.
     """
-    ordered = np.sort(values, axis=None)
-    return _lower_bound(ordered), -_lower_bound(-ordered[::-1])
-
-
-def _lower_bound(values: np.ndarray) -> float:
-    """The lower bound of values in ascending order."""
-    bound = -math.inf
-    while len(values) > 2:
-        gaps = np.where(values[:-1] < -1e3, np.diff(values), 0.0)
-        gaps[0] = 0.0  # one value alone is no mask
-        at = int(gaps.argmax())
-        if gaps[at] <= 100 * (values[-1] - values[at + 1]):
+    left, low, high = np.sort(values, axis=None), -math.inf, math.inf
+    while len(left) > 2:
+        gaps = np.diff(left)
+        below, above = np.where(left[:-1] < -1e3, gaps, 0.0), np.where(left[1:] > 1e3, gaps, 0.0)
+        below[0] = above[-1] = 0.0  # one value alone is no mask
+        from_below = below.max() >= above.max()
+        at = int((below if from_below else above).argmax())
+        middle, rest = float(left[at] + left[at + 1]) / 2, left[at + 1 :] if from_below else left[: at + 1]
+        if gaps[at] <= 100 * (rest[-1] - rest[0]) or not max(below[at], above[at]):
             break
-        bound, values = float(values[at] + values[at + 1]) / 2, values[at + 1 :]
-    return bound
+        low, high, left = (middle, high, rest) if from_below else (low, middle, rest)
+    return low, high
 
 
 def prove(task: Task, target: Any, batch: Mapping[str, Any]) -> None:

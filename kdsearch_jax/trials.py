@@ -246,10 +246,21 @@ class _Trials:
         several = [choice for i, choice in enumerate(choices) if len(choice) > 1 and choice not in choices[:i]]
         for chosen in [*choices[: len(free[:_CANDIDATES])], *several[:_CANDIDATES]]:
             if self.failure(together, chosen) is None:
-                for each in chosen:
+                for each in self._needed(together, chosen):
                     self.add(each, name)
                 return True
         return False
+
+    def _needed(self, together: Sequence[str], chosen: Sequence[Follow]) -> Sequence[Follow]:
+        """Those without which the trial fails; of equals a module's own attribute, and not what its configuration says.
+
+        A number that need not change may be another size that happens to be equal.
+        """
+        for each in sorted(chosen, key=lambda each: -each.name.count(".")) if len(chosen) > 1 else ():
+            rest = [other for other in chosen if other != each]
+            if self.failure(together, rest) is None:
+                chosen = rest
+        return chosen
 
     def taken(self, candidate: Follow) -> bool:
         """Whether the number follows a group already."""

@@ -116,9 +116,7 @@ def _one(program: Program, ops: list[Op]) -> list[Op] | None:
 
 def _dot(op: Op, a: _Sum, b: _Sum) -> _Sum:
     (left, right), (batch_left, batch_right) = op.params["dimension_numbers"]
-    pairs = {
-        b.indices[j]: a.indices[i] for i, j in zip((*left, *batch_left), (*right, *batch_right), strict=True)
-    }
+    pairs = {b.indices[j]: a.indices[i] for i, j in zip((*left, *batch_left), (*right, *batch_right), strict=True)}
     b = b.renamed({i: pairs.get(i, i) for i in _all(b)})
     batch = [a.indices[i] for i in batch_left]
     rest_a = [n for i, n in enumerate(a.indices) if i not in (*left, *batch_left)]
