@@ -1,5 +1,8 @@
-"""More of the vocabulary of random networks: norms of kernels, Fourier transforms, experts, einsums of several operands,
-loops that end by a condition. Steps as in `random_steps`, which this file adds to."""
+"""More of the vocabulary of random networks: operations beyond layers.
+
+Norms of kernels, Fourier transforms, experts, einsums of several operands, loops that end by a condition. Steps as in
+`random_steps`, which this file adds to.
+"""
 
 from __future__ import annotations
 

@@ -324,7 +324,9 @@ class WrappedNnx(nnx.Module):
         self.a, self.out = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.Linear(9, 3, rngs=rngs)
         layer = nnx.Conv(8, 9, (3, 3), rngs=rngs)
         spectral = how == "spectral"
-        self.d = nnx.SpectralNorm(layer, update_stats=False, rngs=rngs) if spectral else nnx.WeightNorm(layer, rngs=rngs)
+        self.d = (
+            nnx.SpectralNorm(layer, update_stats=False, rngs=rngs) if spectral else nnx.WeightNorm(layer, rngs=rngs)
+        )
 
     def __call__(self, x):
         return self.out(nnx.relu(self.d(nnx.relu(self.a(x)))).mean((1, 2)))
@@ -335,7 +337,8 @@ class WrappedNnx(nnx.Module):
 def test_normalised_layers_lose_inputs_and_outputs(library, how):
     x = image(*IMAGE)
     if library == "linen":
-        module, variables = Wrapped(how), variables_of(Wrapped(how), x)
+        module = Wrapped(how)
+        variables = variables_of(module, x)
     else:
         module, variables = Functional.split(WrappedNnx(how, nnx.Rngs(0)))
     found = traced(module, x)

@@ -63,7 +63,7 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
 
 
 def _linear(name: str, ins: Sequence[Value], full: Sequence[Value]) -> bool:
-    """Whether the result is 0 where a kernel among the operands is; of a sum of kernels, where all are."""
+    """Whether the result is 0 at an index where a kernel among the operands is 0; of a sum, where all of them are."""
     if name == "mul":
         return any(_is_kernel(v, ins) for v in ins)
     if name == "div":
@@ -83,7 +83,7 @@ def _is_kernel(value: Value, others: Sequence[Value]) -> bool:
 
 
 def _keeps_zeros(op: Op) -> bool:
-    """Whether an operation on kernels is linear, or as good as that: 0 where they are 0, and smooth around."""
+    """Whether the operation leaves zeros of a kernel at zero, and a gate on it a gradient."""
     return op.name in LINEAR or op.name in ("square", "abs") or (op.name == "integer_pow" and op.params["y"] > 0)
 
 
@@ -151,7 +151,7 @@ def _flops(op: Op) -> int:
 
 
 def _folded(name: str, ins: list[Value]) -> bool:
-    """Whether XLA may never see the operation: constants, a zero added or multiplied, a one multiplied, a mask of True."""
+    """Whether XLA may never see the operation: constants, a zero or a one that changes nothing, a mask of one value."""
     numbers = [v.number for v in ins]
     neutral: dict[str, tuple[float, ...]] = {
         "add": (0.0,), "add_any": (0.0,), "sub": (0.0,), "mul": (0.0, 1.0), "and": (0.0, 1.0), "or": (0.0, 1.0),
