@@ -153,8 +153,8 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`; batch_macs: of the batch; orders: in which its einsums of three operands
-    or more are contracted.
+    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: the orders in
+    which einsums of three or more operands are contracted.
     """
 
     macs: int
@@ -183,10 +183,10 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:
-    """The MACs of a student if its einsums were contracted in the order in which the network's are.
+    """The MACs of one example if the student contracted its einsums in the order of the network.
 
-    JAX takes the order that is cheapest at the sizes at hand, but candidates are costed in the network's order: a student
-    that takes another one may cost less than was counted.
+    JAX contracts the operands of an einsum in the order that is cheapest at their sizes. Candidates are costed in the
+    network's order, so a student for which JAX finds a better one costs less than its candidate did.
     """
     library = library_of(network.module)
     variables = library.variables(network.module, network.inputs, network.kwargs)
@@ -196,7 +196,8 @@ def macs_in_order_of(network: Network, student: Count) -> int:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:
-        macs += times * (order.macs(products[_inside(scope)].pop(0)) - order.macs())
+        same = products.get(_inside(scope))
+        macs += times * (order.macs(same.pop(0)) - order.macs()) if same else 0
     return round(macs / topology_lib.batch_size(network.inputs))
 
 

@@ -206,6 +206,8 @@ def _intercept(
     layer = context.module
     path = _path(layer, root) or ""
     met.add(path)
+    if path in dropped and context.method_name == "setup":
+        return None  # its parameters would be made there
     with contextlib.ExitStack() as undo:
         for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
             _resize(each, layers.get(_path(each, root), {}), path, context.method_name, undo)

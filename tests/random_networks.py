@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_blocks  # noqa: F401  (adds to STEPS)
+import random_operations  # noqa: F401  (adds to STEPS)
 import random_sizes  # noqa: F401  (adds to STEPS)
 from hypothesis import strategies as st
 from proof import traced, variables_of

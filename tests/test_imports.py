@@ -54,6 +54,7 @@ LAYERS = [
     {"trials"},
     {"network"},
     {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
+    {"pruning"},
     {"given", "road"},
     {"fitting", "cutting", "delivery"},
     {"stages"},

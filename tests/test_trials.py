@@ -232,6 +232,29 @@ def test_numbers_are_found_and_replaced_wherever_they_are_held():
             with_number(held[attribute], inside, 2)
 
 
+class Scaled(nn.Module):
+    """A parameter that `setup` makes, as in the networks of transformers."""
+
+    def setup(self):
+        self.scale = self.param("scale", nn.initializers.ones, (1, 1, 6))
+
+    def __call__(self, x):
+        return x * self.scale
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.Dense(6, name="down")(nn.relu(nn.Dense(9, name="up")(Scaled(name="scaled")(x))))
+        return nn.Dense(3, name="out")(x)
+
+
+def test_a_dropped_layer_makes_no_parameters_in_setup():
+    x = image(5, 6)
+    module = Residual()
+    prove(traced(module, x), variables_of(module, x), x, hows=("branches",))
+
+
 # --- parts that belong together ---------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,13 @@
-"""An einsum of three operands or more as one operation, whichever order JAX chose to contract them in.
+"""An einsum of three or more operands as one operation, in whatever order JAX contracts them.
 
-JAX contracts operands in pairs, in the order that is cheapest at their sizes. So a student may contract in another order
-than the network it was cut from, although both compute the same sum of products. `join` puts the products of such a call
-back together as one operation, named "einsum", whose parameters say what is summed (`network`) and, apart from it, in
-which order (`order`). Two calls with equal `network` are the same multilinear function of their operands.
+`jnp.einsum` contracts operands in pairs, in the order that is cheapest at their sizes. A student may therefore contract
+in another order than the network it was cut from, although both compute the same sum of products. `join` replaces the
+operations of such a call by a single one, named "einsum". Its parameter `network` says what is summed, as
+
+    {operand: indices, …} → indices of the result,
+
+numbered so that it does not depend on the order; two calls with equal networks are the same multilinear function. Its
+parameter `order` holds the order, for the cost.
 """
 
 from __future__ import annotations
@@ -25,21 +29,24 @@ _MOST_ORDERINGS = 24
 
 @dataclass(frozen=True)
 class Order:
-    """products: for each product of two operands the indices that it runs over; sizes: of each index."""
+    """An order of contraction. products: the indices of each product of two operands; sizes: {index: its size}."""
 
     products: tuple[tuple[int, ...], ...]
     sizes: Mapping[int, int]
 
     def macs(self, products: Sequence[Sequence[int]] | None = None) -> int:
-        """Multiply-accumulates at these sizes, in this order or in another one."""
+        """Multiply-accumulates at these sizes, of this order or of other `products`."""
         chosen = self.products if products is None else products
         return sum(math.prod(self.sizes[index] for index in product) for product in chosen)
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A value as a sum of products. factors: (operand, its indices); indices: those of the value's axes, the others are
-    summed; products: indices of each product of two that was taken; types: of intermediate results."""
+    """A value as a sum of products of operands.
+
+    factors: (operand, its indices); indices: those of the value's axes, all others are summed; products: as in `Order`;
+    types: precisions and types of what was computed on the way.
+    """
 
     factors: tuple[tuple[int, tuple[int, ...]], ...]
     indices: tuple[int, ...]
@@ -55,16 +62,17 @@ class _Sum:
 
 
 def join(program: Program) -> None:
-    """Replaces the operations of each einsum of three operands or more by one."""
+    """Replaces the operations of each einsum of three or more operands by one."""
     ops: list[Op] = []
     uses = Counter(v for op in program.ops for v in op.inputs) + Counter(program.outputs)
-    for call, run in itertools.groupby(program.ops, key=_call):
-        ops += run if call is None else _joined(program, list(run), uses)
+    for call, group in itertools.groupby(program.ops, key=_call):
+        run = list(group)
+        ops += run if call is None else _joined(program, run, uses)
     program.ops = ops
 
 
 def _call(op: Op) -> Any:
-    """The lines that called `jnp.einsum`, outwards, where an operation is part of such a call."""
+    """The scope and the lines of the call of `jnp.einsum` that an operation is part of; None where it is of none."""
     if op.name not in _STEPS:
         return None
     for traceback in op.tracebacks:
@@ -76,7 +84,7 @@ def _call(op: Op) -> Any:
 
 
 def _joined(program: Program, run: list[Op], uses: Counter[int]) -> list[Op]:
-    """The operations of one call, or of one line's several, with each tree of them as one operation."""
+    """The operations of one call, or of several in one line; those whose results meet in a single one are joined."""
     trees: dict[int, list[Op]] = {}  # by the value that the tree makes
     for op in run:
         inside = [tree for v in op.inputs if uses[v] == 1 and (tree := trees.pop(v, None)) is not None]
@@ -85,7 +93,7 @@ def _joined(program: Program, run: list[Op], uses: Counter[int]) -> list[Op]:
 
 
 def _one(program: Program, ops: list[Op]) -> list[Op] | None:
-    """One operation for a tree of them; None where it has two operands or one, or cannot be told apart from others."""
+    """The operation that stands for a tree of them; None where it has fewer than three operands."""
     made = {op.outputs[0] for op in ops}
     inputs = tuple(sorted({v for op in ops for v in op.inputs} - made))
     counter = itertools.count()
@@ -155,8 +163,11 @@ _STEPS: dict[str, Any] = {
 
 
 def _canonical(value: _Sum) -> _Sum | None:
-    """The same for any order of the products: factors in the order of their operands, indices numbered as they come,
-    those of the value first. None where one operand comes so often that there are too many orders of its uses."""
+    """The value with factors in the order of their operands and indices numbered as they appear, the result's first.
+
+    Several uses of one operand are interchangeable: of all their orderings the smallest is taken. None where there are
+    too many.
+    """
     uses = [list(group) for _, group in itertools.groupby(sorted(value.factors), key=lambda factor: factor[0])]
     if math.prod(math.factorial(len(group)) for group in uses) > _MOST_ORDERINGS:
         return None

@@ -64,7 +64,7 @@ class Term(NamedTuple):
 
 
 class Ordered(NamedTuple):
-    """The order of one contraction, how often a loop runs it, and whose it is."""
+    """The order of one contraction, how often a loop runs it, and the module that it is in."""
 
     order: Order
     times: float
@@ -175,11 +175,11 @@ class Walk:
             self.freezes.append((np.ravel(ids), reason if isinstance(reason, str) else reason()))
 
     def stored(self, value: Value, axis: Axis) -> bool:
-        """Whether scaling what is stored of a kernel, along one of its axes, serves to remove units from it."""
-        if not (value.weight and value.linear):
+        """Whether a gate on the stored parameters, along one of the value's axes, removes units from the value."""
+        if not value.linear or not isinstance(axis, np.ndarray):
             return False
         keys = self.labels.keys()
-        return not np.isin(keys[axis], keys[list(value.normalised)]).any()
+        return not (value.normalised and np.isin(keys[axis], keys[list(value.normalised)]).any())
 
     def pairable(self, site: Site, rows: np.ndarray) -> bool:
         """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""

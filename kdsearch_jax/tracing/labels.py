@@ -31,10 +31,13 @@ class Part:
 
 
 class Value(NamedTuple):
-    """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: and
-    an index of a parameter that is scaled by 0 makes that index of the value 0, and leaves the others as they would be
-    without it; normalised: labels, one or more of each axis of a parameter along which that does not hold, since the
-    value was divided by a function of that same index; number: what a constant is everywhere."""
+    """What is known of a value.
+
+    axes: an entry per axis. active: it depends on the network's inputs; weight: on parameters only. linear: where an
+    index of a parameter is scaled by 0, that index of the value is 0 and the rest is as if the parameter did not have
+    it. normalised: the parameters' axes along which that does not hold, because the value was also multiplied by a
+    function of the same index, given by one label or more of each. number: what a constant is everywhere.
+    """
 
     axes: tuple[Axis, ...]
     active: bool = False

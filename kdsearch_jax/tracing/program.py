@@ -1,7 +1,8 @@
 """A jaxpr as one flat list of operations: calls inlined, dead code gone, values numbered.
 
 `jit`, `remat`, `custom_jvp` and their like only group equations, so their bodies take the place of the call. Loops keep
-their body (`Op.params["jaxpr"]`), and an einsum of several operands is one operation (`contractions`). This file decides nothing about pruning.
+their body (`Op.params["jaxpr"]`), and an einsum of three or more operands is one operation (`contractions`). This file
+decides nothing about pruning.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 class Op:
     """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from.
 
-    tracebacks: of the operation, and of the calls that it is inside of, the innermost first. JAX keeps the operations of
-    a jitted function of its own (`jnp.linalg.norm`) without a trace of who called it.
+    tracebacks: of the operation and of the calls around it, the innermost first. That of an operation inside of a
+    jitted function, such as `jnp.linalg.norm`, ends at that function.
     """
 
     name: str

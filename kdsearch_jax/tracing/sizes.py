@@ -21,7 +21,8 @@ from kdsearch_jax.tracing.rules.elementwise import NAMES as ELEMENTWISE
 # These may pass on a tensor that is constant along an axis of whatever size.
 _SIZELESS = ELEMENTWISE | {
     "broadcast_in_dim", "transpose", "expand_dims", "squeeze", "reshape", "concatenate", "pad", "slice", "split", "rev",
-    "stack", "unstack", "tile", "scan", "cond", "while", "scatter", "scatter-add", "scatter-mul", "dynamic_update_slice",
+    "stack", "unstack", "tile", "scan", "cond", "while", "scatter", "scatter-add", "scatter-mul",
+    "dynamic_update_slice",
 }  # fmt: skip
 _HOLD_SIZES = {
     "shape", "new_sizes", "sizes", "start_indices", "limit_indices", "slice_sizes", "feature_group_count",

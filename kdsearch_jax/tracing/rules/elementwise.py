@@ -30,6 +30,7 @@ _EXPANDED = {
     "atanh": 6, "lgamma": 53, "digamma": 73, "copy": 0, "copy_p": 0, "stop_gradient": 0, "name": 0,
 }  # fmt: skip
 _SUMS = {"add", "add_any", "sub", "complex"}
+_CHOICES = {"max", "min", "select_n"}
 _UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e", "igamma", "igammac", "igamma_grad_a",
               "random_gamma_grad", "polygamma", "zeta", "regularized_incomplete_beta", "mulhi", "eq_to", "lt_to",
               "le_to"}  # fmt: skip
@@ -51,24 +52,38 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     if any(isinstance(axis, Part) for v in full for axis in v.axes):
         ins = _aligned(c, ins, len(shape))
         full = [v for v in ins if len(v.axes) == len(shape)]
-    weights = [v for v in ins if v.weight]
-    linear = len(weights) == 1 and weights[0].linear and (name in LINEAR or name in ("mul", "div"))
-    linear = linear and not (name == "div" and ins[1].weight)
-    if name == "div" and len(weights) == 2:
-        linear = ins[0].linear and _covers(ins[0], ins)
-    if name == "mul" and len(weights) == 2:  # a kernel times a kernel: scaling either scales the product
-        ins = sorted(ins, key=lambda v: not (v.linear and _covers(v, ins)))
-        linear = ins[0].linear and _covers(ins[0], ins)
-    if name in _SUMS and len(weights) == len(ins) == len(full) and all(v.linear and _covers(v, ins) for v in ins):
-        linear = True  # a sum of kernels: scaling all scales the sum
+    linear = not any(v.active for v in ins) and _linear(name, ins, full)
+    if linear and name == "mul":  # whose labels are the product's
+        full.sort(key=lambda v: not _is_kernel(v, ins))
+    elif linear:
         for i in range(len(shape)):
-            c.found.join_kernels(ins, i)
+            c.found.join_kernels(full, i)
     axes = [_one([v.axes[i] for v in full], c) for i in range(len(shape))]
     return [blend(ins, axes, linear)]
 
 
+def _linear(name: str, ins: Sequence[Value], full: Sequence[Value]) -> bool:
+    """Whether the result is 0 at an index where a kernel among the operands is 0; of a sum, where all of them are."""
+    if name == "mul":
+        return any(_is_kernel(v, ins) for v in ins)
+    if name == "div":
+        return _is_kernel(ins[0], ins)
+    if name in _SUMS:
+        return len(full) == len(ins) and all(_is_kernel(v, ins) for v in ins)
+    if name in _CHOICES:
+        values = ins[1:] if name == "select_n" else ins
+        return not (name == "select_n" and ins[0].weight) and all(v.number == 0.0 or _is_kernel(v, ins) for v in values)
+    return name in LINEAR and all(_is_kernel(v, ins) for v in ins)
+
+
+def _is_kernel(value: Value, others: Sequence[Value]) -> bool:
+    """Whether a value is linear in parameters, with labels of its own on every axis where any of the others has."""
+    axes = [i for v in others for i, axis in enumerate(v.axes) if labelled(axis)]
+    return value.weight and value.linear and all(i < len(value.axes) and labelled(value.axes[i]) for i in axes)
+
+
 def _keeps_zeros(op: Op) -> bool:
-    """Whether an operation on kernels is linear, or as good as that: 0 where they are 0, and smooth around."""
+    """Whether the operation leaves zeros of a kernel at zero, and a gate on it a gradient."""
     return op.name in LINEAR or op.name in ("square", "abs") or (op.name == "integer_pow" and op.params["y"] > 0)
 
 
@@ -136,7 +151,7 @@ def _flops(op: Op) -> int:
 
 
 def _folded(name: str, ins: list[Value]) -> bool:
-    """Whether XLA may never see the operation: constants, a zero added or multiplied, a one multiplied, a mask of True."""
+    """Whether XLA may never see the operation: constants, a zero or a one that changes nothing, a mask of one value."""
     numbers = [v.number for v in ins]
     neutral: dict[str, tuple[float, ...]] = {
         "add": (0.0,), "add_any": (0.0,), "sub": (0.0,), "mul": (0.0, 1.0), "and": (0.0, 1.0), "or": (0.0, 1.0),
@@ -163,12 +178,6 @@ _OF_NUMBERS = {
     "integer_pow": operator.pow, "square": lambda n: n * n, "logistic": lambda n: 0.5 * (1 + math.tanh(n / 2)),
     "convert_element_type": lambda n: n if n == int(n) else math.nan,
 }  # fmt: skip
-
-
-def _covers(value: Value, others: Sequence[Value]) -> bool:
-    """Whether `value` has labels of its own on every axis where any of the others has."""
-    axes = [i for v in others for i, axis in enumerate(v.axes) if labelled(axis)]
-    return all(i < len(value.axes) and labelled(value.axes[i]) for i in axes)
 
 
 RULES: dict[str, Rule] = dict.fromkeys(NAMES, _elementwise)

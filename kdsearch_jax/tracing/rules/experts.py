@@ -1,4 +1,4 @@
-"""The rule for products of tokens with the kernel of the expert that each was sent to (`jax.lax.ragged_dot`)."""
+"""The rule for `jax.lax.ragged_dot`: each token is multiplied by the kernel of the expert that it was sent to."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kdsearch_jax.tracing.rules import products
 
 
 def _ragged_dot(c: Context, ins: list[Value]) -> list[Value]:
-    """A dot product of which one axis (the tokens, as a rule) is divided into groups, by sizes that are an operand.
+    """A dot product of which one axis of the left operand, as a rule the tokens, is divided into groups of given sizes.
 
-    Kernels have an axis of groups where the tokens are not summed; results have one where they are. Each token is in one
-    group at most, so it is multiplied by one kernel: that is what is counted, whatever a backend does.
+    The kernels have an axis of groups; where it is the tokens that are summed, the result has it instead. A token is in
+    one group and is multiplied by one kernel: that is what is counted, whatever a backend does.
     """
     numbers = c.op.params["ragged_dot_dimension_numbers"]
     (left, right), (batch_left, batch_right) = numbers.dot_dimension_numbers
@@ -22,7 +22,7 @@ def _ragged_dot(c: Context, ins: list[Value]) -> list[Value]:
     for i in divided:
         c.freeze(a.axes[i], "divided into groups by")
     for j in groups:
-        c.freeze(b.axes[j], "its groups are numbered in")
+        c.freeze(b.axes[j], "indexed by the groups of")
     for value in ins[2:]:
         for axis in value.axes:
             c.freeze(axis, "used as an index in")

@@ -40,7 +40,7 @@ def _scan(c: Context, ins: list[Value]) -> list[Value]:
 
 
 def _while(c: Context, ins: list[Value]) -> list[Value]:
-    """As a scan, but nobody knows how often it turns: its products are counted once, as XLA counts them."""
+    """As a scan. How often it turns is not known before it runs, so its products are counted once, as XLA does."""
     p = c.op.params
     test, body = flatten(p["cond_jaxpr"], c.op), flatten(p["body_jaxpr"], c.op)
     c.found.uncounted.add(c.op.name)
@@ -57,7 +57,7 @@ def _while(c: Context, ins: list[Value]) -> list[Value]:
 
 
 def _around(c: Context, carry: list[Value], outs: list[Value]) -> list[Value]:
-    """What enters the next turn of a loop: what entered this one, joined to what came of it."""
+    """What enters the next turn of a loop: what entered this one, joined to what it returned."""
     return [
         blend([a, b], [c.found.merge([x, y], c) for x, y in zip(a.axes, b.axes, strict=True)])
         for a, b in zip(carry, outs, strict=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection
 
 import jax
-import numpy as np
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
@@ -47,8 +46,8 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            if c.op.name == "reduce_sum" and isinstance(v.axes[i], np.ndarray) and c.found.stored(v, v.axes[i]):
-                c.found.reads.append(v.axes[i])  # the norm of a kernel, say: what is scaled by 0 adds nothing to it
+            if c.op.name == "reduce_sum" and v.weight and c.found.stored(v, v.axes[i]):
+                c.found.reads.append(v.axes[i])  # as the norm of a kernel, to which what is gated by 0 adds nothing
             else:
                 c.freeze(v.axes[i], "its units are mixed by")
     keep = [i for i in range(len(c.shape(0))) if i not in gone]
@@ -103,7 +102,8 @@ def _gather(c: Context, ins: list[Value]) -> list[Value]:
         c.freeze(axis, "used as an index in")
     if c.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         c.count(math.prod(c.out_shape()) + 3 * math.prod(c.shape(1)))
-    return [blend(ins, axes, table.linear)]
+    # Linear in the stored kernels also where the network's inputs decide which are picked, as a token's experts.
+    return [blend(ins, axes)._replace(linear=table.linear, normalised=table.normalised)]
 
 
 def _scatter(c: Context, ins: list[Value]) -> list[Value]:

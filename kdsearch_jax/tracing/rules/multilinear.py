@@ -1,4 +1,4 @@
-"""The rule for an einsum of three operands or more, whose products in pairs are walked like the rest."""
+"""The rule for an einsum of three or more operands: its products of two are walked like any others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kdsearch_jax.tracing.program import Program
 
 
 def _einsum(c: Context, ins: list[Value]) -> list[Value]:
-    """What is joined, frozen and read is the same in any order of the products; only the cost is of this one."""
+    """Labels are joined, frozen and read alike in any order of the products; the cost is that of this order."""
     body: Program = c.op.params["body"]
     values: list[Value | None] = [None] * len(body.avals)
     for number, value in zip(body.inputs, ins, strict=True):
         values[number] = value
     before = len(c.found.steps)
     outs = c.run(body, values, c.found, c.times)
-    del c.found.steps[before:]  # a student may take others
+    del c.found.steps[before:]  # a student may contract in another order
     c.found.orders.append(Ordered(c.op.params["order"], c.times, c.op.scope))
     return outs
 

@@ -20,7 +20,8 @@ def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
             c.freeze(axis, "reads an axis of fixed size in")
         return
     c.found.join(left, right)
-    kernel = next((axis for v, axis in ((b, right), (a, left)) if c.found.stored(v, axis)), None)
+    kernels = sorted(((b, right), (a, left)), key=lambda each: not each[0].weight)
+    kernel = next((axis for v, axis in kernels if c.found.stored(v, axis)), None)
     if kernel is not None:
         c.found.reads.append(kernel)
     elif a.weight or b.weight:
@@ -30,11 +31,13 @@ def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
 
 
 def leaves(c: Context, *values: Value) -> tuple[int, ...]:
+    """The parameters whose labels are on the axes of `values`."""
     ids = [axis[axis > 0][:1] for v in values if v.weight for axis in v.axes if isinstance(axis, np.ndarray)]
     return tuple({int(c.found.labels.leaf[i]) for each in ids for i in each})
 
 
 def size(axis: Axis, n: int) -> Any:
+    """The size of an axis of length n as a factor of a cost: its labels, or n where it has none."""
     return axis if isinstance(axis, np.ndarray) else n
 
 
@@ -67,6 +70,7 @@ def _dot(c: Context, ins: list[Value]) -> list[Value]:
 
 
 def add_term(c: Context, constant: float, sizes: Sequence[Any], leaves: tuple[int, ...]) -> None:
+    """Adds multiply-accumulates to the cost: `constant` times the product of `sizes`, each from `size`."""
     fixed = math.prod(n for n in sizes if isinstance(n, int))
     arrays = tuple(n for n in sizes if not isinstance(n, int))
     c.found.terms.append(Term(constant * fixed * c.times, arrays, leaves))

@@ -1,4 +1,4 @@
-"""Rules for operations that few networks have: reductions by a function, approximate selections, triangular solves."""
+"""Rules for operations that few networks use: reductions by a function, approximate top-k, triangular solves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kdsearch_jax.tracing.labels import FIXED, Axis, Value, blend
 
 
 def _reduce(c: Context, ins: list[Value]) -> list[Value]:
-    """`jax.lax.reduce`: by any function of two numbers; half of the operands are what it begins with."""
+    """`jax.lax.reduce`, by any function of two numbers; the second half of the operands are its initial values."""
     c.found.uncounted.add(c.op.name)
     gone = c.op.params["dimensions"]
     kept = [i for i in range(len(c.shape(0))) if i not in gone]
@@ -28,7 +28,7 @@ def _approx_top_k(c: Context, ins: list[Value]) -> list[Value]:
 
 
 def _triangular_solve(c: Context, ins: list[Value]) -> list[Value]:
-    """Of a matrix and several right sides: free along the axis that numbers these."""
+    """Free along the axis of the right-hand sides; the matrix mixes the other one."""
     c.found.uncounted.add(c.op.name)
     rank = len(c.out_shape())
     solved, sides = (rank - 2, rank - 1) if c.op.params["left_side"] else (rank - 1, rank - 2)

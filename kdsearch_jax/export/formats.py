@@ -1,17 +1,4 @@
-"""A finished network as one file for others: `python -m kdsearch_jax.export NETWORK --out DIRECTORY`.
-
-    student.safetensors   the arrays under flat names ("params/stage1/conv/kernel"); architecture, info and digests as
-                          metadata. `load_safetensors` makes the module of it; any other program can read the arrays.
-    student.stablehlo     the compiled-to-be function images → logits with its arrays inside, for CPU, CUDA and TPU and
-                          any batch size. `jax.export.deserialize` runs it; neither Flax nor this package is needed.
-    manifest.json         what each file holds, takes and returns, and how far its outputs were off.
-
-Both take what the network takes (normalised float32 images, or the inputs that `architecture.json` describes) and
-return its outputs. Each file is read again by a fresh process, run on random inputs at two batch sizes, and compared
-with the network's own outputs, each entry by its own scale (`kdsearch_jax.equality`), before it gets its name. That
-process always runs on the CPU, in full float32. The outputs of a network of a module object, which no other process can
-make again, are stored for that process.
-"""
+"""How a network becomes a file for others, and how such a file is checked and read again."""
 
 import contextlib
 import hashlib
@@ -21,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from kdsearch_jax import cli, equality, foreign, storage
+from kdsearch_jax import equality, foreign, storage
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
 from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
@@ -396,33 +382,3 @@ def _manifest(
         "platforms": list(PLATFORMS),
         "files": files,
     }
-
-
-def main(argv: list[str]) -> int:
-    """Exports a network, or checks what was exported before, and prints the files' names."""
-    import tyro  # 0.1 s, for the command only
-
-    @dataclass(frozen=True, kw_only=True)
-    class ExportOptions(cli.Options):
-        network: tyro.conf.Positional[Path]
-        """The network's directory, such as RUN/student."""
-        out: Path
-        """The directory to write to; may be the network's."""
-        formats: tuple[Format, ...] = FORMATS
-        """What to write."""
-        check: bool = False
-        """Only compare the files that are there with the network."""
-
-    options = cli.parse_options(argv, ExportOptions, "kdsearch_jax.export", (__doc__ or "").split("\n\n")[0])
-    if options.check:
-        found = check(options.network, options.out, options.formats, trust_code=options.trust_code)
-    else:
-        found = export(options.network, options.out, options.formats, trust_code=options.trust_code)["files"]
-    for name, file in found.items():
-        told = f"{name}: outputs agree within {file['difference']:.2g} of their own scale"
-        print(storage.shown(f"{options.out}: {told}"))
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)
