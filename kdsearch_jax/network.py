@@ -192,7 +192,7 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     variables = library.variables(network.module, network.inputs, network.kwargs)
     jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), network.topology.shapes).orders:
+    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:

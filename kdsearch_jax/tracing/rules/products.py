@@ -19,7 +19,7 @@ def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
         for axis in (left, right):
             c.freeze(axis, "reads an axis of fixed size in")
         return
-    c.found.join(left, right)
+    c.found.join(left, right, c)
     kernels = sorted(((b, right), (a, left)), key=lambda each: not each[0].weight)
     kernel = next((axis for v, axis in kernels if c.found.stored(v, axis)), None)
     if kernel is not None:
