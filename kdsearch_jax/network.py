@@ -153,7 +153,7 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: the orders in which
+    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: those in which
     einsums of three or more operands are contracted.
     """
 
