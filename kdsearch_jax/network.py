@@ -153,8 +153,8 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: the orders in
-    which einsums of three or more operands are contracted.
+    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: those in which
+    einsums of three or more operands are contracted.
     """
 
     macs: int
@@ -192,7 +192,7 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     variables = library.variables(network.module, network.inputs, network.kwargs)
     jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), network.topology.shapes).orders:
+    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:
