@@ -36,7 +36,7 @@ class Sized(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(), (self.inputs, self.width))
         bias = self.param("bias", nn.initializers.normal(), (self.width,))
-        y = nn.relu(x @ kernel + bias)
+        y = nn.relu(x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,)))
         return y.reshape(y.shape[0], -1, self.width).reshape(*x.shape[:-1], self.width) if self.reshapes else y
 
 
