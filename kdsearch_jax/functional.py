@@ -31,6 +31,7 @@ from flax import nnx, traverse_util
 from kdsearch_jax.attributes import attributes
 
 Layers = Mapping[str, Mapping[str, Any]]  # {path: {attribute that is an array: its shape}}
+_STUDENT = "_kdsearch_student"  # an attribute of modules that `Functional.bind` returns: the student's `Functional`
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,52 @@ class Functional:
 
     graph: from `nnx.split`; leaves: its arrays, in their order; kind: the module's class.
     factory: random streams → a fresh module; None where the module came as an instance.
-    base, layers, dropped: what `cut` was given; None, (), () for a module that was not cut.
+    origin: (name, arguments) by which `kdsearch_jax.models.build` makes it, if any.
+    base, layers, dropped: what `cut` was given; None, (), () for a module that was not cut. A module that was cut more
+      than once has the first base, and all that was cut from that.
     """
 
     graph: Any
     leaves: tuple[Leaf, ...]
     kind: type[nnx.Module]
     factory: Callable[[nnx.Rngs], nnx.Module] | None = field(default=None, compare=False, repr=False)
+    origin: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)
     base: Functional | None = field(default=None, repr=False)
     layers: Layers = field(default_factory=dict, compare=False)  # `leaves` say as much
     dropped: tuple[str, ...] = ()
 
     @staticmethod
     def split(module: nnx.Module) -> tuple[Functional, dict[str, Any]]:
-        """(the module's function, its variables); the module itself stays as it is.
+        """(the module's function, its variables); the module itself is not changed.
+
+        A student that `bind` returned is recognized: its base and its cuts are known again. One whose attributes or
+        layers were changed since then (`train` and `eval` aside) is a module of its own, without a base.
 
         Raises:
           ValueError: a Variable holds something else than one array.
         """
         graph, leaves, values = _split(module)
-        return Functional(graph, leaves, type(module)), {"params": {}, **_nested(leaves, values)}
+        own = Functional(graph, leaves, type(module))
+        student = vars(module).get(_STUDENT)
+        if student is not None and own._is_still(student):
+            own = replace(student, graph=graph, leaves=leaves)
+        return own, {"params": {}, **_nested(leaves, values)}
+
+    def _is_still(self, other: Functional) -> bool:
+        """Whether arrays and attributes are those of `other`, but for dtypes and the mode."""
+
+        def known(functional: Functional) -> list[Any]:
+            return [(leaf.path, leaf.name, leaf.shape) for leaf in functional.leaves]
+
+        def in_inference(functional: Functional) -> Any:
+            module = functional.skeleton()
+            module.eval()
+            return _split(module)[0]
+
+        return known(self) == known(other) and in_inference(self) == in_inference(other)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.leaves, self.dropped))  # not of all that is compared: hashed at every `nnx.jit`
 
     @staticmethod
     def make(factory: Callable[..., nnx.Module], arguments: Mapping[str, Any]) -> Functional:
@@ -146,7 +173,7 @@ class Functional:
         Raises:
           ValueError: the variables are not this module's, or a stream is drawn from in training without a key.
         """
-        module = self.bind(variables, rngs)
+        module = self._merged(variables, rngs)
         module.train() if train else module.eval()
         if train:
             _silence(module, _keys(rngs))
@@ -161,12 +188,21 @@ class Functional:
     def bind(self, variables: Any, seed: Any = None) -> nnx.Module:
         """A module of the user's own class that holds these variables, in the mode that the original was in.
 
+        A student remembers what it was cut from, in an attribute that copies of it have as well; see `split`.
+
         Args:
           seed: for random streams: a number, a key, or {stream: key}.
 
         Raises:
           ValueError: the variables are not this module's.
         """
+        module = self._merged(variables, seed)
+        if self.base is not None:
+            object.__setattr__(module, _STUDENT, self)
+        return module
+
+    def _merged(self, variables: Any, seed: Any) -> nnx.Module:
+        """The module with these variables."""
         given: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
         own = {leaf.name: leaf.shape for leaf in self.leaves if not leaf.random}
         for name in [*own, *given]:
@@ -195,12 +231,19 @@ class Functional:
           ValueError: there is no such layer or array.
         """
         base = self.base or self
+        dtypes = {leaf.name: leaf.dtype for leaf in self.leaves if not leaf.random}
         places = [leaf.place if not leaf.random else ("", "") for leaf in base.leaves]
         _check_names(layers, dropped, set(places))
         shapes = [
             tuple(layers.get(path, {}).get(name, x.shape)) for (path, name), x in zip(places, base.leaves, strict=True)
         ]
-        resized = replace(base, leaves=tuple(replace(x, shape=s) for x, s in zip(base.leaves, shapes, strict=True)))
+        resized = replace(
+            base,
+            leaves=tuple(
+                replace(x, shape=shape, dtype=x.dtype if x.random else dtypes.get(x.name, x.dtype))
+                for x, shape in zip(base.leaves, shapes, strict=True)
+            ),
+        )
         module = resized.skeleton()
         old, new = (dict(nnx.iter_graph(m, graph=True)) for m in (base.skeleton(), module))
         for path, node in new.items():
@@ -287,7 +330,12 @@ def _is_key(leaf: Leaf) -> bool:
 def _split(module: nnx.Module) -> tuple[Any, tuple[Leaf, ...], list[Any]]:
     """(graph, leaves, their values), without what the module noted down at earlier calls."""
     _mark_arrays(module)
-    graph, state = nnx.split(module, graph=True)
+    student = vars(module).pop(_STUDENT, None)
+    try:
+        graph, state = nnx.split(module, graph=True)
+    finally:
+        if student is not None:
+            object.__setattr__(module, _STUDENT, student)
     flat = list(nnx.to_flat_state(state))
     if any(isinstance(value, nnx.Intermediate) for _, value in flat):
         module = nnx.merge(graph, state)

@@ -11,7 +11,7 @@ import math
 import re
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.nnx
@@ -21,7 +21,10 @@ import numpy as np
 from kdsearch_jax import linen, nnx
 from kdsearch_jax.call import shaped
 from kdsearch_jax.functional import Functional
+from kdsearch_jax.gates import everything
 from kdsearch_jax.library import Layer, Library
+from kdsearch_jax.parts import restricted
+from kdsearch_jax.student import cuts_of
 from kdsearch_jax.tracing import sizes as sizes_lib
 from kdsearch_jax.tracing import topology as topology_lib
 from kdsearch_jax.tracing.findings import Walk
@@ -32,20 +35,42 @@ from kdsearch_jax.tracing.walk import again, walk
 
 @dataclass(frozen=True)
 class Network:
-    """A module with what tracing it found. inputs: shapes of the example inputs; kwargs: keywords of its call."""
+    """A module with what tracing it found. inputs: shapes of the example inputs; kwargs: keywords of its call.
+
+    whole, kept: the network that this one is a part of, and which of its units are left, {group: (size,) bool}.
+    """
 
     module: Any
     topology: Topology
     layers: dict[str, Layer]
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
+    whole: Network | None = None
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def resized(self, keep: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them."""
+        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them.
+
+        Both say all that differs from the base model, also where the network's module is a student already.
+        """
+        if self.whole is not None:
+            return self.whole.resized(self._in_whole(keep))
         layers, dropped = resized(self.layers, self.topology, keep)
-        before, gone = library_of(self.module).already_cut(self.module)  # cut again: what differs from the base model
+        before, gone = cuts_of(self.module)
         layers = {path: {**before.get(path, {}), **layers.get(path, {})} for path in {**before, **layers}}
         return layers, tuple(sorted({*gone, *dropped}))
+
+    def _in_whole(self, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """`keep` of this part in units of the whole."""
+        result = {name: np.array(mask, bool) for name, mask in self.kept.items()}
+        for name, mask in keep.items():
+            result[name][result[name]] = mask
+        return result
+
+    def part(self, keep: Mapping[str, np.ndarray]) -> Network:
+        """What is left of the network with only the units in `keep`: its student, with a topology of its own."""
+        left = restricted(self.topology, keep)
+        return replace(self, module=self.student(keep), topology=left, whole=self, kept=keep)
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
@@ -73,6 +98,8 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
       ValueError: where nothing can be pruned, with the reasons, or the inputs have no batch axis.
     """
     module = Functional.split(module)[0] if isinstance(module, flax.nnx.Module) else module
+    if (found := _without_branches(module, inputs, kwargs)) is not None:
+        return found
     library, shapes = library_of(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
     variables = library.variables(module, shapes, kwargs)
@@ -86,6 +113,29 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     topology = topology_lib.assemble(found, leaves, batch, droppable)
     network = Network(module, topology, layers, shapes, dict(kwargs))
     return replace(network, topology=_freeze_hard_wired(network, found, variables).require_groups())
+
+
+def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Network | None:
+    """The network of a student that has lost residual branches, as a part of the one that still has them.
+
+    Layers that return zeros have no parameters by which their sizes could be followed. None where there are no such
+    layers, or where the branches that they ended are not found.
+    """
+    layers, dropped = cuts_of(module)
+    if not dropped:
+        return None
+    try:
+        whole = trace(library_of(module).cut(module, layers, ()), *inputs, **kwargs)
+    except ValueError:
+        return None
+    keep = everything(whole.topology)
+    for group in whole.topology.groups:
+        if group.kind == "branches" and set(group.layers) <= set(dropped):
+            keep[group.name] = np.zeros(1, bool)
+    if set(whole.topology.dropped(keep)) != set(dropped):
+        return None
+    part = whole.part(keep)
+    return replace(part, module=module) if part.topology.groups else None
 
 
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:

@@ -46,7 +46,7 @@ from kdsearch_jax.given import (
 )
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.provenance import code, fingerprint, versions
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.student import Architecture, base_of
 from kdsearch_jax.task import Task
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`.
+    module, or what that was cut from, where files cannot name it; further: more teachers to learn from,
+    `distill.teachers`.
     """
 
     experiment: Experiment
@@ -160,8 +161,8 @@ def prepare(
             budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
             if experiment.baselines:
                 baselines.check(network.topology, limits)
-    base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
-    further = tuple(one_more(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
+    base = base_of(own.module) if own is not None and architecture.model.startswith(models.GIVEN) else None
+    further = tuple(one_more(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
     road = Road(experiment, dataset, directory, task, given, found, base, further)

@@ -12,10 +12,10 @@ knows nothing about search, gates or slicing.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from flax.core import freeze
 
 from kdsearch_jax import models
 from kdsearch_jax.call import LARGEST, Call
+from kdsearch_jax.functional import Functional
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -51,6 +52,18 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
     call: Call | None = None
+
+    @staticmethod
+    def of(module: Any, input_shape: tuple[int, ...] = (), call: Call | None = None) -> Architecture:
+        """What describes `module`; of a student relative to the module that it was first cut from.
+
+        Args:
+          module: a Linen module or a `Functional`, cut or not.
+        """
+        name, arguments = models.describe(base_of(module))
+        layers, dropped = cuts_of(module)
+        sized = {path: dict(sizes) for path, sizes in layers.items()}
+        return Architecture(name, arguments, sized, tuple(dropped), tuple(input_shape), call)
 
     @property
     def called(self) -> Call:
@@ -106,12 +119,12 @@ class Architecture:
     def module(self, base: Any = None) -> Any:
         """The network as a module: the base model itself where nothing was pruned, else a `Student`.
 
-        base: the base model, where `model` says that it was given as an object.
+        base: the base model, where `model` says that it was given as an object; or any student of it.
 
         Raises:
           ValueError: there is no such model, or none was given.
         """
-        base = models.build(self.model, self.arguments) if base is None else base
+        base = models.build(self.model, self.arguments) if base is None else base_of(base)
         if not self.layers and not self.dropped:
             return base
         if isinstance(base, nn.Module):
@@ -153,8 +166,13 @@ class Student(nn.Module):
 
     @staticmethod
     def of(base: nn.Module, architecture: Architecture) -> Student:
-        """The student of `base` that `architecture` describes."""
-        return Student(Held(base), layers=freeze(architecture.layers), dropped=tuple(architecture.dropped))
+        """The student of `base` (or of what `base` was cut from, if it is a student) that `architecture` describes."""
+        return Student.cut(base, architecture.layers, architecture.dropped)
+
+    @staticmethod
+    def cut(base: nn.Module, layers: Mapping[str, Mapping[str, Any]], dropped: Sequence[str]) -> Student:
+        """The same by sizes and dropped layers, both relative to what was cut first."""
+        return Student(Held(base_of(base)), layers=freeze(layers), dropped=tuple(dropped))
 
     @property
     def base(self) -> nn.Module:
@@ -165,13 +183,24 @@ class Student(nn.Module):
         """Runs `base` at the student's sizes."""
         # In the student's own scope: its variables, and those of modules in its fields, have no level of nesting more.
         base = self.base.clone(parent=self.scope, _deep_clone=True)
-        met: set[str] = set()
-        made: list[str] = []
-        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped, self.path, met, made)):
+        cuts = _Cuts(self.layers, self.dropped, self.path)
+        with nn.intercept_methods(cuts.intercept):
             output = base(*args, **kwargs)
-        for path in sorted({*self.layers, *self.dropped} - met):
-            _check_met(path, met)
+        for path in sorted({*self.layers, *self.dropped} - cuts.met):
+            _check_met(path, cuts.met)
         return output
+
+
+def base_of(module: Any) -> Any:
+    """The module that a student, Linen's or NNX's, was first cut from; the module itself where it is no student."""
+    if isinstance(module, Student):
+        return module.base
+    return module.base or module if isinstance(module, Functional) else module
+
+
+def cuts_of(module: Any) -> tuple[Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
+    """(layers, dropped) of a student; ({}, ()) of any other module."""
+    return (module.layers, tuple(module.dropped)) if isinstance(module, (Student, Functional)) else ({}, ())
 
 
 def _check_met(path: str, met: set[str]) -> None:
@@ -187,40 +216,80 @@ def _check_met(path: str, met: set[str]) -> None:
         )
 
 
-def _intercept(
-    layers: Any,
-    dropped: Any,
-    root: tuple[str, ...],
-    met: set[str],
-    made: list[str],
-    call: Any,
-    args: Any,
-    kwargs: Any,
-    context: Any,
-) -> Any:
-    """Runs one method of one layer at its size (a plain function: Linen would intercept a method of `Student` too)."""
-    if made:  # zeros are being made of a copy of a dropped layer, whose paths are its own
-        return call(*args, **kwargs)
-    layer = context.module
-    path = _path(layer, root) or ""
-    met.add(path)
+@dataclass(frozen=True)
+class _Cuts:
+    """What a student does to the calls of its layers. root: the student's path; met: paths of layers that were called.
+
+    passed: not empty while calls are only passed on: "zeros" of a dropped layer are being made of a copy, whose paths
+    are its own, or "part": a part of the model is called that is a student itself.
+    """
+
+    layers: Mapping[str, Mapping[str, Any]]
+    dropped: Sequence[str]
+    root: tuple[str, ...]
+    met: set[str] = field(default_factory=set)
+    passed: list[str] = field(default_factory=list)
+
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Runs one method of one layer at its size."""
+        layer = context.module
+        path = _path(layer, self.root) or ""
+        if "zeros" not in self.passed:
+            self.met.add(path)
+        if self.passed:
+            return call(*args, **kwargs)
+        if isinstance(layer, Student):
+            with self._passing("part"), _changed([(layer, self._below(layer, path))]):
+                return call(*args, **kwargs)
+        # `nn.RNN` reads its cell's size before it calls the cell.
+        with at_sizes([(x, self.layers.get(_path(x, self.root), {})) for x in (layer, *_held(layer))]):
+            if path not in self.dropped or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            with self._passing("zeros"):
+                return _zeros(layer, args, kwargs)
+
+    @contextlib.contextmanager
+    def _passing(self, why: str) -> Iterator[None]:
+        self.passed.append(why)
+        try:
+            yield
+        finally:
+            self.passed.pop()
+
+    def _below(self, part: Student, path: str) -> dict[str, Any]:
+        """The cuts of a part that is a student itself: its own, and those of this student on top."""
+        start = f"{path}/" if path else ""
+        own = {name[len(start) :]: sizes for name, sizes in self.layers.items() if name.startswith(start)}
+        merged = {name: {**part.layers.get(name, {}), **own.get(name, {})} for name in {**part.layers, **own}}
+        gone = {name[len(start) :] for name in self.dropped if name.startswith(start)}
+        return {"layers": freeze(merged), "dropped": tuple(sorted({*part.dropped, *gone}))}
+
+
+@contextlib.contextmanager
+def at_sizes(sizes: Sequence[tuple[nn.Module, Mapping[str, Any]]]) -> Iterator[None]:
+    """Layers with these attributes, while it lasts: [(layer, {attribute: size})].
+
+    Raises:
+      ValueError: a layer has no such attribute.
+    """
+    with _changed([(x, {name: _like(v, _attribute(x, name)) for name, v in own.items()}) for x, own in sizes]):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(values: Sequence[tuple[nn.Module, Mapping[str, Any]]]) -> Iterator[None]:
+    """Modules with these attributes, while it lasts."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
-            for name, value in layers.get(_path(each, root), {}).items():
-                before.append((each, name, _attribute(each, path, name)))
+        for layer, own in values:
+            for name, value in own.items():
+                before.append((layer, name, getattr(layer, name)))
                 # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-                object.__setattr__(each, name, _like(value, before[-1][-1]))
-        if path not in dropped or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        made.append(path)
-        try:
-            return _zeros(layer, args, kwargs)
-        finally:
-            made.pop()
+                object.__setattr__(layer, name, value)
+        yield
     finally:
-        for each, name, value in reversed(before):
-            object.__setattr__(each, name, value)
+        for layer, name, value in reversed(before):
+            object.__setattr__(layer, name, value)
 
 
 def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:
@@ -239,8 +308,9 @@ def _held(layer: nn.Module) -> list[nn.Module]:
     return [each for each in held if isinstance(each, nn.Module)]
 
 
-def _attribute(layer: nn.Module, path: str, name: str) -> Any:
+def _attribute(layer: nn.Module, name: str) -> Any:
     if name not in type(layer).__dataclass_fields__ or name in ("parent", "name"):
+        path = "/".join(layer.path)
         raise ValueError(f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}")
     return getattr(layer, name)
 

@@ -44,7 +44,7 @@ LAYERS = [
         "convolution",
         "gates",
     },
-    {"budget", "hardware"},
+    {"budget", "hardware", "parts"},
     {"penalty", "front"},
     {"pretrained", "student", "examples", "streaming", "forward", "events", "metrics", "rundir", "cli"},
     {"checkpoint", "data", "feeding", "task", "tfds"},

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from kdsearch_jax.call import class_of
 from kdsearch_jax.functional import Functional, parameters_of
 from kdsearch_jax.models.cifar_resnet import cifar_resnet
 from kdsearch_jax.models.convnext import convnext
@@ -91,10 +92,13 @@ def describe(module: Any) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `build` makes an equal module; or, where none can be, a name that says so.
 
     A Linen module can be named where its class is at the top of a module that can be imported, and its attributes are
-    plain JSON.
+    plain JSON; an NNX module where `build` made it.
     """
-    kind = type(module)
+    kind = class_of(module)
     given = (f"{GIVEN}{kind.__module__}.{kind.__qualname__}", {})
+    if isinstance(module, Functional) and module.origin is not None:
+        name, arguments = module.origin
+        return name, dict(arguments)
     package = sys.modules.get(kind.__module__)
     if not isinstance(module, nn.Module) or kind.__module__ == "__main__":
         return given
@@ -155,7 +159,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     _check_arguments(name, factory, arguments)
     if _made_by(factory, nnx.Module):
         made: Any = factory
-        return Functional.make(made, arguments)
+        return dataclasses.replace(Functional.make(made, arguments), origin=(name, dict(arguments)))
     module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"model {name!r} must return a flax.linen.Module, got {type(module).__name__}")
