@@ -21,11 +21,13 @@ __version__ = "0.1.0"
 def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> tuple[Any, Any]:
     """(module, variables) of the network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
 
-    module: the base model, for a network of a module object that the directory could not name.
+    module: the model that was searched, for a network that the directory could not name, as its class is local or was
+      given as an object: a module; an abstract one, `nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0)))`; or what makes one,
+      a class or `functools.partial(Net, width=64)`. Its arguments are those of then; its parameters are not looked at.
     trust_code: a network of a package that you have not imported may import it, so that its code runs.
 
     Raises:
-      ValueError, OSError: where it is not a network's directory, or damaged.
+      ValueError, OSError: where it is not a network's directory, or damaged, or `module` is another one.
     """
     from kdsearch_jax import storage
     from kdsearch_jax.checkpoint import load_network

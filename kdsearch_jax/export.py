@@ -138,7 +138,7 @@ def read_safetensors(
     architecture, variables, info = _read_safetensors(path)
     if module is None:
         check_trust(architecture.model, trust_code)
-    return fitting_module(architecture, variables, path, module), variables, architecture, info
+    return fitting_module(architecture, variables, info, path, module), variables, architecture, info
 
 
 def holds_student(path: Path) -> bool:

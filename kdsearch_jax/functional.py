@@ -16,6 +16,7 @@ their true sizes, and `bind` gives it back as such. This file knows nothing abou
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -84,11 +85,11 @@ class Functional:
         graph, leaves, values = _split(module)
         own = Functional(graph, leaves, type(module))
         student = vars(module).get(_STUDENT)
-        if student is not None and own._is_still(student):
+        if student is not None and own.is_still(student):
             own = replace(student, graph=graph, leaves=leaves)
         return own, {"params": {}, **_nested(leaves, values)}
 
-    def _is_still(self, other: Functional) -> bool:
+    def is_still(self, other: Functional) -> bool:
         """Whether arrays and attributes are those of `other`, but for dtypes and the mode."""
 
         def known(functional: Functional) -> list[Any]:
@@ -100,6 +101,18 @@ class Functional:
             return _split(module)[0]
 
         return known(self) == known(other) and in_inference(self) == in_inference(other)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        kind = self.kind.__name__
+        raise AttributeError(
+            f"this {kind} as a function of its variables has no attribute {name!r}; bind(variables) gives the {kind}"
+        )
+
+    def __repr__(self) -> str:
+        count = sum(not leaf.random for leaf in self.leaves)
+        return f"<{self.kind.__name__} as a function of its {count} arrays{', cut' if self.base else ''}>"
 
     def __hash__(self) -> int:
         return hash((self.kind, self.leaves, self.dropped))  # not of all that is compared: hashed at every `nnx.jit`
@@ -233,7 +246,7 @@ class Functional:
         base = self.base or self
         dtypes = {leaf.name: leaf.dtype for leaf in self.leaves if not leaf.random}
         places = [leaf.place if not leaf.random else ("", "") for leaf in base.leaves]
-        _check_names(layers, dropped, set(places))
+        _check_names(layers, dropped, {x.place: x.shape for x in base.leaves if not x.random}, base.kind.__name__)
         shapes = [
             tuple(layers.get(path, {}).get(name, x.shape)) for (path, name), x in zip(places, base.leaves, strict=True)
         ]
@@ -260,6 +273,10 @@ class Functional:
 
 def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What a function or a module's class takes, by name; the signature of an NNX class itself says nothing."""
+    if isinstance(factory, functools.partial):
+        own = inspect.Signature(list(parameters_of(factory.func).values()))
+        bound = own.bind_partial(*factory.args).arguments
+        return {name: parameter for name, parameter in own.parameters.items() if name not in bound}
     if isinstance(factory, type) and issubclass(factory, nnx.Module):
         return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
     return dict(inspect.signature(factory).parameters)
@@ -397,17 +414,22 @@ def _nested(leaves: tuple[Leaf, ...], values: list[Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_names(layers: Layers, dropped: tuple[str, ...], places: set[tuple[str, str]]) -> None:
-    """Raises ValueError where an architecture names what the module has not."""
-    paths = {path for path, _ in places}
+def _check_names(
+    layers: Layers, dropped: tuple[str, ...], shapes: Mapping[tuple[str, str], tuple[int, ...]], kind: str
+) -> None:
+    """Raises ValueError where an architecture names what the module has not, or makes it larger."""
+    paths = {path for path, _ in shapes}
     for path in [*layers, *dropped]:
         if path not in paths:
             near = difflib.get_close_matches(path, paths, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"architecture: the model has no layer {path!r}{hint}")
-        for name in layers.get(path, {}):
-            if (path, name) not in places:
-                raise ValueError(f"architecture: layer {path!r} has no array {name!r}")
+            raise ValueError(f"architecture: the model has no layer {path!r}{hint} ({kind})")
+        for name, size in layers.get(path, {}).items():
+            own = shapes.get((path, name))
+            if own is None:
+                raise ValueError(f"architecture: layer {path!r} has no array {name!r} ({kind})")
+            if len(size) != len(own) or any(new > old for new, old in zip(size, own, strict=True)):
+                raise ValueError(f"architecture: {name!r} of layer {path!r} is {tuple(size)}; in {kind} it is {own}")
 
 
 def _drop(module: nnx.Module, gone: set[int]) -> None:

@@ -8,6 +8,7 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.budget import Limits
-from kdsearch_jax.checkpoint import CheckpointError
+from kdsearch_jax.checkpoint import CheckpointError, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
 from kdsearch_jax.examples import SPLITS, Dataset
@@ -61,7 +62,7 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, or what that was cut from, where files cannot name it; further: more teachers to learn from,
+    module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
     `distill.teachers`.
     """
 
@@ -88,6 +89,11 @@ class Road:
     def fingerprint(self) -> str:
         """Of the data."""
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
+
+    @functools.cached_property
+    def base_shapes(self) -> dict[str, list[int]]:
+        """{path: shape} of the arrays of `base`."""
+        return {name: list(shape) for name, shape in own_shapes(self.base, self.task.call).items()}
 
     def load(self, directory: Path) -> Loaded:
         """A network of this run. Raises CheckpointError where it is damaged."""
@@ -161,7 +167,7 @@ def prepare(
             budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
             if experiment.baselines:
                 baselines.check(network.topology, limits)
-    base = base_of(own.module) if own is not None and architecture.model.startswith(models.GIVEN) else None
+    base = None if own is None else base_of(own.module)
     further = tuple(one_more(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)

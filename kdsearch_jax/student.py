@@ -119,12 +119,13 @@ class Architecture:
     def module(self, base: Any = None) -> Any:
         """The network as a module: the base model itself where nothing was pruned, else a `Student`.
 
-        base: the base model, where `model` says that it was given as an object; or any student of it.
+        base: the base model, where `model` says that it was given as an object: as `models.module_of` takes it.
 
         Raises:
-          ValueError: there is no such model, or none was given.
+          ValueError: there is no such model, none was given, or one of another class.
         """
-        base = models.build(self.model, self.arguments) if base is None else base_of(base)
+        base = models.build(self.model, self.arguments) if base is None else base_of(models.module_of(base))
+        models.check_class(self.model, base)
         if not self.layers and not self.dropped:
             return base
         if isinstance(base, nn.Module):
@@ -178,6 +179,18 @@ class Student(nn.Module):
     def base(self) -> nn.Module:
         """The unmodified module."""
         return self.held.module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "held" not in vars(self):
+                raise
+            kind = type(self.base).__name__
+            raise AttributeError(
+                f"this student of a {kind} has no attribute {name!r}"
+                + (f"; `base`, the {kind} that it was cut from, has it" if hasattr(self.base, name) else "")
+            ) from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `base` at the student's sizes."""
@@ -242,7 +255,8 @@ class _Cuts:
             with self._passing("part"), _changed([(layer, self._below(layer, path))]):
                 return call(*args, **kwargs)
         # `nn.RNN` reads its cell's size before it calls the cell.
-        with at_sizes([(x, self.layers.get(_path(x, self.root), {})) for x in (layer, *_held(layer))]):
+        placed = [(each, _path(each, self.root)) for each in (layer, *_held(layer))]
+        with at_sizes([(each, self.layers.get(own, {})) for each, own in placed if own is not None]):
             if path not in self.dropped or context.method_name != "__call__":
                 return call(*args, **kwargs)
             with self._passing("zeros"):

@@ -28,6 +28,7 @@ LAYERS = [
         "provenance",
         "library",
         "attributes",
+        "boxes",
         "functional",
         "tracing",
     },

@@ -12,7 +12,7 @@ from flax import nnx
 from proof import image, random_gates, random_keep, traced, variables_of
 
 import kdsearch_jax
-from kdsearch_jax import evaluate, export, models, surgery
+from kdsearch_jax import evaluate, export, surgery
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.report.__main__ import main as report_main
 from kdsearch_jax.search.__main__ import main as search_main
@@ -87,7 +87,7 @@ def run(module, variables, x):
 
 
 def cut(module, variables, x, architecture, rng, how="half", branches=None):
-    """One round: (student, its variables, its architecture), proved. branches: numbers of those to drop; or at random."""
+    """One round: (student, its variables, its architecture), proved. branches: which to drop, by number."""
     network = traced(module, x)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng, how)
     if branches is not None:
@@ -191,7 +191,7 @@ def _changed(module, change):
 
 
 def test_linen_students_are_searched_again(tmp_path):
-    """As loaded, which is as returned, with the first model as a second teacher; the result loads by its files alone."""
+    """As loaded, which is as returned, with the first model as a second teacher; its files alone make it again."""
     first, second = tmp_path / "first", tmp_path / "second"
     module, variables = Residual(), variables_of(Residual(), DATA["x"][:2])
     found = kdsearch_jax.search(module, variables, DATA, budget=0.7, workdir=first, **FEW)
@@ -208,17 +208,16 @@ def test_linen_students_are_searched_again(tmp_path):
 def test_nnx_students_are_searched_again(tmp_path):
     """As modules of the user's class: the architecture is that of the first module, which alone makes each again."""
     x = DATA["x"]
-    base = ResidualNnx(rngs=nnx.Rngs(0))
-    module = base
+    module = ResidualNnx(rngs=nnx.Rngs(0))
     for number in range(2):
         workdir = tmp_path / str(number)
         found = kdsearch_jax.search(module, None, DATA, budget=0.7, workdir=workdir, **FEW)
         module = found.module
         module.eval()
-        again, variables = kdsearch_jax.load(workdir / "student", module=base)
+        again, variables = kdsearch_jax.load(workdir / "student")
         assert type(module) is ResidualNnx and Functional.split(module)[0].base == base_of(again)
         np.testing.assert_allclose(run(again, variables, x), module(x), atol=1e-6)
-    assert found.architecture["model"] == f"{models.GIVEN}test_rounds.ResidualNnx"
+    assert found.architecture["model"] == "test_rounds:ResidualNnx"
 
 
 TINY = ("--search.steps", "6", "--retrain.steps", "2", "--teacher.steps", "0", "--baselines")

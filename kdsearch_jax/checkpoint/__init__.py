@@ -12,17 +12,19 @@ and with it the devices on which each array shall lie, however many there were w
 """
 
 from kdsearch_jax.checkpoint.arrays import describe, flatten, unflatten, verified
-from kdsearch_jax.checkpoint.networks import fitting_module, load_network, save_network
+from kdsearch_jax.checkpoint.networks import BASE, fitting_module, load_network, own_shapes, save_network
 from kdsearch_jax.checkpoint.shared import CheckpointError, written_whole
 from kdsearch_jax.checkpoint.states import Checkpointer
 
 __all__ = [
+    "BASE",
     "CheckpointError",
     "Checkpointer",
     "describe",
     "fitting_module",
     "flatten",
     "load_network",
+    "own_shapes",
     "save_network",
     "unflatten",
     "verified",
