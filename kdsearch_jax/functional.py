@@ -95,12 +95,21 @@ class Functional:
         def known(functional: Functional) -> list[Any]:
             return [(leaf.path, leaf.name, leaf.shape) for leaf in functional.leaves]
 
-        def in_inference(functional: Functional) -> Any:
-            module = functional.skeleton()
-            module.eval()
-            return _split(module)[0]
+        return known(self) == known(other) and self.in_mode("eval").graph == other.in_mode("eval").graph
 
-        return known(self) == known(other) and in_inference(self) == in_inference(other)
+    @property
+    def mode(self) -> str | None:
+        """ "train" or "eval", whichever put the module as it is; None where neither did, or both do the same."""
+        graphs = {mode: self.in_mode(mode).graph for mode in ("train", "eval")}
+        same = [mode for mode, graph in graphs.items() if graph == self.graph]
+        return same[0] if len(same) == 1 else None
+
+    def in_mode(self, mode: str) -> Functional:
+        """The module after `nnx.Module.train` or `eval`; `bind` gives it in that mode."""
+        module = self.skeleton()
+        module.train() if mode == "train" else module.eval()
+        base = None if self.base is None else self.base.in_mode(mode)
+        return replace(self, graph=_split(module)[0], base=base)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -77,7 +77,10 @@ def saved(module, variables, directory):
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     sliced, architecture = surgery.prune(variables, gates, keep, network, Architecture.of(network.module, (), call))
     shapes = {name: list(shape) for name, shape in checkpoint.own_shapes(network.module, call).items()}
-    checkpoint.save_network(directory, architecture, sliced, {"macs": 1, "params": 1, checkpoint.BASE: shapes})
+    info = {"macs": 1, "params": 1}
+    if isinstance(network.module, Functional):
+        info[checkpoint.MODE] = network.module.mode
+    checkpoint.save_network(directory, architecture, sliced, info | {checkpoint.BASE: shapes})
     return jax.tree.leaves(network.student(keep).apply(sliced, X))[0], directory
 
 
@@ -184,11 +187,12 @@ class Named(nnx.Module):
         self.width = width
         self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(depth)])
         self.up, self.head = nnx.Linear(6, width, rngs=rngs), nnx.Linear(width, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
 
     def __call__(self, x):
         for layer in self.layers:
             x = layer(x)
-        return self.head(nnx.relu(self.up(x)))
+        return self.head(nnx.relu(self.norm(self.up(x))))
 
 
 class Misleading(Named):
@@ -208,10 +212,14 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
     for other in (Named(8, 3, rngs=nnx.Rngs(0)), Misleading(8, rngs=nnx.Rngs(0)), Plain(8, nnx.elu, rngs=nnx.Rngs(0))):
         assert described(other) == (f"given:test_loading.{type(other).__name__}", {})
     module = Named(8, rngs=nnx.Rngs(0))
-    module.eval()
-    expected, directory = saved(module, Functional.split(module)[1], tmp_path / "student")
-    again, variables = kdsearch_jax.load(directory)
-    np.testing.assert_array_equal(again.apply(variables, X), expected)
+    for mode in ("train", "eval"):
+        module.train() if mode == "train" else module.eval()
+        expected, directory = saved(module, Functional.split(module)[1], tmp_path / mode)
+        again, variables = kdsearch_jax.load(directory)
+        np.testing.assert_array_equal(again.apply(variables, X), expected)
+        bound = again.bind(variables)
+        assert bound.norm.use_running_average is (mode == "eval")  # as the module was when it was given
+        assert np.allclose(bound(X), expected, atol=1e-6) is (mode == "eval")
 
 
 LOCAL = """

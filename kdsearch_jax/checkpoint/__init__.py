@@ -12,12 +12,13 @@ and with it the devices on which each array shall lie, however many there were w
 """
 
 from kdsearch_jax.checkpoint.arrays import describe, flatten, unflatten, verified
-from kdsearch_jax.checkpoint.networks import BASE, fitting_module, load_network, own_shapes, save_network
+from kdsearch_jax.checkpoint.networks import BASE, MODE, fitting_module, load_network, own_shapes, save_network
 from kdsearch_jax.checkpoint.shared import CheckpointError, written_whole
 from kdsearch_jax.checkpoint.states import Checkpointer
 
 __all__ = [
     "BASE",
+    "MODE",
     "CheckpointError",
     "Checkpointer",
     "describe",

@@ -48,6 +48,7 @@ from kdsearch_jax.student import Architecture, base_of
 
 FORMAT, VERSION = "kdsearch_jax network", 1
 BASE = "base"  # in a network's info: `own_shapes` of its base model, where files cannot name that
+MODE = "mode"  # in a network's info: that of an NNX module, "train" or "eval", where it has such
 MAX_JSON = 1 << 24  # bytes: 100,000 arrays
 
 
@@ -161,6 +162,8 @@ def _made(architecture: Architecture, source: Path, base: Any, info: Mapping[str
         raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
     if base is not None and isinstance(expected := info.get(BASE), dict):
         _check_base(base_of(module), architecture, expected, source)
+    if isinstance(module, Functional) and (mode := info.get(MODE)) in ("train", "eval"):
+        module = module.in_mode(mode)
     return module
 
 

@@ -136,7 +136,8 @@ def _described_nnx(module: Functional) -> Described:
         with contextlib.suppress(TypeError, ValueError):  # no JSON
             plain |= {} if key == "rngs" or _is_default(parameter.default, value) else _plain({key: value})
     try:
-        same = build(name, plain).is_still(module)
+        made, mode = build(name, plain), module.mode
+        same = (made.in_mode(mode) if mode else made) == module
     except Exception:  # whatever a constructor does with what it was not made for
         return None
     return (name, plain) if same else None
