@@ -17,6 +17,7 @@ from flax import nnx
 
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import delivery, front, models, rundir, stages, storage
+from kdsearch_jax.boxes import boxed, boxes_of
 from kdsearch_jax.call import class_of, signature_of
 from kdsearch_jax.config import (
     BudgetConfig,
@@ -29,6 +30,7 @@ from kdsearch_jax.config import (
     changed,
     nearest,
 )
+from kdsearch_jax.devices import without_mesh
 from kdsearch_jax.examples import Dataset, only_input, own
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.given import Loaded, Own
@@ -89,6 +91,7 @@ class Front:
 
 
 @storage.named()
+@without_mesh()
 def run(
     module: Any,
     variables: Any,
@@ -117,6 +120,7 @@ def run(
     if bound := isinstance(module, nnx.Module):
         module, own_variables = Functional.split(module)
         variables = own_variables if variables is None else variables
+    boxes = boxes_of(variables)
     data_config = DataConfig(
         data if isinstance(data, str) else "arrays",
         mean=None if mean is None else tuple(map(float, mean)),
@@ -156,7 +160,8 @@ def run(
 
     def result(name: str) -> Result:
         student = Loaded.of(directory / name, road.base)
-        made = (student.module.bind(student.variables), None) if bound else (student.module, student.variables)
+        own = student.module.bind(student.variables) if bound else student.module
+        made = (own, None if bound else boxed(student.variables, boxes))
         return Result(*made, student.architecture.to_json(), results, report, directory)
 
     students = [result(point.student) for point in front.points(experiment)]

@@ -31,7 +31,7 @@ import numpy as np
 import safetensors.numpy
 
 from kdsearch_jax import cli, foreign, storage
-from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
+from kdsearch_jax.checkpoint import describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
 from kdsearch_jax.models import GIVEN, check_trust
@@ -127,7 +127,8 @@ def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool =
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
     """
-    return read_safetensors(path, module, trust_code=trust_code)[:2]
+    made, variables, architecture, info = read_safetensors(path, module, trust_code=trust_code)
+    return made, in_boxes(made, variables, architecture, info)
 
 
 def read_safetensors(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from kdsearch_jax import evaluate, train
-from kdsearch_jax.checkpoint import BASE, MODE, save_network
+from kdsearch_jax.checkpoint import BASE, BOXES, MODE, save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
@@ -24,6 +24,7 @@ from kdsearch_jax.network import count
 from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing.topology import leaf_shapes
 
 
 def fit(
@@ -87,6 +88,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
     """A network directory with what it takes to use the network, and `more` information."""
     call = architecture.called
     cost = count(module, *call.example(2), **call.keywords(module, train=False))
+    boxes = {path: road.boxes[path] for path in leaf_shapes(variables) if path in road.boxes}
     info = {
         "dataset": road.dataset.name,
         "num_classes": road.dataset.num_classes,
@@ -99,6 +101,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "params": cost.params,
         **({MODE: module.mode} if isinstance(module, Functional) and module.mode else {}),
         **({BASE: road.base_shapes} if architecture.model.startswith(GIVEN) else {}),
+        **({BOXES: boxes} if boxes else {}),
         **more,
     }
     save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())

@@ -146,8 +146,12 @@ class Functional:
             graph, leaves, _ = _split(module)
             found.append((graph, leaves, type(module)))
 
-        jax.eval_shape(abstract)
-        return Functional(*found[0], build)
+        try:
+            jax.eval_shape(abstract)
+        except ValueError:  # variables that are to be sharded, and no mesh
+            with nnx.use_eager_sharding(False):
+                jax.eval_shape(abstract)
+        return Functional(*found[-1], build)
 
     @cached_property
     def signature(self) -> inspect.Signature:

@@ -17,8 +17,9 @@ import numpy as np
 from kdsearch_jax import export, models, pretrained, storage, weights
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image
+from kdsearch_jax.boxes import boxes_of, described
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network
+from kdsearch_jax.checkpoint import BOXES, load_network, own_boxes
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.examples import Dataset, only_input
 from kdsearch_jax.files import read_object
@@ -85,7 +86,8 @@ def the_teacher(
         architecture = Architecture.of(own.module, shape, call)
         architecture.called.check(own.module)
         variables = weights.fit(own.variables, own.module, architecture.called, "variables")
-        return Loaded(own.module, variables, architecture, {})
+        boxes = described(boxes_of(own.variables))
+        return Loaded(own.module, variables, architecture, {BOXES: boxes} if boxes else {})
     if start is not None:
         given = Loaded.of(start, _unnamed(start, base), trust_code=trust_code)
         _check_teacher(str(start), given, experiment, dataset)
@@ -109,7 +111,7 @@ def the_teacher(
     module = architecture.module()
     architecture.called.check(module)
     variables = weights.load(source, module, architecture.called, architecture.input_shape)
-    return Loaded(module, variables, architecture, {})
+    return Loaded(module, variables, architecture, {BOXES: described(own_boxes(module, architecture.called))})
 
 
 def _unnamed(directory: Path, base: Any) -> Any:

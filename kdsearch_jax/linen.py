@@ -18,6 +18,7 @@ import numpy as np
 from flax import errors
 from flax.linen import recurrent
 
+from kdsearch_jax.boxes import unboxed
 from kdsearch_jax.call import class_of
 from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound
 from kdsearch_jax.student import Student, at_sizes
@@ -26,7 +27,12 @@ Resize = Callable[[Shapes, Shapes], Sizes]
 
 
 def variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Shapes of the module's variables."""
+    """Shapes of the module's variables, without boxes."""
+    return unboxed(made(module, inputs, kwargs))
+
+
+def made(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Shapes of what `module.init` makes."""
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def init(*inputs: Any) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 
 from kdsearch_jax import linen, nnx
 from kdsearch_jax.call import shaped
+from kdsearch_jax.devices import off_mesh
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.gates import everything
 from kdsearch_jax.library import Layer, Library
@@ -86,6 +87,7 @@ def library_of(module: Any) -> Library:
     return nnx if isinstance(module, Functional) else linen
 
 
+@off_mesh
 def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     """Traces a call `module(*inputs, **kwargs)` abstractly: no parameter is made, nothing is computed.
 
@@ -138,6 +140,7 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
     return replace(part, module=module) if part.topology.groups else None
 
 
+@off_mesh
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the variables that the module's own code makes."""
     return topology_lib.leaf_shapes(library_of(module).variables(module, _shapes(inputs), kwargs))
@@ -272,6 +275,7 @@ class Count:
     foldable: float = 0.0
 
 
+@off_mesh
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     """Counts a freshly built module from its own code and asks XLA to do the same; nothing is computed."""
     library, shapes = library_of(module), _shapes(inputs)

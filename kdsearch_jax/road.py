@@ -12,8 +12,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
+from kdsearch_jax.boxes import described
 from kdsearch_jax.budget import Limits
-from kdsearch_jax.checkpoint import CheckpointError, own_shapes
+from kdsearch_jax.checkpoint import BOXES, CheckpointError, own_boxes, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
 from kdsearch_jax.examples import SPLITS, Dataset
@@ -63,7 +64,7 @@ class Road:
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
     module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
-    `distill.teachers`.
+    `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in.
     """
 
     experiment: Experiment
@@ -74,6 +75,7 @@ class Road:
     search_from: Path | None = None
     base: Any = None
     further: tuple[Loaded, ...] = ()
+    boxes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def teacher(self) -> Path:
@@ -171,7 +173,8 @@ def prepare(
     further = tuple(one_more(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    road = Road(experiment, dataset, directory, task, given, found, base, further)
+    boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
+    road = Road(experiment, dataset, directory, task, given, found, base, further, boxes)
     check_alike(
         {
             "versions": lambda: json.dumps([versions(), code(experiment)]),

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.boxes import keeping_boxes, unboxed
+from kdsearch_jax.devices import gathered, off_mesh
 from kdsearch_jax.library import arrays, bound
 from kdsearch_jax.network import Network, count, library_of, shapes_of
 from kdsearch_jax.student import Architecture
@@ -60,7 +62,7 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf cut to the indices that stay; leaves of dropped layers left out."""
+    """Every leaf cut to the indices that stay, in its box if it has one; leaves of dropped layers left out."""
     masks: dict[str, list[tuple[int, np.ndarray]]] = {}
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
@@ -70,9 +72,11 @@ def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
         return jnp.asarray(leaf)
 
-    return topology_lib.map_left(cut, variables, network.topology.dropped(keep))
+    dropped = network.topology.dropped(keep)
+    return keeping_boxes(lambda tree: topology_lib.map_left(cut, gathered(tree), dropped), variables)
 
 
+@off_mesh
 def verify(
     network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], sliced: Any, *inputs: Any
 ) -> dict[str, float]:
@@ -87,7 +91,7 @@ def verify(
     Raises:
       SurgeryError: where either does not hold; names the first layer that differs, or the two counts.
     """
-    student = network.student(keep)
+    student, variables, sliced = network.student(keep), *(gathered(unboxed(tree)) for tree in (variables, sliced))
     _check_shapes(network, student, sliced)
     whole = gated(variables, gates, keep, network)
     with jax.default_matmul_precision("highest"):

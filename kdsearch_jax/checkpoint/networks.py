@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdsearch_jax.boxes import unboxed
+from kdsearch_jax import boxes as boxes_lib
 from kdsearch_jax.call import Call, class_of
 from kdsearch_jax.checkpoint.arrays import (
     alone,
@@ -48,6 +48,7 @@ from kdsearch_jax.student import Architecture, base_of
 
 FORMAT, VERSION = "kdsearch_jax network", 1
 BASE = "base"  # in a network's info: `own_shapes` of its base model, where files cannot name that
+BOXES = "boxes"  # in a network's info: the boxes of its arrays, see `kdsearch_jax.boxes`
 MODE = "mode"  # in a network's info: that of an NNX module, "train" or "eval", where it has such
 MAX_JSON = 1 << 24  # bytes: 100,000 arrays
 
@@ -66,7 +67,7 @@ def save_network(
     Args:
       directory: does not exist, or is empty, unless `overwrite`.
       architecture: what `architecture.module()` makes the network of.
-      variables: the network's, nested by module; empty collections are not kept.
+      variables: the network's, nested by module; empty collections are not kept. Boxes are described in `info`.
       info: plain JSON values: data set, normalisation, accuracy, …
       overwrite: replace the network that the directory holds, and all else in it.
 
@@ -75,7 +76,9 @@ def save_network(
       OSError: the directory is not empty, or cannot be written; what was there before is intact.
     """
     target = local(directory)
-    arrays = {name: copied(name, leaf) for name, leaf in flatten(variables).items()}
+    arrays = {name: copied(name, leaf) for name, leaf in flatten(boxes_lib.unboxed(variables)).items()}
+    if boxes := boxes_lib.boxes_of(variables):
+        info = {**info, BOXES: boxes_lib.described(boxes)}
     if not any(array.size for array in arrays.values()):
         raise ValueError("variables have no array with elements; there is nothing to save")
     described = architecture.to_json()
@@ -183,14 +186,38 @@ def _check_base(base: Any, architecture: Architecture, expected: Mapping[str, An
             )
 
 
+def in_boxes(module: Any, variables: Any, architecture: Architecture, info: Mapping[str, Any]) -> Any:
+    """A network's variables as they were given: in boxes, where they had such.
+
+    Raises:
+      CheckpointError: what `info` says of boxes is damaged.
+    """
+    record = info.get(BOXES)
+    if not isinstance(record, dict) or not record:
+        return variables
+    boxes, problem = attempt(boxes_lib.made, record, lambda: own_boxes(module, architecture.called))
+    if boxes is None:
+        raise CheckpointError(f"the network's info is damaged: {problem}")
+    return boxes_lib.boxed(variables, boxes)
+
+
+def own_boxes(module: Any, call: Call) -> dict[str, Any]:
+    """{path: box} of the arrays that a module makes by itself; an NNX module has no boxes."""
+    return {} if isinstance(module, Functional) else boxes_lib.boxes_of(_made_by(module, call))
+
+
 def own_shapes(module: Any, call: Call) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the arrays that a module makes by itself."""
     if isinstance(module, Functional):
         return {leaf.name: leaf.shape for leaf in module.leaves if not leaf.random}
+    return {name: leaf.shape for name, leaf in flatten(boxes_lib.unboxed(_made_by(module, call))).items()}
+
+
+def _made_by(module: Any, call: Call) -> Any:
+    """Shapes of what a Linen module's `init` makes, in boxes."""
     args, keywords = bound(call.example(1), call.keywords(module, train=False))
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    made = jax.eval_shape(partial(module.init, **keywords), rngs, *args)
-    return {name: leaf.shape for name, leaf in flatten(unboxed(made)).items()}
+    return jax.eval_shape(partial(module.init, **keywords), rngs, *args)
 
 
 def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, Any], source: Path) -> None:
