@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 from kdsearch_jax import evaluate, train
-from kdsearch_jax.checkpoint import BASE, BOXES, MODE, save_network
+from kdsearch_jax.checkpoint import BOXES, module_info, save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json, write_sealed
-from kdsearch_jax.functional import Functional
 from kdsearch_jax.given import Loaded
-from kdsearch_jax.models import GIVEN
 from kdsearch_jax.network import count
 from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
@@ -99,8 +97,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "framing": road.experiment.data.framing,
         "macs": cost.macs,
         "params": cost.params,
-        **({MODE: module.mode} if isinstance(module, Functional) and module.mode else {}),
-        **({BASE: road.base_shapes} if architecture.model.startswith(GIVEN) else {}),
+        **module_info(module, architecture, lambda: road.base_shapes),
         **({BOXES: boxes} if boxes else {}),
         **more,
     }

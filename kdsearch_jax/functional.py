@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from kdsearch_jax.attributes import attributes
+from kdsearch_jax.library import with_number
 
 Layers = Mapping[str, Mapping[str, Any]]  # {path: {attribute that is an array: its shape}}
 _STUDENT = "_kdsearch_student"  # an attribute of modules that `Functional.bind` returns: the student's `Functional`
@@ -251,7 +252,8 @@ class Functional:
         """The module with arrays of these shapes, its layers' attributes to match, and `Zeros` for dropped layers.
 
         Args:
-          layers: {path of what holds arrays: {name of the array: shape}}; what is not named stays as it is.
+          layers: {path of a module: {name of an array: its shape, name of a number (`library.numbers_in`): its value}};
+            what is not named keeps its size.
 
         Raises:
           ValueError: there is no such layer or array.
@@ -259,7 +261,9 @@ class Functional:
         base = self.base or self
         dtypes = {leaf.name: leaf.dtype for leaf in self.leaves if not leaf.random}
         places = [leaf.place if not leaf.random else ("", "") for leaf in base.leaves]
-        _check_names(layers, dropped, {x.place: x.shape for x in base.leaves if not x.random}, base.kind.__name__)
+        nodes = nnx.iter_graph(base.skeleton(), graph=True)
+        paths = {path for path, _ in places} | {path_name(path) for path, _ in nodes}
+        _check_names(layers, dropped, paths, base)
         shapes = [
             tuple(layers.get(path, {}).get(name, x.shape)) for (path, name), x in zip(places, base.leaves, strict=True)
         ]
@@ -276,6 +280,7 @@ class Functional:
             if isinstance(node, nnx.Module):
                 for name, value in attributes(old[path], node).items():
                     setattr(node, name, value)
+                _set_numbers(node, path_name(path), layers.get(path_name(path), {}), set(places))
         _drop(module, {id(node) for path, node in new.items() if path_name(path) in dropped})
         graph, leaves, _ = _split(module)
         own = {leaf.path: leaf for leaf in resized.leaves}
@@ -427,11 +432,9 @@ def _nested(leaves: tuple[Leaf, ...], values: list[Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_names(
-    layers: Layers, dropped: tuple[str, ...], shapes: Mapping[tuple[str, str], tuple[int, ...]], kind: str
-) -> None:
-    """Raises ValueError where an architecture names what the module has not, or makes it larger."""
-    paths = {path for path, _ in shapes}
+def _check_names(layers: Layers, dropped: tuple[str, ...], paths: set[str], base: Functional) -> None:
+    """Raises ValueError where an architecture names a layer that the module has not, or makes an array larger."""
+    kind, shapes = base.kind.__name__, {leaf.place: leaf.shape for leaf in base.leaves if not leaf.random}
     for path in [*layers, *dropped]:
         if path not in paths:
             near = difflib.get_close_matches(path, paths, 1)
@@ -439,10 +442,28 @@ def _check_names(
             raise ValueError(f"architecture: the model has no layer {path!r}{hint} ({kind})")
         for name, size in layers.get(path, {}).items():
             own = shapes.get((path, name))
-            if own is None:
-                raise ValueError(f"architecture: layer {path!r} has no array {name!r} ({kind})")
-            if len(size) != len(own) or any(new > old for new, old in zip(size, own, strict=True)):
+            if own is not None and (len(size) != len(own) or any(a > b for a, b in zip(size, own, strict=True))):
                 raise ValueError(f"architecture: {name!r} of layer {path!r} is {tuple(size)}; in {kind} it is {own}")
+
+
+def _set_numbers(node: nnx.Module, path: str, sizes: Mapping[str, Any], places: set[tuple[str, str]]) -> None:
+    """Sets the whole numbers among a layer's sizes: attributes, or numbers inside them ("config.heads").
+
+    Raises:
+      ValueError: the layer has no such array, and no such number.
+    """
+    for name, value in sizes.items():
+        if (path, name) in places:
+            continue
+        attribute, _, inside = name.partition(".")
+        try:
+            if attribute.startswith("_"):
+                raise AttributeError(attribute)
+            setattr(node, attribute, with_number(getattr(node, attribute), inside, value))
+        except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(f"architecture: layer {path!r} has no array {name!r}, and no such number") from error
+        if isinstance(node, nnx.Conv):  # groups that lose the same channels each, and not whole groups
+            node.in_features = node.kernel.shape[-2] * node.feature_group_count
 
 
 def _drop(module: nnx.Module, gone: set[int]) -> None:

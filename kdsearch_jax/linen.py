@@ -20,8 +20,8 @@ from flax.linen import recurrent
 
 from kdsearch_jax.boxes import unboxed
 from kdsearch_jax.call import class_of
-from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound
-from kdsearch_jax.student import Student, at_sizes
+from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound, numbers_in
+from kdsearch_jax.student import Student, resize
 
 Resize = Callable[[Shapes, Shapes], Sizes]
 
@@ -71,7 +71,8 @@ def layers(
             return call(*args, **call_kwargs)
         result = call(*args, **call_kwargs)
         if context.method_name == "__call__":
-            with at_sizes([(layer, sizes.get(path, {}))]):
+            with contextlib.ExitStack() as undo:
+                resize(layer, sizes.get(path, {}), "__call__", undo)
                 met[path] = _layer(layer, result)
         return result
 
@@ -199,33 +200,16 @@ def _is_flax(kind: type[nn.Module]) -> bool:
 
 def _layer(module: nn.Module, result: Any) -> Layer:
     if not _is_flax(type(module)) and not isinstance(module, tuple(kind for kinds, _ in _RESIZE for kind in kinds)):
-        return Layer(isinstance(result, jax.Array), _strangers(module))
+        held = {name: value for name, value in vars(module).items() if name not in ("parent", "name", "scope")}
+        return Layer(isinstance(result, jax.Array), _own_arrays, numbers=numbers_in(held))
     resize = next((make(module) for kinds, make in _RESIZE if isinstance(module, kinds)), None)
     droppable = _is_flax(type(module))
-    return Layer(droppable) if resize is None else Layer(droppable, resize)
+    return Layer(droppable) if resize is None else Layer(droppable, resize, hasattr(module, "feature_group_count"))
 
 
-def _strangers(module: nn.Module) -> Resize:
-    """The whole numbers among the attributes of a layer that Flax does not know, where its own parameters have such a
-    size: a bias says best what is made, a kernel may have the same size twice."""
-    numbers = {
-        name: value
-        for name in type(module).__dataclass_fields__
-        if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 1
-    }
-
-    def resize(before: Shapes, after: Shapes) -> Sizes:
-        own = sorted((leaf for leaf in before if leaf.count("/") == 1), key=lambda leaf: len(before[leaf]))
-        if all(before[leaf] == after[leaf] for leaf in own):
-            return {}
-        pairs = [pair for leaf in own for pair in zip(before[leaf], after[leaf], strict=True)]
-        return {
-            name: next(new for old, new in pairs if old == value)
-            for name, value in numbers.items()
-            if any(old == value for old, _ in pairs)
-        }
-
-    return resize
+def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
+    """The shapes of a module's own arrays, "params/w", whatever shape its code asks for."""
+    return {leaf: after[leaf] for leaf in before if leaf.count("/") == 1 and after[leaf]}
 
 
 def _kernel(module: Any) -> Resize:

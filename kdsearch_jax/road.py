@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.boxes import described
-from kdsearch_jax.budget import Limits
+from kdsearch_jax.budget import BudgetWarning, Limits
 from kdsearch_jax.checkpoint import BOXES, CheckpointError, own_boxes, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
@@ -64,7 +65,8 @@ class Road:
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
     module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
-    `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in.
+    `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in; warned:
+    what was warned of.
     """
 
     experiment: Experiment
@@ -76,6 +78,13 @@ class Road:
     base: Any = None
     further: tuple[Loaded, ...] = ()
     boxes: Mapping[str, Any] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set, compare=False)
+
+    def warn(self, note: str) -> None:
+        """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
+        if note and note not in self.warned and jax.process_index() == 0:
+            warnings.warn(note, BudgetWarning, stacklevel=2)
+        self.warned.add(note)
 
     @property
     def teacher(self) -> Path:
@@ -93,9 +102,9 @@ class Road:
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
 
     @functools.cached_property
-    def base_shapes(self) -> dict[str, list[int]]:
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of the arrays of `base`."""
-        return {name: list(shape) for name, shape in own_shapes(self.base, self.task.call).items()}
+        return own_shapes(self.base, self.task.call)
 
     def load(self, directory: Path) -> Loaded:
         """A network of this run. Raises CheckpointError where it is damaged."""
@@ -160,13 +169,16 @@ def prepare(
     architecture = given.architecture if given else architecture_of(experiment, dataset)
     module = given.module if given else architecture.module()
     dataset, task = _task(experiment, dataset, architecture, module, given, own)
+    notes: list[str] = []
     if searches and found is None and not (resume and finished(directory / "search")):
         network = traced(experiment, architecture, module)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
         every = limits_of(experiment, network, points)
         front.path(experiment, every, network.topology)  # whether there are steps enough
-        for limits in every:
-            budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+        for limits, point in zip(every, points, strict=True):
+            chosen = budget_lib.choose(network.topology, limits, random)
+            if chosen.exact and not measured.asked(point.budget):  # it will be the same whatever a search finds
+                notes.append(chosen.note)
             if experiment.baselines:
                 baselines.check(network.topology, limits)
     base = None if own is None else base_of(own.module)
@@ -175,6 +187,8 @@ def prepare(
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
     boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
     road = Road(experiment, dataset, directory, task, given, found, base, further, boxes)
+    for note in notes:
+        road.warn(note)
     check_alike(
         {
             "versions": lambda: json.dumps([versions(), code(experiment)]),

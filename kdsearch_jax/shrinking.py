@@ -8,7 +8,7 @@ gate 0 there. `extra["whole"]` remembers what gates and importances were when un
 has died are not 0, nor do they matter.
 
 What went cannot return. A search lets dead gates return while too many have died, so it shrinks only where the living
-alone cost at least `budget.FLOOR` of the limit in force: those that die later are then enough to come back to it.
+alone cost at least the floor of the limits in force: those that die later are then enough to come back to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import front
 from kdsearch_jax.front import Leg
 from kdsearch_jax.network import Network
@@ -102,7 +101,8 @@ def until(part: Part, path: Sequence[Leg], share: float | None, steps: int) -> C
         if not share or done >= steps:
             return False
         alive = (part.gates(state) > 0).astype(float)
-        if front.at(path, done).limits.pressure(topology, alive) < budget_lib.FLOOR:
+        limits = front.at(path, done).limits
+        if limits.pressure(topology, alive) < limits.floor:
             return False
         return topology.cost(left_alive(part, state))[0] < share * topology.cost(part.keep)[0]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from flax.core import freeze
 from kdsearch_jax import models
 from kdsearch_jax.call import LARGEST, Call
 from kdsearch_jax.functional import Functional
+from kdsearch_jax.library import with_number
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -252,15 +254,20 @@ class _Cuts:
         if self.passed:
             return call(*args, **kwargs)
         if isinstance(layer, Student):
-            with self._passing("part"), _changed([(layer, self._below(layer, path))]):
+            with self._passing("part"), contextlib.ExitStack() as undo:
+                for name, value in self._below(layer, path).items():
+                    _set(layer, name, value, undo)
                 return call(*args, **kwargs)
-        # `nn.RNN` reads its cell's size before it calls the cell.
-        placed = [(each, _path(each, self.root)) for each in (layer, *_held(layer))]
-        with at_sizes([(each, self.layers.get(own, {})) for each, own in placed if own is not None]):
+        if path in self.dropped and context.method_name == "setup":
+            return None  # its parameters would be made there
+        with contextlib.ExitStack() as undo:
+            for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
+                own = _path(each, self.root)
+                resize(each, {} if own is None else self.layers.get(own, {}), context.method_name, undo)
             if path not in self.dropped or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            with self._passing("zeros"):
-                return _zeros(layer, args, kwargs)
+            undo.enter_context(self._passing("zeros"))
+            return _zeros(layer, args, kwargs)
 
     @contextlib.contextmanager
     def _passing(self, why: str) -> Iterator[None]:
@@ -273,37 +280,72 @@ class _Cuts:
     def _below(self, part: Student, path: str) -> dict[str, Any]:
         """The cuts of a part that is a student itself: its own, and those of this student on top."""
         start = f"{path}/" if path else ""
-        own = {name[len(start) :]: sizes for name, sizes in self.layers.items() if name.startswith(start)}
+        own = {name[len(start) :]: sizes for name, sizes in self.layers.items() if f"{name}/".startswith(start)}
         merged = {name: {**part.layers.get(name, {}), **own.get(name, {})} for name in {**part.layers, **own}}
         gone = {name[len(start) :] for name in self.dropped if name.startswith(start)}
         return {"layers": freeze(merged), "dropped": tuple(sorted({*part.dropped, *gone}))}
 
 
-@contextlib.contextmanager
-def at_sizes(sizes: Sequence[tuple[nn.Module, Mapping[str, Any]]]) -> Iterator[None]:
-    """Layers with these attributes, while it lasts: [(layer, {attribute: size})].
+def resize(layer: nn.Module, sizes: Mapping[str, Any], method: str, undo: contextlib.ExitStack) -> None:
+    """Gives a layer its sizes until `undo` is closed.
 
-    Raises:
-      ValueError: a layer has no such attribute.
+    method: of the layer that is called.
+    sizes: of attributes, of numbers inside them ("config.heads"), and of the layer's own arrays ("params/w").
     """
-    with _changed([(x, {name: _like(v, _attribute(x, name)) for name, v in own.items()}) for x, own in sizes]):
-        yield
+    arrays: dict[str, tuple[int, ...]] = {}
+    for name, value in sizes.items():
+        if "/" in name:
+            arrays[name] = tuple(value)
+            continue
+        attribute, _, inside = name.partition(".")
+        if method == "setup" and attribute not in type(layer).__dataclass_fields__:
+            continue  # made by `setup`
+        _set(layer, attribute, _changed(layer, name, _attribute(layer, attribute), inside, value), undo)
+    if arrays and layer.scope is not None:
+        scope = layer.scope
+        for name, function in (("param", _sized_param), ("variable", _sized_variable)):
+            before = getattr(scope, name)
+            undo.callback(setattr, scope, name, before)
+            setattr(scope, name, functools.partial(function, scope, before, arrays))
 
 
-@contextlib.contextmanager
-def _changed(values: Sequence[tuple[nn.Module, Mapping[str, Any]]]) -> Iterator[None]:
-    """Modules with these attributes, while it lasts."""
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for layer, own in values:
-            for name, value in own.items():
-                before.append((layer, name, getattr(layer, name)))
-                # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-                object.__setattr__(layer, name, value)
-        yield
-    finally:
-        for layer, name, value in reversed(before):
-            object.__setattr__(layer, name, value)
+def _set(layer: nn.Module, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    # Linen modules are frozen against changes by mistake; this one is on purpose, and undone.
+    undo.callback(object.__setattr__, layer, name, getattr(layer, name))
+    object.__setattr__(layer, name, value)
+
+
+def _sized_param(scope: Any, param: Any, arrays: Any, name: str, init: Any, *args: Any, **kwargs: Any) -> Any:
+    """`scope.param` for a parameter whose shape the architecture gives, whatever shape the code asks for."""
+    shape = arrays.get(f"params/{name}")
+    if shape is None:
+        return param(name, init, *args, **kwargs)
+    if scope.has_variable("params", name):  # Flax compares its shape with the initializer's
+        return param(name, lambda *_, **__: scope.get_variable("params", name), *args, **kwargs)
+    return param(name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *args, **kwargs)
+
+
+def _sized_variable(_: Any, variable: Any, arrays: Any, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """`scope.variable` likewise; Flax does not compare the shapes of these."""
+    shape, (init, *rest) = arrays.get(f"{col}/{name}"), args or (None,)
+    if shape is None or init is None:
+        return variable(col, name, *args, **kwargs)
+    return variable(col, name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *rest, **kwargs)
+
+
+def _first(value: Any, shape: tuple[int, ...]) -> Any:
+    """The first entries of an array, boxed or not, over again where it has too few.
+
+    In a stack of layers, the last axes of `shape` are one layer's.
+    """
+
+    def fitted(leaf: Any) -> Any:
+        own = shape[len(shape) - leaf.ndim :]
+        leaf = leaf[tuple(map(slice, own))]
+        missing = [(0, n - m) for n, m in zip(own, leaf.shape, strict=True)]
+        return jnp.pad(leaf, missing, mode="wrap") if any(n for _, n in missing) else leaf
+
+    return jax.tree.map(fitted, value)
 
 
 def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:
@@ -323,10 +365,22 @@ def _held(layer: nn.Module) -> list[nn.Module]:
 
 
 def _attribute(layer: nn.Module, name: str) -> Any:
-    if name not in type(layer).__dataclass_fields__ or name in ("parent", "name"):
+    if name in ("parent", "name", "scope") or name.startswith("_") or not hasattr(layer, name):
         path = "/".join(layer.path)
         raise ValueError(f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}")
     return getattr(layer, name)
+
+
+def _changed(layer: nn.Module, name: str, old: Any, inside: str, value: Any) -> Any:
+    if not inside:
+        return _like(value, old)
+    try:
+        return with_number(old, inside, value)
+    except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+        path = "/".join(layer.path)
+        raise ValueError(
+            f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}"
+        ) from error
 
 
 def _like(value: Any, model: Any) -> Any:

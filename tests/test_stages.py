@@ -18,8 +18,10 @@ import pytest
 import safetensors.numpy
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, delivery, evaluate, export, models, retrain, teacher
+from kdsearch_jax import checkpoint, cli, delivery, models, retrain, teacher
 from kdsearch_jax.config import load_experiment
+from kdsearch_jax.evaluate.__main__ import main as evaluate_main
+from kdsearch_jax.export.__main__ import main as export_main
 from kdsearch_jax.pretrained import matching, torchvision
 from kdsearch_jax.report.__main__ import main as report_main
 from kdsearch_jax.search.__main__ import main as search_main
@@ -156,12 +158,12 @@ def test_baselines_have_layers_of_the_same_share(run):
 
 def test_evaluate_export_and_report_work_on_a_run(run, tmp_path, capsys):
     before = contents(run)
-    assert evaluate.main([str(run / "student"), "--teacher", str(run / "teacher" / "network")]) == 0
+    assert evaluate_main([str(run / "student"), "--teacher", str(run / "teacher" / "network")]) == 0
     out = capsys.readouterr().out
     rows = {row["name"]: row for row in read(run / "results.json")["rows"]}
     assert f"{rows['student']['accuracy']:.2%}" in out and f"{rows['student']['agreement']:.2%}" in out
     assert f"{rows['teacher']['accuracy']:.2%}" in out
-    assert export.main([str(run / "student"), "--out", str(tmp_path / "out"), "--formats", "safetensors"]) == 0
+    assert export_main([str(run / "student"), "--out", str(tmp_path / "out"), "--formats", "safetensors"]) == 0
     assert (tmp_path / "out" / "student.safetensors").is_file()
     assert contents(run) == before
     copy = tmp_path / "copy"
@@ -585,9 +587,9 @@ def test_a_damaged_network_is_named(run, tmp_path, damage):
     with refused("network", tmp_path):
         tiny(tmp_path / "run", "--teacher-from", network)
     with refused("network", tmp_path):
-        evaluate.main([str(network)])
+        evaluate_main([str(network)])
     with refused("network", tmp_path):
-        export.main([str(network), "--out", str(tmp_path / "out")])
+        export_main([str(network), "--out", str(tmp_path / "out")])
 
 
 def test_a_run_with_a_missing_part_says_which(run, tmp_path):
@@ -683,10 +685,10 @@ def test_a_directory_that_is_read_only_is_refused_in_one_line(run, tmp_path):
         with refused("Read-only file system", disk):
             search_main(["--resume", "--workdir", str(disk / "run")])
         with refused("Read-only file system", disk):
-            export.main([str(disk / "run" / "student"), "--out", str(disk / "out"), "--formats", "safetensors"])
+            export_main([str(disk / "run" / "student"), "--out", str(disk / "out"), "--formats", "safetensors"])
         with refused("Read-only file system", disk):
             report_main([str(disk / "run")])
-        assert evaluate.main([str(disk / "run" / "student")]) == 0
+        assert evaluate_main([str(disk / "run" / "student")]) == 0
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, python):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import bound
-from kdsearch_jax.models import check_trust
+from kdsearch_jax.models import GIVEN, check_trust
 from kdsearch_jax.student import Architecture, base_of
 
 FORMAT, VERSION = "kdsearch_jax network", 1
@@ -184,6 +184,20 @@ def _check_base(base: Any, architecture: Architecture, expected: Mapping[str, An
                 f"{source}: the {kind} that is given {has} {name}, the one that this network was made of "
                 f"{'none' if told is None else tuple(told)}; give it with the same arguments"
             )
+
+
+def module_info(
+    module: Any, architecture: Architecture, shapes: Callable[[], Mapping[str, tuple[int, ...]]] | None = None
+) -> dict[str, Any]:
+    """What a network's info says of its module, by which `load_network` recognizes it.
+
+    module: Linen's or a `Functional`; shapes: `own_shapes` of its base model, where they are known.
+    """
+    info = {MODE: module.mode} if isinstance(module, Functional) and module.mode else {}
+    if not architecture.model.startswith(GIVEN):
+        return info
+    found = own_shapes(base_of(module), architecture.called) if shapes is None else shapes()
+    return info | {BASE: {name: list(shape) for name, shape in found.items()}}
 
 
 def in_boxes(module: Any, variables: Any, architecture: Architecture, info: Mapping[str, Any]) -> Any:

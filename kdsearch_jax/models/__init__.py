@@ -208,7 +208,7 @@ def takes(name: str, argument: str) -> bool:
     factory = _imported(name) if ":" in name and not name.startswith(GIVEN) else MODELS.get(name)
     if factory is None:
         return True
-    parameters = inspect.signature(factory).parameters
+    parameters = parameters_of(factory)
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
