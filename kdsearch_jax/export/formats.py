@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -340,13 +340,26 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
     args, keywords = bound(architecture.called.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
-        exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
+        with _without_call_stacks():
+            exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
         return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
         raise CannotExportError(
             f"model {architecture.model!r} cannot be exported as stablehlo with a free batch size: "
             f"{' '.join(str(error).split())[:300]}; export safetensors only"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_call_stacks() -> Iterator[None]:
+    """Programs that are lowered meanwhile do not say which code asked for them: equal networks are equal files."""
+    name = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, limit)
 
 
 def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[Format]) -> dict[str, dict[str, float]]:
