@@ -12,12 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx, struct, traverse_util
 from flax.core import freeze, meta
-from proof import groups, image, random_gates, random_keep, variables_of
+from proof import groups, image, prove, random_gates, random_keep, variables_of
 
-import kdsearch_jax
+import kdsearch_jax as kd
 from kdsearch_jax import boxes, checkpoint, gates, surgery, weights
 from kdsearch_jax.call import Call
 from kdsearch_jax.functional import Functional
@@ -146,6 +147,33 @@ def _outside(box):
     return jax.tree.structure(box)
 
 
+def test_branches_that_are_dropped_in_bfloat16():
+    """The zeros in their place are constants of a type that NumPy does not know as a number."""
+    module = Net("logical", dtype="bfloat16")
+    prove(trace(module, X), boxes.unboxed(initial(module)), X, hows=("one", "branches"))
+
+
+def test_pruned_and_searched_in_ones_own_loop():
+    """`prune` and `GatedSearch` give back boxes as well; so do weights and gates that are trained."""
+    module = Net("logical", scan=True)
+    variables, network = initial(module), trace(module, X)
+    student = kd.prune(network, variables, kd.magnitude(), kd.Budget(macs=0.69), X)
+    assert specs(student.variables) == specs(variables)
+    search = kd.GatedSearch(network, kd.Budget(macs=0.69), steps=20)
+    params = search.init(variables)
+    tx = search.optimizer(optax.sgd(1e-3))
+    target = module.apply(variables, X)
+
+    def update(carry, _):
+        params, state = carry
+        slope = jax.grad(lambda p: jnp.square(module.apply(search.fold(p), X) - target).mean())(params)
+        updates, state = tx.update(slope, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.jit(lambda carry: jax.lax.scan(update, carry, length=20))((params, tx.init(params)))
+    assert specs(search.finish(params, state, X).variables) == specs(variables)
+
+
 def test_folding_keeps_boxes():
     module = Net("logical", scan=True)
     variables, topology = freeze(initial(module)), trace(module, X).topology
@@ -173,7 +201,7 @@ def test_what_files_say_of_boxes(tmp_path):
         module = Net(kind, scan=kind != "mine")
         student, sliced = cut(module, initial(module))
         checkpoint.save_network(tmp_path / kind, Architecture.of(student, (), call), sliced, {"macs": 1, "params": 1})
-        again, variables = kdsearch_jax.load(tmp_path / kind)
+        again, variables = kd.load(tmp_path / kind)
         assert again == student and jax.tree.structure(variables) == jax.tree.structure(sliced)
         jax.tree.map(np.testing.assert_array_equal, variables, sliced)
     rules = (("embed", "data"), ("mlp", ("model", "more")), ("out", None))
@@ -190,14 +218,14 @@ def test_searched_with_boxes(tmp_path):
     """bf16, scan and remat: the student's parameters have their teacher's metadata, also when loaded."""
     module = Net("logical", scan=True, remat=True, dtype="bfloat16")
     variables, data = initial(module), {"x": image(5, 12, batch=40)}
-    found = kdsearch_jax.search(
+    found = kd.search(
         module, variables, data, budget=0.69, search_steps=4, retrain_steps=2, batch_size=8, workdir=tmp_path / "run"
     )
     assert specs(found.variables) == specs(variables)
     kernel = found.variables["params"]["blocks"]["up"]["kernel"]
     assert kernel.names == ("layers", "embed", "mlp") and kernel.value.dtype == jnp.bfloat16
     assert kernel.value.shape == (2, 12, found.variables["params"]["blocks"]["scale"].value.shape[-1])
-    loaded, again = kdsearch_jax.load(tmp_path / "run" / "student")
+    loaded, again = kd.load(tmp_path / "run" / "student")
     assert specs(again) == specs(variables)
     expected = found.module.apply(found.variables, X)
     np.testing.assert_array_equal(loaded.apply(again, X), expected)

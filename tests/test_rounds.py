@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from proof import image, random_gates, random_keep, traced, variables_of
 
-import kdsearch_jax
+import kdsearch_jax as kd
 from kdsearch_jax import evaluate, export, surgery
 from kdsearch_jax.checkpoint import load_network
 from kdsearch_jax.functional import Functional
@@ -137,6 +137,33 @@ def test_the_stream_stays_free_where_branches_were_dropped(name):
         np.testing.assert_allclose(bound(x), run(module, variables, x), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_rounds_of_pruning_and_training(name, tmp_path):
+    """By `prune`, with weights that changed in between; each student is saved and loaded, and pruned as loaded."""
+    x = image(6)
+    base = ResidualNnx(rngs=nnx.Rngs(0)) if name == "nnx" else Residual()
+    module, variables = base, base if name == "nnx" else variables_of(base, x)
+    for number in range(3):
+        student = kd.prune(kd.trace(module, x), variables, kd.magnitude(), kd.Budget(macs=0.75), x)
+        assert student.difference <= surgery.TOLERANCE
+        kd.save(student, tmp_path / str(number))
+        loaded = kd.load(tmp_path / str(number), base)
+        described = Architecture.of(_function(loaded.module), (), student.architecture.call)
+        assert loaded.architecture == student.architecture and described.layers == student.architecture.layers
+        assert (described.model, described.dropped) == (student.architecture.model, student.architecture.dropped)
+        module, variables = loaded
+        if name == "nnx":
+            nnx.update(module, jax.tree.map(lambda leaf: 1.1 * leaf, nnx.state(module, nnx.Param)))
+            variables = module
+        else:
+            variables = jax.tree.map(lambda leaf: 1.1 * leaf, variables)
+    assert base_of(_function(module)) == _function(base)
+
+
+def _function(module):
+    return Functional.split(module)[0] if isinstance(module, nnx.Module) else module
+
+
 def test_a_student_as_a_part_of_another_model():
     """Its layers are cut again, and its own variables lie where they lay."""
 
@@ -195,12 +222,12 @@ def test_linen_students_are_searched_again(tmp_path):
     """As loaded, which is as returned, with the first model as a second teacher; its files alone make it again."""
     first, second = tmp_path / "first", tmp_path / "second"
     module, variables = Residual(), variables_of(Residual(), DATA["x"][:2])
-    found = kdsearch_jax.search(module, variables, DATA, budget=0.7, workdir=first, **FEW)
-    module, variables = kdsearch_jax.load(first / "student")
+    found = kd.search(module, variables, DATA, budget=0.7, workdir=first, **FEW)
+    module, variables = kd.load(first / "student")
     assert isinstance(found.module, Student) and module == found.module
     more = {"distill.teachers": (str(first / "teacher" / "network"),)}
-    found = kdsearch_jax.search(module, variables, DATA, budget=0.7, workdir=second, settings=more, **FEW)
-    module, variables = kdsearch_jax.load(second / "student")
+    found = kd.search(module, variables, DATA, budget=0.7, workdir=second, settings=more, **FEW)
+    module, variables = kd.load(second / "student")
     assert module == found.module and module.base == Residual()
     np.testing.assert_array_equal(run(module, variables, DATA["x"]), run(found.module, found.variables, DATA["x"]))
     assert found.architecture["model"].endswith(":Residual")
@@ -212,10 +239,10 @@ def test_nnx_students_are_searched_again(tmp_path):
     module = ResidualNnx(rngs=nnx.Rngs(0))
     for number in range(2):
         workdir = tmp_path / str(number)
-        found = kdsearch_jax.search(module, None, DATA, budget=0.7, workdir=workdir, **FEW)
+        found = kd.search(module, None, DATA, budget=0.7, workdir=workdir, **FEW)
         module = found.module
         module.eval()
-        again, _ = kdsearch_jax.load(workdir / "student")
+        again, _ = kd.load(workdir / "student")
         again.eval()
         assert type(module) is ResidualNnx and Functional.split(again)[0] == Functional.split(module)[0]
         np.testing.assert_array_equal(again(x), module(x))
