@@ -494,7 +494,7 @@ def refused(message: str, directory: Path | None = None, lines: int = 1):
         (("--budget.macs", "0.001"), "budget.macs: 0.001 is out of reach: with 1 unit a layer"),
         (("--budget.macs", "500"), "budget.macs: 500.0 is out of reach"),
         (("--budget.params", "1e9"), "not below the teacher's 2,886"),
-        (("--budget.round-to", "8", "--budget.macs", "0.5"), "lower budget.round_to"),
+        (("--budget.round-to", "8", "--budget.macs", "0.5"), "baselines: .*ask for budget.macs 0.92"),
         (("--gates.include", "nothing/*"), "'nothing/.' matches no group; groups are block/conv1"),
         (("--gates.kinds", "heads"), "nothing in this network can be pruned"),
         (("--gates.kinds", "branches", "--budget.macs", "0.39"), "gates allow nothing else; leave --baselines empty"),

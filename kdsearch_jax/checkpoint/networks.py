@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +228,14 @@ def own_shapes(module: Any, call: Call) -> dict[str, tuple[int, ...]]:
 
 def _made_by(module: Any, call: Call) -> Any:
     """Shapes of what a Linen module's `init` makes, in boxes."""
-    args, keywords = bound(call.example(1), call.keywords(module, train=False))
+    static = call.keywords(module, train=False)
+
+    def init(rngs: Any, *inputs: Any) -> Any:
+        args, keywords = bound(inputs, static)
+        return module.init(rngs, *args, **keywords)
+
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    return jax.eval_shape(partial(module.init, **keywords), rngs, *args)
+    return jax.eval_shape(init, rngs, *call.example(1))
 
 
 def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, Any], source: Path) -> None:
