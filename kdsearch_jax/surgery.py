@@ -21,6 +21,8 @@ import numpy as np
 
 from kdsearch_jax import equality
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.boxes import keeping_boxes, unboxed
+from kdsearch_jax.devices import gathered, off_mesh
 from kdsearch_jax.equality import Comparison
 from kdsearch_jax.library import bound
 from kdsearch_jax.network import Network, count, library_of, macs_in_order_of, shapes_of
@@ -67,7 +69,7 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf cut to the indices that stay; leaves of dropped layers left out."""
+    """Every leaf cut to the indices that stay, in its box if it has one; leaves of dropped layers left out."""
     masks: dict[str, list[tuple[int, np.ndarray]]] = {}
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
@@ -77,9 +79,11 @@ def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
         return jnp.asarray(leaf)
 
-    return topology_lib.map_left(cut, variables, network.topology.dropped(keep))
+    dropped = network.topology.dropped(keep)
+    return keeping_boxes(lambda tree: topology_lib.map_left(cut, gathered(tree), dropped), variables)
 
 
+@off_mesh
 def verify(
     network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], sliced: Any, *inputs: Any
 ) -> dict[str, float]:
@@ -96,7 +100,7 @@ def verify(
       SurgeryError: where either does not hold, with the first layer that differs, or the two counts; or where neither
         an output nor a layer responds to the input, so that equality would prove nothing.
     """
-    student = network.student(keep)
+    student, variables, sliced = network.student(keep), *(gathered(unboxed(tree)) for tree in (variables, sliced))
     _check_shapes(network, student, sliced)
     whole = gated(variables, gates, keep, network)
     one, other = function_of(network.module, network.kwargs), function_of(student, network.kwargs)
@@ -105,15 +109,12 @@ def verify(
         found = equality.compare(one, whole, other, sliced, inputs, rounding)
         if found.worst or found.silent or not found.responding:
             layers = _compare_layers(network, student, whole, sliced, keep, inputs, rounding)
-            _check_equal(found, layers, bool(network.topology.dropped(keep)))
+            _check_equal(found, layers)
     return {"difference": found.difference, "responding": found.share, **verify_cost(network, keep, student)}
 
 
-def _check_equal(found: Comparison, layers: Comparison, branches: bool) -> None:
-    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input.
-
-    branches: whether branches were dropped; what their inner layers return then is of no consequence.
-    """
+def _check_equal(found: Comparison, layers: Comparison) -> None:
+    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input."""
     if found.undefined:
         raise SurgeryError(f"the network returns nothing but NaN in {', '.join(found.undefined)}; is it trained?")
     output, layer = found.worst, layers.first
@@ -123,7 +124,7 @@ def _check_equal(found: Comparison, layers: Comparison, branches: bool) -> None:
         raise SurgeryError(
             f"the student differs from the gated network by {far:.2e} of its own scale in {output}, first in {place}"
         )
-    if layer is not None and not (branches and found.share):
+    if layer is not None:
         raise SurgeryError(
             f"the student differs from the gated network by {layers.differences[layer]:.2e} of its own scale, first in "
             f"{place}, though not in the outputs: {', '.join(found.silent)} hardly respond to the input"
@@ -200,23 +201,23 @@ def _compare_layers(
 ) -> Comparison:
     """What the layers return, at the units that stay, compared in the order of the calls.
 
-    Not compared are layers in which it is not plain which units their output has, and those of dropped branches: they
-    return zeros, where the gated network's are only multiplied by zero later.
+    In the gated network the layers of dropped branches return what is multiplied by zero later. Here they return zeros,
+    as in the student, so that the layers between them are alike. Not compared are layers in which it is not plain which
+    units their output has.
     """
     stays, library = _units_of_layers(network, keep), library_of(network.module)
-    dropped = [f"{path}/" for path in network.topology.dropped(keep)]
+    branches = {
+        group.name: keep[group.name] if group.kind == "branches" else np.ones(group.size, bool)
+        for group in network.topology.groups
+    }
 
     def outputs(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
         made = library.outputs(module, variables, inputs, network.kwargs)
-        return {
-            path: value
-            for path, value in made.items()
-            if not isinstance(value, jax.core.Tracer) and not any(layer.startswith(f"{path}/") for layer in dropped)
-        }
+        return {path: value for path, value in made.items() if not isinstance(value, jax.core.Tracer)}
 
     def one(variables: Any, *inputs: Any) -> dict[str, Any]:
         found = {}
-        for path, value in outputs(network.module, variables, inputs).items():
+        for path, value in outputs(network.student(branches), variables, inputs).items():
             masks = stays.get((path, value.shape[-1]), []) if value.ndim else []
             if len(masks) < 2:
                 found[path] = _sampled(value[..., masks[0]] if masks else value)
@@ -225,7 +226,8 @@ def _compare_layers(
     def other(variables: Any, *inputs: Any) -> dict[str, Any]:
         return {path: _sampled(value) for path, value in outputs(student, variables, inputs).items()}
 
-    return equality.compare(one, whole, other, sliced, inputs, rounding, common=True)
+    gated = slice_variables(whole, network, branches)
+    return equality.compare(one, gated, other, sliced, inputs, rounding, common=True)
 
 
 def _units_of_layers(network: Network, keep: Any) -> dict[tuple[str, int], list[np.ndarray]]:

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from kdsearch_jax import export
 from kdsearch_jax.checkpoint import load_network, save_network
+from kdsearch_jax.export.__main__ import main as export_main
 from kdsearch_jax.files import DamagedError, seal
 from kdsearch_jax.student import Architecture
 
@@ -159,7 +160,7 @@ def test_exports_lie_beside_the_network(network, tmp_path):
     manifest = export.export(directory, directory, ["safetensors"])
     assert list(manifest["files"]) == ["student.safetensors"]
     load_network(directory)
-    assert export.main([str(directory), "--out", str(directory), "--check", "--formats", "safetensors"]) == 0
+    assert export_main([str(directory), "--out", str(directory), "--check", "--formats", "safetensors"]) == 0
 
 
 def test_every_dtype_and_shape_survives(tmp_path):

@@ -15,6 +15,7 @@ from flax import nnx
 
 from kdsearch_jax import budget, inspect
 from kdsearch_jax.config import Experiment
+from kdsearch_jax.inspect.__main__ import main as inspect_main
 from kdsearch_jax.models import build
 from kdsearch_jax.network import trace
 
@@ -34,7 +35,7 @@ class Masked(nn.Module):
 
 
 def records(capsys, *argv):
-    assert inspect.main([*argv, "--json"]) == 0
+    assert inspect_main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -54,7 +55,7 @@ def test_json_is_what_tracing_finds(capsys):
 
 
 def test_text_names_every_group_and_every_reason(capsys):
-    assert inspect.main([*SMALL]) == 0
+    assert inspect_main([*SMALL]) == 0
     text = capsys.readouterr().out
     module = build("cifar_resnet", {"depth": 8, "width": 8, "num_classes": 1000})
     network = trace(module, np.zeros((2, 16, 16, 3), np.float32), train=False)
@@ -139,7 +140,7 @@ def test_an_nnx_class_that_takes_no_number_of_classes(capsys):
 
 
 def test_lines_of_code_shapes_and_layers_that_are_single_keep_their_numbers(capsys):
-    assert inspect.main(["--model", "test_inspect:Unnumbered", "--input-shape", "6"]) == 0
+    assert inspect_main(["--model", "test_inspect:Unnumbered", "--input-shape", "6"]) == 0
     text = capsys.readouterr().out
     code = Path(__file__).read_text().splitlines()
     line = next(i for i, row in enumerate(code, 1) if ".reshape(-1, 2, 8)" in row)
@@ -177,7 +178,7 @@ def test_only_numbers_in_names_of_layers_are_left_out(text, expected):
 )
 def test_a_mistake_is_one_line(argv, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        inspect.main(["--model", "test_inspect:Masked", *argv])
+        inspect_main(["--model", "test_inspect:Masked", *argv])
     assert "\n" not in str(refusal.value)
 
 

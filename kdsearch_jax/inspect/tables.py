@@ -1,31 +1,18 @@
-"""What of a network can be pruned, and why the rest can not: no data, no parameters, a trace alone.
+"""What tracing a network found, as JSON and as tables."""
 
-    python -m kdsearch_jax.inspect --model vit
-    python -m kdsearch_jax.inspect --model mypkg.models:make_net --input-shape 224 224 3 [--json]
-    python -m kdsearch_jax.inspect --model mypkg.models:Encoder --inputs int32[128] mask=bool[128]
-    python -m kdsearch_jax.inspect --model vit --measure --budget.batch-size 8
-
-Groups that are named alike but for numbers share a line: what they cost together, where all of them could be emptied.
-What is frozen is listed by reason. The smallest student keeps one unit of each group (one multiple of budget.round_to)
-and no residual branch. `--measure` builds both with random parameters and measures time and memory of a call on this
-device; whether a budget on these can be met is known only then.
-"""
-
-# No `from __future__ import annotations` here: the command line is read off the types.
+from __future__ import annotations
 
 import itertools
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from kdsearch_jax import budget, cli, evaluate, hardware, measured
+from kdsearch_jax import budget, evaluate, hardware, measured
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import line
@@ -33,47 +20,23 @@ from kdsearch_jax.models import build, takes
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.tracing.topology import Topology
 
-# Shape and classes of data sets that need not be read to be known; others are taken for ImageNet.
-KNOWN = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-}
-IMAGENET = ((224, 224, 3), 1000)
 SHOWN = 4  # names of frozen parameters to a reason
 
 Table = list[tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class InspectOptions(cli.RunOptions):
-    """What the network is called with, and how the answer is printed."""
+def traced(experiment: Experiment, call: Call, classes: int, measure: bool) -> tuple[Network, dict[str, Any]]:
+    """The experiment's network, traced for a call, and its record: everything that was found, as plain JSON.
 
-    input_shape: tuple[int, ...] | None = None
-    """One example of the only input, without the batch axis; if left out that of the data set, or else 224 224 3."""
-    input_dtype: str = "float32"
-    """Its type."""
-    inputs: tuple[str, ...] = ()
-    """Several inputs instead, as `float32[224,224,3]`, or `mask=bool[16]` for one that is given by keyword."""
-    measure: bool = False
-    """Measure time and memory of a call as well, of the network and of the smallest student."""
-    json: bool = False
-    """One JSON object, with a record for every group and everything frozen."""
+    Args:
+      classes: of a network that takes their number and is given none. measure: time and memory of a call as well.
 
-
-def main(argv: list[str]) -> int:
-    """Traces the network that the command line names, and prints what was found."""
-    options, experiment = cli.parse(argv, InspectOptions, "kdsearch_jax.inspect", __doc__ or "")
-    chosen = any(token.startswith(("--config", "--data", "--workdir", "--resume")) for token in argv)
-    own = any(token.startswith("--model") for token in argv) and not chosen
-    shape, classes = IMAGENET if own else KNOWN.get(experiment.data.name, IMAGENET)
-    if experiment.data.image_size:
-        shape = (experiment.data.image_size,) * 2 + shape[2:]
+    Raises:
+      ValueError: the network cannot be built, called so, or pruned.
+    """
     model, arguments = experiment.model.name, dict(experiment.model.arguments)
     if takes(model, "num_classes"):
         arguments.setdefault("num_classes", classes)
-    call = described(options.inputs, options.input_shape or shape, options.input_dtype, experiment.model.eval_kwargs)
     module = build(model, arguments)
     call.check(module)
     start = time.perf_counter()
@@ -86,16 +49,10 @@ def main(argv: list[str]) -> int:
     gates = experiment.gates
     network = network.select(gates.kinds, gates.include, gates.exclude)
     record = report(network, experiment)
-    if options.measure:
+    if measure:
         record = _measured(record, network, experiment, call)
-    record |= {"model": model, "arguments": arguments, "inputs": call.to_json()["inputs"], "seconds": round(seconds, 3)}
-    if options.json:
-        print(json.dumps(record, indent=1))
-        return 0
-    print(heading(record))
-    show(("group", "kind", "groups", "units", "MACs", "parameters"), group_lines(network))
-    show(("frozen because", "axes", "of"), frozen_lines(network))
-    return 0
+    inputs = call.to_json()["inputs"]
+    return network, record | {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
 
 
 def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> Call:
@@ -296,7 +253,3 @@ def show(titles: Sequence[str], lines: Table) -> None:
     for line in [("",) * len(titles), tuple(titles), *lines]:
         cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
         print("  ".join(cells).rstrip())
-
-
-if __name__ == "__main__":
-    cli.run(main)
