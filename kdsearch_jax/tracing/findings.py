@@ -187,8 +187,11 @@ class Walk:
         """Whether a gate on the stored parameters, along one of the value's axes, removes units from the value."""
         if not value.linear or not isinstance(axis, np.ndarray):
             return False
-        keys = self.labels.keys()
-        return not (value.normalised and np.isin(keys[axis], keys[list(value.normalised)]).any())
+        return not value.normalised or self.owners(axis).isdisjoint(self.owners(list(value.normalised)))
+
+    def owners(self, labels: Any) -> set[tuple[int, int]]:
+        """{(parameter, axis)} that labels belong to."""
+        return set(zip(self.labels.leaf[labels].tolist(), self.labels.axis[labels].tolist(), strict=True))
 
     def pairable(self, site: Site, rows: np.ndarray) -> bool:
         """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""
