@@ -114,11 +114,10 @@ class Library(Protocol):
         ...
 
     def cut(self, module: Any, layers: Layers, dropped: Sequence[str]) -> Any:
-        """The module of the student: the same code at these sizes, without the dropped layers."""
-        ...
+        """The module of the student: the same code at these sizes, without the dropped layers.
 
-    def already_cut(self, module: Any) -> tuple[Layers, tuple[str, ...]]:
-        """(layers, dropped) with which `module` itself was cut; ({}, ()) for one that was not."""
+        Of a module that is a student already, sizes and dropped layers are all that differs from its base.
+        """
         ...
 
     def outputs(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.nnx
 import jax
+import numpy as np
 
 from kdsearch_jax import linen, nnx, trials
 from kdsearch_jax.call import shaped
+from kdsearch_jax.devices import off_mesh
 from kdsearch_jax.functional import Functional
+from kdsearch_jax.gates import everything
 from kdsearch_jax.library import Layer, Library
+from kdsearch_jax.parts import restricted
+from kdsearch_jax.student import cuts_of
 from kdsearch_jax.tracing import topology as topology_lib
 from kdsearch_jax.tracing.findings import Ordered
 from kdsearch_jax.tracing.program import flatten
@@ -31,6 +36,7 @@ class Network:
 
     inputs: shapes of the example inputs; kwargs: keywords of its call; follows: numbers in the model's own code that
     are sizes of its groups.
+    whole, kept: the network that this one is a part of, and which of its units are left, {group: (size,) bool}.
     """
 
     module: Any
@@ -39,6 +45,8 @@ class Network:
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     follows: tuple[trials.Follow, ...] = ()
+    whole: Network | None = None
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def library(self) -> Library:
@@ -46,15 +54,32 @@ class Network:
         return library_of(self.module)
 
     def resized(self, keep: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them."""
+        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them.
+
+        Both say all that differs from the base model, also where the network's module is a student already.
+        """
+        if self.whole is not None:
+            return self.whole.resized(self._in_whole(keep))
         layers, dropped = resized(self.layers, self.topology, keep)
         if layers:
             shapes = self.topology.sliced_shapes(keep)
             for each in self.follows:
                 layers.setdefault(each.path, {})[each.name] = each.value(shapes)
-        before, gone = library_of(self.module).already_cut(self.module)  # cut again: what differs from the base model
+        before, gone = cuts_of(self.module)
         layers = {path: {**before.get(path, {}), **layers.get(path, {})} for path in {**before, **layers}}
         return layers, tuple(sorted({*gone, *dropped}))
+
+    def _in_whole(self, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """`keep` of this part in units of the whole."""
+        result = {name: np.array(mask, bool) for name, mask in self.kept.items()}
+        for name, mask in keep.items():
+            result[name][result[name]] = mask
+        return result
+
+    def part(self, keep: Mapping[str, np.ndarray]) -> Network:
+        """What is left of the network with only the units in `keep`: its student, with a topology of its own."""
+        left = restricted(self.topology, keep)
+        return replace(self, module=self.student(keep), topology=left, whole=self, kept=keep)
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
@@ -70,6 +95,7 @@ def library_of(module: Any) -> Library:
     return nnx if isinstance(module, Functional) else linen
 
 
+@off_mesh
 def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     """Traces a call `module(*inputs, **kwargs)` abstractly: no parameter is made, nothing is computed.
 
@@ -82,6 +108,8 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
       ValueError: where nothing can be pruned, with the reasons, or the inputs have no batch axis.
     """
     module = Functional.split(module)[0] if isinstance(module, flax.nnx.Module) else module
+    if (found := _without_branches(module, inputs, kwargs)) is not None:
+        return found
     library, shapes = library_of(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
     variables = library.variables(module, shapes, kwargs)
@@ -91,8 +119,6 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     def droppable(path: str) -> bool:
         return path in layers and layers[path].droppable
 
-    cut, _ = library.already_cut(module)
-    layers = {path: _with_sizes(layer, cut.get(path, {})) for path, layer in layers.items()}
     program = flatten(jaxpr)
     paired = released = frozenset[trials.Pairing]()
     while True:
@@ -109,11 +135,30 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     return replace(network, topology=topology, follows=(*network.follows, *verdict.follows))
 
 
-def _with_sizes(layer: Layer, sizes: Mapping[str, Any]) -> Layer:
-    """A layer whose numbers are those of a student that is traced once more."""
-    return replace(layer, numbers={**layer.numbers, **{k: v for k, v in sizes.items() if k in layer.numbers}})
+def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Network | None:
+    """The network of a student that has lost residual branches, as a part of the one that still has them.
+
+    Layers that return zeros have no parameters by which their sizes could be followed. None where there are no such
+    layers, or where the branches that they ended are not found.
+    """
+    layers, dropped = cuts_of(module)
+    if not dropped:
+        return None
+    try:
+        whole = trace(library_of(module).cut(module, layers, ()), *inputs, **kwargs)
+    except ValueError:
+        return None
+    keep = everything(whole.topology)
+    for group in whole.topology.groups:
+        if group.kind == "branches" and set(group.layers) <= set(dropped):
+            keep[group.name] = np.zeros(1, bool)
+    if set(whole.topology.dropped(keep)) != set(dropped):
+        return None
+    part = whole.part(keep)
+    return replace(part, module=module) if part.topology.groups else None
 
 
+@off_mesh
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the variables that the module's own code makes."""
     return topology_lib.leaf_shapes(library_of(module).variables(module, _shapes(inputs), kwargs))
@@ -153,8 +198,8 @@ class Count:
     """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
 
     uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: the orders in
-    which einsums of three or more operands are contracted.
+    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: those in which
+    einsums of three or more operands are contracted.
     """
 
     macs: int
@@ -167,6 +212,7 @@ class Count:
     orders: tuple[Ordered, ...] = ()
 
 
+@off_mesh
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     """Counts a freshly built module from its own code and asks XLA to do the same; nothing is computed."""
     library, shapes = library_of(module), _shapes(inputs)
@@ -192,7 +238,7 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     variables = library.variables(network.module, network.inputs, network.kwargs)
     jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), network.topology.shapes).orders:
+    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:

@@ -75,11 +75,6 @@ def cut(module: Functional, layers: Layers, dropped: Sequence[str]) -> Functiona
     return module.cut(layers, tuple(dropped))
 
 
-def already_cut(module: Functional) -> tuple[Layers, tuple[str, ...]]:
-    """What `module` was cut with."""
-    return module.layers, module.dropped
-
-
 def outputs(module: Functional, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Each layer's first output that is one array."""
     seen: dict[str, Any] = {}

@@ -21,6 +21,8 @@ import numpy as np
 
 from kdsearch_jax import equality
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.boxes import keeping_boxes, unboxed
+from kdsearch_jax.devices import gathered, off_mesh
 from kdsearch_jax.equality import Comparison
 from kdsearch_jax.library import bound
 from kdsearch_jax.network import Network, count, library_of, macs_in_order_of, shapes_of
@@ -67,7 +69,7 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf cut to the indices that stay; leaves of dropped layers left out."""
+    """Every leaf cut to the indices that stay, in its box if it has one; leaves of dropped layers left out."""
     masks: dict[str, list[tuple[int, np.ndarray]]] = {}
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
@@ -77,9 +79,11 @@ def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
         return jnp.asarray(leaf)
 
-    return topology_lib.map_left(cut, variables, network.topology.dropped(keep))
+    dropped = network.topology.dropped(keep)
+    return keeping_boxes(lambda tree: topology_lib.map_left(cut, gathered(tree), dropped), variables)
 
 
+@off_mesh
 def verify(
     network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], sliced: Any, *inputs: Any
 ) -> dict[str, float]:
@@ -96,7 +100,7 @@ def verify(
       SurgeryError: where either does not hold, with the first layer that differs, or the two counts; or where neither
         an output nor a layer responds to the input, so that equality would prove nothing.
     """
-    student = network.student(keep)
+    student, variables, sliced = network.student(keep), *(gathered(unboxed(tree)) for tree in (variables, sliced))
     _check_shapes(network, student, sliced)
     whole = gated(variables, gates, keep, network)
     one, other = function_of(network.module, network.kwargs), function_of(student, network.kwargs)

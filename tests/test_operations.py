@@ -17,7 +17,7 @@ from proof import groups, image, prove, random_keep, reasons, traced, variables_
 
 from kdsearch_jax import surgery
 from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import count
+from kdsearch_jax.network import count, trace
 from kdsearch_jax.tracing import contractions
 from kdsearch_jax.tracing.program import flatten
 
@@ -78,6 +78,18 @@ def weight_norm_used_forth_and_back(s, x):
     w = s.param("w", x.shape[-1], 9)
     w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
     return dot(nn.relu(dot(x, w)), w.T)
+
+
+@case(VECTOR, {"a": 8}, {"w[1]": "not used as stored, in dot_general"})
+def kernel_over_its_sum_used_forth_and_back(s, x):
+    w = jnp.abs(s.param("w", x.shape[-1], 9))
+    w = w / w.sum(0, keepdims=True)
+    return dot(nn.relu(dot(x, w)), w.T)
+
+
+@case(VECTOR, {"a": 8, "w": 9})
+def kernel_over_a_parameter(s, x):
+    return dot(x, s.param("w", x.shape[-1], 9) / s.param("scale", x.shape[-1], 1))
 
 
 @case(VECTOR, {"w": 9}, {"a/kernel[1]": "number, in div"})
@@ -341,7 +353,7 @@ def test_normalised_layers_lose_inputs_and_outputs(library, how):
         variables = variables_of(module, x)
     else:
         module, variables = Functional.split(WrappedNnx(how, nnx.Rngs(0)))
-    found = traced(module, x)
+    found = trace(module, x)
     assert sorted(groups(found).values()) == [("channels", 8), ("channels", 9)]
     prove(found, variables, x)
 

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         CannotExportError,
         check,
         export,
+        holds_student,
         is_whole,
         load_safetensors,
         load_stablehlo,
         packed,
+        read_safetensors,
     )
 
 __all__ = [
@@ -36,10 +38,12 @@ __all__ = [
     "CannotExportError",
     "check",
     "export",
+    "holds_student",
     "is_whole",
     "load_safetensors",
     "load_stablehlo",
     "packed",
+    "read_safetensors",
 ]
 
 

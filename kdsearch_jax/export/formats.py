@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from kdsearch_jax import equality, foreign, storage
-from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
+from kdsearch_jax.checkpoint import describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
 from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
@@ -115,11 +115,30 @@ def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool =
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
     """
+    made, variables, architecture, info = read_safetensors(path, module, trust_code=trust_code)
+    return made, in_boxes(made, variables, architecture, info)
+
+
+def read_safetensors(
+    path: str | Path, module: Any = None, *, trust_code: bool = False
+) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
+    """The same with what the file says of it: (module, variables, architecture, info)."""
     path = storage.local(path, "path")
-    architecture, variables = _read_safetensors(path)
+    architecture, variables, info = _read_safetensors(path)
     if module is None:
         check_trust(architecture.model, trust_code)
-    return fitting_module(architecture, variables, path, module), variables
+    return fitting_module(architecture, variables, info, path, module), variables, architecture, info
+
+
+def holds_student(path: Path) -> bool:
+    """Whether it is a file that `export` wrote, of a network whose sizes are not those of the model that it names."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        architecture = Architecture.from_json(parse_json(foreign.read_safetensors_metadata(path)["architecture"]))
+    except (KeyError, TypeError, ValueError):  # whatever it is, it says nothing of itself
+        return False
+    return bool(architecture.layers or architecture.dropped)
 
 
 def load_stablehlo(path: str | Path) -> jax.export.Exported:
@@ -142,7 +161,7 @@ def load_stablehlo(path: str | Path) -> jax.export.Exported:
     return _deserialized(path)
 
 
-def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
     try:
@@ -152,14 +171,16 @@ def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
         if "sha256" in metadata and seal({k: v for k, v in metadata.items() if k != "sha256"}) != metadata["sha256"]:
             raise ValueError("what it says of itself is not what was saved")  # a file of an older version has no digest
         architecture = Architecture.from_json(parse_json(metadata["architecture"]))
-        leaves = parse_json(metadata["leaves"])
+        leaves, info = parse_json(metadata["leaves"]), parse_json(metadata.get("info", "{}"))
+        if not isinstance(info, dict):
+            raise ValueError("what it says of its data is no object")
         if not isinstance(leaves, dict) or leaves.keys() != arrays.keys():
             raise ValueError("its arrays are not those that were saved")
         variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split()).removeprefix(f"{path} ")
         raise ValueError(f"{path} cannot be loaded: {said}") from error
-    return architecture, variables
+    return architecture, variables, info
 
 
 def check(
@@ -280,7 +301,7 @@ def _plain(outputs: Any) -> Any:
 def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
     """The network's function of its inputs, by the file alone."""
     if format == "safetensors":
-        architecture, _ = _read_safetensors(path)
+        architecture = _read_safetensors(path)[0]
         return jax.jit(_function(*load_safetensors(path, trust_code=trust_code), architecture))
     return _deserialized(path).call
 
@@ -319,13 +340,26 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
     args, keywords = bound(architecture.called.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
-        exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
+        with _without_call_stacks():
+            exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
         return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
         raise CannotExportError(
             f"model {architecture.model!r} cannot be exported as stablehlo with a free batch size: "
             f"{' '.join(str(error).split())[:300]}; export safetensors only"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_call_stacks() -> Iterator[None]:
+    """Programs that are lowered meanwhile do not say which code asked for them: equal networks are equal files."""
+    name = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, limit)
 
 
 def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[Format]) -> dict[str, dict[str, float]]:

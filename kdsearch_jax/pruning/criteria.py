@@ -17,6 +17,7 @@ import numpy as np
 
 from kdsearch_jax import baselines
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.boxes import boxed, boxes_of
 from kdsearch_jax.budget import BudgetError
 from kdsearch_jax.network import Network
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
@@ -118,7 +119,7 @@ def prune(
     Raises:
       ValueError: a rule matches nothing. BudgetError: no choice lands in the budget. SurgeryError: it would differ.
     """
-    variables = variables_of(network, variables)
+    boxes, variables = boxes_of(variables), variables_of(network, variables)
     ruled = apply_rules(network, tuple(rules), budget.round_to)
     found = dict(criterion(ruled.network, variables))
     names = {group.name for group in ruled.network.topology.groups}
@@ -134,7 +135,7 @@ def prune(
     keep = select(topology, limits, topology.flatten(found), least, per_cost=per_cost)
     whole = {group.name: np.ones(group.size, bool) for group in ruled.network.topology.groups}
     gates = gates_lib.init(ruled.network.topology)
-    return cut(ruled.network, variables, gates, {**whole, **keep}, inputs)
+    return cut(ruled.network, boxed(variables, boxes), gates, {**whole, **keep}, inputs)
 
 
 def _no_branches(network: Network) -> Any:

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from kdsearch_jax import front
 from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.boxes import boxed, boxes_of, unboxed
 from kdsearch_jax.budget import BudgetError, Limits
 from kdsearch_jax.config import GatesConfig, StageConfig
 from kdsearch_jax.network import Network
@@ -194,8 +195,8 @@ class GatedSearch:
           variables: Linen variables, {"params": …} and other collections; or the nnx.Module that was traced.
 
         Returns:
-          {"params": copies of the weights, "gates": {group: (size,) ones}}; of an nnx.Module a `Gated` module around a
-          copy of it. Copies, so that donating them does not delete the teacher.
+          {"params": copies of the weights, boxes included, "gates": {group: (size,) ones}}; of an nnx.Module a `Gated`
+          module around a copy of it. Copies, so that donating them does not delete the teacher.
 
         Raises:
           ValueError: they are not those of the network.
@@ -204,7 +205,8 @@ class GatedSearch:
         if isinstance(variables, flax.nnx.Module):
             variables_of(self.network, variables)
             return Gated(flax.nnx.clone(variables), gates, self._ruled.network)
-        return {"params": jax.tree.map(jnp.copy, variables_of(self.network, variables)["params"]), GATES: gates}
+        params = boxed(variables_of(self.network, variables), boxes_of(variables))["params"]
+        return {"params": jax.tree.map(jnp.copy, params), GATES: gates}
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """One transformation: `tx` for weights, the proximal L1 step for gates, the controller in between.
@@ -239,7 +241,7 @@ class GatedSearch:
         rest, gates = transform.split(params, self.topology)
         transform.flatten(gates, self.topology)  # sizes
         folded = gates_lib.fold({**rest, **collections}, dict(gates), self.topology)
-        for leaf in sorted(self._read - leaf_shapes(folded).keys()):
+        for leaf in sorted(self._read - leaf_shapes(unboxed(folded)).keys()):
             collection = leaf.split("/", 1)[0]
             way = f"give the collection, as in search.fold(params, {collection}={collection})"
             if collection in folded:

@@ -13,14 +13,16 @@ import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict, meta, unfreeze
+from flax.core import FrozenDict, unfreeze
 
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import models, surgery
+from kdsearch_jax import surgery
+from kdsearch_jax.boxes import unboxed
 from kdsearch_jax.call import Call, mode, signature_of
+from kdsearch_jax.devices import gathered
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Keywords
-from kdsearch_jax.network import Network, library_of
+from kdsearch_jax.network import Network
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import leaf_shapes
 
@@ -34,7 +36,8 @@ class Student:
     Attributes:
       module: of a Linen network a Linen module, called by `module.apply(variables, …)`; of an NNX network an
         nnx.Module of the user's own class at smaller sizes, which holds its arrays.
-      variables: {"params": …, other collections: …}, as arrays.
+      variables: {"params": …, other collections: …}, as arrays; in boxes (`nn.Partitioned`) if those that were pruned
+        were.
       architecture: the network as plain JSON (`architecture.to_json()`).
       keep: {group: (size,) bool}, the units of the pruned network that stayed; {} where nobody knows.
       gates: {group: (size,)}, what was folded into the weights; {} as well.
@@ -114,38 +117,41 @@ def save(student: Student, path: str | Path, *, overwrite: bool = False) -> None
       OSError: there is something already, and not `overwrite`.
     """
     from kdsearch_jax import storage
-    from kdsearch_jax.checkpoint import save_network
+    from kdsearch_jax.checkpoint import module_info, save_network
 
-    variables = student.variables
-    if isinstance(student.module, flax.nnx.Module):
-        variables = Functional.split(student.module)[1]
+    module, variables = student
+    if isinstance(module, flax.nnx.Module):
+        module, variables = Functional.split(module)
     with storage.named():
-        save_network(path, student.architecture, variables, {}, overwrite)
+        save_network(path, student.architecture, variables, module_info(module, student.architecture), overwrite)
 
 
 def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> Student:
     """The network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
 
     Args:
-      module: the base model, Linen or NNX, for a network of a module object that the directory could not name.
+      module: the model that was searched, Linen or NNX, for a network that the directory could not name, as its class
+        is local or was given as an object: a module; an abstract one, `nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0)))`;
+        or what makes one, a class or `functools.partial(Net, width=64)`. Its arguments are those of then; its
+        parameters are not looked at.
       trust_code: a network of a package that you have not imported may import it, so that its code runs.
 
     Raises:
-      ValueError, OSError: it is not a network's directory, or damaged.
+      ValueError, OSError: it is not a network's directory, or damaged, or `module` is another one.
     """
     from kdsearch_jax import storage
-    from kdsearch_jax.checkpoint import load_network
+    from kdsearch_jax.checkpoint import in_boxes, load_network
 
-    module = Functional.split(module)[0] if isinstance(module, flax.nnx.Module) else module
     with storage.named():
-        found, variables, architecture, _ = load_network(path, module, trust_code=trust_code)
+        found, variables, architecture, info = load_network(path, module, trust_code=trust_code)
+        variables = in_boxes(found, variables, architecture, info)
     if isinstance(found, Functional):
         found = found.bind(variables)
     return Student(found, variables, architecture)
 
 
 def variables_of(network: Network, variables: Any) -> Any:
-    """{"params": …, other collections} as plain dictionaries, of Linen variables or an nnx.Module.
+    """{"params": …, other collections} as plain dictionaries without boxes, of Linen variables or an nnx.Module.
 
     Raises:
       ValueError: they are not the network's; names the first leaf that differs.
@@ -153,7 +159,7 @@ def variables_of(network: Network, variables: Any) -> Any:
     if isinstance(variables, flax.nnx.Module):
         variables = Functional.split(variables)[1]
     if isinstance(variables, (dict, FrozenDict)):
-        variables = meta.unbox(unfreeze(variables))  # of `nn.with_partitioning`
+        variables = gathered(unboxed(unfreeze(variables)))
     check_variables(network, variables)
     return variables
 
@@ -185,19 +191,7 @@ def random_inputs(network: Network) -> tuple[Any, ...]:
 
 def architecture_of(network: Network) -> Architecture:
     """The architecture of the network itself: its model's name, if it has one, and how it is called."""
-    module = network.module
-    base = module.base if hasattr(module, "held") else module
-    name, arguments = models.describe(base)
-    if isinstance(base, Functional):
-        kind = (base.base or base).kind
-        name, arguments = f"{models.GIVEN}{kind.__module__}.{kind.__qualname__}", {}
-    layers, dropped = _already_cut(network)
-    return Architecture(name, arguments, layers, dropped, call=_call(network))
-
-
-def _already_cut(network: Network) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    layers, dropped = library_of(network.module).already_cut(network.module)
-    return {path: dict(sizes) for path, sizes in layers.items()}, tuple(dropped)
+    return Architecture.of(network.module, (), _call(network))
 
 
 def _call(network: Network) -> Call:

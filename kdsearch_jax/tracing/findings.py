@@ -63,6 +63,9 @@ class Term(NamedTuple):
         return self.constant * math.prod(axis if isinstance(axis, int) else len(axis) for axis in self.axes)
 
 
+_PADDED = "joined to a fixed index (padding or a constant)"
+
+
 class Ordered(NamedTuple):
     """The order of one contraction, how often a loop runs it, and the module that it is in."""
 
@@ -138,7 +141,7 @@ class Walk:
         right = np.concatenate([b for _, b in self.pairs] or [np.zeros(0, int)])
         for ids in (left[right == 0], right[left == 0]):
             if (ids > 0).any():
-                self.freezes.append((ids, "joined to a fixed index (padding or a constant)"))
+                self.freezes.append((ids, _PADDED))
         real = (left > 0) & (right > 0)
         graph = sparse.coo_matrix((np.ones(real.sum()), (left[real], right[real])), shape=(n, n))
         return csgraph.connected_components(graph, directed=False)[1]
@@ -153,15 +156,21 @@ class Walk:
 
     # What rules do.
 
-    def join(self, a: np.ndarray, b: np.ndarray) -> None:
+    def join(self, a: np.ndarray, b: np.ndarray, where: Context | None = None) -> None:
         """Index by index, a and b live and die together.
+
+        Args:
+          where: the operation, to be named as the reason where one of two indices is fixed.
 
         Raises:
           AssertionError: they have different numbers of indices, which is a mistake in a rule.
         """
         if np.size(a) != np.size(b):
             raise AssertionError(f"{np.size(a)} indices joined to {np.size(b)}")
-        self.pairs.append((np.ravel(a), np.ravel(b)))
+        a, b = np.ravel(a), np.ravel(b)
+        self.pairs.append((a, b))
+        if where is not None and (fixed := (a == 0) != (b == 0)).any():
+            self.freeze((a + b)[fixed], lambda: f"{_PADDED} in {where.where}")
 
     def join_kernels(self, ins: Sequence[Value], axis: int) -> None:
         """Parameters put side by side: who reads one of them at this axis reads all."""
@@ -202,7 +211,7 @@ class Walk:
             return FIXED if any(axis is FIXED for axis in axes) else UNIFORM
         for other in arrays[1:]:
             if other is not arrays[0]:
-                self.join(arrays[0], other)
+                self.join(arrays[0], other, where)
         if any(axis is FIXED for axis in axes):
             self.freeze(arrays[0], lambda: f"combined with a tensor of fixed size in {where.where}")
         return arrays[0]

@@ -31,8 +31,8 @@ _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 class Op:
     """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from.
 
-    tracebacks: of the operation and of the calls around it, the innermost first. That of an operation inside of a
-    jitted function, such as `jnp.linalg.norm`, ends at that function.
+    tracebacks: of the operation and of the calls around it, the innermost first. That of an operation in a jitted
+    function, such as `jnp.linalg.norm`, ends at that function.
     """
 
     name: str

@@ -55,9 +55,11 @@ def _elementwise(c: Context, ins: list[Value]) -> list[Value]:
     linear = not any(v.active for v in ins) and _linear(name, ins, full)
     if linear and name == "mul":  # whose labels are the product's
         full.sort(key=lambda v: not _is_kernel(v, ins))
-    elif linear:
+    elif linear and name in _SUMS | _CHOICES:
         for i in range(len(shape)):
             c.found.join_kernels(full, i)
+    if name == "div":  # nothing is divided by a kernel that a gate has set to 0
+        ins = [ins[0], ins[1]._replace(linear=False)]
     axes = [_one([v.axes[i] for v in full], c) for i in range(len(shape))]
     return [blend(ins, axes, linear)]
 

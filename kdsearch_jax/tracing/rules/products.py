@@ -19,7 +19,7 @@ def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
         for axis in (left, right):
             c.freeze(axis, "reads an axis of fixed size in")
         return
-    c.found.join(left, right)
+    c.found.join(left, right, c)
     kernels = sorted(((b, right), (a, left)), key=lambda each: not each[0].weight)
     kernel = next((axis for v, axis in kernels if c.found.stored(v, axis)), None)
     if kernel is not None:
@@ -51,7 +51,7 @@ def _dot(c: Context, ins: list[Value]) -> list[Value]:
     free_left = [i for i in range(len(a.axes)) if i not in (*left, *batch_left)]
     free_right = [j for j in range(len(b.axes)) if j not in (*right, *batch_right)]
     axes = batch + [a.axes[i] for i in free_left] + [b.axes[j] for j in free_right]
-    if a.active and b.active:
+    if a.active and b.active and left:
         for axis in batch:
             c.found.mark("heads", axis)
         for axis in axes[len(batch) :]:
