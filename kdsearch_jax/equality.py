@@ -8,9 +8,10 @@ scores near 1e-4 next to boxes in pixels, whether they are in one array or in se
     scale   (moved + `ULPS`·eps·|entry|) / `TOLERANCE`
 
 The kernels' contribution to an entry decides its scale. A constant added to it does not, whether it is an offset
-(1e4 + x) or a mask. An entry that does not move at all (a mask, an infinity, NaN, a constant, a saturated sigmoid) must
-be equal up to the rounding of its own size. Where a function computes in bfloat16 or float16 anywhere, eps is that
-type's, and s is eps / 2.
+(1e4 + x) or a mask. An entry that no kernel moves (the mean of an input, a learned vector) is measured by how far it
+moves with all other parameters and the inputs, and one that does not move at all (a mask, an infinity, NaN, a constant,
+a saturated sigmoid) must be equal up to the rounding of its own size. Where a function computes in bfloat16 or float16
+anywhere, eps is that type's, and s is eps / 2.
 
 Outputs of integers and booleans have no scale. Of the entries that did not change in any draw, the share that differs
 may be up to `FLIPS`, since in an argmax over a million pixels a few depend on the last bit; below 1 / `FLIPS` entries
@@ -103,7 +104,7 @@ class Comparison:
 
 
 def measure(function: Function, variables: Any, inputs: Sequence[Any], rounding: float = FLOAT32) -> Measured:
-    """The outputs of a network and the scale of every entry. Calls the function 1 + `DRAWS` times.
+    """The outputs of a network and the scale of every entry. Calls the function 1 + `DRAWS` times, or 1 + 2·`DRAWS`.
 
     Args:
       function: (variables, *inputs) → {name: array}.
@@ -113,13 +114,24 @@ def measure(function: Function, variables: Any, inputs: Sequence[Any], rounding:
     """
     batch, share = _batch_size(inputs), max(TOLERANCE, rounding / 2)
     values = _host(function(variables, *inputs))
-    moved = {name: np.zeros(value.shape, np.float32) for name, value in values.items()}
-    for draw in range(DRAWS):
-        others = _host(function(_shaken(variables, share, draw), *inputs))
-        for name, value in values.items():
-            moved[name] = np.maximum(moved[name], _distance(value, others[name]))
-    scales = {name: _scale(value, moved[name], batch, rounding) for name, value in values.items()}
-    return Measured(values, scales, {name: (far > 0) & _is_float(values[name]) for name, far in moved.items()}, batch)
+
+    def farthest(shaken: Callable[[np.random.Generator], tuple[Any, Any]]) -> dict[str, np.ndarray]:
+        found = {name: np.zeros(value.shape, np.float32) for name, value in values.items()}
+        for draw in range(DRAWS):
+            others, changed = shaken(np.random.default_rng(draw))
+            made = _host(function(others, *changed))
+            found = {name: np.maximum(far, _distance(values[name], made[name])) for name, far in found.items()}
+        return found
+
+    moved = farthest(lambda rng: (_shaken(variables, _kernels(variables), share, rng), inputs))
+    made = {name: (far > 0) & _is_float(values[name]) for name, far in moved.items()}
+    if any((_is_float(value) & (moved[name] == 0) & np.isfinite(value)).any() for name, value in values.items()):
+        numbers, floats = _numbers(inputs), [x for x in jax.tree.leaves(variables) if _is_number(x)]
+        others = farthest(lambda rng: (_shaken(variables, floats, share, rng), _shaken(inputs, numbers, share, rng)))
+        moved = {name: np.where(far > 0, far, others[name]) for name, far in moved.items()}
+    return Measured(
+        values, {name: _scale(values[name], far, batch, rounding) for name, far in moved.items()}, made, batch
+    )
 
 
 def differences(expected: Measured, got: Arrays) -> dict[str, float]:
@@ -227,20 +239,24 @@ def _typical(moved: np.ndarray, batch: int) -> np.ndarray | float:
     return np.where(count, np.exp(logs / np.maximum(count, 1)), 0).astype(moved.dtype)
 
 
-def _shaken(variables: Any, share: float, seed: int) -> Any:
-    """The variables with every number of the kernels smaller by a random share: kernels have two axes or more."""
+def _kernels(variables: Any) -> list[Any]:
+    """The parameters with two axes or more; all parameters where there are none."""
     params = variables["params"] if isinstance(variables, Mapping) and variables.get("params") else variables
-    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    kernels = {id(x) for x in ([x for x in floats if x.ndim > 1] or floats)}
-    rng = np.random.default_rng(seed)
+    floats = [x for x in jax.tree.leaves(params) if _is_number(x)]
+    return [x for x in floats if x.ndim > 1] or floats
+
+
+def _shaken(tree: Any, leaves: list[Any], share: float, rng: np.random.Generator) -> Any:
+    """The tree with every number of these leaves of it made smaller by a random share of itself, `share` on average."""
+    chosen = {id(x) for x in leaves}
 
     def shaken(leaf: Any) -> Any:
-        if id(leaf) not in kernels:
+        if id(leaf) not in chosen:
             return leaf
         value = np.asarray(leaf)
         return jnp.asarray((value * (1 - 2 * share * rng.random(value.shape, np.float32))).astype(value.dtype))
 
-    return jax.tree.map(shaken, variables)
+    return jax.tree.map(shaken, tree)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -280,12 +296,18 @@ def _responding(found: Measured, before: Measured | None, name: str) -> np.ndarr
 def _batches(inputs: Sequence[Any]) -> Iterator[Any]:
     """The batch; one near it, in which masks are the same; and a random one."""
     rng = np.random.default_rng(0)
-    leaves, structure = jax.tree.flatten(inputs)
     yield inputs
-    numbers = [_is_number(x) and len(np.unique(np.asarray(x, np.float32))) > 2 for x in leaves]
-    near = [_near(x, rng) if number else x for x, number in zip(leaves, numbers, strict=True)]
-    yield structure.unflatten(near if any(numbers) else [_other_examples(x) for x in leaves])
-    yield structure.unflatten([_random(x, rng) for x in leaves])
+    numbers = {id(x) for x in _numbers(inputs)}
+    if numbers:
+        yield jax.tree.map(lambda x: _near(x, rng) if id(x) in numbers else x, inputs)
+    else:
+        yield jax.tree.map(_other_examples, inputs)
+    yield jax.tree.map(lambda x: _random(x, rng), inputs)
+
+
+def _numbers(inputs: Any) -> list[Any]:
+    """The inputs of floating point that are no masks: with more than two different values."""
+    return [x for x in jax.tree.leaves(inputs) if _is_number(x) and len(np.unique(np.asarray(x, np.float32))) > 2]
 
 
 def _near(x: Any, rng: np.random.Generator) -> Any:

@@ -227,22 +227,22 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
         assert "nothing in this network can be pruned (" in message and (": " in message or "no parameters" in message)
         raise Nothing(message) from error
     topology, rng = network.topology, np.random.default_rng(seed)
-    gated, ones = jax.jit(functools.partial(_gated, network, inputs, gradient)), gates_lib.init(topology)
+    gated, ones = jax.jit(functools.partial(_gated, network, gradient)), gates_lib.init(topology)
     for turn in range(6):  # a few rectifiers may all be off, but hardly for every choice of parameters
         variables = variables_of(module, *inputs, seed=seed + turn)
         if _largest(module, variables, inputs) > OUTGROWN:
             return "outgrown"
-        if _sensitive(*gated(variables, random_gates(topology, rng))):
+        if _sensitive(*gated(variables, random_gates(topology, rng), inputs)):
             break
     else:
         return "insensitive"
     for how in hows:
         keep = cut(topology, rng, how)
         gates = {name: np.where(keep[name], gate, 0) for name, gate in random_gates(topology, rng).items()}
-        folded, _, _ = gated(variables, gates)
+        folded, _, _ = gated(variables, gates, inputs)
         sliced, student = surgery.slice_variables(folded, network, keep), network.student(keep)
         run = jax.jit(student.apply)
-        expected = equality.measure(lambda v, *_: _named(gated(v, ones)[1]), folded, inputs)
+        expected = equality.measure(lambda v, *xs: _named(gated(v, ones, xs)[1]), folded, inputs)
         got, wrong = _named(run(sliced, *inputs)), _named(run(_noisy(sliced, rng), *inputs))
         difference = equality.difference(expected, got)
         assert difference <= surgery.TOLERANCE, f"{how}: the student differs by {difference:.1e} of its own scale"
@@ -272,7 +272,7 @@ def _far(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return any(jnp.abs(one[name] - other[name]).max() > 1e-3 * jnp.abs(one[name]).max() for name in one)
 
 
-def _gated(network: Any, inputs: Any, by_gates: bool, variables: Any, gates: Any) -> tuple[Any, Any, Any]:
+def _gated(network: Any, by_gates: bool, variables: Any, gates: Any, inputs: Any) -> tuple[Any, Any, Any]:
     """(folded variables, outputs, gradient of a function of the outputs by the gates)."""
 
     def loss(gates: Any) -> Any:

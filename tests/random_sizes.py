@@ -62,6 +62,7 @@ def masked(s, x, a, b, c):
         one = s.param("scale", (s.whole(x)[-2], 1)) if x.ndim > 2 else s.param("scale", (1, 1))
     else:
         one = nn.Dense(widths(c), name=s.name("gate"))(other).mean(-1, keepdims=True)
+    one = one.reshape((1,) * (x.ndim - one.ndim) + one.shape)
     if c % 3 == 0:
         return x * one
     return jnp.where(one > 0, x, 0.1 * x) if c % 3 == 1 else jnp.maximum(x, one)

@@ -218,10 +218,20 @@ def test_where_outputs_are_not_cached(change, stage, why):
     assert why in (cache.refusal(experiment, stage, load(_experiment().data, 0)) or "")
 
 
-def test_a_teacher_that_mixes_its_batch_is_not_cached():
+@pytest.mark.parametrize("mask", [0.0, -1e9, -np.inf])
+def test_a_teacher_that_mixes_its_batch_is_not_cached(mask):
     dataset = load(_experiment().data, 0)
-    found, line = cache.cached(lambda _, batch: batch["images"].mean((1, 2)) - batch["images"].mean(), {}, dataset, 8)
+
+    def teacher(mixes):
+        def outputs(_, batch):
+            own = batch["images"].mean((1, 2)) - batch["images"].mean() * mixes
+            return jnp.concatenate([own, jnp.full_like(own, mask)], -1)
+
+        return outputs
+
+    found, line = cache.cached(teacher(1e-2), {}, dataset, 8)
     assert found is None and "depends on the others" in line
+    assert cache.cached(teacher(0), {}, dataset, 8)[0] is not None
 
 
 def test_maps_are_learned_and_not_part_of_the_network(tmp_path):

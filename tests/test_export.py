@@ -42,6 +42,19 @@ class FixedBatch(nn.Module):
         return nn.Dense(self.num_classes, name="dense")(x.reshape(-1, 64))
 
 
+class Detector(nn.Module):
+    """Scores that are small next to boxes in pixels and to a mask."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        x = x.reshape(x.shape[0], -1)
+        boxes = 1280 * nn.sigmoid(nn.Dense(4, name="box")(x))
+        scores = nn.sigmoid(nn.Dense(self.num_classes, name="score")(x) - 20)
+        return {"found": jnp.concatenate([boxes, scores], -1), "masked": scores.at[:, 0].set(-jnp.inf)}
+
+
 def saved(directory: Path, architecture: Architecture) -> Path:
     """A network of random weights, drawn by NumPy: to compile a module's own `init` takes many seconds."""
     images = jax.ShapeDtypeStruct((1, *architecture.input_shape), jnp.float32)
@@ -191,6 +204,16 @@ def test_a_file_that_computes_something_else_is_found(network, copy):
             ValueError, match=rf"student.{format} computes something else than the network: outputs differ by"
         ):
             export.check(network, copy, [format])
+
+
+def test_each_output_is_checked_by_its_own_scale(tmp_path):
+    network = saved(tmp_path / "network", Architecture(f"{__name__}:Detector", {"num_classes": 3}, {}, (), SHAPE))
+    export.export(network, tmp_path / "out", trust_code=True)
+    module, variables, architecture, _ = load_network(network, trust_code=True)
+    variables["params"]["score"]["kernel"] = variables["params"]["score"]["kernel"] * 1.001
+    (tmp_path / "out" / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
+    with pytest.raises(ValueError, match="student.stablehlo computes something else than the network"):
+        export.check(network, tmp_path / "out", ["stablehlo"], trust_code=True)
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
