@@ -97,7 +97,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "framing": road.experiment.data.framing,
         "macs": cost.macs,
         "params": cost.params,
-        **module_info(module, architecture, lambda: road.base_shapes),
+        **module_info(module, architecture, lambda: road.base_shapes(module)),
         **({BOXES: boxes} if boxes else {}),
         **more,
     }

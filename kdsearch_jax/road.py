@@ -8,7 +8,6 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -66,7 +65,7 @@ class Road:
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
     module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
     `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in; warned:
-    what was warned of.
+    what was warned of; shapes: see `base_shapes`.
     """
 
     experiment: Experiment
@@ -79,6 +78,7 @@ class Road:
     further: tuple[Loaded, ...] = ()
     boxes: Mapping[str, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set, compare=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     def warn(self, note: str) -> None:
         """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
@@ -101,10 +101,11 @@ class Road:
         """Of the data."""
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
 
-    @functools.cached_property
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of the arrays of `base`."""
-        return own_shapes(self.base, self.task.call)
+    def base_shapes(self, module: Any) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of the arrays of what a network of this run was cut from, which is the same for all."""
+        if not self.shapes:
+            self.shapes.update(own_shapes(base_of(module), self.task.call))
+        return self.shapes
 
     def load(self, directory: Path) -> Loaded:
         """A network of this run. Raises CheckpointError where it is damaged."""

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from proof import image, variables_of
 
+import kdsearch_jax as kd
 from kdsearch_jax import budget, inspect
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.inspect.__main__ import main as inspect_main
@@ -52,6 +54,18 @@ def test_json_is_what_tracing_finds(capsys):
     assert (record["smallest"]["macs"]["count"], record["smallest"]["params"]["count"]) == topology.cost(one)
     assert record["inputs"] == {"input0": "float32[16,16,3]"}
     assert 0 < record["seconds"] < 60
+
+
+def test_a_student_is_looked_at_by_its_directory(capsys, tmp_path):
+    """It is called as its directory says, and what is left of it can be pruned."""
+    module, x = build("small_cnn", {"num_classes": 5, "width": 8}), image(8, 8, 1)
+    student = kd.prune(trace(module, x), variables_of(module, x), kd.magnitude(), kd.Budget(macs=0.6), x)
+    kd.save(student, tmp_path / "student")
+    record = records(capsys, "--teacher", str(tmp_path / "student"))
+    assert (record["macs"], record["params"]) == (student.macs, student.params)
+    assert record["inputs"] == {"images": "float32[8,8,1]"} and record["model"].endswith("SmallCNN")
+    topology = trace(student.module, x).topology
+    assert [(g["name"], g["size"]) for g in record["groups"]] == [(g.name, g.size) for g in topology.groups]
 
 
 def test_text_names_every_group_and_every_reason(capsys):

@@ -186,6 +186,24 @@ def test_a_student_as_a_part_of_another_model():
     assert set(variables["params"]["inner"]) == {"head", "stem"}
 
 
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_parts_of_parts_are_parts_of_the_whole(name):
+    """A network that is cut twice, as a search that shrinks does, is the network cut once; also without branches."""
+    make, x = CASES[name]
+    module, variables = make()
+    module, _, _ = cut(module, variables, x, Architecture.of(module), np.random.default_rng(0), branches=[0])
+    network, rng = traced(module, x), np.random.default_rng(1)
+    first = random_keep(network.topology, rng)
+    part = network.part(first)
+    assert part.module == network.student(first)
+    second = random_keep(part.topology, rng)
+    both = {group: mask.copy() for group, mask in first.items()}
+    for group, mask in second.items():
+        both[group][first[group]] = mask
+    assert part.student(second) == part.part(second).module == network.student(both)
+    assert part.topology.cost(second) == network.topology.cost(both)
+
+
 def test_an_nnx_student_that_was_changed_is_a_model_of_its_own():
     """Its mode aside: what it was cut from would not have the change."""
     x = image(6)

@@ -42,11 +42,11 @@ from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import bound
-from kdsearch_jax.models import GIVEN, check_trust
+from kdsearch_jax.models import MODELS, check_trust
 from kdsearch_jax.student import Architecture, base_of
 
 FORMAT, VERSION = "kdsearch_jax network", 1
-BASE = "base"  # in a network's info: `own_shapes` of its base model, where files cannot name that
+BASE = "base"  # in a network's info: `own_shapes` of its base model, where that is not one of `models`
 BOXES = "boxes"  # in a network's info: the boxes of its arrays, see `kdsearch_jax.boxes`
 MODE = "mode"  # in a network's info: that of an NNX module, "train" or "eval", where it has such
 MAX_JSON = 1 << 24  # bytes: 100,000 arrays
@@ -193,7 +193,7 @@ def module_info(
     module: Linen's or a `Functional`; shapes: `own_shapes` of its base model, where they are known.
     """
     info = {MODE: module.mode} if isinstance(module, Functional) and module.mode else {}
-    if not architecture.model.startswith(GIVEN):
+    if architecture.model in MODELS:
         return info
     found = own_shapes(base_of(module), architecture.called) if shapes is None else shapes()
     return info | {BASE: {name: list(shape) for name, shape in found.items()}}

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from kdsearch_jax import equality, foreign, storage
-from kdsearch_jax.checkpoint import describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
+from kdsearch_jax.checkpoint import BASE, describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
 from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
@@ -411,7 +411,7 @@ def _manifest(
         "input": taken if images else architecture.called.to_json()["inputs"],
         "output": {"dtype": "float32", "what": "logits (batch, classes)" if images else "as the network's"},
         "architecture": architecture.to_json(),
-        "info": dict(info),
+        "info": {name: value for name, value in info.items() if name != BASE},
         "jax": jax.__version__,  # a newer one reads the stablehlo file as well, an older one may not
         "platforms": list(PLATFORMS),
         "files": files,

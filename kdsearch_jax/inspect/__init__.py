@@ -4,6 +4,7 @@
     python -m kdsearch_jax.inspect --model mypkg.models:make_net --input-shape 224 224 3 [--json]
     python -m kdsearch_jax.inspect --model mypkg.models:Encoder --inputs int32[128] mask=bool[128]
     python -m kdsearch_jax.inspect --model vit --measure --budget.batch-size 8
+    python -m kdsearch_jax.inspect --teacher RUN/student      a network that was saved
 
 Groups that are named alike but for numbers share a line: what they cost together, where all of them could be emptied.
 What is frozen is listed by reason. The smallest student keeps one unit of each group (one multiple of budget.round_to)

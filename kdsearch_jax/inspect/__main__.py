@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         shape = (experiment.data.image_size,) * 2 + shape[2:]
     shape = options.input_shape or shape
     call = tables.described(options.inputs, shape, options.input_dtype, experiment.model.eval_kwargs)
-    network, record = tables.traced(experiment, call, classes, options.measure)
+    network, record = tables.traced(experiment, call, classes, options.measure, options.trust_code)
     if options.json:
         print(json.dumps(record, indent=1))
         return 0

@@ -16,6 +16,7 @@ from kdsearch_jax import budget, evaluate, hardware, measured
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import line
+from kdsearch_jax.given import Loaded, network_directory
 from kdsearch_jax.models import build, takes
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.tracing.topology import Topology
@@ -25,20 +26,30 @@ SHOWN = 4  # names of frozen parameters to a reason
 Table = list[tuple[str, ...]]
 
 
-def traced(experiment: Experiment, call: Call, classes: int, measure: bool) -> tuple[Network, dict[str, Any]]:
+def traced(
+    experiment: Experiment, call: Call, classes: int, measure: bool, trust_code: bool = False
+) -> tuple[Network, dict[str, Any]]:
     """The experiment's network, traced for a call, and its record: everything that was found, as plain JSON.
 
     Args:
+      call: of a network that is built; one of a directory (`teacher_from`), such as a student, is called as that says.
       classes: of a network that takes their number and is given none. measure: time and memory of a call as well.
+      trust_code: a network of a directory may import its package.
 
     Raises:
       ValueError: the network cannot be built, called so, or pruned.
     """
-    model, arguments = experiment.model.name, dict(experiment.model.arguments)
-    if takes(model, "num_classes"):
-        arguments.setdefault("num_classes", classes)
-    module = build(model, arguments)
-    call.check(module)
+    stored = network_directory(experiment.teacher_from)
+    if stored is not None:
+        found = Loaded.of(stored, trust_code=trust_code)
+        module, call = found.module, found.architecture.called
+        model, arguments = found.architecture.model, found.architecture.arguments
+    else:
+        model, arguments = experiment.model.name, dict(experiment.model.arguments)
+        if takes(model, "num_classes"):
+            arguments.setdefault("num_classes", classes)
+        module = build(model, arguments)
+        call.check(module)
     start = time.perf_counter()
     try:
         network = trace(module, *call.example(2), **call.keywords(module, train=False))

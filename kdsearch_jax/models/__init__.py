@@ -186,13 +186,18 @@ def module_of(given: Any) -> Any:
 
 
 def check_class(name: str, module: Any) -> None:
-    """Raises ValueError where a network of a module object, as `describe` named it, was made of another class.
+    """Raises ValueError where a network was made of another class, as `describe` named it.
 
-    Where the class is defined now may be somewhere else.
+    Where the class is defined now may be somewhere else. Of what a function made the class is not known.
     """
     kinds = [kind.__name__ for kind in class_of(module).__mro__]
-    expected = name.removeprefix(GIVEN)
-    if name.startswith(GIVEN) and expected.rpartition(".")[2] not in kinds:
+    if name.startswith(GIVEN):
+        expected = name.removeprefix(GIVEN)
+    else:
+        package, _, expected = name.partition(":")
+        if not isinstance(getattr(sys.modules.get(package), expected, None), type):
+            return
+    if expected.rpartition(".")[2] not in kinds:
         raise ValueError(f"module: the network was made of a {expected}, and a {kinds[0]} is given")
 
 
