@@ -5,6 +5,7 @@ Every process of a run calls these alike; the first writes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import jax
 
 from kdsearch_jax import evaluate, train
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json, write_sealed
 from kdsearch_jax.given import Loaded
-from kdsearch_jax.network import count
+from kdsearch_jax.memo import remembered
+from kdsearch_jax.network import Count, count
 from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
@@ -58,7 +61,9 @@ def fit(
         variables = state.variables if variables_of is None else variables_of(state)
         if measure is not None:
             return {f"validation_{name}": value for name, value in measure(variables).items()}
-        scores = evaluate.evaluate(module, variables, data.validation, data.mean, data.std, batch_size=size, call=call)
+        scores = evaluate.evaluate(
+            module, variables, data.validation, data.mean, data.std, batch_size=size, call=call, largest=len(data.test)
+        )
         return {f"validation_{name}": scores[name] for name in ("accuracy", "loss")}
 
     return train.fit(
@@ -83,8 +88,7 @@ def fit(
 
 def save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any, **more: Any) -> None:
     """A network directory with what it takes to use the network, and `more` information."""
-    call = architecture.called
-    cost = count(module, *call.example(2), **call.keywords(module, train=False))
+    cost = _counted(module, json.dumps(architecture.called.to_json()))
     info = {
         "dataset": road.dataset.name,
         "num_classes": road.dataset.num_classes,
@@ -98,6 +102,12 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         **more,
     }
     save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())
+
+
+@remembered(8)
+def _counted(module: Any, called: str) -> Count:
+    call = Call.from_json(json.loads(called))
+    return count(module, *call.example(2), **call.keywords(module, train=False))
 
 
 def meet(what: str) -> None:

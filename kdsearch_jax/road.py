@@ -27,6 +27,7 @@ from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.budget import BudgetWarning, Limits
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import CheckpointError
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
@@ -45,6 +46,7 @@ from kdsearch_jax.given import (
     one_more,
     the_teacher,
 )
+from kdsearch_jax.memo import Memory, remembered
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.provenance import code, fingerprint, versions
 from kdsearch_jax.student import Architecture
@@ -63,7 +65,7 @@ class Road:
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
     module, where files cannot name it; further: more teachers to learn from, `distill.teachers`; warned: what was
-    warned of.
+    warned of; memory: what was read or computed already.
     """
 
     experiment: Experiment
@@ -75,6 +77,7 @@ class Road:
     base: Any = None
     further: tuple[Loaded, ...] = ()
     warned: set[str] = field(default_factory=set, compare=False)
+    memory: Memory = field(default_factory=Memory, compare=False)
 
     def warn(self, note: str) -> None:
         """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
@@ -98,9 +101,13 @@ class Road:
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
 
     def load(self, directory: Path) -> Loaded:
-        """A network of this run. Raises CheckpointError where it is damaged."""
+        """A network of this run, read once. Raises CheckpointError where it is damaged."""
+        record = directory / "network.json"
         try:
-            return Loaded.of(directory, self.base, trust_code=True)
+            if not record.is_file():
+                return Loaded.of(directory, self.base, trust_code=True)
+            key = ("network", directory.absolute(), record.read_bytes())  # which has the digests of all arrays
+            return self.memory.once(key, lambda: Loaded.of(directory, self.base, trust_code=True))
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or remove {directory}: the command of this run makes it again") from None
 
@@ -193,9 +200,15 @@ def prepare(
 
 def traced(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
     """The teacher's topology with the gates that the experiment allows."""
-    config, call = experiment.gates, architecture.called
-    network = trace(module, *call.example(PROOF), **call.keywords(module, train=False))
+    config = experiment.gates
+    network = _traced(module, json.dumps(architecture.called.to_json()))
     return network.select(config.kinds, config.include, config.exclude)
+
+
+@remembered(2)
+def _traced(module: Any, called: str) -> Network:
+    call = Call.from_json(json.loads(called))
+    return trace(module, *call.example(PROOF), **call.keywords(module, train=False))
 
 
 def limits_of(
