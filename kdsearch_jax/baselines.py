@@ -67,18 +67,15 @@ def uniform(topology: Topology, variables: Any, limits: Limits, rng: np.random.G
 
 def magnitude(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
     """The largest L1 norms over all layers, relative to their layer's mean."""
-    norms = {group.name: _norms(group, _flat(variables)) for group in _free(topology).groups}
-    return _select(topology, limits, {name: each / max(each.mean(), 1e-30) for name, each in norms.items()})
+    return _select(topology, limits, relative_norms(topology, variables))
 
 
 def bn_scale(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
     """The largest |BatchNorm scale| over all layers that have one."""
-    flat = _flat(variables)
-    found = {group.name: _scales(group, flat) for group in _free(topology).groups}
-    scores = {name: scales for name, scales in found.items() if scales is not None}
+    scores = batch_norm_scales(topology, variables)
     if not scores:
         raise BudgetError("no unit that may go is followed by a BatchNorm, by whose scale it could be chosen")
-    rest = {name: "no BatchNorm follows" for name in found if name not in scores}
+    rest = {g.name: "no BatchNorm follows" for g in _free(topology).groups if g.name not in scores}
     return _whole(topology, _select(topology.without(rest), limits, scores))
 
 
@@ -159,6 +156,21 @@ def _gone(topology: Topology, gone: tuple[str, ...]) -> Topology:
 
     less = replace(topology, macs=reduced(topology.macs), params=reduced(topology.params))
     return less.without(dict.fromkeys(gone, "left out"))
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def relative_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) L1 norms of the kernel slices that make its units, over their mean}; branches have none."""
+    norms = {group.name: _norms(group, _flat(variables)) for group in _free(topology).groups}
+    return {name: each / max(each.mean(), 1e-30) for name, each in norms.items()}
+
+
+def batch_norm_scales(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) mean |scale| in the BatchNorms behind its units}, for groups that have one."""
+    found = {group.name: _scales(group, _flat(variables)) for group in _free(topology).groups}
+    return {name: scales for name, scales in found.items() if scales is not None}
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------

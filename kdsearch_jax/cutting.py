@@ -139,7 +139,7 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
         sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
         inputs = road.task.call.bind(proof_batch(road.dataset))
         proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
-        log.info("the student is the gated network: outputs agree to %.1e of their scale", proof["difference"])
+        log.info("the student is the gated network: outputs agree to %.1e of their own scale", proof["difference"])
         macs, params = topology.cost(stay)
         selection = {
             "kept": {name: np.flatnonzero(mask).tolist() for name, mask in stay.items()},

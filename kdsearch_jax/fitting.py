@@ -14,7 +14,7 @@ import jax
 
 from kdsearch_jax import evaluate, train
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import save_network
+from kdsearch_jax.checkpoint import BOXES, module_info, save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
@@ -25,6 +25,7 @@ from kdsearch_jax.network import Count, count
 from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing.topology import leaf_shapes
 
 
 def fit(
@@ -89,6 +90,7 @@ def fit(
 def save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any, **more: Any) -> None:
     """A network directory with what it takes to use the network, and `more` information."""
     cost = _counted(module, json.dumps(architecture.called.to_json()))
+    boxes = {path: road.boxes[path] for path in leaf_shapes(variables) if path in road.boxes}
     info = {
         "dataset": road.dataset.name,
         "num_classes": road.dataset.num_classes,
@@ -99,6 +101,8 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "framing": road.experiment.data.framing,
         "macs": cost.macs,
         "params": cost.params,
+        **module_info(module, architecture, lambda: road.base_shapes),
+        **({BOXES: boxes} if boxes else {}),
         **more,
     }
     save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())

@@ -8,11 +8,12 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
+from kdsearch_jax.boxes import described
 from kdsearch_jax.budget import BudgetWarning, Limits
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import CheckpointError
+from kdsearch_jax.checkpoint import BOXES, CheckpointError, own_boxes, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
 from kdsearch_jax.examples import SPLITS, Dataset
@@ -49,7 +51,7 @@ from kdsearch_jax.given import (
 from kdsearch_jax.memo import Memory, remembered
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.provenance import code, fingerprint, versions
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.student import Architecture, base_of
 from kdsearch_jax.task import Task
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`; warned: what was
-    warned of; memory: what was read or computed already.
+    module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
+    `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in; warned:
+    what was warned of; memory: what was read or computed already.
     """
 
     experiment: Experiment
@@ -76,6 +79,7 @@ class Road:
     search_from: Path | None = None
     base: Any = None
     further: tuple[Loaded, ...] = ()
+    boxes: Mapping[str, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set, compare=False)
     memory: Memory = field(default_factory=Memory, compare=False)
 
@@ -99,6 +103,11 @@ class Road:
     def fingerprint(self) -> str:
         """Of the data."""
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
+
+    @functools.cached_property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of the arrays of `base`."""
+        return own_shapes(self.base, self.task.call)
 
     def load(self, directory: Path) -> Loaded:
         """A network of this run, read once. Raises CheckpointError where it is damaged."""
@@ -179,11 +188,12 @@ def prepare(
                 notes.append(chosen.note)
             if experiment.baselines:
                 baselines.check(network.topology, limits)
-    base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
-    further = tuple(one_more(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
+    base = None if own is None else base_of(own.module)
+    further = tuple(one_more(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    road = Road(experiment, dataset, directory, task, given, found, base, further)
+    boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
+    road = Road(experiment, dataset, directory, task, given, found, base, further, boxes)
     for note in notes:
         road.warn(note)
     check_alike(

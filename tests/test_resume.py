@@ -33,7 +33,7 @@ def road(directory, *argv) -> int:
 def same_results(a: Path, b: Path) -> None:
     """Asserts that two runs left the same networks, gates, history, choice and metrics."""
     for name in ("teacher/network", "search/network", "retrain/network", "student"):
-        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name)[1]) for run in (a, b))
+        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name).variables) for run in (a, b))
         assert left.keys() == right.keys()
         for leaf in left:
             assert np.asarray(left[leaf]).tobytes() == np.asarray(right[leaf]).tobytes(), (name, leaf)

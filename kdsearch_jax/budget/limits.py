@@ -73,6 +73,11 @@ class Limits:
         slopes += [estimate.marginal(topology, keep) / bound for estimate, bound in self.measured]
         return np.stack(slopes), 1.0 - self.pressures(topology, keep) + 1e-9
 
+    @property
+    def are_polynomials(self) -> bool:
+        """Whether all that is bounded is a polynomial of the widths; a table that is interpolated is not."""
+        return all(hasattr(estimate, "polynomial") for estimate, _ in self.measured)
+
     def polynomials(self, topology: Topology) -> list[Polynomial]:
         """What is bounded as polynomials of the widths, in the order of `names`."""
         counted = [Polynomial(bound, 0.0, ((1.0, getattr(topology, name)),)) for name, bound in self._counted()]

@@ -77,7 +77,8 @@ def choose(
     task.check()
     best = max((found for weights in task.weights() for found in task.greedy(weights)), key=task.merit)
     outcome = None
-    if len(task.pieces) and (task.pressure(best) < FLOOR or (per_cost and len(task.pieces) <= FEW)):
+    few = per_cost and len(task.pieces) <= FEW
+    if len(task.pieces) and limits.are_polynomials and (task.pressure(best) < FLOOR or few):
         outcome = exact.search(topology, limits, task.pieces)
         if outcome is not None and limits.pressure(topology, outcome.best) <= 1.0:
             best = task.refilled(max(best, outcome.best, key=task.merit))

@@ -4,12 +4,13 @@
                           metadata. `load_safetensors` makes the module of it; any other program can read the arrays.
     student.stablehlo     the compiled-to-be function images → logits with its arrays inside, for CPU, CUDA and TPU and
                           any batch size. `jax.export.deserialize` runs it; neither Flax nor this package is needed.
-    manifest.json         what each file holds, takes and returns, and how far it was off.
+    manifest.json         what each file holds, takes and returns, and how far its outputs were off.
 
 Both take what the network takes (normalised float32 images, or the inputs that `architecture.json` describes) and
 return its outputs. Each file is read again by a fresh process, run on random inputs at two batch sizes, and compared
-with the network's own outputs before it gets its name. That process runs on the CPU, in full float32, always.
-A network of a module object, which no other process can make again, gives that process its outputs along.
+with the network's own outputs, each entry by its own scale (`kdsearch_jax.equality`), before it gets its name. That
+process always runs on the CPU, in full float32. The outputs of a network of a module object, which no other process can
+make again, are stored for that process.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
         CannotExportError,
         check,
         export,
+        holds_student,
         is_whole,
         load_safetensors,
         load_stablehlo,
         packed,
+        read_safetensors,
     )
 
 __all__ = [
@@ -35,10 +38,12 @@ __all__ = [
     "CannotExportError",
     "check",
     "export",
+    "holds_student",
     "is_whole",
     "load_safetensors",
     "load_stablehlo",
     "packed",
+    "read_safetensors",
 ]
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     else:
         found = export.export(options.network, options.out, options.formats, trust_code=options.trust_code)["files"]
     for name, file in found.items():
-        told = f"{name}: largest difference {file['max_difference']:.2g}, of logits up to {file['logits_scale']:.3g}"
+        told = f"{name}: outputs agree within {file['difference']:.2g} of their own scale"
         print(storage.shown(f"{options.out}: {told}"))
     return 0
 
