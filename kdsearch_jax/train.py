@@ -372,7 +372,7 @@ def _all_finite(leaves: Sequence[Any]) -> bool:
 
 
 def _finite(leaves: Sequence[Any]) -> NDArray[np.bool_]:
-    """(leaves,) whether each is finite. On a CPU arrays are looked at where they are, and nothing is compiled for it."""
+    """(leaves,) whether each is finite. On a CPU nothing is compiled for it: arrays are looked at where they are."""
     if jax.default_backend() == "cpu":
         return np.array([_is_finite(leaf) for leaf in leaves], bool)
     return np.asarray(_finite_on_device(leaves))
