@@ -158,13 +158,17 @@ def measurer(
     whole, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     mean, std = (replicate(np.asarray(values, np.float32), mesh) for values in (dataset.mean, dataset.std))
     target_variables = replicate(None if teacher is None else teacher[1], mesh)
-    compiled, own = _figures(task, module, None if teacher is None else teacher[0], mesh)
+    called = json.dumps(task.call.to_json())
+    run, run_teacher = (None if m is None else outputs_of(m, called) for m in (module, teacher and teacher[0]))
+    figures, own = _figures(task, mesh)
 
     def measure(variables: Any) -> dict[str, float]:
         variables = replicate(variables, mesh)
 
         def of(arrays: Any) -> dict[str, np.ndarray]:
-            found = jax.device_get(compiled(variables, target_variables, mean, std, arrays))
+            batch = mean, std, arrays
+            target = None if run_teacher is None else run_teacher(target_variables, *batch)
+            found = jax.device_get(figures(run(variables, *batch), target, *batch))
             return {name: value for name, value in found.items() if not alone or name in own}
 
         sums: dict[str, float] = {}
@@ -189,15 +193,26 @@ def measurer(
 
 
 @remembered(16)
-def _figures(task: Task, module: Any, teacher: Any, mesh: Mesh) -> tuple[Any, set[str]]:
-    """(the compiled function of `measurer`, the names of figures that compare with nothing, once it was called)."""
+def outputs_of(module: Any, called: str) -> Any:
+    """The jitted function (variables, mean, std, arrays) → outputs in inference mode, the same for equal modules.
+
+    called: the call as JSON; arrays: entries of a batch as a split has them.
+    """
+    call = Call.from_json(json.loads(called))
+
+    def run(variables: Any, mean: Any, std: Any, arrays: Any) -> Any:
+        return apply_eval(module, variables, call.bind(prepared(arrays, mean, std)), call=call)
+
+    return jax.jit(run)
+
+
+@remembered(4)
+def _figures(task: Task, mesh: Mesh) -> tuple[Any, set[str]]:
+    """(the jitted `Task.figures`, the names of those that compare with nothing, known once it was called)."""
     own: set[str] = set()
 
-    def figures(variables: Any, target_variables: Any, mean: Any, std: Any, arrays: Any) -> dict[str, jax.Array]:
+    def figures(outputs: Any, target: Any, mean: Any, std: Any, arrays: Any) -> dict[str, jax.Array]:
         batch = prepared(arrays, mean, std)
-        inputs = task.call.bind(batch)
-        target = None if teacher is None else apply_eval(teacher, target_variables, inputs, call=task.call)
-        outputs = apply_eval(module, variables, inputs, call=task.call)
         own.update(task.figures(outputs, batch))
         return task.figures(outputs, batch, target)
 
