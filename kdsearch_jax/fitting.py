@@ -5,7 +5,6 @@ Every process of a run calls these alike; the first writes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,14 @@ from typing import Any
 import jax
 
 from kdsearch_jax import evaluate, train
-from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import BOXES, module_info, save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json, write_sealed
 from kdsearch_jax.given import Loaded
-from kdsearch_jax.memo import remembered
-from kdsearch_jax.network import Count, count
-from kdsearch_jax.road import Road, is_plain
+from kdsearch_jax.network import count
+from kdsearch_jax.road import PROOF, Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import leaf_shapes
@@ -89,7 +86,8 @@ def fit(
 
 def save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any, **more: Any) -> None:
     """A network directory with what it takes to use the network, and `more` information."""
-    cost = _counted(module, json.dumps(architecture.called.to_json()))
+    call = architecture.called
+    cost = count(module, *call.example(PROOF), **call.keywords(module, train=False))  # as the proof counts it
     boxes = {path: road.boxes[path] for path in leaf_shapes(variables) if path in road.boxes}
     info = {
         "dataset": road.dataset.name,
@@ -106,12 +104,6 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         **more,
     }
     save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())
-
-
-@remembered(8)
-def _counted(module: Any, called: str) -> Count:
-    call = Call.from_json(json.loads(called))
-    return count(module, *call.example(2), **call.keywords(module, train=False))
 
 
 def meet(what: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax import losses
-from kdsearch_jax.batches import normalise, prepared
+from kdsearch_jax.batches import is_image, normalise, prepared
 from kdsearch_jax.call import Call
 from kdsearch_jax.devices import data_mesh, place, replicate
 from kdsearch_jax.examples import Dataset, Split
@@ -159,16 +159,18 @@ def measurer(
     mean, std = (replicate(np.asarray(values, np.float32), mesh) for values in (dataset.mean, dataset.std))
     target_variables = replicate(None if teacher is None else teacher[1], mesh)
     called = json.dumps(task.call.to_json())
-    run, run_teacher = (None if m is None else outputs_of(m, called) for m in (module, teacher and teacher[0]))
+    run = inference(module, called)
+    run_teacher = None if teacher is None else inference(teacher[0], called)
     figures, own = _figures(task, mesh)
 
     def measure(variables: Any) -> dict[str, float]:
         variables = replicate(variables, mesh)
 
         def of(arrays: Any) -> dict[str, np.ndarray]:
-            batch = mean, std, arrays
-            target = None if run_teacher is None else run_teacher(target_variables, *batch)
-            found = jax.device_get(figures(run(variables, *batch), target, *batch))
+            batch = _prepared(arrays, mean, std)
+            inputs = task.call.bind(batch)
+            target = None if run_teacher is None else run_teacher(target_variables, inputs)
+            found = jax.device_get(figures(run(variables, inputs), target, batch))
             return {name: value for name, value in found.items() if not alone or name in own}
 
         sums: dict[str, float] = {}
@@ -192,18 +194,22 @@ def measurer(
     return measure
 
 
-@remembered(16)
-def outputs_of(module: Any, called: str) -> Any:
-    """The jitted function (variables, mean, std, arrays) → outputs in inference mode, the same for equal modules.
+@remembered(32)
+def inference(module: Any, called: str) -> Any:
+    """The jitted function (variables, inputs) → outputs in inference mode and float32, the same for equal modules.
 
-    called: the call as JSON; arrays: entries of a batch as a split has them.
+    called: the call as JSON.
     """
     call = Call.from_json(json.loads(called))
+    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call=call))
 
-    def run(variables: Any, mean: Any, std: Any, arrays: Any) -> Any:
-        return apply_eval(module, variables, call.bind(prepared(arrays, mean, std)), call=call)
 
-    return jax.jit(run)
+def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, Any]:
+    """`batches.prepared`, compiled where there is anything to do."""
+    return _normalised(arrays, mean, std) if any(is_image(*each) for each in arrays.items()) else arrays
+
+
+_normalised = jax.jit(prepared)
 
 
 @remembered(4)
@@ -211,8 +217,7 @@ def _figures(task: Task, mesh: Mesh) -> tuple[Any, set[str]]:
     """(the jitted `Task.figures`, the names of those that compare with nothing, known once it was called)."""
     own: set[str] = set()
 
-    def figures(outputs: Any, target: Any, mean: Any, std: Any, arrays: Any) -> dict[str, jax.Array]:
-        batch = prepared(arrays, mean, std)
+    def figures(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
         own.update(task.figures(outputs, batch))
         return task.figures(outputs, batch, target)
 
@@ -224,16 +229,10 @@ def _figures(task: Task, mesh: Mesh) -> tuple[Any, set[str]]:
 
 def executable(module: Any, variables: Any, batch: int, call: Call) -> tuple[Any, tuple[Any, Any]]:
     """(the network compiled for one device, in inference mode and float32; the arguments that it is called with)."""
-    device = jax.local_devices()[0]
-    inputs = jax.device_put(call.random(batch, np.random.default_rng(0)), device)
-    arguments = (jax.device_put(jax.tree.map(np.asarray, variables), device), inputs)
-    return _inference(module, json.dumps(call.to_json())).lower(*arguments).compile(), arguments
-
-
-@remembered(32)
-def _inference(module: Any, called: str) -> Any:
-    call = Call.from_json(json.loads(called))
-    return jax.jit(lambda leaves, xs: apply_eval(module, leaves, xs, call=call))
+    mesh = data_mesh(jax.local_devices()[:1])
+    inputs = place(call.random(batch, np.random.default_rng(0)), NamedSharding(mesh, PartitionSpec("data")))
+    arguments = (replicate(jax.tree.map(np.asarray, variables), mesh), inputs)
+    return inference(module, json.dumps(call.to_json())).lower(*arguments).compile(), arguments
 
 
 def clock(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> Callable[[], dict[str, float]]:
