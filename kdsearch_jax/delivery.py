@@ -139,13 +139,16 @@ def _scores(road: Road, networks: Mapping[str, Loaded], student: str) -> dict[st
     if not is_plain(road.task, dataset):
         found = {}
         for name, n in networks.items():
-            other = None if name == "teacher" else (teacher.module, teacher.variables)
-            measure = evaluate.measurer(road.task, n.module, dataset.test, dataset, batch_size=size, teacher=other)
+            other = (teacher.module, teacher.variables)
+            measure = evaluate.measurer(
+                road.task, n.module, dataset.test, dataset, batch_size=size, teacher=other, alone=name == "teacher"
+            )
             found[name] = measure(n.variables)
         return found
+    others = len(dataset.validation)
     logits = {
         name: evaluate.predict(
-            n.module, n.variables, dataset.test.images, dataset.mean, dataset.std, size, n.architecture.call
+            n.module, n.variables, dataset.test.images, dataset.mean, dataset.std, size, n.architecture.call, others
         )
         for name, n in networks.items()
     }

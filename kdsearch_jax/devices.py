@@ -18,9 +18,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def data_mesh() -> Mesh:
-    """One axis, "data", over all devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """One axis, "data", over these devices, by default over all of all processes."""
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 @contextmanager

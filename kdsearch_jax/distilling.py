@@ -31,6 +31,7 @@ from kdsearch_jax.ensemble import Member, Teacher
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval, apply_train
 from kdsearch_jax.losses import learned
+from kdsearch_jax.memo import Memory
 from kdsearch_jax.optimizer import make_optimizer
 from kdsearch_jax.task import Task
 from kdsearch_jax.tracing.topology import Topology
@@ -204,6 +205,7 @@ def prepare(
     *,
     retraining: bool,
     topology: Topology | None = None,
+    memory: Memory | None = None,
 ) -> Lesson:
     """What a stage trains with.
 
@@ -212,6 +214,7 @@ def prepare(
       student, variables: the module that is trained, and its variables.
       retraining: whether `distill.retrain_losses` count.
       topology: in the search, whose gates the student's features go through.
+      memory: of the run, in which the teachers' outputs are kept for its next stage.
 
     Raises:
       ValueError: a layer or a teacher does not fit.
@@ -227,8 +230,7 @@ def prepare(
     if not _of_features(task.distill):
         why = cache.refusal(experiment, stage, dataset)
         if why is None:
-            found, line = cache.cached(distiller.outputs, constants, dataset, experiment.run.eval_batch_size)
-            log.info("%s", line)
+            found = _cached(distiller, teachers, constants, dataset, experiment, memory or Memory())
             if found is not None:
                 return Lesson(dataclasses.replace(distiller, cached=True), None, found)
         return Lesson(distiller, constants, dataset)
@@ -241,6 +243,27 @@ def prepare(
     tx = make_optimizer(stage) if maps else None
     distiller = dataclasses.replace(distiller, taps=tuple(taught), units=seen, tx=tx)
     return Lesson(distiller, constants, dataset, {"maps": maps, "optimizer": tx.init(maps)} if tx else None)
+
+
+def _cached(
+    distiller: Distiller,
+    teachers: Sequence[Teacher],
+    constants: Any,
+    dataset: Dataset,
+    experiment: Experiment,
+    memory: Memory,
+) -> Dataset | None:
+    """The data set with the teachers' outputs, the same in every stage that has these teachers; see `cache.cached`."""
+    size = experiment.run.eval_batch_size
+
+    def compute() -> tuple[Any, Dataset | None]:
+        found, line = cache.cached(distiller.outputs, constants, dataset, size)
+        log.info("%s", line)
+        return (teachers, dataset), found  # kept with their outputs: no others have the same numbers meanwhile
+
+    numbers = tuple(id(part) for each in teachers for part in (each.module, each.variables))
+    key = ("outputs", numbers, id(dataset), size, experiment.run.precision, experiment.distill.ensemble)
+    return memory.once(key, compute)[1]
 
 
 def _of_features(config: DistillConfig) -> list[str]:

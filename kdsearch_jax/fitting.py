@@ -19,7 +19,7 @@ from kdsearch_jax.examples import Dataset
 from kdsearch_jax.files import write_arrays, write_json, write_sealed
 from kdsearch_jax.given import Loaded
 from kdsearch_jax.network import count
-from kdsearch_jax.road import Road, is_plain
+from kdsearch_jax.road import PROOF, Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import leaf_shapes
@@ -59,7 +59,9 @@ def fit(
         variables = state.variables if variables_of is None else variables_of(state)
         if measure is not None:
             return {f"validation_{name}": value for name, value in measure(variables).items()}
-        scores = evaluate.evaluate(module, variables, data.validation, data.mean, data.std, batch_size=size, call=call)
+        scores = evaluate.evaluate(
+            module, variables, data.validation, data.mean, data.std, batch_size=size, call=call, largest=len(data.test)
+        )
         return {f"validation_{name}": scores[name] for name in ("accuracy", "loss")}
 
     return train.fit(
@@ -85,7 +87,7 @@ def fit(
 def save(directory: Path, road: Road, architecture: Architecture, module: Any, variables: Any, **more: Any) -> None:
     """A network directory with what it takes to use the network, and `more` information."""
     call = architecture.called
-    cost = count(module, *call.example(2), **call.keywords(module, train=False))
+    cost = count(module, *call.example(PROOF), **call.keywords(module, train=False))  # as the proof counts it
     boxes = {path: road.boxes[path] for path in leaf_shapes(variables) if path in road.boxes}
     info = {
         "dataset": road.dataset.name,

@@ -21,6 +21,7 @@ from kdsearch_jax.devices import off_mesh
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.gates import everything
 from kdsearch_jax.library import Layer, Library
+from kdsearch_jax.memo import remembered
 from kdsearch_jax.parts import restricted
 from kdsearch_jax.student import cuts_of
 from kdsearch_jax.tracing import topology as topology_lib
@@ -215,7 +216,14 @@ class Count:
 @off_mesh
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     """Counts a freshly built module from its own code and asks XLA to do the same; nothing is computed."""
-    library, shapes = library_of(module), _shapes(inputs)
+    leaves, structure = jax.tree.flatten(_shapes(inputs))
+    return _counted(module, structure, tuple(leaves), tuple(sorted(kwargs.items())))
+
+
+@remembered(8)
+def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Count:
+    kwargs, shapes = dict(keywords), jax.tree.unflatten(structure, leaves)
+    library = library_of(module)
     variables = library.variables(module, shapes, kwargs)
     traced = library.traced(module, variables, shapes, kwargs)
     found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))

@@ -28,6 +28,7 @@ from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
 from kdsearch_jax.boxes import described
 from kdsearch_jax.budget import BudgetWarning, Limits
+from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import BOXES, CheckpointError, own_boxes, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
@@ -46,6 +47,7 @@ from kdsearch_jax.given import (
     one_more,
     the_teacher,
 )
+from kdsearch_jax.memo import Memory, remembered
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.provenance import code, fingerprint, versions
 from kdsearch_jax.student import Architecture, base_of
@@ -65,7 +67,7 @@ class Road:
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
     module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
     `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in; warned:
-    what was warned of; shapes: see `base_shapes`.
+    what was warned of; shapes: see `base_shapes`; memory: what was read or computed already.
     """
 
     experiment: Experiment
@@ -79,6 +81,7 @@ class Road:
     boxes: Mapping[str, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set, compare=False)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    memory: Memory = field(default_factory=Memory, compare=False)
 
     def warn(self, note: str) -> None:
         """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
@@ -108,9 +111,13 @@ class Road:
         return self.shapes
 
     def load(self, directory: Path) -> Loaded:
-        """A network of this run. Raises CheckpointError where it is damaged."""
+        """A network of this run, read once. Raises CheckpointError where it is damaged."""
+        record = directory / "network.json"
         try:
-            return Loaded.of(directory, self.base, trust_code=True)
+            if not record.is_file():
+                return Loaded.of(directory, self.base, trust_code=True)
+            key = ("network", directory.absolute(), record.read_bytes())  # which has the digests of all arrays
+            return self.memory.once(key, lambda: Loaded.of(directory, self.base, trust_code=True))
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or remove {directory}: the command of this run makes it again") from None
 
@@ -204,9 +211,15 @@ def prepare(
 
 def traced(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
     """The teacher's topology with the gates that the experiment allows."""
-    config, call = experiment.gates, architecture.called
-    network = trace(module, *call.example(PROOF), **call.keywords(module, train=False))
+    config = experiment.gates
+    network = _traced(module, json.dumps(architecture.called.to_json()))
     return network.select(config.kinds, config.include, config.exclude)
+
+
+@remembered(2)
+def _traced(module: Any, called: str) -> Network:
+    call = Call.from_json(json.loads(called))
+    return trace(module, *call.example(PROOF), **call.keywords(module, train=False))
 
 
 def limits_of(

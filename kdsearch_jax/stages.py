@@ -227,6 +227,8 @@ def retrain(road: Road, name: str, source: Path, stage: StageConfig, resume: boo
 
 def _confirm(road: Road, point: Point) -> None:
     """Measures the trained student, where the budget is of what can only be measured."""
+    if not measured.asked(point.budget):
+        return
     directory = road.directory / point.name
     teacher, student = road.load(road.teacher), road.load(directory / "network")
     networks = (teacher.module, teacher.variables), (student.module, student.variables)
@@ -241,7 +243,7 @@ def _lesson(
     teachers = [distilling.Teacher(n.module, n.variables, n.architecture.called, n.info) for n in loaded]
     return distilling.prepare(
         road.task, teachers, road.dataset, road.experiment, stage, module, variables,
-        retraining=topology is None, topology=topology,
+        retraining=topology is None, topology=topology, memory=road.memory,
     )  # fmt: skip
 
 

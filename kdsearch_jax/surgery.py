@@ -25,9 +25,11 @@ from kdsearch_jax.boxes import keeping_boxes, unboxed
 from kdsearch_jax.devices import gathered, off_mesh
 from kdsearch_jax.equality import Comparison
 from kdsearch_jax.library import bound
+from kdsearch_jax.memo import remembered
 from kdsearch_jax.network import Network, count, library_of, macs_in_order_of, shapes_of
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing import topology as topology_lib
+from kdsearch_jax.tracing.topology import Topology
 
 TOLERANCE = equality.TOLERANCE
 XLA_TOLERANCE = 0.02
@@ -64,8 +66,12 @@ def prune(
 
 def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], network: Network) -> Any:
     """The variables with the gates of what stays folded in; what goes has gates of zero."""
-    fold = jax.jit(lambda variables, gates: gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology))
-    return fold(variables, dict(gates))
+    return _fold_of(network.topology)(variables, dict(gates), {name: np.asarray(each) for name, each in keep.items()})
+
+
+@remembered(2)
+def _fold_of(topology: Topology) -> Any:
+    return jax.jit(lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology))
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:

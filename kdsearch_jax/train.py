@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from kdsearch_jax import feeding
 from kdsearch_jax.batches import prepared
@@ -280,7 +281,7 @@ def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned:
 
 def make_dispatch(
     step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, watched: Collection[str] | None = None
-) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, Array]]:
+) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, bool]]:
     """(state, batches, resident, constants) → (state, metrics (updates,), whether the state is finite).
 
     Batches are indices (updates, batch) into what is resident, or an iterable of batches, on the devices or not.
@@ -366,20 +367,30 @@ def _parts(state: TrainState) -> tuple[Any, ...]:
     return state.params, state.model_state, state.extra, state.opt_state, state.ema
 
 
+def _all_finite(leaves: Sequence[Any]) -> bool:
+    return bool(_finite(leaves).all())
+
+
+def _finite(leaves: Sequence[Any]) -> NDArray[np.bool_]:
+    """(leaves,) whether each is finite. On a CPU nothing is compiled for it: arrays are looked at where they are."""
+    if jax.default_backend() == "cpu":
+        return np.array([_is_finite(leaf) for leaf in leaves], bool)
+    return np.asarray(_finite_on_device(leaves))
+
+
 @jax.jit
-def _all_finite(leaves: list[Array]) -> Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+def _finite_on_device(leaves: Sequence[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
 
 
 def _is_finite(leaf: Any) -> bool:
-    return bool(np.isfinite(np.asarray(leaf, np.float32)).all())
+    return bool(np.isfinite(np.asarray(leaf)).all())
 
 
 def _watched(state: TrainState) -> frozenset[str]:
     """Leaves that are finite at the beginning, and so shall stay; a history of what is still to come is not."""
     names, leaves = zip(*_floats(state), strict=True)
-    finite = jax.device_get(jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])(leaves))
-    return frozenset(name for name, good in zip(names, finite, strict=True) if good)
+    return frozenset(name for name, good in zip(names, _finite(leaves), strict=True) if good)
 
 
 def _divergence(

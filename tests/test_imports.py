@@ -20,6 +20,7 @@ LAYERS = [
         "config",
         "files",
         "formatting",
+        "memo",
         "storage",
         "processes",
         "preemption",

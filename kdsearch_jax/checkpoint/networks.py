@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import bound
+from kdsearch_jax.memo import remembered
 from kdsearch_jax.models import MODELS, check_trust
 from kdsearch_jax.student import Architecture, base_of
 
@@ -239,13 +241,21 @@ def _made_by(module: Any, call: Call) -> Any:
 
 
 def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, Any], source: Path) -> None:
-    _, problem = attempt(
-        jax.eval_shape, lambda v, *xs: apply_eval(module, v, xs, call=architecture.call), variables,
-        *architecture.called.example(1),
-    )  # fmt: skip
+    leaves, structure = jax.tree.flatten(variables)
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    _, problem = attempt(_outputs_of, module, json.dumps(architecture.to_json()), structure, kinds)
     if problem:
         kind = class_of(module).__name__
         raise ValueError(f"{source}: the arrays are not those of the architecture ({kind}): {problem}")
+
+
+@remembered(8)
+def _outputs_of(module: Any, described: str, structure: Any, kinds: tuple[tuple[Any, Any], ...]) -> Any:
+    """Shapes of what the module returns with variables of this structure; raises whatever it raises."""
+    architecture = Architecture.from_json(json.loads(described))
+    variables = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+    run = partial(apply_eval, module, call=architecture.call)
+    return jax.eval_shape(lambda variables, *inputs: run(variables, inputs), variables, *architecture.called.example(1))
 
 
 def _array_store() -> ocp.Checkpointer:

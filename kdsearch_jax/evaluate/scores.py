@@ -7,7 +7,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -15,12 +14,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax import losses
-from kdsearch_jax.batches import normalise, prepared
+from kdsearch_jax.batches import is_image, normalise, prepared
 from kdsearch_jax.call import Call
 from kdsearch_jax.devices import data_mesh, place, replicate
 from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.feeding import in_order
 from kdsearch_jax.forward import apply_eval
+from kdsearch_jax.memo import remembered
 from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
 from kdsearch_jax.spread import interval
 from kdsearch_jax.task import Task
@@ -34,6 +34,7 @@ def predict(
     std: Sequence[float],
     batch_size: int = 500,
     call: Call | None = None,
+    largest: int = 0,
 ) -> np.ndarray:
     """Logits of all images, in inference mode and float32.
 
@@ -43,6 +44,7 @@ def predict(
       mean, std: one number a channel, of images in [0, 1].
       batch_size: images a call, over all devices; rounded up to a multiple of their number.
       call: how the module is called; None where its signature says it all.
+      largest: images of the largest split that the network is shown: of all of them one program is compiled.
 
     Returns:
       float32 (examples, classes), on every process.
@@ -55,9 +57,10 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1 image")
     mesh = data_mesh()
-    size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    size = -(-min(batch_size, max(len(images), largest)) // mesh.size) * mesh.size
     constants = replicate((variables, np.asarray(mean, np.float32), np.asarray(std, np.float32)), mesh)
-    forward, spread = _forward(module, mesh, call), NamedSharding(mesh, PartitionSpec("data"))
+    called = None if call is None else json.dumps(call.to_json())
+    forward, spread = _forward(module, mesh, called), NamedSharding(mesh, PartitionSpec("data"))
     found = []
     for indices, weights, batch in in_order({"images": images}, size, spread):
         logits = np.asarray(forward(*constants, batch["images"]))
@@ -68,15 +71,8 @@ def predict(
     return logits
 
 
-def _forward(module: Any, mesh: Mesh, call: Call | None) -> Any:
-    try:
-        return _cached_forward(module, mesh, None if call is None else json.dumps(call.to_json()))
-    except TypeError:  # a module with an attribute that has no hash is compiled at every call
-        return _cached_forward.__wrapped__(module, mesh, None if call is None else json.dumps(call.to_json()))
-
-
-@lru_cache(maxsize=16)
-def _cached_forward(module: Any, mesh: Mesh, called: str | None) -> Any:
+@remembered(16)
+def _forward(module: Any, mesh: Mesh, called: str | None) -> Any:
     call = None if called is None else Call.from_json(json.loads(called))  # which has no hash
 
     def forward(variables: Any, mean: jax.Array, std: jax.Array, images: jax.Array) -> jax.Array:
@@ -129,9 +125,11 @@ def evaluate(
     batch_size: int = 500,
     teacher_logits: np.ndarray | None = None,
     call: Call | None = None,
+    largest: int = 0,
 ) -> dict[str, float]:
     """`score` of `predict` on a split, each example exactly once; arguments as there."""
-    return score(predict(module, variables, split.images, mean, std, batch_size, call), split.labels, teacher_logits)
+    logits = predict(module, variables, split.images, mean, std, batch_size, call, largest)
+    return score(logits, split.labels, teacher_logits)
 
 
 def measurer(
@@ -142,6 +140,7 @@ def measurer(
     *,
     batch_size: int = 500,
     teacher: tuple[Any, Any] | None = None,
+    alone: bool = False,
 ) -> Callable[[Any], dict[str, float]]:
     """variables → means of `task.figures` over a split, each example exactly once, whatever the outputs are.
 
@@ -150,27 +149,29 @@ def measurer(
 
     Args:
       dataset: by whose mean and std images are normalised.
-      teacher: (module, variables) to compare with.
+      teacher: (module, variables) to compare with; alone: the comparisons are left out, as where there is none.
     """
     mesh = data_mesh()
-    size = -(-min(batch_size, len(split)) // mesh.size) * mesh.size
-    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+    # Of the splits of a data set one program is compiled, but for a loss that is one number: padding would be in it.
+    shown = (split,) if task.loss is not None else (split, dataset.validation, dataset.test)
+    size = -(-min(batch_size, max(map(len, shown))) // mesh.size) * mesh.size
     whole, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    mean, std = (replicate(np.asarray(values, np.float32), mesh) for values in (dataset.mean, dataset.std))
     target_variables = replicate(None if teacher is None else teacher[1], mesh)
-
-    def figures(variables: Any, target_variables: Any, arrays: Any) -> dict[str, jax.Array]:
-        batch = prepared(arrays, mean, std)
-        inputs = task.call.bind(batch)
-        target = None if teacher is None else apply_eval(teacher[0], target_variables, inputs, call=task.call)
-        return task.figures(apply_eval(module, variables, inputs, call=task.call), batch, target)
-
-    compiled = jax.jit(figures, out_shardings=whole)
+    called = json.dumps(task.call.to_json())
+    run = inference(module, called)
+    run_teacher = None if teacher is None else inference(teacher[0], called)
+    figures, own = _figures(task, mesh)
 
     def measure(variables: Any) -> dict[str, float]:
         variables = replicate(variables, mesh)
 
         def of(arrays: Any) -> dict[str, np.ndarray]:
-            return jax.device_get(compiled(variables, target_variables, arrays))
+            batch = _prepared(arrays, mean, std)
+            inputs = task.call.bind(batch)
+            target = None if run_teacher is None else run_teacher(target_variables, inputs)
+            found = jax.device_get(figures(run(variables, inputs), target, batch))
+            return {name: value for name, value in found.items() if not alone or name in own}
 
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -193,16 +194,45 @@ def measurer(
     return measure
 
 
+@remembered(32)
+def inference(module: Any, called: str) -> Any:
+    """The jitted function (variables, inputs) → outputs in inference mode and float32, the same for equal modules.
+
+    called: the call as JSON.
+    """
+    call = Call.from_json(json.loads(called))
+    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call=call))
+
+
+def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, Any]:
+    """`batches.prepared`, compiled where there is anything to do."""
+    return _normalised(arrays, mean, std) if any(is_image(*each) for each in arrays.items()) else arrays
+
+
+_normalised = jax.jit(prepared)
+
+
+@remembered(4)
+def _figures(task: Task, mesh: Mesh) -> tuple[Any, set[str]]:
+    """(the jitted `Task.figures`, the names of those that compare with nothing, known once it was called)."""
+    own: set[str] = set()
+
+    def figures(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
+        own.update(task.figures(outputs, batch))
+        return task.figures(outputs, batch, target)
+
+    return jax.jit(figures, out_shardings=NamedSharding(mesh, PartitionSpec())), own
+
+
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
 def executable(module: Any, variables: Any, batch: int, call: Call) -> tuple[Any, tuple[Any, Any]]:
     """(the network compiled for one device, in inference mode and float32; the arguments that it is called with)."""
-    device = jax.local_devices()[0]
-    inputs = jax.device_put(call.random(batch, np.random.default_rng(0)), device)
-    arguments = (jax.device_put(jax.tree.map(np.asarray, variables), device), inputs)
-    run = jax.jit(lambda leaves, xs: apply_eval(module, leaves, xs, call=call))
-    return run.lower(*arguments).compile(), arguments
+    mesh = data_mesh(jax.local_devices()[:1])
+    inputs = place(call.random(batch, np.random.default_rng(0)), NamedSharding(mesh, PartitionSpec("data")))
+    arguments = (replicate(jax.tree.map(np.asarray, variables), mesh), inputs)
+    return inference(module, json.dumps(call.to_json())).lower(*arguments).compile(), arguments
 
 
 def clock(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Call) -> Callable[[], dict[str, float]]:

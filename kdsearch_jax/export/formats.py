@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from kdsearch_jax.checkpoint import BASE, describe, fitting_module, flatten, in_
 from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
+from kdsearch_jax.memo import remembered
 from kdsearch_jax.models import GIVEN, check_trust
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing.topology import path_string
@@ -218,12 +220,13 @@ def check(
     return found
 
 
-def _difference(path: Path, run: Callable[..., Any], architecture: Architecture, expected: Expected) -> float:
+def _difference(
+    path: Path, run: Callable[..., dict[str, Any]], architecture: Architecture, expected: Expected
+) -> float:
     """The largest difference of a file's outputs from the network's, over their own scales; ValueError above 1e-5."""
     worst = 0.0
     for size, each in expected.items():
-        args, keywords = bound(_inputs(architecture, size), {})
-        got = _named(run(*args, **keywords))
+        got = run(*_inputs(architecture, size))
         shapes = [{name: np.shape(value) for name, value in arrays.items()} for arrays in (got, each.values)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{path} returns {[*shapes[0].values()]}, the network {[*shapes[1].values()]}")
@@ -239,16 +242,24 @@ def _difference(path: Path, run: Callable[..., Any], architecture: Architecture,
 def _expected(module: Any, variables: Any, architecture: Architecture) -> Expected:
     """The network's own outputs on the inputs of `check`, with the scale of every entry."""
 
-    def function(variables: Any, *inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, {})
-        return _named(_function(module, variables, architecture)(*args, **keywords))
-
-    run, found = jax.jit(function), {}
+    run, found = _compiled(module, json.dumps(architecture.to_json())), {}
     for size in _BATCH_SIZES:
         inputs = _inputs(architecture, size)
         rounding = equality.rounding_of(run.trace(variables, *inputs).jaxpr)
         found[size] = equality.measure(run, variables, inputs, rounding)
     return found
+
+
+@remembered(2)
+def _compiled(module: Any, described: str) -> Any:
+    """(variables, *inputs) → {name: array}, the same for equal modules; described: their architecture."""
+    architecture = Architecture.from_json(json.loads(described))
+
+    def function(variables: Any, *inputs: Any) -> dict[str, Any]:
+        args, keywords = bound(inputs, {})
+        return _named(_function(module, variables, architecture)(*args, **keywords))
+
+    return jax.jit(function)
 
 
 def _inputs(architecture: Architecture, size: int) -> tuple[Any, ...]:
@@ -298,12 +309,19 @@ def _plain(outputs: Any) -> Any:
     return outputs if builtin(outputs) else {path_string(path): leaf for path, leaf in named}
 
 
-def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
-    """The network's function of its inputs, by the file alone."""
+def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., dict[str, Any]]:
+    """The network's function of its inputs, by the file alone: *inputs → {name: array}."""
     if format == "safetensors":
-        architecture = _read_safetensors(path)[0]
-        return jax.jit(_function(*load_safetensors(path, trust_code=trust_code), architecture))
-    return _deserialized(path).call
+        module, variables, architecture, info = read_safetensors(path, trust_code=trust_code)
+        run = _compiled(module, json.dumps(architecture.to_json()))
+        return partial(run, in_boxes(module, variables, architecture, info))
+    exported = _deserialized(path)
+
+    def call(*inputs: Any) -> dict[str, Any]:
+        args, keywords = bound(inputs, {})
+        return _named(exported.call(*args, **keywords))
+
+    return call
 
 
 def _deserialized(path: Path) -> jax.export.Exported:
