@@ -19,6 +19,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,9 @@ from flax import nnx, traverse_util
 from kdsearch_jax.attributes import attributes
 
 Layers = Mapping[str, Mapping[str, Any]]  # {path: {attribute that is an array: its shape}}
+
+# Changes a module that `Functional.apply` has made for one call, before it is called.
+prepare: ContextVar[Callable[[nnx.Module], None] | None] = ContextVar("prepare", default=None)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ class Functional:
         module.train() if train else module.eval()
         if train:
             _silence(module, _keys(rngs))
+        if (change := prepare.get()) is not None:
+            change(module)
         output = module(*inputs, **kwargs, **({"train": train} if self._has_mode else {}))
         if mutable is False:
             return output

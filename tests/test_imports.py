@@ -29,6 +29,8 @@ LAYERS = [
         "library",
         "attributes",
         "functional",
+        "native",
+        "grouped",
         "tracing",
     },
     {
@@ -41,6 +43,7 @@ LAYERS = [
         "batches",
         "devices",
         "optimizer",
+        "dense",
         "convolution",
         "gates",
     },

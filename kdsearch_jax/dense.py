@@ -1,0 +1,183 @@
+"""Dense convolutions that are fast on CPUs: a primitive of JAX with a lowering of its own for that platform.
+
+A convolution y = x ∗ w is bilinear, and its three products are derivatives of each other: the values y, the gradient of
+x from (y, w), the gradient of w from (x, y). `product_p` computes any of the three from the other two, so that it has
+derivatives of every order, in forward and in reverse mode.
+
+On CPUs, float32 and narrower types are computed by the kernels of `kdsearch_jax.native`, in float32. Where these are
+not available, the gradient of the kernel is summed over few images at a time as products of matrices
+(`kdsearch_jax.grouped`), and XLA computes the rest. On other platforms all three lower to the operations that
+`jax.lax.conv_general_dilated` and its derivatives lower to, so programs for TPU and GPU do not change.
+
+Not here: convolutions over several devices. XLA can split its own convolutions among them, but no foreign function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from kdsearch_jax import native
+from kdsearch_jax.grouped import NARROW, Window, chunk_size, pad, slices, summed
+
+Operand = Literal["x", "w", "y"]
+
+_POSITIONS = 2048  # of the output, whose windows are multiplied at once where there are no kernels
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """y = x ∗ w of arrays (batch, space…, channels) and a kernel (space…, inputs, outputs).
+
+    x, w: their shapes; all three arrays have `window.dtype`.
+    """
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    window: Window
+
+    @property
+    def y(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        return jax.eval_shape(self.apply, *(jax.ShapeDtypeStruct(s, self.window.dtype) for s in (self.x, self.w))).shape
+
+    def apply(self, x: Array, w: Array) -> Array:
+        """XLA's own convolution."""
+        last = len(self.x) - 1
+        axes = (0, last, *range(1, last))
+        return lax.conv_general_dilated(
+            x,
+            w,
+            self.window.strides,
+            self.window.padding,
+            rhs_dilation=self.window.dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(axes, (last, last - 1, *range(last - 1)), axes),
+            precision=self.window.precision,
+        )
+
+
+def convolve(x: Array, w: Array, window: Window) -> Array:
+    """y = x ∗ w; the arrays and the window have one dtype.
+
+    Args:
+      x: (batch, space…, inputs).
+      w: (space…, inputs, outputs).
+
+    Returns:
+      (batch, space…, outputs).
+    """
+    return _product(x, w, "y", Convolution(x.shape, w.shape, window))
+
+
+def supported(shape: Sequence[Any], dtypes: Sequence[Any]) -> bool:
+    """Whether `convolve` gains anything here, for an x of this shape, and arrays of these dtypes."""
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    known = len(shape) in (3, 4) and all(isinstance(size, int) for size in shape)
+    return alone and known and len(set(dtypes)) == 1 and jnp.dtype(dtypes[0]) in map(jnp.dtype, (*NARROW, jnp.float32))
+
+
+# --- the primitive ----------------------------------------------------------------------------------------------------
+
+product_p = Primitive("kdsearch_convolution_product")
+_OPERANDS: dict[Operand, tuple[Operand, Operand]] = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
+
+
+def _product(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
+    """The one of x, w and y that `result` names, from the other two as `_OPERANDS` orders them."""
+    return product_p.bind(a, b, result=result, convolution=convolution)
+
+
+def _plain(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
+    """The product by XLA's own convolution and its transposes."""
+    if result == "y":
+        return convolution.apply(a, b)
+    shape = jax.ShapeDtypeStruct(getattr(convolution, result), convolution.window.dtype)
+    linear: Callable[[Array], Array] = partial(convolution.apply, a)
+    cotangent = b
+    if result == "x":
+        linear, cotangent = (lambda x: convolution.apply(x, b)), a
+    return jax.linear_transpose(linear, shape)(cotangent)[0]
+
+
+def _abstract(a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Any:
+    return jax.core.ShapedArray(getattr(convolution, result), convolution.window.dtype)
+
+
+def _transpose(place: int, cotangent: Array, a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Array:
+    """The cotangent of one operand of a product, which is a product as well."""
+    wanted = _OPERANDS[result][place]
+    known = {result: cotangent, _OPERANDS[result][1 - place]: (b, a)[place]}
+    return _product(*(known[name] for name in _OPERANDS[wanted]), wanted, convolution)
+
+
+def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, convolution: Convolution) -> Any:
+    """A batch of images becomes part of the images; where kernels are batched, too, XLA's own rules know best."""
+    a, b = operands
+    if result == "w" or axes[1] is not None:
+        return jax.vmap(partial(_plain, result=result, convolution=convolution), axes)(a, b), 0
+    a = jnp.moveaxis(a, axes[0], 0)
+    number = a.shape[0]
+    merged = Convolution((number * convolution.x[0], *convolution.x[1:]), convolution.w, convolution.window)
+    found = _product(a.reshape(-1, *a.shape[2:]), b, result, merged)
+    return found.reshape(number, -1, *found.shape[1:]), 0
+
+
+product_p.def_impl(jax.jit(lambda a, b, **how: product_p.bind(a, b, **how), static_argnames=("result", "convolution")))
+product_p.def_abstract_eval(_abstract)
+ad.defbilinear(product_p, partial(_transpose, 0), partial(_transpose, 1))
+batching.primitive_batchers[product_p] = _batch
+
+
+# --- on CPUs ----------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
+    if native.ready():
+        return _compiled(a, b, result, convolution)
+    if result == "w":
+        return _summed(a, b, convolution)
+    return _plain(a, b, result=result, convolution=convolution)
+
+
+def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
+    """The product by the compiled kernels, for which an image with one axis has one row."""
+    window, extra = convolution.window, 2 - len(convolution.window.strides)
+    shapes = {name: _flat(getattr(convolution, name), extra, name == "w") for name in ("x", "w", "y")}
+    shape = (*shapes["x"], *shapes["w"][:2], shapes["w"][3], *shapes["y"][1:3])
+    pads = [before for before, _ in window.padding]
+    for values, neutral in ((window.strides, 1), (pads, 0), (window.dilation, 1)):
+        shape += ((neutral,) * extra) + tuple(values)
+    wide = (z.astype(jnp.float32).reshape(shapes[name]) for z, name in zip((a, b), _OPERANDS[result], strict=True))
+    handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]
+    found = native.product(handler, shapes[result], *wide, shape)
+    return found.reshape(getattr(convolution, result)).astype(window.dtype)
+
+
+def _summed(x: Array, y: Array, convolution: Convolution) -> Array:
+    """The gradient of the kernel as products of matrices: the windows of few images side by side, times y."""
+    window, taps, channels = convolution.window, convolution.w[:-2], convolution.w[-1]
+
+    def some(images: Array, given: Array) -> Array:
+        seen = jnp.concatenate(list(slices(images, taps, given.shape[1:-1], window)), -1)
+        operands = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (given, seen))
+        return lax.dot_general(*operands, (((0,), (0,)), ((), ())), window.precision)
+
+    total = summed(some, pad(x, window.padding), y, chunk_size(convolution.y, _POSITIONS))
+    return total.reshape(channels, *taps, -1).transpose(*range(1, len(taps) + 2), 0).astype(window.dtype)
+
+
+def _flat(shape: tuple[int, ...], extra: int, kernel: bool) -> tuple[int, ...]:
+    """The shape with so many more axes of space, of size 1."""
+    return (1,) * extra + shape if kernel else (shape[0], *(1,) * extra, *shape[1:])
+
+
+mlir.register_lowering(product_p, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(product_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
