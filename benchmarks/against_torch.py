@@ -6,12 +6,14 @@ python benchmarks/against_torch.py [--rounds 15] [--cores 1 2] [--batches 64 128
 Needs PyTorch (`pip install torch`), which nothing else here does. The teacher is a CIFAR ResNet-20 with option A
 shortcuts, the student either the same network ("whole") or one at half of the MACs ("half"), whose units were drawn at
 random over all layers, so that it has the odd widths that a search gives. Both sides do the same step: normalise uint8
-images, teacher in inference mode, student in training mode, KL of the softened logits, SGD with Nesterov's momentum. Here it is the
-training loop's own compiled update; PyTorch has `channels_last` and as many threads as cores.
+images, teacher in inference mode, student in training mode, KL of the softened logits, SGD with Nesterov's momentum.
+Here it is the training loop's own compiled update; PyTorch has `channels_last` and as many threads as cores.
 
-Each side is a process of its own that is bound to the cores; they take turns, `--seconds` each, so that whatever else the
-machine does meets both alike. Printed per configuration: the median over rounds of the milliseconds a call, and the
-median of the ratios of neighbours, with the middle half of those ratios. Losses of both sides are compared first.
+Each side is a process of its own that is bound to the cores; they take turns, `--seconds` each, so that whatever else
+the machine does meets both alike. Printed per configuration: the median over rounds of the milliseconds a call, and the
+median of the ratios of neighbouring turns with their middle half, and the median ratio of the processors' time, which
+the work of others disturbs less. Losses of both sides are compared first. Where others use the cores as well, set
+OMP_WAIT_POLICY=passive: PyTorch's threads wait for each other actively otherwise.
 """
 
 from __future__ import annotations
@@ -73,6 +75,10 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
 
 def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], Call]:
     """(what, network, batch) → a call of this package's; the networks' arrays are left in the folder for PyTorch."""
+    from kdsearch_jax import memory
+
+    memory.keep_freed()  # as every command of this package does
+
     import jax
     from flax import traverse_util
 
@@ -85,7 +91,8 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
     both, mesh = networks(options.weights), devices.data_mesh()
     for name, (_, variables) in both.items():
         flat = traverse_util.flatten_dict(dict(variables), sep="/")
-        np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in flat.items()})
+        arrays: Any = {key: np.asarray(value) for key, value in flat.items()}
+        np.savez(folder / f"{name}.npz", **arrays)
     teacher, teacher_variables = both["whole"]
     task = classification(DistillConfig(temperature=TEMPERATURE))
     resident = {"arrays": {"images": images(), "labels": np.zeros(IMAGES, np.int32)}}
@@ -246,12 +253,13 @@ def work(options: argparse.Namespace) -> None:
             call = make(asked["what"], asked["network"], asked["batch"])
             answer = {"values": [call() for _ in range(3)]}
         else:
-            begin, times = time.perf_counter(), []
+            begin, used, times = time.perf_counter(), time.process_time(), []
             while not times or time.perf_counter() - begin < asked["seconds"]:
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)
-            answer = {"ms": 1000 * statistics.median(times)}
+            spent = (time.process_time() - used) / len(times)
+            answer = {"ms": 1000 * statistics.median(times), "cpu_ms": 1000 * spent}
         print(json.dumps(answer), flush=True)
 
 
@@ -263,7 +271,11 @@ class Worker:
         given += ["--weights", weights] if weights else []
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, *given],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.answer()
 
@@ -302,15 +314,18 @@ def measure(both: dict[str, Worker], rounds: int, seconds: float, **what: Any) -
     values = {kind: worker.ask(**what)["values"] for kind, worker in both.items()}
     if not np.allclose(values["jax"], values["torch"], rtol=2e-2, atol=1e-5):
         raise SystemExit(f"{what}: the sides compute something else: {values}")
-    times: dict[str, list[float]] = {kind: [] for kind in both}
+    turns: dict[str, list[dict[str, float]]] = {kind: [] for kind in both}
     for number in range(rounds):
         for kind in both if number % 2 else reversed(both):
-            times[kind].append(both[kind].ask(seconds=seconds)["ms"])
-    ratios = [a / b for a, b in zip(times["jax"], times["torch"], strict=True)]
-    low, middle, high = np.percentile(ratios, (25, 50, 75)).round(3).tolist()
-    medians = {f"{kind}_ms": round(statistics.median(each), 1) for kind, each in times.items()}
-    shortest = round(min(times["jax"]) / min(times["torch"]), 3)
-    return {**what, **medians, "ratio": middle, "middle_half": [low, high], "ratio_of_shortest": shortest}
+            turns[kind].append(both[kind].ask(seconds=seconds))
+
+    def ratios(unit: str) -> list[float]:
+        values = [a[unit] / b[unit] for a, b in zip(turns["jax"], turns["torch"], strict=True)]
+        return np.percentile(values, (25, 50, 75)).round(3).tolist()
+
+    medians = {f"{kind}_ms": round(statistics.median(turn["ms"] for turn in each), 1) for kind, each in turns.items()}
+    low, middle, high = ratios("ms")
+    return {**what, **medians, "ratio": middle, "middle_half": [low, high], "ratio_of_cpu_time": ratios("cpu_ms")[1]}
 
 
 def main() -> None:

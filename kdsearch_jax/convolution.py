@@ -27,7 +27,7 @@ from jax import Array, lax
 from kdsearch_jax import dense, functional, grouped
 from kdsearch_jax.grouped import NARROW, Window
 
-_MOST_TAPS = 128  # a kernel with more places is left to XLA: every place is an operation to compile
+_MOST_TAPS = 128  # in groups, a kernel with more places is left to XLA: every place is an operation to compile
 
 
 def conv_general_dilated(
@@ -70,7 +70,7 @@ def conv_general_dilated(
     sizes = [*space, lhs.shape[lhs_axes[-1]], *rhs.shape, *(expected.shape[axis] for axis in out_axes[1:])]
     sizes += [size for size in lhs.shape if isinstance(size, int)]
     plain = _all_known(sizes) and _all_real(lhs, rhs, expected) and not (_varies(lhs) or _varies(rhs))
-    if not plain or math.prod(taps) > _MOST_TAPS:
+    if not plain or (feature_group_count > 1 and math.prod(taps) > _MOST_TAPS):
         return native(lhs, rhs)
     dilation = tuple(rhs_dilation or (1,) * len(taps))
     if isinstance(padding, str):

@@ -14,6 +14,7 @@ Not here: convolutions over several devices. XLA can split its own convolutions 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -30,7 +32,8 @@ from kdsearch_jax.grouped import NARROW, Window, chunk_size, pad, slices, summed
 
 Operand = Literal["x", "w", "y"]
 
-_POSITIONS = 2048  # of the output, whose windows are multiplied at once where there are no kernels
+# Where there are no kernels: positions of the output whose windows are multiplied at once, and most places of a kernel.
+_POSITIONS, _MOST_TAPS = 2048, 128
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,6 @@ def supported(shape: Sequence[Any], dtypes: Sequence[Any]) -> bool:
 
 # --- the primitive ----------------------------------------------------------------------------------------------------
 
-product_p = Primitive("kdsearch_convolution_product")
 _OPERANDS: dict[Operand, tuple[Operand, Operand]] = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
 
 
@@ -108,14 +110,15 @@ def _plain(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> 
 
 
 def _abstract(a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Any:
-    return jax.core.ShapedArray(getattr(convolution, result), convolution.window.dtype)
+    return ShapedArray(getattr(convolution, result), convolution.window.dtype)
 
 
 def _transpose(place: int, cotangent: Array, a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Array:
     """The cotangent of one operand of a product, which is a product as well."""
     wanted = _OPERANDS[result][place]
     known = {result: cotangent, _OPERANDS[result][1 - place]: (b, a)[place]}
-    return _product(*(known[name] for name in _OPERANDS[wanted]), wanted, convolution)
+    first, second = _OPERANDS[wanted]
+    return _product(known[first], known[second], wanted, convolution)
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, convolution: Convolution) -> Any:
@@ -130,34 +133,41 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, con
     return found.reshape(number, -1, *found.shape[1:]), 0
 
 
-product_p.def_impl(jax.jit(lambda a, b, **how: product_p.bind(a, b, **how), static_argnames=("result", "convolution")))
-product_p.def_abstract_eval(_abstract)
-ad.defbilinear(product_p, partial(_transpose, 0), partial(_transpose, 1))
-batching.primitive_batchers[product_p] = _batch
-
-
 # --- on CPUs ----------------------------------------------------------------------------------------------------------
 
 
 def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
+    if _suits_xla(result, convolution):
+        return _plain(a, b, result=result, convolution=convolution)
     if native.ready():
         return _compiled(a, b, result, convolution)
-    if result == "w":
+    if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
     return _plain(a, b, result=result, convolution=convolution)
 
 
+def _suits_xla(result: Operand, convolution: Convolution) -> bool:
+    """Whether XLA's own product is as fast: nearly products of matrices, from what was measured on one machine."""
+    positions = math.prod(convolution.y[1:-1])
+    if result == "w":
+        return positions < 16
+    return positions < 4 or max(convolution.window.strides) > 2
+
+
 def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
     """The product by the compiled kernels, for which an image with one axis has one row."""
-    window, extra = convolution.window, 2 - len(convolution.window.strides)
-    shapes = {name: _flat(getattr(convolution, name), extra, name == "w") for name in ("x", "w", "y")}
-    shape = (*shapes["x"], *shapes["w"][:2], shapes["w"][3], *shapes["y"][1:3])
-    pads = [before for before, _ in window.padding]
-    for values, neutral in ((window.strides, 1), (pads, 0), (window.dilation, 1)):
-        shape += ((neutral,) * extra) + tuple(values)
-    wide = (z.astype(jnp.float32).reshape(shapes[name]) for z, name in zip((a, b), _OPERANDS[result], strict=True))
+    window, extra = convolution.window, (1,) * (2 - len(convolution.window.strides))
+    pads = tuple(before for before, _ in window.padding)
+    x, y = ((shape[0], *extra, *shape[1:]) for shape in (convolution.x, convolution.y))
+    w = (*extra, *convolution.w)
+    shapes: dict[Operand, tuple[int, ...]] = {"x": x, "w": w, "y": y}
+    moves = (*extra, *window.strides, *(0 for _ in extra), *pads, *extra, *window.dilation)
+    first, second = (
+        operand.astype(jnp.float32).reshape(shapes[name])
+        for operand, name in zip((a, b), _OPERANDS[result], strict=True)
+    )
     handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]
-    found = native.product(handler, shapes[result], *wide, shape)
+    found = native.product(handler, shapes[result], first, second, (*x, *w[:2], w[3], *y[1:3], *moves))
     return found.reshape(getattr(convolution, result)).astype(window.dtype)
 
 
@@ -167,17 +177,26 @@ def _summed(x: Array, y: Array, convolution: Convolution) -> Array:
 
     def some(images: Array, given: Array) -> Array:
         seen = jnp.concatenate(list(slices(images, taps, given.shape[1:-1], window)), -1)
-        operands = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (given, seen))
-        return lax.dot_general(*operands, (((0,), (0,)), ((), ())), window.precision)
+        left, right = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (given, seen))
+        return lax.dot_general(left, right, (((0,), (0,)), ((), ())), window.precision)
 
     total = summed(some, pad(x, window.padding), y, chunk_size(convolution.y, _POSITIONS))
     return total.reshape(channels, *taps, -1).transpose(*range(1, len(taps) + 2), 0).astype(window.dtype)
 
 
-def _flat(shape: tuple[int, ...], extra: int, kernel: bool) -> tuple[int, ...]:
-    """The shape with so many more axes of space, of size 1."""
-    return (1,) * extra + shape if kernel else (shape[0], *(1,) * extra, *shape[1:])
+# --- for JAX ----------------------------------------------------------------------------------------------------------
 
 
-mlir.register_lowering(product_p, mlir.lower_fun(_plain, multiple_results=False))
-mlir.register_lowering(product_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
+def _primitive() -> Primitive:
+    """The primitive with its rules: shapes, derivatives, batches, programs."""
+    made = Primitive("kdsearch_convolution_product")
+    made.def_impl(jax.jit(made.bind, static_argnames=("result", "convolution")))
+    made.def_abstract_eval(_abstract)
+    ad.defbilinear(made, partial(_transpose, 0), partial(_transpose, 1))
+    batching.primitive_batchers[made] = _batch
+    mlir.register_lowering(made, mlir.lower_fun(_plain, multiple_results=False))
+    mlir.register_lowering(made, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
+    return made
+
+
+product_p = _primitive()

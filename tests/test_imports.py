@@ -31,6 +31,7 @@ LAYERS = [
         "functional",
         "native",
         "grouped",
+        "memory",
         "tracing",
     },
     {

@@ -138,7 +138,9 @@ def _check() -> None:
 
     def both(x: Array, w: Array) -> list[tuple[Array, Array]]:
         numbers = ("NHWC", "HWIO", "NHWC")
-        y, pullback = jax.vjp(lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers), x, w)
+        y, pullback = jax.vjp(
+            lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers), x, w
+        )
         of_x, of_w = pullback(y)
         operands = {"forward": (x, w, y), "input_gradient": (y, w, of_x), "kernel_gradient": (x, y, of_w)}
         return [(product(name, c.shape, a, b, shape), c) for name, (a, b, c) in operands.items()]

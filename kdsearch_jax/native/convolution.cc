@@ -24,6 +24,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -41,6 +45,7 @@ constexpr int kLanes = 4, kWide1 = 8, kWide2 = 6;
 constexpr Int kLine = 16;        // floats of a cache line
 constexpr Int kBand = 1 << 16;   // floats of a band of rows: they should stay in the second-level cache
 constexpr Int kRows = 1 << 12;   // floats of the rows that a kernel's gradient goes through at once
+constexpr Int kPositions = 48;  // of the output, that it goes through at least
 constexpr Int kParts = 8;        // pieces of a kernel's gradient
 constexpr Int kPartial = 1 << 22;  // floats of the sums of these pieces, before they are added
 
@@ -113,19 +118,17 @@ float* Scratch(Int size) {
 
 inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
-inline void Store(float* to, Vector v, Int lanes = kLanes) {
-  if (lanes >= kLanes) {
-    *reinterpret_cast<Vector*>(to) = v;
-    return;
-  }
+inline void Store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
+
+// The first `lanes` floats of a vector, where it has more.
+inline void StorePart(float* to, Vector v, Int lanes) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), reinterpret_cast<__m512>(v));
+#else
   float part[kLanes];
-  *reinterpret_cast<Vector*>(part) = v;
-  const float* from = part;
-  for (int size = kLanes / 2; size; size /= 2)
-    if (lanes & size) {
-      for (int i = 0; i < size; ++i) to[i] = from[i];
-      to += size, from += size;
-    }
+  Store(part, v);
+  for (Int i = 0; i < lanes; ++i) to[i] = part[i];
+#endif
 }
 
 // Exchanges blocks of H × H of the rows a and b, H apart: one step of a transposition.
@@ -155,7 +158,10 @@ void Transpose(const float* from, Int step, Int count, Int channels, float* to, 
       for (int i = 0; i < kLanes; ++i) v[i] = Load(from + std::min(j + i, count - 1) * step + c);
       TransposeBlock<kLanes / 2>(v);
       const Int most = std::min<Int>(kLanes, channels - c);
-      for (Int i = 0; i < most; ++i) Store(to + (c + i) * line + j, v[i], count - j);
+      if (count - j >= kLanes)
+        for (Int i = 0; i < most; ++i) Store(to + (c + i) * line + j, v[i]);
+      else
+        for (Int i = 0; i < most; ++i) StorePart(to + (c + i) * line + j, v[i], count - j);
     }
 }
 
@@ -192,7 +198,7 @@ void Tile(const float* x, const Int* offsets, Int taps, Int inputs, Int line, co
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     if (N > 1) Store(y + m * step, sums[m][0]);
-    Store(y + m * step + (N - 1) * kLanes, sums[m][N - 1], lanes - (N - 1) * kLanes);
+    StorePart(y + m * step + (N - 1) * kLanes, sums[m][N - 1], lanes - (N - 1) * kLanes);
   }
 }
 
@@ -412,27 +418,32 @@ OuterFunction OuterOf(Int c, Int n) {
 // The sum over some images of one block of outputs: (taps, inputs, lanes).
 void PartOfKernel(const Shape& s, const Block& block, Int first, Int last, const float* x, const float* y, float* total) {
   const Int span_h = (s.taps_h - 1) * s.dilation_h + 1, span_w = (s.taps_w - 1) * s.dilation_w + 1;
-  const Int columns = (s.out_w - 1) * s.stride_w + span_w, line = columns * s.inputs, wide = block.vectors * kLanes;
-  const Int rows = std::clamp<Int>(kRows / (s.out_w * std::max(wide, s.inputs)), 1, s.out_h);
-  const Int size_x = Ceil(((rows - 1) * s.stride_h + span_h) * line, kLine) * kLine;
-  float* z = Scratch(size_x + rows * s.out_w * wide);
-  float* own = z + size_x;
+  const Int columns = (s.out_w - 1) * s.stride_w + span_w, wide = block.vectors * kLanes;
+  const Int some = std::max(kRows / (s.out_w * std::max(wide, s.inputs)), Ceil(kPositions, s.out_w));
+  const Int rows = std::min(some, s.out_h), tiles = Ceil(s.inputs, block.vectors == 1 ? kWide1 : kWide2);
+  const bool within = s.pad_h == 0 && s.pad_w == 0 && columns <= s.width &&
+                      (s.out_h - 1) * s.stride_h + span_h <= s.height;  // no window reaches beyond the image
   const bool whole = wide == s.outputs;
+  const Int line = (within ? s.width : columns) * s.inputs;
+  const Int size_x = within ? 0 : Ceil(((rows - 1) * s.stride_h + span_h) * line, kLine) * kLine;
+  float* padded = Scratch(size_x + (whole ? 0 : rows * s.out_w * wide));
+  float* own = padded + size_x;
   const Int begin = std::max<Int>(0, -s.pad_w), end = std::min(s.width, columns - s.pad_w);
-  const Int tiles = Ceil(s.inputs, block.vectors == 1 ? kWide1 : kWide2);
+
+  const auto read = [&](Int image, Int number, float* to) {  // a row of the image, with what is beside it
+    const bool inside = number >= 0 && number < s.height && begin < end;
+    const Int before = inside ? (begin + s.pad_w) * s.inputs : line, size = inside ? (end - begin) * s.inputs : 0;
+    std::memset(to, 0, sizeof(float) * before);
+    if (!inside) return;
+    std::memcpy(to + before, x + ((image * s.height + number) * s.width + begin) * s.inputs, sizeof(float) * size);
+    std::memset(to + before + size, 0, sizeof(float) * (line - before - size));
+  };
+
   for (Int image = first; image < last; ++image)
     for (Int i = 0; i < s.out_h; i += rows) {
       const Int count = std::min(rows, s.out_h - i), needed = (count - 1) * s.stride_h + span_h;
-      for (Int r = 0; r < needed; ++r) {  // the rows of x, with what is beside them
-        const Int source = i * s.stride_h + r - s.pad_h;
-        float* to = z + r * line;
-        const bool inside = source >= 0 && source < s.height && begin < end;
-        const Int before = inside ? (begin + s.pad_w) * s.inputs : line, size = inside ? (end - begin) * s.inputs : 0;
-        std::memset(to, 0, sizeof(float) * before);
-        if (!inside) continue;
-        std::memcpy(to + before, x + ((image * s.height + source) * s.width + begin) * s.inputs, sizeof(float) * size);
-        std::memset(to + before + size, 0, sizeof(float) * (line - before - size));
-      }
+      const float* z = within ? x + (image * s.height + i * s.stride_h) * line : padded;
+      for (Int r = 0; !within && r < needed; ++r) read(image, i * s.stride_h + r - s.pad_h, padded + r * line);
       const float* given = y + (image * s.out_h + i) * s.out_w * s.outputs + block.first;
       for (Int j = 0; !whole && j < count * s.out_w; ++j) {
         std::memcpy(own + j * wide, given + j * s.outputs, sizeof(float) * block.lanes);
