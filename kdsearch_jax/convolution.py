@@ -2,8 +2,9 @@
 
 `conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and computes the same sums, up to the order
 of their terms. Convolutions in groups, which XLA:CPU compiles into plain loops, are those of `kdsearch_jax.grouped`;
-others, whose gradients XLA:CPU computes slowly, those of `kdsearch_jax.dense`. `fast_convolutions` brings them into the
-`Conv` layers of a Linen or NNX model for the length of a call.
+others, whose gradients XLA:CPU computes slowly, those of `kdsearch_jax.dense`, or of `kdsearch_jax.widths` in programs
+that other processes will run. `fast_convolutions` brings them into the `Conv` layers of a Linen or NNX model for the
+length of a call.
 
 What runs is chosen by the platform that a program is lowered for, not by the one it is traced on; other platforms get
 XLA's own convolutions. Inside, a convolution is no longer the operation of that name in the jaxpr: whoever reads the
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from kdsearch_jax import dense, functional, grouped
+from kdsearch_jax import dense, functional, grouped, widths
 from kdsearch_jax.grouped import NARROW, Window
 
 _MOST_TAPS = 128  # in groups, a kernel with more places is left to XLA: every place is an operation to compile
@@ -43,8 +44,13 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    *,
+    portable: bool = False,
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, where the arguments are explained; equal to it up to rounding."""
+    """`jax.lax.conv_general_dilated`, where the arguments are explained; equal to it up to rounding.
+
+    portable: made of XLA's own operations only, so that a program with it can be exported.
+    """
     native = partial(
         lax.conv_general_dilated,
         window_strides=window_strides,
@@ -69,8 +75,7 @@ def conv_general_dilated(
     taps = [rhs.shape[axis] for axis in rhs_axes[:-2]]
     sizes = [*space, lhs.shape[lhs_axes[-1]], *rhs.shape, *(expected.shape[axis] for axis in out_axes[1:])]
     sizes += [size for size in lhs.shape if isinstance(size, int)]
-    plain = _all_known(sizes) and _all_real(lhs, rhs, expected) and not (_varies(lhs) or _varies(rhs))
-    if not plain or (feature_group_count > 1 and math.prod(taps) > _MOST_TAPS):
+    if not (_all_known(sizes) and _all_real(lhs, rhs, expected)) or _varies(lhs) or _varies(rhs):
         return native(lhs, rhs)
     dilation = tuple(rhs_dilation or (1,) * len(taps))
     if isinstance(padding, str):
@@ -78,17 +83,24 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(space, spans, window_strides, padding)
     pads = tuple((int(before), int(after)) for before, after in padding)
     window = Window(tuple(window_strides), pads, dilation, feature_group_count, precision, expected.dtype)
-    if feature_group_count == 1:
-        in_order = all(axes == tuple(range(lhs.ndim)) for axes in (lhs_axes, rhs_axes, out_axes))
-        if not in_order or not dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, expected.dtype)):
-            return native(lhs, rhs)
+    if feature_group_count > 1:
+        fast = grouped.convolve if math.prod(taps) <= _MOST_TAPS else None
+    elif any(axes != tuple(range(lhs.ndim)) for axes in (lhs_axes, rhs_axes, out_axes)):
+        fast = None
+    elif portable:
+        fast = widths.convolve if widths.supported(lhs.shape, rhs.shape, window) else None
+    elif dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, expected.dtype)):
         return dense.convolve(lhs, rhs, window)
+    else:
+        fast = None
+    if fast is None:
+        return native(lhs, rhs)
 
-    def fast(x: Array, w: Array) -> Array:
-        y = grouped.convolve(x.transpose(lhs_axes), w.transpose(rhs_axes), window)
+    def on_cpu(x: Array, w: Array) -> Array:
+        y = fast(x.transpose(lhs_axes), w.transpose(rhs_axes), window)
         return y.transpose([out_axes.index(axis) for axis in range(y.ndim)])
 
-    return lax.platform_dependent(lhs, rhs, cpu=fast, default=native)
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
 
 
 def _all_known(sizes: Sequence[Any]) -> bool:
@@ -111,20 +123,23 @@ def _varies(array: Array) -> bool:
 
 
 @contextmanager
-def fast_convolutions(*models: Any) -> Iterator[None]:
+def fast_convolutions(*models: Any, portable: bool = False) -> Iterator[None]:
     """Computes the `Conv` layers of all Linen modules called inside as above, and those of NNX modules.
 
     NNX modules are those of `models`, and those that a `kdsearch_jax.functional.Functional` called inside makes. A
     layer whose author gave a function for its convolution keeps it. Nothing changes for other threads, and everything
     is as before at the end; an NNX module of `models` itself is changed meanwhile: give a copy (`nnx.merge`) where
     others use it.
+
+    portable: whether what is traced inside will be exported.
     """
+    function = partial(conv_general_dilated, portable=True) if portable else conv_general_dilated
     changed = [layer for model in models for layer in _nnx_layers(model)]
-    token = functional.prepare.set(_prepare)
+    token = functional.prepare.set(partial(_prepare, function))
     try:
         for layer in changed:
-            layer.conv_general_dilated = conv_general_dilated
-        with nn.intercept_methods(_intercept):
+            layer.conv_general_dilated = function
+        with nn.intercept_methods(partial(_intercept, function)):
             yield
     finally:
         functional.prepare.reset(token)
@@ -132,7 +147,7 @@ def fast_convolutions(*models: Any) -> Iterator[None]:
             layer.conv_general_dilated = lax.conv_general_dilated
 
 
-def _intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+def _intercept(function: Any, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     layer = context.module
     if not (isinstance(layer, nn.Conv) and context.method_name == "__call__"):
         return call(*args, **kwargs)
@@ -140,15 +155,15 @@ def _intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         return call(*args, **kwargs)
     try:
         # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-        object.__setattr__(layer, "conv_general_dilated", conv_general_dilated)
+        object.__setattr__(layer, "conv_general_dilated", function)
         return call(*args, **kwargs)
     finally:
         object.__setattr__(layer, "conv_general_dilated", None)
 
 
-def _prepare(model: nnx.Module) -> None:
+def _prepare(function: Any, model: nnx.Module) -> None:
     for layer in _nnx_layers(model):
-        layer.conv_general_dilated = conv_general_dilated
+        layer.conv_general_dilated = function
 
 
 def _nnx_layers(model: Any) -> list[Any]:

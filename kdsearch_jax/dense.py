@@ -5,9 +5,9 @@ x from (y, w), the gradient of w from (x, y). `product_p` computes any of the th
 derivatives of every order, in forward and in reverse mode.
 
 On CPUs, float32 and narrower types are computed by the kernels of `kdsearch_jax.native`, in float32. Where these are
-not available, the gradient of the kernel is summed over few images at a time as products of matrices
-(`kdsearch_jax.grouped`), and XLA computes the rest. On other platforms all three lower to the operations that
-`jax.lax.conv_general_dilated` and its derivatives lower to, so programs for TPU and GPU do not change.
+not available, XLA computes values and the gradient of x, at the widths that suit it (`kdsearch_jax.widths`), and the
+gradient of w is summed over few images at a time as products of matrices. On other platforms all three lower to the
+operations that `jax.lax.conv_general_dilated` and its derivatives lower to, so programs for TPU and GPU do not change.
 
 Not here: convolutions over several devices. XLA can split its own convolutions among them, but no foreign function.
 """
@@ -15,8 +15,8 @@ Not here: convolutions over several devices. XLA can split its own convolutions 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from kdsearch_jax import native
+from kdsearch_jax import native, widths
 from kdsearch_jax.grouped import NARROW, Window, chunk_size, pad, slices, summed
 
 Operand = Literal["x", "w", "y"]
@@ -50,21 +50,9 @@ class Convolution:
     @property
     def y(self) -> tuple[int, ...]:
         """The shape of the result."""
-        return jax.eval_shape(self.apply, *(jax.ShapeDtypeStruct(s, self.window.dtype) for s in (self.x, self.w))).shape
-
-    def apply(self, x: Array, w: Array) -> Array:
-        """XLA's own convolution."""
-        last = len(self.x) - 1
-        axes = (0, last, *range(1, last))
-        return lax.conv_general_dilated(
-            x,
-            w,
-            self.window.strides,
-            self.window.padding,
-            rhs_dilation=self.window.dilation,
-            dimension_numbers=lax.ConvDimensionNumbers(axes, (last, last - 1, *range(last - 1)), axes),
-            precision=self.window.precision,
-        )
+        return jax.eval_shape(
+            self.window.convolve, *(jax.ShapeDtypeStruct(s, self.window.dtype) for s in (self.x, self.w))
+        ).shape
 
 
 def convolve(x: Array, w: Array, window: Window) -> Array:
@@ -99,14 +87,13 @@ def _product(a: Array, b: Array, result: Operand, convolution: Convolution) -> A
 
 def _plain(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
     """The product by XLA's own convolution and its transposes."""
+    window = convolution.window
     if result == "y":
-        return convolution.apply(a, b)
-    shape = jax.ShapeDtypeStruct(getattr(convolution, result), convolution.window.dtype)
-    linear: Callable[[Array], Array] = partial(convolution.apply, a)
-    cotangent = b
+        return window.convolve(a, b)
+    wanted = jax.ShapeDtypeStruct(getattr(convolution, result), window.dtype)
     if result == "x":
-        linear, cotangent = (lambda x: convolution.apply(x, b)), a
-    return jax.linear_transpose(linear, shape)(cotangent)[0]
+        return jax.linear_transpose(lambda x: window.convolve(x, b), wanted)(a)[0]
+    return jax.linear_transpose(partial(window.convolve, a), wanted)(b)[0]
 
 
 def _abstract(a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Any:
@@ -143,6 +130,8 @@ def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) ->
         return _compiled(a, b, result, convolution)
     if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
+    if result != "w" and (found := _widened(a, b, result, convolution)) is not None:
+        return found
     return _plain(a, b, result=result, convolution=convolution)
 
 
@@ -169,6 +158,19 @@ def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> 
     handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]
     found = native.product(handler, shapes[result], first, second, (*x, *w[:2], w[3], *y[1:3], *moves))
     return found.reshape(getattr(convolution, result)).astype(window.dtype)
+
+
+def _widened(a: Array, w: Array, result: Operand, convolution: Convolution) -> Array | None:
+    """The values, or the gradient of x as a convolution of y with the kernel turned round; None under strides."""
+    window = convolution.window
+    if result == "x":
+        if max(window.strides) > 1:
+            return None
+        w = jnp.swapaxes(jnp.flip(w, range(w.ndim - 2)), -1, -2)
+        spans = [dilation * (taps - 1) for dilation, taps in zip(window.dilation, w.shape, strict=False)]
+        pads = tuple((span - before, span - after) for span, (before, after) in zip(spans, window.padding, strict=True))
+        window = replace(window, padding=pads)
+    return widths.convolve(a, w, window) if widths.supported(a.shape, w.shape, window) else None
 
 
 def _summed(x: Array, y: Array, convolution: Convolution) -> Array:

@@ -32,6 +32,7 @@ import safetensors.numpy
 
 from kdsearch_jax import cli, foreign, storage
 from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
+from kdsearch_jax.convolution import fast_convolutions
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
 from kdsearch_jax.models import GIVEN, check_trust
@@ -286,7 +287,8 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
     args, keywords = bound(architecture.called.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
-        exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
+        with fast_convolutions(portable=True):
+            exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
         return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
         raise CannotExportError(

@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +39,21 @@ class Window:
     precision: Any
     dtype: Any
 
+    def convolve(self, x: Array, w: Array) -> Array:
+        """XLA's own convolution, of one group."""
+        last = x.ndim - 1
+        axes = (0, last, *range(1, last))
+        return lax.conv_general_dilated(
+            x,
+            w,
+            self.strides,
+            self.padding,
+            rhs_dilation=self.dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(axes, (last, last - 1, *range(last - 1)), axes),
+            precision=self.precision,
+            preferred_element_type=self.dtype,
+        )
+
 
 def _wide(dtype: Any) -> Any:
     """The dtype to add up in."""
@@ -55,19 +69,8 @@ def convolve(x: Array, w: Array, window: Window) -> Array:
         return _convolve(x, w, replace(window, groups=w.shape[-1]))
     if window.groups > FEW_GROUPS:
         return _convolve(x, w, window)
-    axes = (0, x.ndim - 1, *range(1, x.ndim - 1))
-    numbers = lax.ConvDimensionNumbers(axes, (w.ndim - 1, w.ndim - 2, *range(w.ndim - 2)), axes)
-    one = partial(
-        lax.conv_general_dilated,
-        window_strides=window.strides,
-        padding=window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=numbers,
-        precision=window.precision,
-        preferred_element_type=window.dtype,
-    )
     parts = (jnp.split(z, window.groups, -1) for z in (x, w))
-    return jnp.concatenate([one(a, b) for a, b in zip(*parts, strict=True)], -1)
+    return jnp.concatenate([window.convolve(a, b) for a, b in zip(*parts, strict=True)], -1)
 
 
 # --- with gradients of its own ----------------------------------------------------------------------------------------

@@ -108,6 +108,22 @@ def test_values_and_gradients_are_those_of_jax(kernels, drawn):
     assert_same(run(conv_general_dilated), run(lax.conv_general_dilated))
 
 
+@settings(max_examples=8)
+@given(cases())
+@example(case((3, 8, 10, 7), (3, 3, 7, 11)))  # pairs of positions
+@example(case((2, 8, 11, 7), (5, 5, 7, 9), (2, 1), ((0, 0), (3, -2))))
+@example(case((2, 9, 9, 26), (3, 3, 26, 42), (2, 2)))
+def test_programs_to_be_exported_compute_the_same(drawn):
+    dtype, x_shape, w_shape, kwargs = drawn
+    x, w = numbers(1, x_shape, w_shape, dtype=dtype)
+    (batch,) = jax.export.symbolic_shape("batch")
+    function = jax.jit(lambda x: conv_general_dilated(x, w, **kwargs, portable=True))
+    exported = jax.export.export(function, platforms=("cpu", "tpu", "cuda"))(
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), dtype)
+    )
+    assert_same(jax.export.deserialize(exported.serialize()).call(x), lax.conv_general_dilated(x, w, **kwargs))
+
+
 def test_real_numbers_agree_up_to_rounding(kernels):
     """The gradients of a ResNet's three stages, within 1e-6 of their scale, against float64."""
     random = np.random.default_rng(0)

@@ -44,6 +44,7 @@ LAYERS = [
         "batches",
         "devices",
         "optimizer",
+        "widths",
         "dense",
         "convolution",
         "gates",

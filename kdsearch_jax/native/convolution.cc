@@ -5,9 +5,9 @@
 //   kernel gradient  w[k, l, c, o] = Σ_{n, i, j} x[n, i·stride + k·dilation − pad, …, c] y[n, i, j, o]
 //
 // Arrays are dense and channels last, kernels (height, width, inputs, outputs). The first two are one computation
-// (`Correlate`): a tile of neighbouring outputs times one or two vectors of channels stays in registers while the sum
-// runs over taps and inputs; the rows that a band of outputs reads are laid out as (row, channel, column) before, so
-// that neighbours are neighbours in memory. A gradient of the input under strides is one such computation for each
+// (`Correlate`): a tile of neighbouring outputs times one or two vectors of channels, or of channels times vectors of
+// neighbours, stays in registers while the sum runs over taps and inputs; the rows that a band of outputs reads are laid
+// out as (row, channel, column) before, so that neighbours are neighbours in memory. A gradient of the input under strides is one such computation for each
 // phase of the stride, with the taps that meet it. In the third, a tile of inputs times vectors of outputs stays in
 // registers while the sum runs over positions.
 //
@@ -202,17 +202,54 @@ void Tile(const float* x, const Int* offsets, Int taps, Int inputs, Int line, co
   }
 }
 
+// The same sums the other way round, for channels that do not fill vectors: N vectors of neighbouring outputs, of which
+// `columns` are wanted, times M channels.
+template <int M, int N>
+void Across(const float* x, const Int* offsets, Int taps, Int inputs, Int line, const float* w, float* y, Int step,
+            Int columns) {
+  Vector sums[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sums[m][n] = Vector{};
+  for (Int t = 0; t < taps; ++t) {
+    const float* at = x + offsets[t];
+    for (Int c = 0; c < inputs; ++c, at += line, w += M) {
+      Vector v[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) v[n] = Load(at + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sums[m][n] += w[m] * v[n];
+    }
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    constexpr int kCount = (M + kLanes - 1) / kLanes * kLanes;
+    Vector v[kCount] = {};
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) v[m] = sums[m][n];
+    for (int first = 0; first < M; first += kLanes) {
+      TransposeBlock<kLanes / 2>(v + first);
+      const Int lanes = std::min(kLanes, M - first), most = std::min<Int>(kLanes, columns - n * kLanes);
+      for (Int i = 0; i < most; ++i) StorePart(y + (n * kLanes + i) * step + first, v[first + i], lanes);
+    }
+  }
+}
+
 using TileFunction = decltype(&Tile<1, 1>);
 
 template <int N, int... M>
-TileFunction TileOf(Int m, std::integer_sequence<int, M...>) {
-  static constexpr TileFunction functions[] = {Tile<M + 1, N>...};
-  return functions[m - 1];
+TileFunction TileOf(bool across, Int m, std::integer_sequence<int, M...>) {
+  static constexpr TileFunction tiles[] = {Tile<M + 1, N>...}, others[] = {Across<M + 1, N>...};
+  return (across ? others : tiles)[m - 1];
 }
 
-TileFunction TileOf(Int m, Int n) {
-  return n == 1 ? TileOf<1>(m, std::make_integer_sequence<int, kWide1>())
-                : TileOf<2>(m, std::make_integer_sequence<int, kWide2>());
+// For m values that are broadcast and n vectors.
+TileFunction TileOf(bool across, Int m, Int n) {
+  return n == 1 ? TileOf<1>(across, m, std::make_integer_sequence<int, kWide1>())
+                : TileOf<2>(across, m, std::make_integer_sequence<int, kWide2>());
 }
 
 struct Tap {
@@ -232,7 +269,7 @@ struct Plan {
   std::vector<Phase> phases;
 };
 
-// The outputs' channels, by one or two vectors.
+// Some of the outputs' channels: one or two vectors of them, or as many as are broadcast.
 struct Block {
   Int first, vectors, lanes;
 };
@@ -246,23 +283,34 @@ std::vector<Block> BlocksOf(Int channels) {
   return blocks;
 }
 
-// The kernel as tiles read it: (phase, block, tap, input, lanes), and where each phase's block begins.
-Floats Packed(const Plan& plan, const std::vector<Block>& blocks, const float* w, std::vector<Int>* begins) {
+std::vector<Block> BlocksAcross(Int channels, Int columns) {
+  std::vector<Block> blocks;
+  const Int vectors = columns > kLanes ? 2 : 1, count = Ceil(channels, vectors == 1 ? kWide1 : kWide2);
+  for (Int b = 0; b < count; ++b)
+    blocks.push_back({b * channels / count, vectors, (b + 1) * channels / count - b * channels / count});
+  return blocks;
+}
+
+// The kernel as tiles read it: (phase, block, tap, input, channels), and where each phase's block begins.
+Floats Packed(const Plan& plan, const std::vector<Block>& blocks, bool across, const float* w, std::vector<Int>* begins) {
   Int size = 0;
   for (const Phase& phase : plan.phases)
     for (const Block& block : blocks) {
       begins->push_back(size);
-      size += phase.taps.size() * plan.channels * block.vectors * kLanes;
+      size += phase.taps.size() * plan.channels * (across ? block.lanes : block.vectors * kLanes);
+      size = Ceil(size, kLine) * kLine;
     }
   Floats packed(size);
-  float* to = packed.data();
+  size_t number = 0;
   for (const Phase& phase : plan.phases)
-    for (const Block& block : blocks)
+    for (const Block& block : blocks) {
+      float* to = packed.data() + (*begins)[number++];
       for (const Tap& tap : phase.taps)
-        for (Int c = 0; c < plan.channels; ++c, to += block.vectors * kLanes) {
+        for (Int c = 0; c < plan.channels; ++c, to += across ? block.lanes : block.vectors * kLanes) {
           const float* from = w + tap.kernel * plan.kernel_tap + c * plan.kernel_input + block.first * plan.kernel_output;
           for (Int o = 0; o < block.lanes; ++o) to[o] = from[o * plan.kernel_output];
         }
+    }
   return packed;
 }
 
@@ -282,9 +330,12 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const float* x, const fl
   const Int span = high_h - low_h + 1, fit = std::max<Int>(1, (kBand / row - span) / plan.step_h + 1);
   const Int bands = Ceil(rows, std::min(fit, rows)), band = Ceil(rows, bands);
 
-  const std::vector<Block> blocks = BlocksOf(plan.out_channels);
+  // Vectors run over channels, or over columns where that takes fewer of them (and a tenth more to put in order).
+  const Int channels = plan.out_channels;
+  const bool across = 11 * channels * Ceil(columns, kLanes) < 10 * columns * Ceil(channels, kLanes);
+  const std::vector<Block> blocks = across ? BlocksAcross(channels, columns) : BlocksOf(channels);
   std::vector<Int> begins;
-  Floats kernel = Packed(plan, blocks, w, &begins);
+  Floats kernel = Packed(plan, blocks, across, w, &begins);
   const float* packed = kernel.data();
   std::vector<std::vector<Int>> offsets;
   for (const Phase& phase : plan.phases) {
@@ -326,16 +377,18 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const float* x, const fl
       const Phase& phase = plan.phases[p];
       for (size_t b = 0; b < blocks.size(); ++b) {
         const Block& block = blocks[b];
-        const Int tiles = Ceil(phase.columns, block.vectors == 1 ? kWide1 : kWide2);
+        const Int at_once = block.vectors * kLanes;
+        const Int tiles = Ceil(phase.columns, across ? at_once : block.vectors == 1 ? kWide1 : kWide2);
         for (Int i = first; i < std::min(end, phase.rows); ++i) {
           const Int at = (image * plan.out_h + phase.first_h + i * plan.spread_h) * plan.out_w + phase.first_w;
           for (Int t = 0; t < tiles; ++t) {
-            const Int from = t * phase.columns / tiles, to = (t + 1) * phase.columns / tiles;
-            TileOf(to - from, block.vectors)(z + (i - first) * plan.step_h * row + from, offsets[p].data(),
-                                             phase.taps.size(), plan.channels, line,
-                                             packed + begins[p * blocks.size() + b],
-                                             y + (at + from * plan.spread_w) * plan.out_channels + block.first,
-                                             plan.spread_w * plan.out_channels, block.lanes);
+            const Int from = across ? t * at_once : t * phase.columns / tiles;
+            const Int to = across ? std::min(from + at_once, phase.columns) : (t + 1) * phase.columns / tiles;
+            const Int vectors = across ? Ceil(to - from, kLanes) : block.vectors;
+            TileOf(across, across ? block.lanes : to - from, vectors)(
+                z + (i - first) * plan.step_h * row + from, offsets[p].data(), phase.taps.size(), plan.channels, line,
+                packed + begins[p * blocks.size() + b], y + (at + from * plan.spread_w) * channels + block.first,
+                plan.spread_w * channels, across ? to - from : block.lanes);
           }
         }
       }
