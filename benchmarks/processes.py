@@ -51,7 +51,7 @@ def start(directory: Path, processes: int, devices: int, *options: str) -> None:
 
 def difference(one: Path, other: Path) -> float:
     """The largest absolute difference between two networks' variables; infinite where their shapes are not the same."""
-    loaded = (kdsearch_jax.load(path, trust_code=True)[1] for path in (one, other))
+    loaded = (kdsearch_jax.load(path, trust_code=True).variables for path in (one, other))
     left, right = (flatten(jax.tree.map(np.asarray, variables)) for variables in loaded)
     if {name: leaf.shape for name, leaf in left.items()} != {name: leaf.shape for name, leaf in right.items()}:
         return float("inf")

@@ -267,7 +267,9 @@ def difference(one: Path, other: Path, networks: Sequence[str] = NETWORKS) -> fl
     """The largest absolute difference of two runs' parameters and statistics; infinite where shapes differ."""
     largest = 0.0
     for name in networks:
-        left, right = (flatten(jax.tree.map(np.asarray, kdsearch_jax.load(run / name)[1])) for run in (one, other))
+        left, right = (
+            flatten(jax.tree.map(np.asarray, kdsearch_jax.load(run / name).variables)) for run in (one, other)
+        )
         if {key: leaf.shape for key, leaf in left.items()} != {key: leaf.shape for key, leaf in right.items()}:
             return math.inf
         largest = max(largest, *(float(np.abs(left[key] - right[key]).max()) for key in left))

@@ -1,35 +1,102 @@
-"""kdsearch_jax: finds the sub-network that learns best from a teacher, cuts it out, and distils into it.
+"""kdsearch_jax: structured pruning by distillation, for unmodified Flax models (Linen and NNX).
 
-    python -m kdsearch_jax.search                        the whole road, on the bundled digits
-    module, variables = kdsearch_jax.load("RUN/student")  the student that it leaves behind
+    import kdsearch_jax as kd
 
-For use from Python: `trace` a module, `fold` gates into its variables, `prune` and `verify` the student.
+    network = kd.trace(model, x)                          # what can be pruned, and what it costs
+    search = kd.GatedSearch(network, kd.Budget(macs=0.5), steps=4000, rules=[kd.Rule("head/.*", freeze=True)])
+    params = search.init(variables)                       # weights and gates
+    tx = search.optimizer(optax.adamw(1e-3))              # yours for weights, proximal L1 for gates
+    state = tx.init(params)
+    ...                                                   # any training loop, with search.fold(params) in the loss
+    student = search.finish(params, state, x)             # cut, and verified to 1e-5
+
+`kd.prune(network, variables, kd.magnitude(), kd.Budget(macs=0.5))` prunes without a search, and `kd.search(...)` runs
+everything: search, cut, retraining, report. Names are imported when they are first used.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from kdsearch_jax.search import search
 
-__all__ = ["load", "search"]
+if TYPE_CHECKING:
+    from kdsearch_jax import losses
+    from kdsearch_jax.budget import BudgetError
+    from kdsearch_jax.network import Network, trace
+    from kdsearch_jax.prox import accelerated_proximal_l1, soft_threshold
+    from kdsearch_jax.pruning.budgets import Budget
+    from kdsearch_jax.pruning.criteria import batch_norm_scale, fisher, magnitude, prune, random, taylor
+    from kdsearch_jax.pruning.gated_module import Gated
+    from kdsearch_jax.pruning.rules import Rule
+    from kdsearch_jax.pruning.search import GatedSearch
+    from kdsearch_jax.pruning.student import Student, fold, load, save, verify
+    from kdsearch_jax.pruning.tables import Part, Table
+    from kdsearch_jax.pruning.transform import SearchState
+    from kdsearch_jax.surgery import SurgeryError
+    from kdsearch_jax.tracing.topology import Topology
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Gated",
+    "GatedSearch",
+    "Network",
+    "Part",
+    "Rule",
+    "SearchState",
+    "Student",
+    "SurgeryError",
+    "Table",
+    "Topology",
+    "accelerated_proximal_l1",
+    "batch_norm_scale",
+    "fisher",
+    "fold",
+    "load",
+    "losses",
+    "magnitude",
+    "prune",
+    "random",
+    "save",
+    "search",
+    "soft_threshold",
+    "taylor",
+    "trace",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "budget": ("BudgetError",),
+    "network": ("Network", "trace"),
+    "prox": ("accelerated_proximal_l1", "soft_threshold"),
+    "pruning.budgets": ("Budget",),
+    "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
+    "pruning.gated_module": ("Gated",),
+    "pruning.rules": ("Rule",),
+    "pruning.search": ("GatedSearch",),
+    "pruning.student": ("Student", "fold", "load", "save", "verify"),
+    "pruning.tables": ("Part", "Table"),
+    "pruning.transform": ("SearchState",),
+    "surgery": ("SurgeryError",),
+    "tracing.topology": ("Topology",),
+}
 
-def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> tuple[Any, Any]:
-    """(module, variables) of the network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
 
-    module: the base model, for a network of a module object that the directory could not name.
-    trust_code: a network of a package that you have not imported may import it, so that its code runs.
+def __getattr__(name: str) -> Any:
+    """A public name, imported from where it lives when it is first asked for."""
+    if name == "losses":
+        return importlib.import_module("kdsearch_jax.losses")
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kdsearch_jax.{home}"), name)
+    globals()[name] = value
+    return value
 
-    Raises:
-      ValueError, OSError: where it is not a network's directory, or damaged.
-    """
-    from kdsearch_jax import storage
-    from kdsearch_jax.checkpoint import load_network
 
-    with storage.named():
-        module, variables, _, _ = load_network(path, module, trust_code=trust_code)
-    return module, variables
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

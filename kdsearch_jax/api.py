@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import delivery, front, models, rundir, stages, storage
-from kdsearch_jax.call import signature_of
+from kdsearch_jax.boxes import boxed, boxes_of
+from kdsearch_jax.call import class_of, signature_of
 from kdsearch_jax.config import (
     BudgetConfig,
     DataConfig,
@@ -28,10 +30,12 @@ from kdsearch_jax.config import (
     changed,
     nearest,
 )
+from kdsearch_jax.devices import without_mesh
 from kdsearch_jax.examples import Dataset, only_input, own
 from kdsearch_jax.functional import Functional
 from kdsearch_jax.given import Loaded, Own
 from kdsearch_jax.road import is_plain, prepare
+from kdsearch_jax.student import base_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Front:
 
 
 @storage.named()
+@without_mesh()
 def run(
     module: Any,
     variables: Any,
@@ -112,10 +117,10 @@ def run(
 ) -> Result | Front:
     """See `kdsearch_jax.search`."""
     bounds, budgets = _bounds(budget)
-    nnx = not hasattr(module, "apply")
-    if nnx:
+    if bound := isinstance(module, nnx.Module):
         module, own_variables = Functional.split(module)
         variables = own_variables if variables is None else variables
+    boxes = boxes_of(variables)
     data_config = DataConfig(
         data if isinstance(data, str) else "arrays",
         mean=None if mean is None else tuple(map(float, mean)),
@@ -125,8 +130,8 @@ def run(
     # Clipped, as the scale of a stranger's loss is not known.
     stage = StageConfig(batch_size=batch_size, learning_rate=learning_rate, clip=1.0)
     experiment = Experiment(
-        name=type(module).__name__,
-        model=ModelConfig(models.describe(module)[0], {}, dict(train_kwargs or {}), dict(eval_kwargs or {})),
+        name=class_of(module).__name__,
+        model=ModelConfig(models.describe(base_of(module))[0], {}, dict(train_kwargs or {}), dict(eval_kwargs or {})),
         data=data_config,
         search=dataclasses.replace(stage, steps=search_steps, schedule="constant"),
         retrain=dataclasses.replace(stage, steps=retrain_steps),
@@ -155,8 +160,9 @@ def run(
 
     def result(name: str) -> Result:
         student = Loaded.of(directory / name, road.base)
-        bound = (student.module.bind(student.variables), None) if nnx else (student.module, student.variables)
-        return Result(*bound, student.architecture.to_json(), results, report, directory)
+        own = student.module.bind(student.variables) if bound else student.module
+        made = (own, None if bound else boxed(student.variables, boxes))
+        return Result(*made, student.architecture.to_json(), results, report, directory)
 
     students = [result(point.student) for point in front.points(experiment)]
     return Front(tuple(students), budgets, results, report, directory) if budgets else students[0]

@@ -10,8 +10,7 @@
 
 The L1 norm is that of the kernel slices that make a unit (Li et al., Pruning Filters for Efficient ConvNets, 2017).
 Each is a rule (topology, variables, limits, rng) → keep. All but `layers` land in the budget as the searched student
-does; branches are so large that `layers` may end below it, and takes the even choice that ends nearest. The first four
-drop no branch.
+does, or at the nearest cost below; `layers` takes the even choice that ends nearest. The first four drop no branch.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ import numpy as np
 from flax import traverse_util
 
 from kdsearch_jax import budget as budget_lib
-from kdsearch_jax.budget import BudgetError, Limits
+from kdsearch_jax.budget import FLOOR, BudgetError, Limits, Selection
 from kdsearch_jax.config import nearest
+from kdsearch_jax.formatting import apart
 from kdsearch_jax.tracing.topology import Cost, Group, Topology
 
 Keep = dict[str, np.ndarray]  # {group: (size,) bool}
@@ -44,8 +44,16 @@ def keep(name: str, variables: Any, topology: Topology, limits: Limits, rng: np.
     return RULES[name](topology, variables, limits, rng or np.random.default_rng(0))
 
 
+def note(name: str, topology: Topology, limits: Limits, kept: Mapping[str, np.ndarray]) -> str:
+    """What is to be said of a student that costs less than the budget; empty where it is near enough."""
+    pressure = limits.pressure(topology, topology.flatten(kept).astype(float))
+    if pressure >= FLOOR:
+        return ""
+    return f"baselines: the student {name} costs {apart(pressure, FLOOR)[0]} of the budget; none by this rule is nearer"
+
+
 def check(topology: Topology, limits: Limits) -> None:
-    """Raises BudgetError where no rule that keeps branches lands in the budget, whatever the weights are."""
+    """Raises BudgetError where rules that keep branches have no student within the budget, whatever the weights."""
     _select(topology, limits, {group.name: 1.0 + np.arange(group.size) for group in _free(topology).groups})
 
 
@@ -59,18 +67,15 @@ def uniform(topology: Topology, variables: Any, limits: Limits, rng: np.random.G
 
 def magnitude(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
     """The largest L1 norms over all layers, relative to their layer's mean."""
-    norms = {group.name: _norms(group, _flat(variables)) for group in _free(topology).groups}
-    return _select(topology, limits, {name: each / max(each.mean(), 1e-30) for name, each in norms.items()})
+    return _select(topology, limits, relative_norms(topology, variables))
 
 
 def bn_scale(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
     """The largest |BatchNorm scale| over all layers that have one."""
-    flat = _flat(variables)
-    found = {group.name: _scales(group, flat) for group in _free(topology).groups}
-    scores = {name: scales for name, scales in found.items() if scales is not None}
+    scores = batch_norm_scales(topology, variables)
     if not scores:
         raise BudgetError("no unit that may go is followed by a BatchNorm, by whose scale it could be chosen")
-    rest = {name: "no BatchNorm follows" for name in found if name not in scores}
+    rest = {g.name: "no BatchNorm follows" for g in _free(topology).groups if g.name not in scores}
     return _whole(topology, _select(topology.without(rest), limits, scores))
 
 
@@ -88,7 +93,8 @@ def layers(topology: Topology, variables: Any, limits: Limits, rng: np.random.Ge
     within = [(pressure, gone) for pressure, gone in pressures if pressure <= 1.0]
     if not within:
         least = min(pressure for pressure, _ in pressures)
-        raise BudgetError(f"without any of its residual branches the network still costs {least:.2f} of the budget")
+        cost = apart(least, 1.0, digits=2)[0]
+        raise BudgetError(f"without any of its residual branches the network still costs {cost} of the budget")
     fewest = min(len(gone) for _, gone in within)
     _, gone = max((pressure, gone) for pressure, gone in within if len(gone) == fewest)
     return _bools(topology, _without(topology, gone))
@@ -100,11 +106,17 @@ def both(topology: Topology, variables: Any, limits: Limits, rng: np.random.Gene
     off = [
         (abs(np.log(limits.pressure(topology, _without(topology, gone))) - half), gone) for gone in _spread(topology)
     ]
-    for _, gone in sorted(off):  # the nearest choice from which widths lead into the budget
+    below: list[tuple[float, Keep]] = []
+    for _, gone in sorted(off):  # the nearest choice from which widths lead into the budget, or else the costliest
         free = _free(_gone(topology, gone))
-        scores = _shares(free, variables)
         with contextlib.suppress(BudgetError):
-            return _whole(topology, _landed(free, limits, scores), gone)
+            found = _landed(free, limits, _shares(free, variables))
+            whole = _whole(topology, found.keep, gone)
+            if found.landed:
+                return whole
+            below.append((found.pressure, whole))
+    if below:
+        return max(below, key=lambda each: each[0])[1]
     raise BudgetError("whichever branches are left out, evenly over the depth, no widths of the rest meet the budget")
 
 
@@ -146,6 +158,21 @@ def _gone(topology: Topology, gone: tuple[str, ...]) -> Topology:
     return less.without(dict.fromkeys(gone, "left out"))
 
 
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def relative_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) L1 norms of the kernel slices that make its units, over their mean}; branches have none."""
+    norms = {group.name: _norms(group, _flat(variables)) for group in _free(topology).groups}
+    return {name: each / max(each.mean(), 1e-30) for name, each in norms.items()}
+
+
+def batch_norm_scales(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) mean |scale| in the BatchNorms behind its units}, for groups that have one."""
+    found = {group.name: _scales(group, _flat(variables)) for group in _free(topology).groups}
+    return {name: scales for name, scales in found.items() if scales is not None}
+
+
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,16 +185,16 @@ def _select(topology: Topology, limits: Limits, scores: Mapping[str, np.ndarray]
     if not scores:
         raise BudgetError("baselines: they drop no branches, and gates allow nothing else; leave --baselines empty")
     try:
-        return _whole(topology, _landed(_free(topology), limits, scores))
+        return _whole(topology, _landed(_free(topology), limits, scores).keep)
     except BudgetError as error:
         raise BudgetError(f"baselines: they drop no branches: {error}; or leave --baselines empty") from error
 
 
-def _landed(free: Topology, limits: Limits, scores: Mapping[str, np.ndarray]) -> Keep:
+def _landed(free: Topology, limits: Limits, scores: Mapping[str, np.ndarray]) -> Selection:
     """The units of highest score, over all groups, that the budget has room for."""
     if not scores:
         raise BudgetError("there is nothing but branches that may go")
-    return budget_lib.select(free, limits, free.flatten(scores), per_cost=False, rounds=1)
+    return budget_lib.choose(free, limits, free.flatten(scores), per_cost=False, rounds=1)
 
 
 def _whole(topology: Topology, found: Mapping[str, np.ndarray], gone: tuple[str, ...] = ()) -> Keep:

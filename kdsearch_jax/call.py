@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax.files import DTYPE
+from kdsearch_jax.functional import Functional
 from kdsearch_jax.library import Keywords
 
 # How modules call the switch between training and inference, and its value for training.
@@ -145,21 +146,24 @@ def mode(module: Any, train: bool) -> dict[str, Any]:
 
 def signature_of(module: Any) -> inspect.Signature | None:
     """The signature of a module's call without `self`; of the module that runs inside, for one that wraps another."""
-    own = getattr(module, "signature", None)
-    if isinstance(own, inspect.Signature):
-        return own
-    wrapped = getattr(type(module), "wraps", None)
-    inner = getattr(module, wrapped) if isinstance(wrapped, str) else module
+    if isinstance(module, Functional):
+        return module.signature
     try:
-        signature = inspect.signature(type(inner).__call__)
+        signature = inspect.signature(class_of(module).__call__)
     except (TypeError, ValueError):
         return None
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def _name(module: Any) -> str:
+def class_of(module: Any) -> type:
+    """The class that the user wrote: of the module that runs inside, for one that wraps another."""
     wrapped = getattr(type(module), "wraps", None)
-    return f"{type(getattr(module, wrapped) if isinstance(wrapped, str) else module).__name__}.__call__"
+    inner = getattr(module, wrapped) if isinstance(wrapped, str) else module
+    return inner.kind if isinstance(inner, Functional) else type(inner)
+
+
+def _name(module: Any) -> str:
+    return f"{class_of(module).__name__}.__call__"
 
 
 def _written(spec: Any) -> Any:

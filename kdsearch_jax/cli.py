@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,19 @@ def configure_logging() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs here, a dozen lines a checkpoint
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and here, a traceback for each array it could not read
     logging.captureWarnings(True)
+    warnings.formatwarning = _one_line_warning
+
+
+_formatwarning = warnings.formatwarning
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package as its message alone; others as Python shows them."""
+    if category.__module__.startswith(f"{__package__}."):
+        return f"warning: {message}"
+    return _formatwarning(message, category, filename, lineno, line)
 
 
 def join_processes(argv: list[str]) -> None:

@@ -24,6 +24,7 @@ from kdsearch_jax.budget import Limits
 from kdsearch_jax.checkpoint import written_whole
 from kdsearch_jax.files import DamagedError, read_arrays, read_sealed
 from kdsearch_jax.fitting import meet, save, write, write_npz
+from kdsearch_jax.formatting import apart
 from kdsearch_jax.front import Point
 from kdsearch_jax.given import Loaded
 from kdsearch_jax.network import Network
@@ -35,13 +36,20 @@ from kdsearch_jax.tracing.topology import Topology
 log = logging.getLogger(__name__)
 
 
-def rehearse(network: Network, teacher: Loaded, limits: Limits, inputs: Any) -> None:
-    """Cuts at random and proves it, before the long work: a model whose student would differ is found now."""
+def rehearse(network: Network, teacher: Loaded, limits: Limits, inputs: Any) -> Limits:
+    """Cuts at random and proves it, before the long work: a model whose student would differ is found now.
+
+    Returns:
+      the limits, with the floor that students reach.
+    """
     topology, random = network.topology, np.random.default_rng(0)
-    keep = budget_lib.select(topology, limits, random.uniform(0.1, 1.0, topology.units), per_cost=False, rounds=1)
+    worth = random.uniform(0.1, 1.0, topology.units)
+    chosen = budget_lib.choose(topology, limits, worth, per_cost=False, rounds=1)
+    keep = chosen.keep
     gates = {group.name: random.uniform(0.5, 1.0, group.size).astype(np.float32) for group in topology.groups}
     sliced, _ = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
     surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
+    return dataclasses.replace(limits, floor=min(limits.floor, chosen.pressure))
 
 
 def keep(road: Road, part: Part, state: TrainState, teacher: Loaded, point: Point) -> None:
@@ -87,7 +95,7 @@ def nearest(
     }
     above = [place for place in places if place == own or costs[place] > 1.0]
     if not above:
-        told = f"the largest costs {max(costs.values()):.2f} of it" if costs else "there is none"
+        told = f"the largest costs {apart(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
         raise ValueError(
             f"budgets: {point.tail[1:] or 'the budget'} is above all states that {road.search} has kept ({told}); "
             "search anew with it"
@@ -122,28 +130,31 @@ def land(road: Road, point: Point, network: Network | None = None) -> int | None
         network = network or traced(road.experiment, teacher.architecture, teacher.module)
         topology, limits = network.topology, limits_of(road.experiment, network, [point], road.search)[0]
         place, loaded, gates, importance = nearest(road, point, topology, limits)
-        stay, cost = measured.land(
+        chosen, cost = measured.land(
             lambda bounds: gated.landing(topology, bounds, gates, importance),
             limits, network, teacher.variables, point.budget, road.task.call,
         )  # fmt: skip
+        stay = chosen.keep
+        road.warn(chosen.note)
         sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
         inputs = road.task.call.bind(proof_batch(road.dataset))
         proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
-        log.info("the student is the gated network: outputs agree to %.1e of their scale", proof["difference"])
+        log.info("the student is the gated network: outputs agree to %.1e of their own scale", proof["difference"])
         macs, params = topology.cost(stay)
-        chosen = {
+        selection = {
             "kept": {name: np.flatnonzero(mask).tolist() for name, mask in stay.items()},
             "macs": macs,
             "params": params,
             "budget": dataclasses.asdict(point.budget),
             "proof": proof,
             **({"measured": cost} if cost else {}),
+            **({"note": chosen.note} if chosen.note else {}),
             "step": loaded.info["step"],
             "from": str(place.relative_to(road.search)),
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_npz(directory / "gates.npz", gates)
-        write(directory / "selection.json", chosen, seal=True)
+        write(directory / "selection.json", selection, seal=True)
         write(directory / "architecture.json", architecture.to_json())
         save(directory / "network", road, architecture, architecture.module(road.base), sliced)
     return read_sealed(directory / "selection.json").get("step")
@@ -184,6 +195,7 @@ def by_hand(road: Road, rule: str, point: Point, directory: Path, rng: np.random
     network = traced(road.experiment, teacher.architecture, teacher.module)
     limits = limits_of(road.experiment, network, [point], road.search)[0]
     stay = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
+    road.warn(baselines.note(rule, network.topology, limits, stay))
     gates = gates_lib.init(network.topology)
     sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
     inputs = road.task.call.bind(proof_batch(road.dataset))

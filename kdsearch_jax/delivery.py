@@ -16,6 +16,7 @@ from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.files import read_sealed
 from kdsearch_jax.fitting import write
 from kdsearch_jax.given import Loaded
+from kdsearch_jax.models import GIVEN
 from kdsearch_jax.report import evidence
 from kdsearch_jax.road import Road, finished, is_plain
 from kdsearch_jax.spread import times
@@ -33,11 +34,12 @@ def deliver(road: Road, name: str, student: str) -> None:
         save_network(directory, found.architecture, found.variables, found.info)
     if jax.process_index() == 0:
         log.info("exporting to %s", directory)
+        base = road.base if found.architecture.model.startswith(GIVEN) else None
         try:
-            export.export(directory, directory, module=road.base)
+            export.export(directory, directory, module=base)
         except export.CannotExportError as error:
             log.warning("%s: done so", error)
-            export.export(directory, directory, ("safetensors",), module=road.base)
+            export.export(directory, directory, ("safetensors",), module=base)
 
 
 @dataclass(frozen=True)

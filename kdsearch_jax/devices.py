@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def data_mesh() -> Mesh:
     """One axis, "data", over all devices of all processes."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+@contextmanager
+def without_mesh() -> Iterator[None]:
+    """While it lasts, no mesh is in force that the caller has set (`jax.set_mesh`).
+
+    Sharding does not change what a network computes, but modules ask for it where there is a mesh, and a student's
+    sizes may not divide by that mesh's.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        yield
+    else:
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            yield
+
+
+def off_mesh(function: Callable[P, T]) -> Callable[P, T]:
+    """The function called `without_mesh`; or else with it, where the model's own code fails without."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*args, **kwargs)
+        try:
+            with without_mesh():
+                return function(*args, **kwargs)
+        except Exception:  # whatever says that the axes of a mesh are missing
+            return function(*args, **kwargs)
+
+    return called
+
+
+def gathered(tree: Any) -> Any:
+    """The tree with every array that is spread over a mesh on the default device."""
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return jnp.asarray(np.asarray(leaf))
+
+    return jax.tree.map(gather, tree)
 
 
 def replicate(tree: Any, mesh: Mesh | None = None) -> Any:

@@ -4,8 +4,8 @@
                     would learn from all of them in turn (Hinton, Vinyals and Dean 2015, arXiv 1503.02531)
     logits          z = 1/n Σ z_i: their geometric mean, sharper where they agree
 
-Either way the result is logits z, so that every loss takes it as it takes one teacher's. The first teacher is the one
-that is searched, and whose features are compared.
+Either way the result is logits z, so that every loss takes it as it takes one teacher's; classes that any of them has
+masked are -inf. The first teacher is the one that is searched, and whose features are compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kdsearch_jax import losses
 from kdsearch_jax.batches import is_image
 from kdsearch_jax.call import Call
 from kdsearch_jax.examples import Dataset
@@ -86,6 +87,10 @@ def mean(outputs: Sequence[Any], how: Ensemble, temperature: float) -> Any:
 
 
 def _mean(logits: Array, how: Ensemble, temperature: float) -> Array:
+    kept = losses.unmasked(*logits)
     if how == "logits":
-        return logits.mean(0)
-    return temperature * (jax.nn.logsumexp(jax.nn.log_softmax(logits / temperature), axis=0) - np.log(len(logits)))
+        found = logits.mean(0)
+    else:
+        softened = jax.nn.log_softmax(jnp.where(kept[None], logits / temperature, -1e9))
+        found = temperature * (jax.nn.logsumexp(softened, axis=0) - np.log(len(logits)))
+    return jnp.where(kept, found, -jnp.inf)

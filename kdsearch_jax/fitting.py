@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from kdsearch_jax import evaluate, train
-from kdsearch_jax.checkpoint import save_network
+from kdsearch_jax.checkpoint import BOXES, module_info, save_network
 from kdsearch_jax.checkpoint import shared as checkpoint
 from kdsearch_jax.config import StageConfig, to_json
 from kdsearch_jax.examples import Dataset
@@ -22,6 +22,7 @@ from kdsearch_jax.network import count
 from kdsearch_jax.road import Road, is_plain
 from kdsearch_jax.steps import Step, TrainState
 from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing.topology import leaf_shapes
 
 
 def fit(
@@ -85,6 +86,7 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
     """A network directory with what it takes to use the network, and `more` information."""
     call = architecture.called
     cost = count(module, *call.example(2), **call.keywords(module, train=False))
+    boxes = {path: road.boxes[path] for path in leaf_shapes(variables) if path in road.boxes}
     info = {
         "dataset": road.dataset.name,
         "num_classes": road.dataset.num_classes,
@@ -95,6 +97,8 @@ def save(directory: Path, road: Road, architecture: Architecture, module: Any, v
         "framing": road.experiment.data.framing,
         "macs": cost.macs,
         "params": cost.params,
+        **module_info(module, architecture, lambda: road.base_shapes),
+        **({BOXES: boxes} if boxes else {}),
         **more,
     }
     save_network(directory, architecture, variables, info, overwrite=(directory / "network.json").is_file())

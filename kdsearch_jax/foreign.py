@@ -7,7 +7,9 @@ stand for a dictionary of 64) and of a header are bounded in number.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     Raises:
       DamagedError: it is none, incomplete, or out of bounds.
     """
+    with _safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone, without reading the arrays. Raises as above."""
+    with _safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened."""
     import safetensors
 
     size = check_file(path)
@@ -89,7 +104,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if not 0 < header <= min(size - 8, MAX_HEADER):
             raise ValueError(f"its header declares {header} bytes, the file has {size}, and {MAX_HEADER} are allowed")
         with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except Exception as error:  # its own, and NumPy's, for types and shapes that NumPy has not
         raise DamagedError(f"{path} cannot be read as safetensors ({line(error)}); is it complete?") from error
 

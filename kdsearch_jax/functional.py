@@ -16,6 +16,7 @@ their true sizes, and `bind` gives it back as such. This file knows nothing abou
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,10 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from kdsearch_jax.attributes import attributes
+from kdsearch_jax.library import with_number
 
 Layers = Mapping[str, Mapping[str, Any]]  # {path: {attribute that is an array: its shape}}
+_STUDENT = "_kdsearch_student"  # an attribute of modules that `Functional.bind` returns: the student's `Functional`
 
 # Changes a module that `Functional.apply` has made for one call, before it is called.
 prepare: ContextVar[Callable[[nnx.Module], None] | None] = ContextVar("prepare", default=None)
@@ -60,26 +63,73 @@ class Functional:
 
     graph: from `nnx.split`; leaves: its arrays, in their order; kind: the module's class.
     factory: random streams → a fresh module; None where the module came as an instance.
-    base, layers, dropped: what `cut` was given; None, (), () for a module that was not cut.
+    origin: (name, arguments) by which `kdsearch_jax.models.build` makes it, if any.
+    base, layers, dropped: what `cut` was given; None, (), () for a module that was not cut. A module that was cut more
+      than once has the first base, and all that was cut from that.
     """
 
     graph: Any
     leaves: tuple[Leaf, ...]
     kind: type[nnx.Module]
     factory: Callable[[nnx.Rngs], nnx.Module] | None = field(default=None, compare=False, repr=False)
+    origin: tuple[str, Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)
     base: Functional | None = field(default=None, repr=False)
     layers: Layers = field(default_factory=dict, compare=False)  # `leaves` say as much
     dropped: tuple[str, ...] = ()
 
     @staticmethod
     def split(module: nnx.Module) -> tuple[Functional, dict[str, Any]]:
-        """(the module's function, its variables); the module itself stays as it is.
+        """(the module's function, its variables); the module itself is not changed.
+
+        A student that `bind` returned is recognized: its base and its cuts are known again. One whose attributes or
+        layers were changed since then (`train` and `eval` aside) is a module of its own, without a base.
 
         Raises:
           ValueError: a Variable holds something else than one array.
         """
         graph, leaves, values = _split(module)
-        return Functional(graph, leaves, type(module)), {"params": {}, **_nested(leaves, values)}
+        own = Functional(graph, leaves, type(module))
+        student = vars(module).get(_STUDENT)
+        if student is not None and own.is_still(student):
+            own = replace(student, graph=graph, leaves=leaves)
+        return own, {"params": {}, **_nested(leaves, values)}
+
+    def is_still(self, other: Functional) -> bool:
+        """Whether arrays and attributes are those of `other`, but for dtypes and the mode."""
+
+        def known(functional: Functional) -> list[Any]:
+            return [(leaf.path, leaf.name, leaf.shape) for leaf in functional.leaves]
+
+        return known(self) == known(other) and self.in_mode("eval").graph == other.in_mode("eval").graph
+
+    @property
+    def mode(self) -> str | None:
+        """ "train" or "eval", whichever put the module as it is; None where neither did, or both do the same."""
+        graphs = {mode: self.in_mode(mode).graph for mode in ("train", "eval")}
+        same = [mode for mode, graph in graphs.items() if graph == self.graph]
+        return same[0] if len(same) == 1 else None
+
+    def in_mode(self, mode: str) -> Functional:
+        """The module after `nnx.Module.train` or `eval`; `bind` gives it in that mode."""
+        module = self.skeleton()
+        module.train() if mode == "train" else module.eval()
+        base = None if self.base is None else self.base.in_mode(mode)
+        return replace(self, graph=_split(module)[0], base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        kind = self.kind.__name__
+        raise AttributeError(
+            f"this {kind} as a function of its variables has no attribute {name!r}; bind(variables) gives the {kind}"
+        )
+
+    def __repr__(self) -> str:
+        count = sum(not leaf.random for leaf in self.leaves)
+        return f"<{self.kind.__name__} as a function of its {count} arrays{', cut' if self.base else ''}>"
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.leaves, self.dropped))  # not of all that is compared: hashed at every `nnx.jit`
 
     @staticmethod
     def make(factory: Callable[..., nnx.Module], arguments: Mapping[str, Any]) -> Functional:
@@ -101,8 +151,12 @@ class Functional:
             graph, leaves, _ = _split(module)
             found.append((graph, leaves, type(module)))
 
-        jax.eval_shape(abstract)
-        return Functional(*found[0], build)
+        try:
+            jax.eval_shape(abstract)
+        except ValueError:  # variables that are to be sharded, and no mesh
+            with nnx.use_eager_sharding(False):
+                jax.eval_shape(abstract)
+        return Functional(*found[-1], build)
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -150,7 +204,7 @@ class Functional:
         Raises:
           ValueError: the variables are not this module's, or a stream is drawn from in training without a key.
         """
-        module = self.bind(variables, rngs)
+        module = self._merged(variables, rngs)
         module.train() if train else module.eval()
         if train:
             _silence(module, _keys(rngs))
@@ -167,12 +221,21 @@ class Functional:
     def bind(self, variables: Any, seed: Any = None) -> nnx.Module:
         """A module of the user's own class that holds these variables, in the mode that the original was in.
 
+        A student remembers what it was cut from, in an attribute that copies of it have as well; see `split`.
+
         Args:
           seed: for random streams: a number, a key, or {stream: key}.
 
         Raises:
           ValueError: the variables are not this module's.
         """
+        module = self._merged(variables, seed)
+        if self.base is not None:
+            object.__setattr__(module, _STUDENT, self)
+        return module
+
+    def _merged(self, variables: Any, seed: Any) -> nnx.Module:
+        """The module with these variables."""
         given: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
         own = {leaf.name: leaf.shape for leaf in self.leaves if not leaf.random}
         for name in [*own, *given]:
@@ -195,24 +258,35 @@ class Functional:
         """The module with arrays of these shapes, its layers' attributes to match, and `Zeros` for dropped layers.
 
         Args:
-          layers: {path of what holds arrays: {name of the array: shape}}; what is not named stays as it is.
+          layers: {path of a module: {name of an array: its shape, name of a number (`library.numbers_in`): its value}};
+            what is not named keeps its size.
 
         Raises:
           ValueError: there is no such layer or array.
         """
         base = self.base or self
+        dtypes = {leaf.name: leaf.dtype for leaf in self.leaves if not leaf.random}
         places = [leaf.place if not leaf.random else ("", "") for leaf in base.leaves]
-        _check_names(layers, dropped, set(places))
+        nodes = nnx.iter_graph(base.skeleton(), graph=True)
+        paths = {path for path, _ in places} | {path_name(path) for path, _ in nodes}
+        _check_names(layers, dropped, paths, base)
         shapes = [
             tuple(layers.get(path, {}).get(name, x.shape)) for (path, name), x in zip(places, base.leaves, strict=True)
         ]
-        resized = replace(base, leaves=tuple(replace(x, shape=s) for x, s in zip(base.leaves, shapes, strict=True)))
+        resized = replace(
+            base,
+            leaves=tuple(
+                replace(x, shape=shape, dtype=x.dtype if x.random else dtypes.get(x.name, x.dtype))
+                for x, shape in zip(base.leaves, shapes, strict=True)
+            ),
+        )
         module = resized.skeleton()
         old, new = (dict(nnx.iter_graph(m, graph=True)) for m in (base.skeleton(), module))
         for path, node in new.items():
             if isinstance(node, nnx.Module):
                 for name, value in attributes(old[path], node).items():
                     setattr(node, name, value)
+                _set_numbers(node, path_name(path), layers.get(path_name(path), {}), set(places))
         _drop(module, {id(node) for path, node in new.items() if path_name(path) in dropped})
         graph, leaves, _ = _split(module)
         own = {leaf.path: leaf for leaf in resized.leaves}
@@ -223,6 +297,10 @@ class Functional:
 
 def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What a function or a module's class takes, by name; the signature of an NNX class itself says nothing."""
+    if isinstance(factory, functools.partial):
+        own = inspect.Signature(list(parameters_of(factory.func).values()))
+        bound = own.bind_partial(*factory.args).arguments
+        return {name: parameter for name, parameter in own.parameters.items() if name not in bound}
     if isinstance(factory, type) and issubclass(factory, nnx.Module):
         return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
     return dict(inspect.signature(factory).parameters)
@@ -293,7 +371,12 @@ def _is_key(leaf: Leaf) -> bool:
 def _split(module: nnx.Module) -> tuple[Any, tuple[Leaf, ...], list[Any]]:
     """(graph, leaves, their values), without what the module noted down at earlier calls."""
     _mark_arrays(module)
-    graph, state = nnx.split(module, graph=True)
+    student = vars(module).pop(_STUDENT, None)
+    try:
+        graph, state = nnx.split(module, graph=True)
+    finally:
+        if student is not None:
+            object.__setattr__(module, _STUDENT, student)
     flat = list(nnx.to_flat_state(state))
     if any(isinstance(value, nnx.Intermediate) for _, value in flat):
         module = nnx.merge(graph, state)
@@ -355,17 +438,38 @@ def _nested(leaves: tuple[Leaf, ...], values: list[Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_names(layers: Layers, dropped: tuple[str, ...], places: set[tuple[str, str]]) -> None:
-    """Raises ValueError where an architecture names what the module has not."""
-    paths = {path for path, _ in places}
+def _check_names(layers: Layers, dropped: tuple[str, ...], paths: set[str], base: Functional) -> None:
+    """Raises ValueError where an architecture names a layer that the module has not, or makes an array larger."""
+    kind, shapes = base.kind.__name__, {leaf.place: leaf.shape for leaf in base.leaves if not leaf.random}
     for path in [*layers, *dropped]:
         if path not in paths:
             near = difflib.get_close_matches(path, paths, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"architecture: the model has no layer {path!r}{hint}")
-        for name in layers.get(path, {}):
-            if (path, name) not in places:
-                raise ValueError(f"architecture: layer {path!r} has no array {name!r}")
+            raise ValueError(f"architecture: the model has no layer {path!r}{hint} ({kind})")
+        for name, size in layers.get(path, {}).items():
+            own = shapes.get((path, name))
+            if own is not None and (len(size) != len(own) or any(a > b for a, b in zip(size, own, strict=True))):
+                raise ValueError(f"architecture: {name!r} of layer {path!r} is {tuple(size)}; in {kind} it is {own}")
+
+
+def _set_numbers(node: nnx.Module, path: str, sizes: Mapping[str, Any], places: set[tuple[str, str]]) -> None:
+    """Sets the whole numbers among a layer's sizes: attributes, or numbers inside them ("config.heads").
+
+    Raises:
+      ValueError: the layer has no such array, and no such number.
+    """
+    for name, value in sizes.items():
+        if (path, name) in places:
+            continue
+        attribute, _, inside = name.partition(".")
+        try:
+            if attribute.startswith("_"):
+                raise AttributeError(attribute)
+            setattr(node, attribute, with_number(getattr(node, attribute), inside, value))
+        except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(f"architecture: layer {path!r} has no array {name!r}, and no such number") from error
+        if isinstance(node, nnx.Conv):  # groups that lose the same channels each, and not whole groups
+            node.in_features = node.kernel.shape[-2] * node.feature_group_count
 
 
 def _drop(module: nnx.Module, gone: set[int]) -> None:

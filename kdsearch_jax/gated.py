@@ -21,7 +21,7 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import front
 from kdsearch_jax import gates as gates_lib
 from kdsearch_jax import penalty as penalty_lib
-from kdsearch_jax.budget import Limits
+from kdsearch_jax.budget import Limits, Selection
 from kdsearch_jax.config import GatesConfig, RunConfig, StageConfig
 from kdsearch_jax.distilling import Distiller
 from kdsearch_jax.front import Leg
@@ -176,7 +176,7 @@ def controller(
             rate = config.learning_rate / (1.0 - config.momentum)
             lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
         free = gates > 0
-        if pressure < budget_lib.FLOOR:
+        if pressure < limits.floor:
             cost = budget_lib.cost_of(topology, limits, alive, importance, goal)
             worth = np.divide(importance, cost, out=np.zeros_like(cost), where=cost > 0)
             free |= budget_lib.recalled(topology, limits, alive, worth)
@@ -200,15 +200,15 @@ def controller(
     return between
 
 
-def landing(topology: Topology, limits: Limits, gates: Any, importance: Any) -> dict[str, np.ndarray]:
-    """The units to keep after the search, {group: bool}: those whose gates live, from there exactly into the budget.
+def landing(topology: Topology, limits: Limits, gates: Any, importance: Any) -> Selection:
+    """The units to keep after the search: those whose gates live, and from there exactly into the budget.
 
     Raises:
-      BudgetError: where that is impossible.
+      BudgetError: even the smallest student costs more.
     """
     gates, importance = (topology.flatten(jax.tree.map(np.asarray, tree)).astype(float) for tree in (gates, importance))
     # The dead go first, whatever their last importance was; among the living, importance per cost decides.
-    return budget_lib.select(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
+    return budget_lib.choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
 
 
 def history(topology: Topology, state: TrainState) -> dict[str, np.ndarray]:

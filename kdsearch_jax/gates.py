@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdsearch_jax.boxes import keeping_boxes
 from kdsearch_jax.tracing.topology import Topology, path_string
 
 Gates = dict[str, jax.Array]
@@ -33,7 +34,7 @@ def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
       gates: {group: (size,) vector}.
 
     Returns:
-      Variables of the same structure, shapes and dtypes.
+      Variables of the same structure, shapes and dtypes, boxes included.
 
     Raises:
       ValueError: where the gates are not the topology's.
@@ -62,7 +63,7 @@ def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
             leaf = leaf * factor.astype(leaf.dtype)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(scale, variables)
+    return keeping_boxes(lambda tree: jax.tree_util.tree_map_with_path(scale, tree), variables)
 
 
 def mask(gates: Mapping[str, Any], keep: Mapping[str, Any]) -> Gates:

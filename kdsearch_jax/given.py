@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import models, pretrained, storage, weights
+from kdsearch_jax import export, models, pretrained, storage, weights
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image
+from kdsearch_jax.boxes import boxes_of, described
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network
+from kdsearch_jax.checkpoint import BOXES, load_network, own_boxes
 from kdsearch_jax.config import Experiment
 from kdsearch_jax.examples import Dataset, only_input
+from kdsearch_jax.files import read_object
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.student import Architecture
 
@@ -66,33 +68,36 @@ def the_teacher(
     start: Path | None,
     own: Own | None,
     *,
-    searched: bool = True,
+    base: Any = None,
     trust_code: bool = False,
 ) -> Loaded | None:
     """The teacher that is given, in whatever way; None where it is to be trained.
 
     Args:
-      source, start: where it lies, and the network directory there if it is one; own: or the teacher itself.
-      searched: whether it will be; a student cannot be searched again.
+      source, start: where it lies, and the network directory there if it is one, which may be a student's; own: or the
+        teacher itself.
+      base: a module that no file can name, of which the network may be.
 
     Raises:
       ValueError, OSError: it cannot be read, or be a teacher on this data.
     """
     if own is not None:
-        name, arguments = models.describe(own.module)
         call, shape = call_of(experiment, dataset)
-        architecture = Architecture(name, arguments, input_shape=shape, call=call)
+        architecture = Architecture.of(own.module, shape, call)
         architecture.called.check(own.module)
         variables = weights.fit(own.variables, own.module, architecture.called, "variables")
-        return Loaded(own.module, variables, architecture, {})
+        boxes = described(boxes_of(own.variables))
+        return Loaded(own.module, variables, architecture, {BOXES: boxes} if boxes else {})
     if start is not None:
-        given = Loaded.of(start, trust_code=trust_code)
-        if searched and (given.architecture.layers or given.architecture.dropped):
-            raise ValueError(f"teacher_from: {start} was cut already and cannot be searched again; give its teacher")
+        given = Loaded.of(start, _unnamed(start, base), trust_code=trust_code)
         _check_teacher(str(start), given, experiment, dataset)
         return given
     if source is None:
         return None
+    if export.holds_student(Path(source)):
+        given = Loaded(*export.read_safetensors(source, trust_code=trust_code))
+        _check_teacher(source, given, experiment, dataset)
+        return given
     if is_huggingface(source):
         found = pretrained.from_huggingface(source)
         call, shape = call_of(experiment, dataset)
@@ -106,17 +111,26 @@ def the_teacher(
     module = architecture.module()
     architecture.called.check(module)
     variables = weights.load(source, module, architecture.called, architecture.input_shape)
-    return Loaded(module, variables, architecture, {})
+    return Loaded(module, variables, architecture, {BOXES: described(own_boxes(module, architecture.called))})
 
 
-def one_more(experiment: Experiment, dataset: Dataset, source: str, trust_code: bool) -> Loaded:
-    """One of `distill.teachers`; unlike the one that is searched, it may be a student itself. Raises as above."""
+def _unnamed(directory: Path, base: Any) -> Any:
+    """`base`, where the network in `directory` is of that module, which its files cannot name; else None."""
+    if base is None or not (directory / "architecture.json").is_file():
+        return None
+    name, _ = models.describe(base)
+    described = read_object(directory / "architecture.json")
+    return base if name.startswith(models.GIVEN) and described.get("model") == name else None
+
+
+def one_more(experiment: Experiment, dataset: Dataset, source: str, base: Any, trust_code: bool) -> Loaded:
+    """One of `distill.teachers`. Raises as above."""
     source = brought(source, "distill.teachers") or source
     if not Path(source).exists():
         raise FileNotFoundError(f"distill.teachers: {source} does not exist")
     try:
         start = network_directory(source)
-        found = the_teacher(experiment, dataset, source, start, None, searched=False, trust_code=trust_code)
+        found = the_teacher(experiment, dataset, source, start, None, base=base, trust_code=trust_code)
     except ValueError as error:
         raise ValueError(str(error).replace("teacher_from:", "distill.teachers:")) from error
     assert found is not None

@@ -8,6 +8,7 @@ code is run at other sizes. A module that implements `Library` has these functio
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,10 +30,66 @@ class Layer:
 
     droppable: it can be left out, returning zeros, when its residual branch goes.
     resize: (shapes of the leaves at and below it, {"params/kernel": …}, before and after) → attributes with sizes.
+    grouped: it has a `feature_group_count`.
+    numbers: whole numbers that a module of the user's own holds, `numbers_in`; any of them may be a size.
     """
 
     droppable: bool = False
     resize: Callable[[Shapes, Shapes], Sizes] = field(default=_no_sizes)
+    grouped: bool = False
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+
+def numbers_in(attributes: Mapping[str, Any], depth: int = 2) -> dict[str, int]:
+    """Whole numbers above 1 among a module's attributes, by name: "heads", "widths.1" in a tuple, "config.heads"."""
+    found: dict[str, int] = {}
+    for name, value in attributes.items():
+        if not isinstance(name, str) or name.startswith("_") or "." in name or "/" in name:
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            found |= {name: value} if value > 1 else {}
+        elif depth and (inside := _inside(value)):
+            found |= {f"{name}.{key}": number for key, number in numbers_in(inside, depth - 1).items()}
+    return found
+
+
+def _inside(value: Any) -> dict[str, Any]:
+    """What a tuple, a dictionary or a configuration holds, by name; {} of anything else."""
+    if isinstance(value, (tuple, list)):
+        return {str(i): each for i, each in enumerate(value)} if len(value) <= _LONGEST else {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (jax.Array, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return {}
+    return dict(vars(value))
+
+
+_LONGEST = 64  # a longer tuple is no list of sizes
+
+
+def with_number(value: Any, name: str, number: int) -> Any:
+    """A copy of what an attribute holds with one of its numbers, named as by `numbers_in` ("" is itself), replaced.
+
+    Raises:
+      KeyError, IndexError, AttributeError, ValueError, TypeError: it has no such number.
+    """
+    if not name:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{value!r} is no whole number")
+        return number
+    key, _, rest = name.partition(".")
+    if isinstance(value, (tuple, list)):
+        items = list(value)
+        items[int(key)] = with_number(items[int(key)], rest, number)
+        kind: Any = type(value)
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+    if isinstance(value, Mapping):
+        new = {**value, key: with_number(value[key], rest, number)}
+        other: Any = type(value)
+        return new if other is dict else other(new)
+    new = copy.copy(value)
+    object.__setattr__(new, key, with_number(getattr(value, key), rest, number))
+    return new
 
 
 class Library(Protocol):
@@ -57,11 +114,10 @@ class Library(Protocol):
         ...
 
     def cut(self, module: Any, layers: Layers, dropped: Sequence[str]) -> Any:
-        """The module of the student: the same code at these sizes, without the dropped layers."""
-        ...
+        """The module of the student: the same code at these sizes, without the dropped layers.
 
-    def already_cut(self, module: Any) -> tuple[Layers, tuple[str, ...]]:
-        """(layers, dropped) with which `module` itself was cut; ({}, ()) for one that was not."""
+        Of a module that is a student already, sizes and dropped layers are all that differs from its base.
+        """
         ...
 
     def outputs(self, module: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

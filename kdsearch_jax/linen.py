@@ -16,17 +16,23 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import errors
-from flax.core import freeze
 from flax.linen import recurrent
 
-from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound
-from kdsearch_jax.student import Held, Student
+from kdsearch_jax.boxes import unboxed
+from kdsearch_jax.call import class_of
+from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, arrays, bound, numbers_in
+from kdsearch_jax.student import Student, resize
 
 Resize = Callable[[Shapes, Shapes], Sizes]
 
 
 def variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Shapes of the module's variables."""
+    """Shapes of the module's variables, without boxes."""
+    return unboxed(made(module, inputs, kwargs))
+
+
+def made(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Shapes of what `module.init` makes."""
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def init(*inputs: Any) -> Any:
@@ -54,11 +60,20 @@ def layers(
 ) -> tuple[dict[str, Layer], Any]:
     """Every layer that `module.apply` calls, and its operations."""
     met: dict[str, Layer] = {}
+    sizes: dict[str, Mapping[str, Any]] = {}  # that students give their layers, which show them during the call only
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
+        layer, path = context.module, "/".join(context.module.path)
+        if isinstance(layer, Student):
+            for below, own in layer.layers.items():
+                name = "/".join(filter(None, [path, below]))
+                sizes[name] = {**own, **sizes.get(name, {})}  # the outermost student has the last word
+            return call(*args, **call_kwargs)
         result = call(*args, **call_kwargs)
         if context.method_name == "__call__":
-            met["/".join(context.module.path)] = _layer(context.module, result)
+            with contextlib.ExitStack() as undo:
+                resize(layer, sizes.get(path, {}), "__call__", undo)
+                met[path] = _layer(layer, result)
         return result
 
     with nn.intercept_methods(record):
@@ -67,13 +82,7 @@ def layers(
 
 def cut(module: nn.Module, layers: Layers, dropped: Sequence[str]) -> nn.Module:
     """The module run at these sizes, as a module."""
-    base = module.base if isinstance(module, Student) else module
-    return Student(Held(base), layers=freeze(layers), dropped=tuple(dropped))
-
-
-def already_cut(module: nn.Module) -> tuple[Layers, tuple[str, ...]]:
-    """The sizes of a `Student`."""
-    return (module.layers, tuple(module.dropped)) if isinstance(module, Student) else ({}, ())
+    return Student.cut(module, layers, dropped)
 
 
 def outputs(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,10 +114,10 @@ def _explained(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, An
     """What to do where a module cannot be called as described."""
     args, keywords = bound(inputs, kwargs)
     try:
-        inspect.signature(type(module).__call__).bind(module, *args, **keywords)
+        inspect.signature(class_of(module).__call__).bind(module, *args, **keywords)
     except TypeError as error:
         raise ValueError(
-            f"the call does not fit {type(module).__name__} ({error}); give all its inputs by place, and its "
+            f"the call does not fit {class_of(module).__name__} ({error}); give all its inputs by place, and its "
             "keywords by name"
         ) from error
     called: list[str] = []
@@ -135,7 +144,7 @@ def _explained(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _innermost(called: Sequence[str], module: nn.Module) -> str:
-    return repr(called[-1]) if called and called[-1] else type(module).__name__
+    return repr(called[-1]) if called and called[-1] else class_of(module).__name__
 
 
 def _first(error: Exception) -> str:
@@ -191,33 +200,16 @@ def _is_flax(kind: type[nn.Module]) -> bool:
 
 def _layer(module: nn.Module, result: Any) -> Layer:
     if not _is_flax(type(module)) and not isinstance(module, tuple(kind for kinds, _ in _RESIZE for kind in kinds)):
-        return Layer(isinstance(result, jax.Array), _strangers(module))
+        held = {name: value for name, value in vars(module).items() if name not in ("parent", "name", "scope")}
+        return Layer(isinstance(result, jax.Array), _own_arrays, numbers=numbers_in(held))
     resize = next((make(module) for kinds, make in _RESIZE if isinstance(module, kinds)), None)
     droppable = _is_flax(type(module))
-    return Layer(droppable) if resize is None else Layer(droppable, resize)
+    return Layer(droppable) if resize is None else Layer(droppable, resize, hasattr(module, "feature_group_count"))
 
 
-def _strangers(module: nn.Module) -> Resize:
-    """The whole numbers among the attributes of a layer that Flax does not know, where its own parameters have such a
-    size: a bias says best what is made, a kernel may have the same size twice."""
-    numbers = {
-        name: value
-        for name in type(module).__dataclass_fields__
-        if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 1
-    }
-
-    def resize(before: Shapes, after: Shapes) -> Sizes:
-        own = sorted((leaf for leaf in before if leaf.count("/") == 1), key=lambda leaf: len(before[leaf]))
-        if all(before[leaf] == after[leaf] for leaf in own):
-            return {}
-        pairs = [pair for leaf in own for pair in zip(before[leaf], after[leaf], strict=True)]
-        return {
-            name: next(new for old, new in pairs if old == value)
-            for name, value in numbers.items()
-            if any(old == value for old, _ in pairs)
-        }
-
-    return resize
+def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
+    """The shapes of a module's own arrays, "params/w", whatever shape its code asks for."""
+    return {leaf: after[leaf] for leaf in before if leaf.count("/") == 1 and after[leaf]}
 
 
 def _kernel(module: Any) -> Resize:

@@ -230,7 +230,8 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
     """1 where the label is among the k largest logits, else 0.
 
     Of equal logits the earlier class counts as the larger, as in `argmax`. A prediction with NaN in it is wrong, and so
-    is one for a class that does not exist. With k classes or fewer everything else is right.
+    is one for a class that does not exist or that the model has masked. With k classes or fewer everything else is
+    right.
 
     Args:
       logits: (…, classes), any floating dtype.
@@ -250,16 +251,26 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
     earlier = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,)) < labels
     ahead = ((logits > own) | ((logits == own) & earlier)).sum(-1)
     broken = jnp.isnan(logits).any(-1) | jnp.isnan(own[..., 0])
-    return ((ahead < k) & ~broken).astype(jnp.float32)
+    masked = ~jnp.take_along_axis(losses.unmasked(logits), labels, axis=-1)[..., 0]
+    return ((ahead < k) & ~broken & ~masked).astype(jnp.float32)
 
 
 def agreement(student_logits: Array, teacher_logits: Array) -> Array:
-    """1 where the most likely class is the same, else 0; logits (…, classes), result (…) float32."""
-    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).astype(jnp.float32)
+    """1 where the most likely class that neither model has masked is the same, else 0.
+
+    Args:
+      student_logits, teacher_logits: (…, classes).
+
+    Returns:
+      (…) float32.
+    """
+    kept = losses.unmasked(student_logits, teacher_logits)
+    student, teacher = (jnp.where(kept, logits, -jnp.inf).argmax(-1) for logits in (student_logits, teacher_logits))
+    return (student == teacher).astype(jnp.float32)
 
 
 def kl_to_teacher(student_logits: Array, teacher_logits: Array) -> Array:
-    """KL(teacher ‖ student) of the predictions as they are, temperature 1; in nats.
+    """KL(teacher ‖ student) of the predictions as they are, temperature 1, over unmasked classes; in nats.
 
     Args:
       student_logits, teacher_logits: (…, classes).

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from kdsearch_jax.functional import Functional, path_name
-from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, bound
+from kdsearch_jax.library import Layer, Layers, Shapes, Sizes, bound, numbers_in
 from kdsearch_jax.tracing.program import Program, flatten
 
 
@@ -46,8 +46,8 @@ def layers(
     Raises:
       ValueError: the output depends on random numbers.
     """
-    paths = sorted({leaf.place[0] for leaf in module.leaves if not leaf.random})
     nodes = _modules(module.skeleton())
+    paths = sorted({leaf.place[0] for leaf in module.leaves if not leaf.random} | set(nodes))
 
     called: set[str] = set()
 
@@ -66,17 +66,13 @@ def layers(
     with watched(module, scoped):
         made = jaxpr(module, variables, inputs, kwargs)
     _check_certain(made)
-    return {path: Layer(droppable(path), _shapes) for path in paths}, made
+    grouped = {path for path, node in nodes.items() if isinstance(node, nnx.Conv)}
+    return {path: Layer(droppable(path), _shapes, path in grouped, _numbers(nodes.get(path))) for path in paths}, made
 
 
 def cut(module: Functional, layers: Layers, dropped: Sequence[str]) -> Functional:
     """The module with arrays of these shapes."""
     return module.cut(layers, tuple(dropped))
-
-
-def already_cut(module: Functional) -> tuple[Layers, tuple[str, ...]]:
-    """What `module` was cut with."""
-    return module.layers, module.dropped
 
 
 def outputs(module: Functional, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +102,13 @@ def _shapes(before: Shapes, after: Shapes) -> Sizes:
     """The shapes of a layer's own arrays, by their names in it."""
     own = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
     return {name: shape for name, shape in own.items() if shape}
+
+
+def _numbers(node: Any) -> dict[str, int]:
+    """Whole numbers that a module of the user's own holds; those of Flax's layers follow their arrays."""
+    if node is None or type(node).__module__.startswith("flax."):
+        return {}
+    return numbers_in({k: v for k, v in vars(node).items() if not isinstance(v, (nnx.Pytree, nnx.Variable))})
 
 
 def _modules(root: Any) -> dict[str, nnx.Module]:

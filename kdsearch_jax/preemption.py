@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from kdsearch_jax import processes
 
 _asked = itertools.count(1 << 30)
 
@@ -42,7 +41,9 @@ class Preemption:
     @property
     def requested(self) -> bool:
         """Whether to save and leave. With several processes all must ask equally often, and all get the same answer."""
-        if not self._signalled and jax.process_count() > 1:
+        if not self._signalled and processes.joined():
+            from jax.experimental import multihost_utils
+
             self._signalled = bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
         self._told = self._signalled
         return self._signalled
@@ -102,15 +103,14 @@ def boundary(name: str) -> None:
 
     A single process is told by `terminable`, and need not ask.
     """
-    if jax.process_count() > 1 and Preemption().requested:
+    if processes.joined() and Preemption().requested:
         raise Preempted(f"stopped by SIGTERM before {name}; the same command goes on")
 
 
 @contextlib.contextmanager
 def _handled(handle: object) -> Iterator[None]:
     """SIGTERM handled so, where it is for this thread to say, and not for JAX's service of several processes."""
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
-    if threading.current_thread() is not threading.main_thread() or several:
+    if threading.current_thread() is not threading.main_thread() or processes.joined():
         yield
         return
     previous = signal.signal(signal.SIGTERM, handle)  # type: ignore  # a function of (number, frame)

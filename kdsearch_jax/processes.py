@@ -186,15 +186,20 @@ def _missing(place: Place, timeout: int) -> str:
     return f"{waited}: process 0 answers at {place.coordinator}, but {others}"
 
 
+def joined() -> bool:
+    """Whether this process has joined others. Imports nothing: who has not imported JAX has joined nobody."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def leave(status: int, patience: float = 5.0) -> None:
     """Ends a process that has failed; returns at once where it has joined nobody.
 
     An ordinary exit waits for the others, who may be waiting for this one, for minutes. Here those who fail together
     leave together, and one that fails alone leaves after `patience` seconds, so that its launcher sees it and ends all.
     """
-    import jax
-
-    if not jax.distributed.is_initialized():
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
         return
 
     def shut_down() -> None:

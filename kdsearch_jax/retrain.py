@@ -8,8 +8,7 @@ Takes teacher and search from RUN, retrains in a run directory of its own, and d
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdsearch_jax import cli, delivery, rundir, stages, storage
-from kdsearch_jax.road import prepare
+from kdsearch_jax import cli, storage
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,9 @@ class RetrainOptions(cli.RunOptions):
 def main(argv: list[str]) -> int:
     """Runs retraining, baselines and delivery."""
     options, experiment = cli.parse(argv, RetrainOptions, "kdsearch_jax.retrain", __doc__ or "")
+    from kdsearch_jax import delivery, rundir, stages  # jax and all else, which --help does not need
+    from kdsearch_jax.road import prepare
+
     assert options.workdir is not None
     if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
         raise cli.UsageError("--search-from is missing; give a run whose search is finished")

@@ -8,11 +8,13 @@ Python, a module and its variables as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import data as data_lib
 from kdsearch_jax import task as task_lib
 from kdsearch_jax.batches import is_image, prepared
-from kdsearch_jax.budget import Limits
-from kdsearch_jax.checkpoint import CheckpointError
+from kdsearch_jax.boxes import described
+from kdsearch_jax.budget import BudgetWarning, Limits
+from kdsearch_jax.checkpoint import BOXES, CheckpointError, own_boxes, own_shapes
 from kdsearch_jax.config import Experiment, to_json
 from kdsearch_jax.consensus import check_alike
 from kdsearch_jax.examples import SPLITS, Dataset
@@ -46,7 +49,7 @@ from kdsearch_jax.given import (
 )
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.provenance import code, fingerprint, versions
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.student import Architecture, base_of
 from kdsearch_jax.task import Task
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,9 @@ class Road:
 
     task: how networks are called and compared; given: the teacher to start from, if it is not to be trained;
     search_from: the directory of a finished search stage to start from, whose run has the teacher; base: the teacher's
-    module, where files cannot name it; further: more teachers to learn from, `distill.teachers`.
+    module, or what that was cut from, where it was given as an object; further: more teachers to learn from,
+    `distill.teachers`; boxes: what `kdsearch_jax.boxes` says of those that the teacher's variables came in; warned:
+    what was warned of.
     """
 
     experiment: Experiment
@@ -72,6 +77,14 @@ class Road:
     search_from: Path | None = None
     base: Any = None
     further: tuple[Loaded, ...] = ()
+    boxes: Mapping[str, Any] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set, compare=False)
+
+    def warn(self, note: str) -> None:
+        """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
+        if note and note not in self.warned and jax.process_index() == 0:
+            warnings.warn(note, BudgetWarning, stacklevel=2)
+        self.warned.add(note)
 
     @property
     def teacher(self) -> Path:
@@ -87,6 +100,11 @@ class Road:
     def fingerprint(self) -> str:
         """Of the data."""
         return fingerprint({split: getattr(self.dataset, split).arrays for split in SPLITS})
+
+    @functools.cached_property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of the arrays of `base`."""
+        return own_shapes(self.base, self.task.call)
 
     def load(self, directory: Path) -> Loaded:
         """A network of this run. Raises CheckpointError where it is damaged."""
@@ -151,20 +169,26 @@ def prepare(
     architecture = given.architecture if given else architecture_of(experiment, dataset)
     module = given.module if given else architecture.module()
     dataset, task = _task(experiment, dataset, architecture, module, given, own)
+    notes: list[str] = []
     if searches and found is None and not (resume and finished(directory / "search")):
         network = traced(experiment, architecture, module)
         random = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
         every = limits_of(experiment, network, points)
         front.path(experiment, every, network.topology)  # whether there are steps enough
-        for limits in every:
-            budget_lib.select(network.topology, limits, random)  # whether widths exist that cost so much
+        for limits, point in zip(every, points, strict=True):
+            chosen = budget_lib.choose(network.topology, limits, random)
+            if chosen.exact and not measured.asked(point.budget):  # it will be the same whatever a search finds
+                notes.append(chosen.note)
             if experiment.baselines:
                 baselines.check(network.topology, limits)
-    base = own.module if own is not None and architecture.model.startswith(models.GIVEN) else None
-    further = tuple(one_more(experiment, dataset, source, trust_code) for source in experiment.distill.teachers)
+    base = None if own is None else base_of(own.module)
+    further = tuple(one_more(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers)
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    road = Road(experiment, dataset, directory, task, given, found, base, further)
+    boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
+    road = Road(experiment, dataset, directory, task, given, found, base, further, boxes)
+    for note in notes:
+        road.warn(note)
     check_alike(
         {
             "versions": lambda: json.dumps([versions(), code(experiment)]),

@@ -8,26 +8,25 @@ gate 0 there. `extra["whole"]` remembers what gates and importances were when un
 has died are not 0, nor do they matter.
 
 What went cannot return. A search lets dead gates return while too many have died, so it shrinks only where the living
-alone cost at least `budget.FLOOR` of the limit in force: those that die later are then enough to come back to it.
+alone cost at least the floor of the limits in force: those that die later are then enough to come back to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget as budget_lib
 from kdsearch_jax import front
 from kdsearch_jax.front import Leg
 from kdsearch_jax.network import Network
 from kdsearch_jax.steps import TrainState
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.topology import Cost, Group, Member, Topology
+from kdsearch_jax.tracing.topology import Topology
 
 Keep = Mapping[str, np.ndarray]
 
@@ -51,10 +50,9 @@ class Part:
         if keep is None:
             keep = {group.name: np.ones(group.size, bool) for group in topology.groups}
             return Part(whole, whole, keep, np.arange(topology.units))
-        left = restricted(topology, keep)
-        names = {group.name for group in left.groups}
+        network = whole.part(keep)
+        names = {group.name for group in network.topology.groups}
         flat = [np.asarray(keep[g.name], bool) & (g.name in names) for g in topology.groups]
-        network = replace(whole, module=whole.student(keep), topology=left)
         return Part(whole, network, keep, np.flatnonzero(np.concatenate(flat)))
 
     def spread(self, tree: Mapping[str, Any], elsewhere: Any) -> np.ndarray:
@@ -74,46 +72,6 @@ class Part:
     def importance(self, state: TrainState) -> np.ndarray:
         """(units of the whole,) importances."""
         return self.spread(state.extra["importance"], state.extra["whole"]["importance"])
-
-
-def restricted(topology: Topology, keep: Keep) -> Topology:
-    """The topology of the network that is left of `keep`: groups, their members, shapes and costs."""
-    masks, gone = topology.masks(keep), frozenset(topology.dropped(keep))
-    shapes = {leaf: shape for leaf, shape in topology.sliced_shapes(keep).items() if _layer(leaf) not in gone}
-    groups, stays = [], []
-    for group in topology.groups:
-        alive = np.asarray(keep[group.name], bool)
-        number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), -1)
-        members = tuple(_member(member, number, masks) for member in group.members if member.leaf in shapes)
-        there = alive.any() and any(member.consumes for member in members)
-        stays.append(alive & there)
-        if there:
-            groups.append(Group(group.name, group.kind, int(alive.sum()), members, group.layers))
-    flat, kept = np.concatenate(stays), topology.flatten(keep).astype(bool)
-    macs, params = (_left(cost, flat, kept) for cost in (topology.macs, topology.params))
-    return replace(topology, groups=tuple(groups), macs=macs, params=params, shapes=shapes)
-
-
-def _member(member: Member, number: np.ndarray, masks: Mapping[tuple[str, int], np.ndarray]) -> Member:
-    if member.units is None:
-        return member
-    units = number[member.units]
-    mask = masks.get((member.leaf, member.axis))
-    return replace(member, units=units if mask is None else units[mask])
-
-
-def _left(cost: Cost, stays: np.ndarray, kept: np.ndarray) -> Cost:
-    """The cost over the units in `stays`; others of `kept` (inside of dead branches) are there for good."""
-    ended = ((cost.alive >= 0) & ~np.append(kept, True)[cost.alive]).any(1)
-    number = np.append(np.where(stays, np.cumsum(stays) - 1, -1), -1)
-    base = cost.base + np.asarray(cost.counts[:, kept & ~stays].sum(1)).ravel()
-    return Cost(
-        cost.constants[~ended], cost.factors[~ended], number[cost.alive[~ended]], base, cost.counts[:, stays].tocsr()
-    )
-
-
-def _layer(leaf: str) -> str:
-    return leaf.partition("/")[2].rpartition("/")[0]
 
 
 # --- when, and to what ----------------------------------------------------------------------------------------------
@@ -143,7 +101,8 @@ def until(part: Part, path: Sequence[Leg], share: float | None, steps: int) -> C
         if not share or done >= steps:
             return False
         alive = (part.gates(state) > 0).astype(float)
-        if front.at(path, done).limits.pressure(topology, alive) < budget_lib.FLOOR:
+        limits = front.at(path, done).limits
+        if limits.pressure(topology, alive) < limits.floor:
             return False
         return topology.cost(left_alive(part, state))[0] < share * topology.cost(part.keep)[0]
 

@@ -136,8 +136,8 @@ def search(road: Road, resume: bool) -> None:
     limits = limits_of(experiment, network, search=directory)
     write(directory / "topology.json", network.topology.to_json())
     log.info("%s", network.topology.describe())
-    for each in limits:
-        cutting.rehearse(network, teacher, each, road.task.call.bind(proof_batch(road.dataset)))
+    inputs = road.task.call.bind(proof_batch(road.dataset))
+    limits = [cutting.rehearse(network, teacher, each, inputs) for each in limits]
     path = front.path(experiment, limits, network.topology)
     part, state = _descend(road, network, teacher, path, resume)
     cutting.keep(road, part, state, teacher, points[-1])

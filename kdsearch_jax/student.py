@@ -12,10 +12,11 @@ knows nothing about search, gates or slicing.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ from flax.core import freeze
 
 from kdsearch_jax import models
 from kdsearch_jax.call import LARGEST, Call
+from kdsearch_jax.functional import Functional
+from kdsearch_jax.library import with_number
 
 FORMAT = 1
 _FIELDS = {"model": str, "arguments": dict, "layers": dict, "dropped": list, "input_shape": list}
@@ -51,6 +54,18 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     input_shape: tuple[int, ...] = ()
     call: Call | None = None
+
+    @staticmethod
+    def of(module: Any, input_shape: tuple[int, ...] = (), call: Call | None = None) -> Architecture:
+        """What describes `module`; of a student relative to the module that it was first cut from.
+
+        Args:
+          module: a Linen module or a `Functional`, cut or not.
+        """
+        name, arguments = models.describe(base_of(module))
+        layers, dropped = cuts_of(module)
+        sized = {path: dict(sizes) for path, sizes in layers.items()}
+        return Architecture(name, arguments, sized, tuple(dropped), tuple(input_shape), call)
 
     @property
     def called(self) -> Call:
@@ -106,12 +121,13 @@ class Architecture:
     def module(self, base: Any = None) -> Any:
         """The network as a module: the base model itself where nothing was pruned, else a `Student`.
 
-        base: the base model, where `model` says that it was given as an object.
+        base: the base model, where `model` says that it was given as an object: as `models.module_of` takes it.
 
         Raises:
-          ValueError: there is no such model, or none was given.
+          ValueError: there is no such model, none was given, or one of another class.
         """
-        base = models.build(self.model, self.arguments) if base is None else base
+        base = models.build(self.model, self.arguments) if base is None else base_of(models.module_of(base))
+        models.check_class(self.model, base)
         if not self.layers and not self.dropped:
             return base
         if isinstance(base, nn.Module):
@@ -153,25 +169,53 @@ class Student(nn.Module):
 
     @staticmethod
     def of(base: nn.Module, architecture: Architecture) -> Student:
-        """The student of `base` that `architecture` describes."""
-        return Student(Held(base), layers=freeze(architecture.layers), dropped=tuple(architecture.dropped))
+        """The student of `base` (or of what `base` was cut from, if it is a student) that `architecture` describes."""
+        return Student.cut(base, architecture.layers, architecture.dropped)
+
+    @staticmethod
+    def cut(base: nn.Module, layers: Mapping[str, Mapping[str, Any]], dropped: Sequence[str]) -> Student:
+        """The same by sizes and dropped layers, both relative to what was cut first."""
+        return Student(Held(base_of(base)), layers=freeze(layers), dropped=tuple(dropped))
 
     @property
     def base(self) -> nn.Module:
         """The unmodified module."""
         return self.held.module
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "held" not in vars(self):
+                raise
+            kind = type(self.base).__name__
+            raise AttributeError(
+                f"this student of a {kind} has no attribute {name!r}"
+                + (f"; `base`, the {kind} that it was cut from, has it" if hasattr(self.base, name) else "")
+            ) from None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `base` at the student's sizes."""
         # In the student's own scope: its variables, and those of modules in its fields, have no level of nesting more.
         base = self.base.clone(parent=self.scope, _deep_clone=True)
-        met: set[str] = set()
-        made: list[str] = []
-        with nn.intercept_methods(functools.partial(_intercept, self.layers, self.dropped, self.path, met, made)):
+        cuts = _Cuts(self.layers, self.dropped, self.path)
+        with nn.intercept_methods(cuts.intercept):
             output = base(*args, **kwargs)
-        for path in sorted({*self.layers, *self.dropped} - met):
-            _check_met(path, met)
+        for path in sorted({*self.layers, *self.dropped} - cuts.met):
+            _check_met(path, cuts.met)
         return output
+
+
+def base_of(module: Any) -> Any:
+    """The module that a student, Linen's or NNX's, was first cut from; the module itself where it is no student."""
+    if isinstance(module, Student):
+        return module.base
+    return module.base or module if isinstance(module, Functional) else module
+
+
+def cuts_of(module: Any) -> tuple[Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
+    """(layers, dropped) of a student; ({}, ()) of any other module."""
+    return (module.layers, tuple(module.dropped)) if isinstance(module, (Student, Functional)) else ({}, ())
 
 
 def _check_met(path: str, met: set[str]) -> None:
@@ -187,40 +231,121 @@ def _check_met(path: str, met: set[str]) -> None:
         )
 
 
-def _intercept(
-    layers: Any,
-    dropped: Any,
-    root: tuple[str, ...],
-    met: set[str],
-    made: list[str],
-    call: Any,
-    args: Any,
-    kwargs: Any,
-    context: Any,
-) -> Any:
-    """Runs one method of one layer at its size (a plain function: Linen would intercept a method of `Student` too)."""
-    if made:  # zeros are being made of a copy of a dropped layer, whose paths are its own
-        return call(*args, **kwargs)
-    layer = context.module
-    path = _path(layer, root) or ""
-    met.add(path)
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
-            for name, value in layers.get(_path(each, root), {}).items():
-                before.append((each, name, _attribute(each, path, name)))
-                # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
-                object.__setattr__(each, name, _like(value, before[-1][-1]))
-        if path not in dropped or context.method_name != "__call__":
+@dataclass(frozen=True)
+class _Cuts:
+    """What a student does to the calls of its layers. root: the student's path; met: paths of layers that were called.
+
+    passed: not empty while calls are only passed on: "zeros" of a dropped layer are being made of a copy, whose paths
+    are its own, or "part": a part of the model is called that is a student itself.
+    """
+
+    layers: Mapping[str, Mapping[str, Any]]
+    dropped: Sequence[str]
+    root: tuple[str, ...]
+    met: set[str] = field(default_factory=set)
+    passed: list[str] = field(default_factory=list)
+
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Runs one method of one layer at its size."""
+        layer = context.module
+        path = _path(layer, self.root) or ""
+        if "zeros" not in self.passed:
+            self.met.add(path)
+        if self.passed:
             return call(*args, **kwargs)
-        made.append(path)
-        try:
+        if isinstance(layer, Student):
+            with self._passing("part"), contextlib.ExitStack() as undo:
+                for name, value in self._below(layer, path).items():
+                    _set(layer, name, value, undo)
+                return call(*args, **kwargs)
+        if path in self.dropped and context.method_name == "setup":
+            return None  # its parameters would be made there
+        with contextlib.ExitStack() as undo:
+            for each in (layer, *_held(layer)):  # `nn.RNN` reads its cell's size before it calls the cell
+                own = _path(each, self.root)
+                resize(each, {} if own is None else self.layers.get(own, {}), context.method_name, undo)
+            if path not in self.dropped or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            undo.enter_context(self._passing("zeros"))
             return _zeros(layer, args, kwargs)
+
+    @contextlib.contextmanager
+    def _passing(self, why: str) -> Iterator[None]:
+        self.passed.append(why)
+        try:
+            yield
         finally:
-            made.pop()
-    finally:
-        for each, name, value in reversed(before):
-            object.__setattr__(each, name, value)
+            self.passed.pop()
+
+    def _below(self, part: Student, path: str) -> dict[str, Any]:
+        """The cuts of a part that is a student itself: its own, and those of this student on top."""
+        start = f"{path}/" if path else ""
+        own = {name[len(start) :]: sizes for name, sizes in self.layers.items() if f"{name}/".startswith(start)}
+        merged = {name: {**part.layers.get(name, {}), **own.get(name, {})} for name in {**part.layers, **own}}
+        gone = {name[len(start) :] for name in self.dropped if name.startswith(start)}
+        return {"layers": freeze(merged), "dropped": tuple(sorted({*part.dropped, *gone}))}
+
+
+def resize(layer: nn.Module, sizes: Mapping[str, Any], method: str, undo: contextlib.ExitStack) -> None:
+    """Gives a layer its sizes until `undo` is closed.
+
+    method: of the layer that is called.
+    sizes: of attributes, of numbers inside them ("config.heads"), and of the layer's own arrays ("params/w").
+    """
+    arrays: dict[str, tuple[int, ...]] = {}
+    for name, value in sizes.items():
+        if "/" in name:
+            arrays[name] = tuple(value)
+            continue
+        attribute, _, inside = name.partition(".")
+        if method == "setup" and attribute not in type(layer).__dataclass_fields__:
+            continue  # made by `setup`
+        _set(layer, attribute, _changed(layer, name, _attribute(layer, attribute), inside, value), undo)
+    if arrays and layer.scope is not None:
+        scope = layer.scope
+        for name, function in (("param", _sized_param), ("variable", _sized_variable)):
+            before = getattr(scope, name)
+            undo.callback(setattr, scope, name, before)
+            setattr(scope, name, functools.partial(function, scope, before, arrays))
+
+
+def _set(layer: nn.Module, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    # Linen modules are frozen against changes by mistake; this one is on purpose, and undone.
+    undo.callback(object.__setattr__, layer, name, getattr(layer, name))
+    object.__setattr__(layer, name, value)
+
+
+def _sized_param(scope: Any, param: Any, arrays: Any, name: str, init: Any, *args: Any, **kwargs: Any) -> Any:
+    """`scope.param` for a parameter whose shape the architecture gives, whatever shape the code asks for."""
+    shape = arrays.get(f"params/{name}")
+    if shape is None:
+        return param(name, init, *args, **kwargs)
+    if scope.has_variable("params", name):  # Flax compares its shape with the initializer's
+        return param(name, lambda *_, **__: scope.get_variable("params", name), *args, **kwargs)
+    return param(name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *args, **kwargs)
+
+
+def _sized_variable(_: Any, variable: Any, arrays: Any, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """`scope.variable` likewise; Flax does not compare the shapes of these."""
+    shape, (init, *rest) = arrays.get(f"{col}/{name}"), args or (None,)
+    if shape is None or init is None:
+        return variable(col, name, *args, **kwargs)
+    return variable(col, name, lambda *args, **kwargs: _first(init(*args, **kwargs), shape), *rest, **kwargs)
+
+
+def _first(value: Any, shape: tuple[int, ...]) -> Any:
+    """The first entries of an array, boxed or not, over again where it has too few.
+
+    In a stack of layers, the last axes of `shape` are one layer's.
+    """
+
+    def fitted(leaf: Any) -> Any:
+        own = shape[len(shape) - leaf.ndim :]
+        leaf = leaf[tuple(map(slice, own))]
+        missing = [(0, n - m) for n, m in zip(own, leaf.shape, strict=True)]
+        return jnp.pad(leaf, missing, mode="wrap") if any(n for _, n in missing) else leaf
+
+    return jax.tree.map(fitted, value)
 
 
 def _path(layer: nn.Module, root: tuple[str, ...]) -> str | None:
@@ -239,10 +364,23 @@ def _held(layer: nn.Module) -> list[nn.Module]:
     return [each for each in held if isinstance(each, nn.Module)]
 
 
-def _attribute(layer: nn.Module, path: str, name: str) -> Any:
-    if name not in type(layer).__dataclass_fields__ or name in ("parent", "name"):
+def _attribute(layer: nn.Module, name: str) -> Any:
+    if name in ("parent", "name", "scope") or name.startswith("_") or not hasattr(layer, name):
+        path = "/".join(layer.path)
         raise ValueError(f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}")
     return getattr(layer, name)
+
+
+def _changed(layer: nn.Module, name: str, old: Any, inside: str, value: Any) -> Any:
+    if not inside:
+        return _like(value, old)
+    try:
+        return with_number(old, inside, value)
+    except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+        path = "/".join(layer.path)
+        raise ValueError(
+            f"architecture: layer {path!r} is a {type(layer).__name__}, which has no size {name!r}"
+        ) from error
 
 
 def _like(value: Any, model: Any) -> Any:

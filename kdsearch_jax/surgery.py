@@ -1,28 +1,37 @@
 """Surgery: cuts the gated network down to the student, and proves that nothing changed.
 
 `prune` folds the gates into the parameters and slices every leaf by the units that stay. `verify` runs both networks
-on a real batch: the logits agree within `TOLERANCE` of their scale, in float32, and the student's cost, counted again
-from its own code and by XLA, is what the budget was told. Where they differ, the first layer that does is named.
+on a real batch: every entry of every output agrees within `TOLERANCE` of its own scale (`kdsearch_jax.equality`), and
+the student's cost, counted again from its own code and by XLA, is what the budget was charged. Where they differ, the
+first layer that does is named. Where an output does not respond to the input, the layers' outputs are compared as well;
+a proof in which nothing responds is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from kdsearch_jax import equality
 from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.library import arrays, bound
-from kdsearch_jax.network import Network, count, library_of, shapes_of
+from kdsearch_jax.boxes import keeping_boxes, unboxed
+from kdsearch_jax.devices import gathered, off_mesh
+from kdsearch_jax.equality import Comparison
+from kdsearch_jax.library import bound
+from kdsearch_jax.network import Network, count, library_of, macs_in_order_of, shapes_of
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.tracing import topology as topology_lib
 
-TOLERANCE = 1e-5
+TOLERANCE = equality.TOLERANCE
 XLA_TOLERANCE = 0.02
+_SAMPLED = 1 << 16  # numbers of a layer's output that are compared
 
 
 class SurgeryError(ValueError):
@@ -60,7 +69,7 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf cut to the indices that stay; leaves of dropped layers left out."""
+    """Every leaf cut to the indices that stay, in its box if it has one; leaves of dropped layers left out."""
     masks: dict[str, list[tuple[int, np.ndarray]]] = {}
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
@@ -70,9 +79,11 @@ def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
         return jnp.asarray(leaf)
 
-    return topology_lib.map_left(cut, variables, network.topology.dropped(keep))
+    dropped = network.topology.dropped(keep)
+    return keeping_boxes(lambda tree: topology_lib.map_left(cut, gathered(tree), dropped), variables)
 
 
+@off_mesh
 def verify(
     network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], sliced: Any, *inputs: Any
 ) -> dict[str, float]:
@@ -82,24 +93,47 @@ def verify(
       variables: of the network, unfolded; sliced: of the student, from `prune`; inputs: a batch.
 
     Returns:
-      {"difference": largest difference of the outputs over their scale, "macs", "params", "xla_flops_ratio"}.
+      {"difference": the largest difference of an entry of the outputs over its own scale, "responding": the share of
+      these entries that respond to the input, "macs", "params", "xla_flops_ratio"}.
 
     Raises:
-      SurgeryError: where either does not hold; names the first layer that differs, or the two counts.
+      SurgeryError: where either does not hold, with the first layer that differs, or the two counts; or where neither
+        an output nor a layer responds to the input, so that equality would prove nothing.
     """
-    student = network.student(keep)
+    student, variables, sliced = network.student(keep), *(gathered(unboxed(tree)) for tree in (variables, sliced))
     _check_shapes(network, student, sliced)
     whole = gated(variables, gates, keep, network)
+    one, other = function_of(network.module, network.kwargs), function_of(student, network.kwargs)
     with jax.default_matmul_precision("highest"):
-        expected = run(network.module, whole, inputs, network.kwargs)
-        got = run(student, sliced, inputs, network.kwargs)
-    worst = difference(expected, got)
-    if not worst <= TOLERANCE:  # NaN too
-        where = _first_difference(network, student, whole, sliced, keep, inputs)
+        rounding = equality.rounding_of(one.trace(whole, *inputs).jaxpr)
+        found = equality.compare(one, whole, other, sliced, inputs, rounding)
+        if found.worst or found.silent or not found.responding:
+            layers = _compare_layers(network, student, whole, sliced, keep, inputs, rounding)
+            _check_equal(found, layers)
+    return {"difference": found.difference, "responding": found.share, **verify_cost(network, keep, student)}
+
+
+def _check_equal(found: Comparison, layers: Comparison) -> None:
+    """Raises SurgeryError where outputs or layers differ, or none of them responds to the input."""
+    if found.undefined:
+        raise SurgeryError(f"the network returns nothing but NaN in {', '.join(found.undefined)}; is it trained?")
+    output, layer = found.worst, layers.first
+    place = "no single layer" if layer is None else layer or "the whole network"
+    if output is not None:
+        far = found.differences[output]
         raise SurgeryError(
-            f"the student differs from the gated network by {worst:.2e} of the logits' scale, first in {where}"
+            f"the student differs from the gated network by {far:.2e} of its own scale in {output}, first in {place}"
         )
-    return {"difference": worst, **verify_cost(network, keep, student)}
+    if layer is not None:
+        raise SurgeryError(
+            f"the student differs from the gated network by {layers.differences[layer]:.2e} of its own scale, first in "
+            f"{place}, though not in the outputs: {', '.join(found.silent)} hardly respond to the input"
+        )
+    if not found.share and not layers.share:
+        raise SurgeryError(
+            "the proof is empty: neither the outputs nor any layer of the network respond to its input, so any student "
+            "would be equal; train the network first, or give inputs to which it responds"
+        )
 
 
 def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
@@ -119,25 +153,26 @@ def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
             )
 
 
-def run(module: Any, variables: Any, inputs: Any, kwargs: Any) -> list[Any]:
-    """The arrays that the module returns, compiled."""
+def function_of(module: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The jitted function (variables, *inputs) → {path in the module's outputs: array}, without what is no array.
 
-    def call(variables: Any, *inputs: Any) -> list[Any]:
-        args, keywords = bound(inputs, kwargs)
-        return arrays(module.apply(variables, *args, **keywords))
+    The same for equal modules, so that a network which is cut at several budgets is compiled once.
+    """
+    try:
+        return _function_of(module, tuple(sorted(kwargs.items())))
+    except TypeError:  # an attribute or a keyword that has no hash
+        return _function_of.__wrapped__(module, tuple(kwargs.items()))
 
-    return jax.jit(call)(variables, *inputs)
 
+@lru_cache(maxsize=8)
+def _function_of(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> Any:
+    def call(variables: Any, *inputs: Any) -> dict[str, Any]:
+        args, keywords = bound(inputs, dict(kwargs))
+        outputs = jax.tree_util.tree_leaves_with_path(module.apply(variables, *args, **keywords))
+        named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in outputs)
+        return {name or "the output": leaf for name, leaf in named if isinstance(leaf, jax.Array)}
 
-def difference(expected: Any, got: Any) -> float:
-    """The largest absolute difference between two pytrees of equal structure, over the scale of the first."""
-    pairs = [
-        (np.asarray(a, np.float32), np.asarray(b, np.float32))
-        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True)
-        if a.size
-    ]
-    scale = max([float(np.abs(a).max()) for a, _ in pairs] + [1e-30])
-    return float(np.max([np.abs(a - b).max() for a, b in pairs] + [0.0])) / scale
+    return jax.jit(call)
 
 
 def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict[str, float]:
@@ -148,7 +183,8 @@ def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict
     """
     macs, params = network.topology.cost(keep)
     fresh = count(student, *network.inputs, **network.kwargs)
-    if (fresh.macs, fresh.params) != (macs, params):
+    ordered = macs_in_order_of(network, fresh) if fresh.macs != macs and fresh.orders else fresh.macs
+    if (ordered, fresh.params) != (macs, params):
         raise SurgeryError(
             f"the student costs {fresh.macs:,} MACs and {fresh.params:,} parameters, "
             f"but {macs:,} and {params:,} were counted"
@@ -157,28 +193,63 @@ def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict
     ratio = fresh.xla_flops / counted if counted else 1.0 + fresh.xla_flops  # nothing is left to compute: 1
     if abs(ratio - 1) > XLA_TOLERANCE and not fresh.uncounted:
         raise SurgeryError(f"XLA counts {fresh.xla_flops:,.0f} operations for a batch, {fresh.flops:,.0f} were counted")
-    return {"macs": macs, "params": params, "xla_flops_ratio": ratio}
+    return {"macs": fresh.macs, "params": params, "xla_flops_ratio": ratio}
 
 
-def _first_difference(network: Network, student: Any, whole: Any, sliced: Any, keep: Any, inputs: Any) -> str:
-    """The first layer whose output, at the units that stay, is not the gated network's.
+def _compare_layers(
+    network: Network, student: Any, whole: Any, sliced: Any, keep: Any, inputs: Any, rounding: float
+) -> Comparison:
+    """What the layers return, at the units that stay, compared in the order of the calls.
 
-    Layers of dropped branches return zeros, where the gated network's are only multiplied by zero later: not compared.
+    In the gated network the layers of dropped branches return what is multiplied by zero later. Here they return zeros,
+    as in the student, so that the layers between them are alike. Not compared are layers in which it is not plain which
+    units their output has.
     """
-    masks = network.topology.masks(keep)
-    dropped = [f"{path}/" for path in network.topology.dropped(keep)]
-    library = library_of(network.module)
-    expected = library.outputs(network.module, whole, inputs, network.kwargs)
-    got = library.outputs(student, sliced, inputs, network.kwargs)
-    for path, value in expected.items():
-        mask = next((m for (leaf, axis), m in masks.items() if _makes_last_axis(network, leaf, axis, path)), None)
-        value = value if mask is None or value.shape[-1] != len(mask) else value[..., mask]
-        if any(layer.startswith(f"{path}/") for layer in dropped) or path not in got:
-            continue
-        if got[path].shape == value.shape and not difference(value, got[path]) <= TOLERANCE:
-            return path or "the whole network"
-    return "no single layer"
+    stays, library = _units_of_layers(network, keep), library_of(network.module)
+    branches = {
+        group.name: keep[group.name] if group.kind == "branches" else np.ones(group.size, bool)
+        for group in network.topology.groups
+    }
+
+    def outputs(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
+        made = library.outputs(module, variables, inputs, network.kwargs)
+        return {path: value for path, value in made.items() if not isinstance(value, jax.core.Tracer)}
+
+    def one(variables: Any, *inputs: Any) -> dict[str, Any]:
+        found = {}
+        for path, value in outputs(network.student(branches), variables, inputs).items():
+            masks = stays.get((path, value.shape[-1]), []) if value.ndim else []
+            if len(masks) < 2:
+                found[path] = _sampled(value[..., masks[0]] if masks else value)
+        return found
+
+    def other(variables: Any, *inputs: Any) -> dict[str, Any]:
+        return {path: _sampled(value) for path, value in outputs(student, variables, inputs).items()}
+
+    gated = slice_variables(whole, network, branches)
+    return equality.compare(one, gated, other, sliced, inputs, rounding, common=True)
 
 
-def _makes_last_axis(network: Network, leaf: str, axis: int, path: str) -> bool:
-    return leaf.split("/", 1)[1].rsplit("/", 1)[0] == path and axis == len(network.topology.shapes[leaf]) - 1
+def _units_of_layers(network: Network, keep: Any) -> dict[tuple[str, int], list[np.ndarray]]:
+    """{(path of a layer, size of its output's last axis): which of these units stay}, as its own leaves say.
+
+    Several where they do not agree.
+    """
+    masks, found = network.topology.masks(keep), {}
+    for leaf, shape in network.topology.shapes.items():
+        if shape:
+            path = leaf.partition("/")[2].rpartition("/")[0]
+            mask = masks.get((leaf, len(shape) - 1), np.ones(shape[-1], bool))
+            known = found.setdefault((path, shape[-1]), [])
+            if not any(np.array_equal(mask, other) for other in known):
+                known.append(mask)
+    return found
+
+
+def _sampled(value: Any) -> Any:
+    """(examples, places, channels): all channels of as many places, evenly spread, as make up `_SAMPLED` numbers."""
+    if value.ndim < 3 or value.size <= _SAMPLED:
+        return value
+    value = value.reshape(value.shape[0], -1, value.shape[-1])
+    places = max(1, _SAMPLED // (value.shape[0] * value.shape[-1]))
+    return value[:, np.linspace(0, value.shape[1] - 1, min(places, value.shape[1])).astype(int)]

@@ -6,7 +6,8 @@
                       the same shape without the last axis: the distillation loss of `kdsearch_jax.losses`, mean over
                       positions. Only these have an accuracy.
     logits            outputs named by `distill.logits`: KL over the last axis, mean over positions
-    values            any other of floating point: squared error over the variance of the teacher's output
+    values            any other of floating point: squared error over the variance of the teacher's output; entries
+                      that teacher or student have masked (-inf, -1e9 and the like, see `bounds_of`) count in neither
     left out          integers and booleans, which have no gradient
 
 and the distance is the sum over the outputs. A loss of one's own, `loss(student_outputs, teacher_outputs, batch)`,
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +35,7 @@ from kdsearch_jax.call import Call, shaped
 from kdsearch_jax.config import DistillConfig, loss_weights
 from kdsearch_jax.examples import Dataset
 from kdsearch_jax.forward import apply_eval
-from kdsearch_jax.metrics import agreement
+from kdsearch_jax.metrics import agreement, top_k
 from kdsearch_jax.streaming import Column
 
 Loss = Callable[[Any, Any, Mapping[str, Any]], Array]
@@ -43,11 +45,15 @@ SIZES = 2, 3  # of batches by which a batch axis is told from others
 
 @dataclass(frozen=True)
 class Output:
-    """One array of the outputs and how it is compared; scale: variance of the teacher's, of `values`."""
+    """One array of the outputs and how it is compared.
+
+    Of `values`, scale is the variance of the teacher's, and entries are masked that are not between the bounds.
+    """
 
     path: str
     kind: Literal["classes", "logits", "values", "left out"]
     scale: float = 1.0
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,7 @@ class Task:
 
     def _compare(self, output: Output, student: Array, teacher: Array) -> Array:
         if output.kind == "values":
-            return _per_example(jnp.square(student - teacher)) / output.scale
+            return _squared_error(student, teacher, output.bounds) / output.scale
         config = self.distill
         return config.temperature**2 * _per_example(losses.kl(student, teacher, config.temperature, config.direction))
 
@@ -93,13 +99,11 @@ class Task:
 
     def right(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Array]:
         """{"accuracy": (batch, …) bool}, or {} where the outputs are no class logits."""
-        return {"accuracy": self.logits(outputs).argmax(-1) == batch["labels"]} if self.classes else {}
+        return {"accuracy": top_k(self.logits(outputs), batch["labels"], 1) > 0} if self.classes else {}
 
     def agrees(self, outputs: Any, target: Any) -> dict[str, Array]:
         """{"agreement": (batch, …) bool}: whether the most likely class is the teacher's; {} without classes."""
-        if not self.classes:
-            return {}
-        return {"agreement": self.logits(outputs).argmax(-1) == self.logits(target).argmax(-1)}
+        return {"agreement": agreement(self.logits(outputs), self.logits(target)) > 0} if self.classes else {}
 
     def figures(self, outputs: Any, batch: Mapping[str, Any], target: Any = None) -> dict[str, Array]:
         """All that is measured, per example: (batch,) each, but () for the distance of a loss that is one number.
@@ -192,20 +196,47 @@ def examine(
 
 
 def measured(task: Task, target: Any) -> Task:
-    """The task with the scales of its outputs, the variances of a teacher's outputs on a batch.
+    """The task with the variance and the bounds of its outputs, those of a teacher's outputs on a batch.
 
     Raises:
-      ValueError: the teacher's outputs are not finite.
+      ValueError: the teacher's outputs have NaN in them, or are all infinite.
     """
     outputs = []
     for output, leaf in zip(task.outputs, map(np.asarray, jax.tree.leaves(target)), strict=True):
-        if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
+        if leaf.dtype.kind == "f" and leaf.size and (np.isnan(leaf).any() or not np.isfinite(leaf).any()):
             raise ValueError(
                 f"teacher: its output {output.path} is not finite; is it trained, and fed as it was trained?"
             )
-        spread = float(leaf.astype(np.float64).var()) if output.kind == "values" else 1.0
-        outputs.append(dataclasses.replace(output, scale=spread if spread > 1e-12 else 1.0))
+        if output.kind == "values":
+            values = leaf[np.isfinite(leaf)].astype(np.float64)
+            low, high = bounds_of(values)
+            spread = float(values[(values > low) & (values < high)].var()) if values.size else 0.0
+            output = dataclasses.replace(output, scale=spread if spread > 1e-12 else 1.0, bounds=(low, high))
+        outputs.append(output)
     return dataclasses.replace(task, outputs=tuple(outputs))
+
+
+def bounds_of(values: np.ndarray) -> tuple[float, float]:
+    """The bounds outside of which values are a mask: infinite where there is none.
+
+    A mask is two values or more, beyond 1e3, that are further from all others than 100 times the range of these: -1e9
+    or -1e4 among logits, whether it stands for a logit or was added to it.
+
+    Args:
+      values: any shape, finite.
+    """
+    left, low, high = np.sort(values, axis=None), -math.inf, math.inf
+    while len(left) > 2:
+        gaps = np.diff(left)
+        below, above = np.where(left[:-1] < -1e3, gaps, 0.0), np.where(left[1:] > 1e3, gaps, 0.0)
+        below[0] = above[-1] = 0.0  # one value alone is no mask
+        from_below = below.max() >= above.max()
+        at = int((below if from_below else above).argmax())
+        middle, rest = float(left[at] + left[at + 1]) / 2, left[at + 1 :] if from_below else left[: at + 1]
+        if gaps[at] <= 100 * (rest[-1] - rest[0]) or not max(below[at], above[at]):
+            break
+        low, high, left = (middle, high, rest) if from_below else (low, middle, rest)
+    return low, high
 
 
 def prove(task: Task, target: Any, batch: Mapping[str, Any]) -> None:
@@ -330,6 +361,15 @@ def _called(what: str, function: Any, *args: Any, name: Any = None) -> Any:
             f"{what}: {_name(name or function)}{takes} failed: {type(error).__name__}: {line[:200]}; the batch has "
             f"{', '.join(args[-1])}"
         ) from error
+
+
+def _squared_error(student: Array, teacher: Array, bounds: tuple[float, float]) -> Array:
+    """(batch,) means of the squared error over the entries that neither has masked; NaN is not a mask."""
+    low, high = bounds
+    masked = (student <= low) | (student >= high) | (teacher <= low) | (teacher >= high)
+    error = jnp.square(jnp.where(masked, 0.0, student) - jnp.where(masked, 0.0, teacher))
+    axes = tuple(range(1, error.ndim))
+    return error.sum(axes) / jnp.maximum((~masked).sum(axes), 1)
 
 
 def _per_example(values: Array) -> Array:

@@ -3,13 +3,15 @@
 `python -m kdsearch_jax.search --resume --workdir RUN`, with the same settings, goes on from there.
 """
 
-from kdsearch_jax import cli, rundir, stages, storage
-from kdsearch_jax.road import prepare
+from kdsearch_jax import cli, storage
 
 
 def main(argv: list[str]) -> int:
     """Runs the teacher's stage only."""
     options, experiment = cli.parse(argv, cli.RunOptions, "kdsearch_jax.teacher", __doc__ or "")
+    from kdsearch_jax import rundir, stages  # jax and all else, which --help does not need
+    from kdsearch_jax.road import prepare
+
     assert options.workdir is not None
     command = {"command": "teacher"}
     resume = rundir.goes_on(options.workdir, experiment, command, options.resume)

@@ -26,10 +26,12 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from kdsearch_jax import foreign, pretrained, storage
+from kdsearch_jax.boxes import unboxed
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import unflatten
 from kdsearch_jax.checkpoint.arrays import OneByOne
 from kdsearch_jax.config import nearest
+from kdsearch_jax.devices import gathered
 from kdsearch_jax.files import DamagedError, line, memory
 from kdsearch_jax.library import bound
 from kdsearch_jax.network import library_of
@@ -155,14 +157,14 @@ def _is_tree(path: Path) -> bool:
 
 
 def fit(tree: Any, module: Any, call: Call, source: str) -> dict[str, Any]:
-    """What of `tree` are the module's variables.
+    """What of `tree` are the module's variables, without boxes.
 
     Raises:
       ValueError: nothing in it fits; lists the differences of what comes nearest.
     """
     shapes = library_of(module).variables(module, call.example(2), call.keywords(module, train=False))
     needed: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(stored(shapes))
-    readings = [_reading(part, needed) for part in _parts(_plain(tree))]
+    readings = [_reading(part, needed) for part in _parts(_plain(unboxed(tree)))]
     best = max(readings, key=lambda found: sum(_same(found.get(path), leaf) for path, leaf in needed.items()))
     wrong = [path for path, leaf in needed.items() if not _same(best.get(path), leaf)]
     if wrong:
@@ -172,7 +174,7 @@ def fit(tree: Any, module: Any, call: Call, source: str) -> dict[str, Any]:
             raise ValueError(
                 f"teacher_from: {source}: {'/'.join(path)} is of {best[path].dtype}, where {leaf.dtype} is needed"
             )
-    values = {path: jnp.asarray(best[path], leaf.dtype) for path, leaf in needed.items()}
+    values = {path: jnp.asarray(gathered(best[path]), leaf.dtype) for path, leaf in needed.items()}
     for path, value in values.items():
         if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(np.asarray(value, np.float32)).all():
             raise ValueError(f"teacher_from: {source}: {'/'.join(path)} holds values that are not finite")
@@ -180,10 +182,10 @@ def fit(tree: Any, module: Any, call: Call, source: str) -> dict[str, Any]:
 
 
 def fresh(module: Any, call: Call, seed: int) -> dict[str, Any]:
-    """The variables of a module before any training. Raises ValueError where it cannot be asked for them."""
+    """A module's variables before any training, without boxes. Raises ValueError where it cannot be asked for them."""
     inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), call.example(2))
     args, keywords = bound(inputs, call.keywords(module, train=False))
-    return stored(jax.jit(lambda key: module.init(key, *args, **keywords))(jax.random.key(seed)))
+    return stored(jax.jit(lambda key: unboxed(module.init(key, *args, **keywords)))(jax.random.key(seed)))
 
 
 def stored(variables: Mapping[str, Any]) -> dict[str, Any]:

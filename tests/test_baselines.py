@@ -207,11 +207,26 @@ def test_what_cannot_be_is_named():
         baselines.keep("unifrom", variables, found, limits)
     with pytest.raises(BudgetError, match="no residual branch may go: the network has none, or gates.kinds"):
         baselines.keep("layers", variables, found.select(("channels",)), limits)
-    with pytest.raises(BudgetError, match="whichever branches are left out, evenly over the depth, no widths"):
-        baselines.keep("both", variables, found, limits)  # its one branch is most of the network
     branches = found.select(("branches",))
     with pytest.raises(BudgetError, match="gates allow nothing else; leave --baselines empty"):
         baselines.check(branches, limits)
     least = found.cost({g.name: np.arange(g.size) < (g.kind != "branches") for g in found.groups})[0]
-    with pytest.raises(BudgetError, match="baselines: they drop no branches: budget: the nearest student"):
-        baselines.check(found, Limits(1.01 * least, None))
+    with pytest.raises(BudgetError, match="baselines: they drop no branches: budget: even the smallest student"):
+        baselines.check(found, Limits(0.99 * least, None))
+    with pytest.raises(BudgetError, match="whichever branches are left out, evenly over the depth, no widths"):
+        baselines.keep("both", variables, found, Limits(1.0, None))
+
+
+@pytest.mark.parametrize("baseline", [*KEEPING, "both", "layers"])
+def test_where_no_student_of_a_rule_lands_the_nearest_below_is_taken_and_said(baseline):
+    traced, variables, _ = network("cnn")
+    found = traced.topology
+    least = found.cost({g.name: np.arange(g.size) < 1 for g in found.groups})[0]
+    limits = Limits(1.03 * least if baseline in KEEPING else 0.5 * found.total()[0], None)
+    keep = baselines.keep(baseline, variables, found, limits)
+    pressure = limits.pressure(found, found.flatten(keep).astype(float))
+    assert pressure <= 1 and (pressure < FLOOR) == bool(baselines.note(baseline, found, limits, keep))
+    if baseline in KEEPING:
+        assert found.cost(keep)[0] == least
+    else:  # its one branch is most of the network
+        assert pressure < FLOOR and not all(mask.all() for mask in keep.values())

@@ -198,6 +198,25 @@ class TestFailing:
         assert command("--name", "preempted") == (143, "", "error: saved at step 3\n")
 
 
+COMMANDS = ("compare", "evaluate", "export", "inspect", "report", "retrain", "search", "teacher")
+HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "scipy", "sklearn", "matplotlib", "tensorboardX", "safetensors")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_nothing_that_takes_long_to_import(name, python, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}', '--help']\n"
+        "try: runpy.run_module(f'kdsearch_jax.{sys.argv[0]}', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert f"kdsearch_jax.{name}" in done.stdout and "--traceback" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_share_one_run_directory(command, repository, tmp_path):
     launcher = (str(repository / "launch" / "local.py"), "-n", "2", "--devices", "2", "--", "python")
     status, _, err = command("--workdir", "run", launcher=launcher)

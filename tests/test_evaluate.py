@@ -20,6 +20,8 @@ from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import save_network
 from kdsearch_jax.config import DataConfig, DistillConfig
 from kdsearch_jax.data import load
+from kdsearch_jax.evaluate import scores
+from kdsearch_jax.evaluate.__main__ import main as evaluate_main
 from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Output, Task
@@ -254,7 +256,7 @@ def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatc
 
             return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    monkeypatch.setattr(evaluate, "TURN", 0.05)
+    monkeypatch.setattr(scores, "TURN", 0.05)
     turn = evaluate.clock({title: (Watched(title), {"params": {}}) for title in "ab"}, 2, Call.of_image((1, 1, 1)))
     orders = []
     for _ in range(2):
@@ -271,7 +273,7 @@ def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatc
 
 def test_the_command_prints_what_evaluate_says(saved, network, capsys):
     other = jax.tree.map(lambda x: 1.5 * x, network[1])
-    assert evaluate.main([str(saved()), "--teacher", str(saved("teacher", other))]) == 0
+    assert evaluate_main([str(saved()), "--teacher", str(saved("teacher", other))]) == 0
     text = capsys.readouterr().out
     split = load(DataConfig("digits")).test
     teacher_logits = evaluate.predict(network[0], other, split.images, MEAN, STD)
@@ -289,32 +291,32 @@ def test_another_data_set_of_another_size_is_resized(saved, tmp_path, capsys):
     random = np.random.default_rng(0)
     sizes = {"images": random.integers(0, 256, (60, 12, 12, 1)).astype(np.uint8), "labels": np.arange(60) % 10}
     np.savez(tmp_path / "mine.npz", **sizes)
-    assert evaluate.main([str(saved()), "--data", f"npz:{tmp_path / 'mine.npz'}", "--split", "train"]) == 0
+    assert evaluate_main([str(saved()), "--data", f"npz:{tmp_path / 'mine.npz'}", "--split", "train"]) == 0
     assert "train" in capsys.readouterr().out
 
 
 def test_another_number_of_classes_is_named(saved):
     with pytest.raises(ValueError, match="tells apart 7 classes, digits has 10"):
-        evaluate.main([str(saved(classes=7))])
+        evaluate_main([str(saved(classes=7))])
 
 
 def test_other_channels_are_named(saved, tmp_path):
     images = np.zeros((60, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(60) % 10)
     with pytest.raises(ValueError, match=r"takes images \(8, 8, 1\).*\(8, 8, 3\).*--data"):
-        evaluate.main([str(saved()), "--data", f"npz:{tmp_path / 'mine.npz'}"])
+        evaluate_main([str(saved()), "--data", f"npz:{tmp_path / 'mine.npz'}"])
 
 
 def test_an_unknown_data_set_is_asked_for(saved):
     with pytest.raises(ValueError, match="--data NAME"):
-        evaluate.main([str(saved(dataset=None))])
+        evaluate_main([str(saved(dataset=None))])
 
 
 def test_what_is_no_network_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        evaluate.main([str(tmp_path / "nowhere")])
+        evaluate_main([str(tmp_path / "nowhere")])
     with pytest.raises(cli.UsageError, match="--teachr is not an option.*teacher"):
-        evaluate.main([str(tmp_path), "--teachr", "x"])
+        evaluate_main([str(tmp_path), "--teachr", "x"])
 
 
 def test_the_command_fails_in_one_line(tmp_path):

@@ -343,7 +343,7 @@ def test_history_is_bounded_and_in_order(steps):
 
 
 def check_landing(network, limits, state):
-    keep = gated.landing(network.topology, limits, state.extra["gates"], state.extra["importance"])
+    keep = gated.landing(network.topology, limits, state.extra["gates"], state.extra["importance"]).keep
     pressure = limits.pressure(network.topology, flat(network, keep).astype(float))
     assert budget.FLOOR <= pressure <= 1
     assert all(keep[g.name].any() for g in network.topology.groups if g.kind != "branches")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kdsearch_jax import budget, inspect
 from kdsearch_jax.config import Experiment
+from kdsearch_jax.inspect.__main__ import main as inspect_main
 from kdsearch_jax.models import build
 from kdsearch_jax.network import trace
 
@@ -32,7 +35,7 @@ class Masked(nn.Module):
 
 
 def records(capsys, *argv):
-    assert inspect.main([*argv, "--json"]) == 0
+    assert inspect_main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -52,12 +55,15 @@ def test_json_is_what_tracing_finds(capsys):
 
 
 def test_text_names_every_group_and_every_reason(capsys):
-    assert inspect.main([*SMALL]) == 0
+    assert inspect_main([*SMALL]) == 0
     text = capsys.readouterr().out
     module = build("cifar_resnet", {"depth": 8, "width": 8, "num_classes": 1000})
     network = trace(module, np.zeros((2, 16, 16, 3), np.float32), train=False)
     for group in network.topology.groups:
-        assert group.name in text or inspect.pattern(group.name) in text
+        found = [
+            line[0] for line in inspect.group_lines(network) if re.fullmatch(line[0].replace("#", r"\d+"), group.name)
+        ]
+        assert len(found) == 1 and found[0] in text
     lines = inspect.group_lines(network)
     assert sum(int(line[2]) for line in lines) == len(network.topology.groups)
     assert sum(int(line[3].replace(",", "")) for line in lines) == network.topology.units
@@ -113,6 +119,53 @@ def test_several_inputs_and_keywords(capsys):
     assert {group["name"]: group["size"] for group in record["groups"]} == {"embed": 6, "dense1": 12}
 
 
+class Unnumbered(nnx.Module):
+    """Blocks of an nnx.Module that takes no number of classes, with a size written into the code."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv1x1 = nnx.Linear(6, 16, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(3)])
+        self.out = nnx.Linear(16, 7, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv1x1(x)
+        for block in self.blocks:
+            x = block(nnx.relu(x)).reshape(-1, 2, 8).mean(1, keepdims=True).repeat(2, 1).reshape(-1, 16)
+        return self.out(x)
+
+
+def test_an_nnx_class_that_takes_no_number_of_classes(capsys):
+    record = records(capsys, "--model", "test_inspect:Unnumbered", "--input-shape", "6")
+    assert record["arguments"] == {} and record["params"] == 7 * 16 + 3 * 17 * 16 + 17 * 7
+
+
+def test_lines_of_code_shapes_and_layers_that_are_single_keep_their_numbers(capsys):
+    assert inspect_main(["--model", "test_inspect:Unnumbered", "--input-shape", "6"]) == 0
+    text = capsys.readouterr().out
+    code = Path(__file__).read_text().splitlines()
+    line = next(i for i, row in enumerate(code, 1) if ".reshape(-1, 2, 8)" in row)
+    assert f"(tests/test_inspect.py:{line})" in text or f"tests/test_inspect.py:{line} (" in text
+    assert "conv1x1" in text and "blocks/#" in text and "py:#" not in text and "(#" not in text
+    network = trace(Unnumbered(rngs=nnx.Rngs(0)), np.zeros((2, 6), np.float32))
+    for reason, _, _ in inspect.frozen_lines(network):
+        own = {re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason) for item in network.topology.frozen}
+        assert any(re.fullmatch(re.escape(reason).replace(r"\#", r"\d+"), each) for each in own)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("in add of b1/conv2 (m1/b1.py:12)", "in add of b#/conv# (m1/b1.py:12)"),
+        ("in add of Net2/b1/conv2 (m/net.py:3)", "in add of Net2/b#/conv# (m/net.py:3)"),
+        ("reshape (2, 31) to (4, 8), at b1/conv2.py:5", "reshape (2, 31) to (4, 8), at b1/conv2.py:5"),
+        ("as large as b1:branch", "as large as b#:branch"),
+    ],
+)
+def test_only_numbers_in_names_of_layers_are_left_out(text, expected):
+    assert inspect.alike(text, frozenset({"b1", "b1/conv2", "b1:branch"})) == expected
+    assert inspect.common(["b1/conv3x3", "b2/conv3x3"]) == "b#/conv3x3"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -125,7 +178,7 @@ def test_several_inputs_and_keywords(capsys):
 )
 def test_a_mistake_is_one_line(argv, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        inspect.main(["--model", "test_inspect:Masked", *argv])
+        inspect_main(["--model", "test_inspect:Masked", *argv])
     assert "\n" not in str(refusal.value)
 
 

@@ -70,7 +70,7 @@ def chosen(name: str, tools: Tools, seed=0, **asked):
     limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
     importance = np.random.default_rng(seed).exponential(1.0, network.topology.units)
     landed = measured.land(
-        lambda bounds: budget.select(network.topology, bounds, importance),
+        lambda bounds: budget.choose(network.topology, bounds, importance),
         limits,
         network,
         variables,
@@ -78,7 +78,7 @@ def chosen(name: str, tools: Tools, seed=0, **asked):
         call,
         tools,
     )
-    return network, config, limits, landed
+    return network, config, limits, (landed[0].keep, landed[1])
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -187,18 +187,33 @@ def test_less_than_the_smallest_student_takes_is_refused_with_what_that_is():
         chosen("mlp", device(lambda n: 1.0), latency=0.5)
 
 
-def test_a_limit_that_no_choice_meets_says_what_came_nearest():
+def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes():
     """Measured at calibration and at the landing by devices that do not agree."""
     network, variables, call = given("mlp")
     config = BudgetConfig(None, latency=0.5)
     record = measured.calibrate(network, variables, config, call, device(straight))
     limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
     ones = np.ones(network.topology.units)
-    with pytest.raises(BudgetError, match=r"nearest measured: latency [12]\.\d+ of the budget"):
+    with pytest.raises(BudgetError, match=r"smallest student is not within .*latency [12]\.\d+ of the budget"):
         measured.land(
-            lambda bounds: budget.select(network.topology, bounds, ones),
+            lambda bounds: budget.choose(network.topology, bounds, ones),
             limits, network, variables, config, call, device(lambda n: 1.0 + 1e-6 * n),
         )  # fmt: skip
+
+
+def test_where_the_model_is_wrong_about_all_but_the_smallest_student_that_is_taken():
+    network, variables, call = given("mlp")
+    config = BudgetConfig(None, latency=0.9, round_to=8)
+    record = measured.calibrate(network, variables, config, call, device(straight))
+    limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
+    flat = budget.smallest(network.topology, 8)
+    least, ones = size(calibration.cut(network, variables, flat)), np.ones(network.topology.units)
+    found, cost = measured.land(
+        lambda bounds: budget.choose(network.topology, bounds, ones),
+        limits, network, variables, config, call, device(lambda n: 1.0 if n <= least else 2.0 + 1e-6 * n),
+    )  # fmt: skip
+    assert (network.topology.flatten(found.keep) == flat).all() and cost["latency"]["within"]
+    assert found.landed or "latency" in found.note
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def road(directory, *argv) -> int:
 def same_results(a: Path, b: Path) -> None:
     """Asserts that two runs left the same networks, gates, history, choice and metrics."""
     for name in ("teacher/network", "search/network", "retrain/network", "student"):
-        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name)[1]) for run in (a, b))
+        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name).variables) for run in (a, b))
         assert left.keys() == right.keys()
         for leaf in left:
             assert np.asarray(left[leaf]).tobytes() == np.asarray(right[leaf]).tobytes(), (name, leaf)
@@ -48,7 +48,11 @@ def same_results(a: Path, b: Path) -> None:
             for text in ((run / stage / "metrics.jsonl").read_text() for run in (a, b))
         )
         assert left == right and len(left) == 20
-    assert (a / "search" / "selection.json").read_text() == (b / "search" / "selection.json").read_text()
+    for name in ("architecture.json", "network.json", "manifest.json", "student.safetensors", "student.stablehlo"):
+        assert (a / "student" / name).read_bytes() == (b / "student" / name).read_bytes(), name
+    for name in ("selection.json", "topology.json", "architecture.json", "gates.npz", "history.npz"):
+        assert (a / "search" / name).read_bytes() == (b / "search" / name).read_bytes(), name
+    assert (a / "evidence.npz").read_bytes() == (b / "evidence.npz").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from kdsearch_jax import cli, data, export, files, foreign, images, load, models
 from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint import load_network, save_network
 from kdsearch_jax.config import DataConfig
+from kdsearch_jax.evaluate.__main__ import main as evaluate_main
 from kdsearch_jax.pretrained.files import read_tensors
 from kdsearch_jax.student import Architecture
 
@@ -95,13 +96,12 @@ def test_a_package_is_imported_only_with_consent(foreign_network):
 
 def test_a_command_asks_for_consent_too(foreign_network):
     directory, mark = foreign_network
-    from kdsearch_jax import evaluate
 
     with pytest.raises(ValueError, match="--trust-code"):
-        evaluate.main([str(directory), "--data", "digits"])
+        evaluate_main([str(directory), "--data", "digits"])
     assert not mark.exists()
     with pytest.raises(ValueError, match="tells apart 3 classes"):
-        evaluate.main([str(directory), "--data", "digits", "--trust-code"])
+        evaluate_main([str(directory), "--data", "digits", "--trust-code"])
     assert mark.exists()
 
 

@@ -89,8 +89,8 @@ def test_a_shrunk_search_does_what_an_unshrunk_one_does():
     variables, gates, importance = shrinking.expanded(part, state, teacher()[1])
     assert {name: x.shape for name, x in gates.items()} == {g.name: (g.size,) for g in network.topology.groups}
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, teacher()[1])
-    keep = gated.landing(network.topology, limits, gates, importance)
-    other = gated.landing(network.topology, limits, expected.extra["gates"], expected.extra["importance"])
+    keep = gated.landing(network.topology, limits, gates, importance).keep
+    other = gated.landing(network.topology, limits, expected.extra["gates"], expected.extra["importance"]).keep
     for name, mask in other.items():
         np.testing.assert_array_equal(keep[name], mask, err_msg=name)
     found, wanted = (gated.history(network.topology, each) for each in (state, expected))

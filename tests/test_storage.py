@@ -26,7 +26,8 @@ import object_store
 import pytest
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, evaluate, export, storage, teacher
+from kdsearch_jax import checkpoint, cli, export, storage, teacher
+from kdsearch_jax.evaluate.__main__ import main as evaluate_main
 from kdsearch_jax.storage import mirror, scratch
 from kdsearch_jax.storage.manifest import MANIFEST, Entry, Manifest
 from kdsearch_jax.storage.mirror import Mirror
@@ -563,7 +564,7 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
     store.put("b/data/x.npz", (tmp_path / "x.npz").read_bytes())
     rows = []
     for net, file in ((tmp_path / "net", f"npz:{tmp_path}/x.npz"), ("bucket://b/net", "npz:bucket://b/data/x.npz")):
-        assert evaluate.main([str(net), "--data", file]) == 0
+        assert evaluate_main([str(net), "--data", file]) == 0
         rows.append(capsys.readouterr().out.splitlines()[-1].split())
     assert rows[1] == ["bucket://b/net", *rows[0][1:]]
 
@@ -713,7 +714,7 @@ def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, refer
     page = store.path("b/old/report/index.html").read_text()
     assert "bucket://b/old/student" in page and "kdsearch-copies" not in page
     _, variables = export.load_safetensors("bucket://b/exported/student.safetensors")
-    expected = kdsearch_jax.load(reference / "student")[1]
+    expected = kdsearch_jax.load(reference / "student").variables
     found, wanted = (checkpoint.flatten(tree) for tree in (variables, expected))
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
     again, first = (storage.local(address) for address in ("bucket://b/again", "bucket://b/old"))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from kdsearch_jax import cache, evaluate, feeding, provenance, rundir, steps, train
+from kdsearch_jax import cache, feeding, provenance, rundir, steps, train
 from kdsearch_jax.batches import batch_indices
 from kdsearch_jax.config import (
     BudgetConfig,
@@ -36,6 +36,7 @@ from kdsearch_jax.config import (
 )
 from kdsearch_jax.data import load
 from kdsearch_jax.devices import assemble, data_mesh, local_rows
+from kdsearch_jax.evaluate.__main__ import main as evaluate_main
 from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.report import evidence
 from kdsearch_jax.search.__main__ import main as search_main
@@ -493,7 +494,7 @@ def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
     found = evidence.read(run / "evidence.npz")
     np.testing.assert_array_equal(found.labels, load(crops).test.labels)
     capsys.readouterr()
-    assert evaluate.main([str(run / "student"), "--data-dir", str(crops.data_dir), "--batch-size", "4"]) == 0
+    assert evaluate_main([str(run / "student"), "--data-dir", str(crops.data_dir), "--batch-size", "4"]) == 0
     accuracy = {row["name"]: row["accuracy"] for row in results["rows"]}["student"]
     assert f"{100 * accuracy:.2f}%" in capsys.readouterr().out  # images were framed as in the run
 

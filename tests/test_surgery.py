@@ -88,7 +88,7 @@ def test_a_wrong_leaf_is_found_and_its_layer_named(cnn, group):
     flat = traverse_util.flatten_dict(sliced, sep="/")
     path = f"params/{group}/kernel"
     wrong = traverse_util.unflatten_dict({**flat, path: flat[path] * 1.001}, sep="/")
-    with pytest.raises(surgery.SurgeryError, match=rf"of the logits' scale, first in {group}$"):
+    with pytest.raises(surgery.SurgeryError, match=rf"of its own scale in the output, first in {group}$"):
         surgery.verify(network, variables, gates, keep, wrong, images)
 
 

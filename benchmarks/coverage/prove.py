@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from benchmarks.coverage.variant import Call, Record, Variant
-from kdsearch_jax import budget, gates, surgery
+from kdsearch_jax import budget, equality, gates, surgery
 from kdsearch_jax.network import Network, library_of, trace
 from kdsearch_jax.student import Architecture
 
-MATTERS = 1e-3  # of the output's scale: the least change that counts as one
+MATTERS = 1e-3  # of an output's own scale: the least change that counts as one
 
 
 def trial(package: str, variant: Variant, seed: int = 0) -> Record:
@@ -78,19 +78,15 @@ def _difference(
     if sound:
         return worst, 0.0
     whole = surgery.gated(variables, scales, gates.everything(network.topology), network)
-    got = _run(network.student(keep), sliced, inputs, network)
-    effect = surgery.difference(_run(network.module, whole, inputs, network), got)
-    if not effect > MATTERS:
-        raise ValueError(f"what was removed changed the output by {effect:.1e} only: equality shows nothing")
-    answer = surgery.difference(got, _run(network.student(keep), sliced, other(inputs, rng), network))
-    if not answer > MATTERS:
-        raise ValueError(f"another input changed the student's output by {answer:.1e} only: equality shows nothing")
-    return worst, effect
-
-
-def _run(module: Any, variables: Any, inputs: Any, network: Network) -> Any:
+    before, after = (surgery.function_of(m, network.kwargs) for m in (network.module, network.student(keep)))
     with jax.default_matmul_precision("highest"):  # as `surgery.verify` does, so that it is compiled once for both
-        return surgery.run(module, variables, inputs, network.kwargs)
+        effect = equality.difference(equality.measure(before, whole, inputs), after(sliced, *inputs))
+        if not effect > MATTERS:
+            raise ValueError(f"what was removed changed the output by {effect:.1e} only: equality shows nothing")
+        answer = equality.difference(equality.measure(after, sliced, inputs), after(sliced, *other(inputs, rng)))
+        if not answer > MATTERS:
+            raise ValueError(f"another input changed the student's output by {answer:.1e} only: equality shows nothing")
+    return worst, effect
 
 
 def half(network: Network, rng: np.random.Generator) -> dict[str, np.ndarray]:

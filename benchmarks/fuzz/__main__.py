@@ -32,8 +32,8 @@ from benchmarks.fuzz.cases import EVALUATE, IMAGES, TRAIN, UNTAUGHT, Case, Write
 COMMANDS = {
     "search": "kdsearch_jax.search.__main__",
     "teacher": "kdsearch_jax.teacher",
-    "evaluate": "kdsearch_jax.evaluate",
-    "export": "kdsearch_jax.export",
+    "evaluate": "kdsearch_jax.evaluate.__main__",
+    "export": "kdsearch_jax.export.__main__",
     "report": "kdsearch_jax.report.__main__",
 }
 LIBRARIES = (

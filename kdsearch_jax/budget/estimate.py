@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import sparse
 
-from kdsearch_jax.tracing.topology import Group, Topology
+from kdsearch_jax.tracing.topology import Cost, Group, Topology
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,30 @@ class Estimate:
         if self.params:
             result = result + self.params * topology.params.marginal(keep)
         return result
+
+    def polynomial(self, topology: Topology) -> tuple[float, tuple[tuple[float, Cost], ...]]:
+        """(offset, ((scale, cost), …)): `total` is offset + Σ scale · cost."""
+        flat = self._on(topology)
+        sizes = [group.size for group in topology.groups]
+        starts = np.cumsum([0, *sizes])
+        weights = np.array([self.units.get(group.name, 0.0) for group in topology.groups])
+        inside: dict[int, list[int]] = {}
+        for unit, units in flat.inside:
+            for start in set(units.tolist()) & set(starts.tolist()):
+                inside.setdefault(start, []).append(unit)
+        alive = np.full((len(sizes), max(map(len, inside.values()), default=1)), -1)
+        for number, start in enumerate(starts[:-1].tolist()):
+            branches = inside.get(start, [])
+            alive[number, : len(branches)] = branches
+        places = np.arange(topology.units)
+        counts = sparse.csr_matrix(
+            (np.ones(topology.units), (1 + np.repeat(np.arange(len(sizes)), sizes), places)),
+            shape=(1 + len(sizes), topology.units),
+        )
+        kept = Cost(weights, 1 + np.arange(len(sizes))[:, None], alive, np.eye(1, 1 + len(sizes))[0], counts)
+        whole = self.macs * flat.macs + self.params * flat.params + float(flat.weights.sum())
+        scaled = ((self.macs, topology.macs), (self.params, topology.params), (1.0, kept))
+        return self.whole - whole, tuple((scale, cost) for scale, cost in scaled if scale)
 
     def _on(self, topology: Topology) -> _Flat:
         """The same for the units of this topology, which may have fewer groups."""

@@ -1,7 +1,7 @@
 """What the student may cost, in absolute numbers.
 
-*Pressure* is the cost over its limit, the largest one where several are limited: the network starts above 1 and the
-student must lie in [`FLOOR`, 1].
+*Pressure* is the cost over its limit, the largest one where several are limited: the network starts above 1, and the
+student lands in [`FLOOR`, 1], or as near below as there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from kdsearch_jax import hardware
 from kdsearch_jax.budget.estimate import Estimate
 from kdsearch_jax.config import BOUNDS, BudgetConfig
-from kdsearch_jax.tracing.topology import Group, Topology
+from kdsearch_jax.formatting import apart, ceiling
+from kdsearch_jax.tracing.topology import Cost, Group, Topology
 
 FLOOR = 0.98
 
@@ -23,18 +24,33 @@ class BudgetError(ValueError):
     """The budget cannot be met."""
 
 
+class BudgetWarning(UserWarning):
+    """A student costs less than the budget asks for, since none is nearer."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A bounded cost: `offset` + Σ scale · cost, and its `limit`; costs: (scale, cost)."""
+
+    limit: float
+    offset: float
+    costs: tuple[tuple[float, Cost], ...]
+
+
 @dataclass(frozen=True)
 class Limits:
     """Absolute bounds; None: unbounded.
 
     round_to: widths are multiples of it (or of the group's own: {group: multiple}), or untouched. measured: what is
-    known by measurement only, with its bound.
+    known by measurement only, with its bound. floor: the pressure from which on a student counts as landed; below
+    `FLOOR` where no student is nearer to 1.
     """
 
     macs: float | None
     params: float | None
     round_to: int | Mapping[str, int] = 1
     measured: tuple[tuple[Estimate, float], ...] = ()
+    floor: float = FLOOR
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,6 +72,18 @@ class Limits:
         slopes = [getattr(topology, name).marginal(keep) / bound for name, bound in self._counted()]
         slopes += [estimate.marginal(topology, keep) / bound for estimate, bound in self.measured]
         return np.stack(slopes), 1.0 - self.pressures(topology, keep) + 1e-9
+
+    @property
+    def are_polynomials(self) -> bool:
+        """Whether all that is bounded is a polynomial of the widths; a table that is interpolated is not."""
+        return all(hasattr(estimate, "polynomial") for estimate, _ in self.measured)
+
+    def polynomials(self, topology: Topology) -> list[Polynomial]:
+        """What is bounded as polynomials of the widths, in the order of `names`."""
+        counted = [Polynomial(bound, 0.0, ((1.0, getattr(topology, name)),)) for name, bound in self._counted()]
+        # What is modelled is no whole number: within the limit whichever way it is summed up.
+        modelled = [(bound * (1 - 1e-12), estimate.polynomial(topology)) for estimate, bound in self.measured]
+        return counted + [Polynomial(bound, *polynomial) for bound, polynomial in modelled]
 
     def times(self, factors: np.ndarray) -> Limits:
         """The same with every bound times its factor, in the order of `names`."""
@@ -106,8 +134,8 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
         if (bound := getattr(limits, name)) and cost > bound:
             raise BudgetError(
                 f"budget.{name}: {getattr(config, name)} is out of reach: with {_width(round_to)} a layer the student "
-                f"still costs {cost:,} ({cost / total[name]:.3f} of the teacher's {total[name]:,}); give more, or free "
-                "more gates.kinds"
+                f"still costs {cost:,} of the teacher's {total[name]:,}; give at least {ceiling(cost / total[name])}, "
+                "or free more gates.kinds"
             )
     return limits
 
@@ -128,8 +156,8 @@ def bound_of(name: str, value: float | None, whole: float, unit: str = "") -> fl
         raise BudgetError(f"budget.{name}: {value!r} must be above 0; 0.5 is half of the teacher's, {number}")
     bound = value * whole if value <= 1 else float(value)
     if bound >= whole:
-        told = f"{whole:,}" if isinstance(whole, int) else f"{whole:,.4g}"
-        raise BudgetError(f"budget.{name}: {value} is not below the teacher's {told}{unit}; nothing is to be removed")
+        own = f"{whole:,}" if isinstance(whole, int) else apart(whole, bound)[0]
+        raise BudgetError(f"budget.{name}: {value} is not below the teacher's {own}{unit}; nothing is to be removed")
     return bound
 
 

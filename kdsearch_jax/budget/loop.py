@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdsearch_jax.budget.limits import FLOOR, Limits
+from kdsearch_jax.budget.limits import Limits
 from kdsearch_jax.tracing.topology import Topology
 
 RECALLED = 1000  # units looked at by one call of `recalled`; the next call goes on
@@ -22,7 +22,8 @@ def target(pressure: float, step: int, warmup: int, end: int) -> float:
 
 
 def too_large(topology: Topology, limits: Limits, keep: np.ndarray) -> np.ndarray:
-    """(units,) bool: the branches of `keep` with which so much would go that the cost fell below [FLOOR, 1].
+    """(units,) bool: the branches of `keep` with which so much would go that the cost fell below
+    the floor of the limits.
 
     The search must not take the gate of such a branch to zero: the landing would keep the branch, dead.
     """
@@ -32,7 +33,7 @@ def too_large(topology: Topology, limits: Limits, keep: np.ndarray) -> np.ndarra
         if group.kind == "branches" and keep[unit] > 0:
             less = keep.astype(float)
             less[unit] = 0.0
-            result[unit] = limits.pressure(topology, less) < FLOOR
+            result[unit] = limits.pressure(topology, less) < limits.floor
     return result
 
 
@@ -69,8 +70,8 @@ def level(
 def recalled(topology: Topology, limits: Limits, alive: np.ndarray, worth: np.ndarray) -> np.ndarray:
     """(units,) bool: the dead units that may live again where more have died than had to; none elsewhere.
 
-    The worthiest first, as few as bring the cost back to FLOOR; none that would bring it above the budget. All at once
-    would undo the search: without a penalty the loss lifts every gate.
+    The worthiest first, as few as bring the cost back to the floor; none that would bring it above the budget. All at
+    once would undo the search: without a penalty the loss lifts every gate.
 
     worth: (units,) what a unit was worth per cost when it was alive; one that never was worth anything stays dead.
     """
@@ -79,7 +80,7 @@ def recalled(topology: Topology, limits: Limits, alive: np.ndarray, worth: np.nd
     order = order[(keep[order] == 0) & (worth[order] > 0)]
     pressure = limits.pressure(topology, keep)
     for unit in order[:RECALLED]:
-        if pressure >= FLOOR:
+        if pressure >= limits.floor:
             break
         keep[unit] = 1.0
         if (more := limits.pressure(topology, keep)) > 1.0:

@@ -1,29 +1,54 @@
-"""The exact landing: which units are kept, given what each is worth."""
+"""The exact landing: which units are kept, given what each is worth.
+
+A student lands where its cost lies in [FLOOR, 1] of the budget. Pieces that are coarse (a branch, `round_to` units, few
+units in all) may have no such student: then the costliest below is taken, and what it costs is said.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import deque
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
-from kdsearch_jax.budget.limits import FLOOR, BudgetError, Limits, multiple
+from kdsearch_jax.budget import exact
+from kdsearch_jax.budget.limits import FLOOR, BudgetError, BudgetWarning, Limits
 from kdsearch_jax.budget.multipliers import balance
+from kdsearch_jax.budget.pieces import Pieces
+from kdsearch_jax.formatting import apart, ceiling
 from kdsearch_jax.tracing.topology import Topology
 
-TRIALS = 200  # choices that `select` looks at before it gives up
+FEW = 64  # pieces of which the best selection is always looked for exactly
+MOVES = 200  # exchanges of two pieces that are looked at
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of a network.
+
+    keep: {group: (size,) bool}; pressure: its cost over the budget. note: where that is below FLOOR, what it costs and
+    which budgets would be met, else empty. exact: no student is nearer; else none was found that is.
+    """
+
+    keep: dict[str, np.ndarray]
+    pressure: float
+    note: str = ""
+    exact: bool = True
+
+    @property
+    def landed(self) -> bool:
+        """Whether the cost is in [FLOOR, 1] of the budget."""
+        return not self.note
 
 
 def select(
     topology: Topology, limits: Limits, importance: np.ndarray, *, per_cost: bool = True, rounds: int = 20
 ) -> dict[str, np.ndarray]:
-    """The units to keep: greedily removes the least important per cost until the budget is met, then fills it up.
+    """The units to keep: greedily removes the least important per cost until the budget is met, then improves on that.
 
-    What goes in large pieces (a branch, `round_to` units) can overshoot. Then at least one piece that went is in every
-    choice that lands, so each is tried as one that stays, the most important first: given time, whatever exists is
-    found.
+    Among the students that cost [FLOOR, 1] of the budget one of high importance is found; where there are few pieces
+    the best. Where there is no such student, the costliest below is taken, with a `BudgetWarning` that says what it
+    costs and which budgets would be met.
 
     Args:
       importance: (units,) ≥ 0; units of importance 0 go first.
@@ -31,199 +56,242 @@ def select(
       rounds: how often costs are re-evaluated on the way.
 
     Returns:
-      {group: (size,) bool} with pressure in [FLOOR, 1].
+      {group: (size,) bool}, of a cost within the limits.
 
     Raises:
-      BudgetError: where no choice was found that lands there.
+      BudgetError: even the smallest student costs more.
     """
+    found = choose(topology, limits, importance, per_cost=per_cost, rounds=rounds)
+    if found.note:
+        warnings.warn(found.note, BudgetWarning, stacklevel=2)
+    return found.keep
+
+
+def choose(
+    topology: Topology, limits: Limits, importance: np.ndarray, *, per_cost: bool = True, rounds: int = 20
+) -> Selection:
+    """`select` with what it found: no warning, a note instead."""
     if not limits.names:  # what is bounded is not measured yet
-        return _named(topology, np.ones(topology.units))
-    chunks = _chunks(topology, importance, limits)
-
-    def land(weights: np.ndarray | None) -> np.ndarray:
-        return _land(topology, limits, importance, chunks, _Ranking(weights, per_cost, rounds))
-
-    if len(limits.names) == 1 or not per_cost:
-        return _named(topology, land(None))
-
-    def outcome(weights: np.ndarray) -> np.ndarray:
-        ranking = _Ranking(weights, per_cost, rounds)
-        return limits.pressures(topology, _remove(topology, limits, importance, chunks, frozenset(), ranking)[0])
-
-    # The multipliers are right for units without size; where these are large, equal weights may do better.
-    landed, failed = [], None
-    for weights in (balance(outcome, len(limits.names)), None):
-        try:
-            landed.append(land(weights))
-        except BudgetError as error:
-            failed = failed or error
-    if not landed and failed is not None:
-        raise failed
-    return _named(topology, max(landed, key=lambda keep: float(importance @ keep)))
+        return Selection(_named(topology, np.ones(topology.units)), 0.0)
+    task = _Task(topology, limits, Pieces.of(topology, limits, importance), importance, per_cost, rounds)
+    task.check()
+    best = max((found for weights in task.weights() for found in task.greedy(weights)), key=task.merit)
+    outcome = None
+    few = per_cost and len(task.pieces) <= FEW
+    if len(task.pieces) and limits.are_polynomials and (task.pressure(best) < FLOOR or few):
+        outcome = exact.search(topology, limits, task.pieces)
+        if outcome is not None and limits.pressure(topology, outcome.best) <= 1.0:
+            best = task.refilled(max(best, outcome.best, key=task.merit))
+    complete = not len(task.pieces) or (outcome is not None and outcome.complete)
+    if per_cost and not complete:
+        best = task.exchanged(best)
+    pressure = task.pressure(best)
+    if pressure >= FLOOR:
+        return Selection(_named(topology, best), pressure)
+    above = task.next_above(best) if outcome is None or outcome.above is None else outcome.above
+    return Selection(_named(topology, best), pressure, _note(topology, limits, best, above, complete), complete)
 
 
 def _named(topology: Topology, keep: np.ndarray) -> dict[str, np.ndarray]:
     return {name: vector > 0 for name, vector in topology.unflatten(keep).items()}
 
 
-def _land(
-    topology: Topology, limits: Limits, importance: np.ndarray, chunks: list[_Chunk], ranking: _Ranking
-) -> np.ndarray:
-    """(units,) `select` by one ranking."""
-    nearest, best, queue, seen = 0.0, np.zeros(topology.units), deque([frozenset[int]()]), {frozenset[int]()}
-    for _ in range(TRIALS):
-        if not queue:
-            break
-        staying = queue.popleft()
-        keep, gone = _remove(topology, limits, importance, chunks, staying, ranking)
-        pressure = limits.pressure(topology, keep)
-        if pressure > 1.0:  # what stays is too much by itself
-            continue
-        gone = _fill(topology, limits, keep, chunks, gone)
-        pressure = limits.pressure(topology, keep)
-        if pressure >= FLOOR:
-            return keep
-        if pressure > nearest:
-            nearest, best = pressure, keep
-        for i in reversed(gone):
-            if staying | {i} not in seen:
-                seen.add(staying | {i})
-                queue.append(staying | {i})
-    ways = [] if limits.round_to == 1 else ["lower budget.round_to"]
-    ways += ["free more gates.kinds", _met_by(topology, limits, best) if nearest else "ask for another budget"]
-    raise BudgetError(
-        f"budget: the nearest student costs {nearest:.3f} of it, outside [{FLOOR}, 1]: one more "
-        f"{'unit' if limits.round_to == 1 else 'piece'} is too much; {', '.join(ways[:-1])}, or {ways[-1]}"
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _note(topology: Topology, limits: Limits, keep: np.ndarray, above: np.ndarray | None, complete: bool) -> str:
+    share, floor, _ = apart(limits.pressure(topology, keep), FLOOR, 1.0)
+    asked = " and ".join(f"budget.{name} {1 / whole:.4g}" for name, whole in _whole(topology, limits).items())
+    text = (
+        f"{asked}: no student {'exists' if complete else 'was found'} that costs {floor} to 1 of it; the nearest below "
+        f"is taken, which costs {share} of it; {_met(topology, limits, keep)} would be met exactly"
     )
+    if above is not None and above.all():
+        text += ", and above that there is only the whole network"
+    elif above is not None:
+        text += f", and so would {_met(topology, limits, above)}, the nearest above"
+    return f"{text}; a lower budget.round_to has nearer ones" if limits.round_to != 1 else text
 
 
-def _met_by(topology: Topology, limits: Limits, keep: np.ndarray) -> str:
-    """What to ask for instead: counted bounds that a student meets exactly, as shares of the teacher's."""
-    if limits.measured:
-        return "ask for another budget"
-    told = []
-    for name, cost, whole in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True):
-        if name in limits.names:
-            digits = max(4, 4 - math.floor(math.log10(cost / whole)) - 1)
-            told.append(f"budget.{name} {math.ceil(cost / whole * 10**digits) / 10**digits:.{digits}f}")
-    return f"ask for what it costs: {' and '.join(told)} of the teacher's"
+def _met(topology: Topology, limits: Limits, keep: np.ndarray) -> str:
+    """The budget, in shares of the whole network, that a student meets exactly: "budget.macs 0.4873"."""
+    costs, whole = limits.pressures(topology, keep), _whole(topology, limits)
+    shares = {name: ceiling(cost / whole[name]) for name, cost in zip(limits.names, costs, strict=True)}
+    return " with ".join(f"budget.{name} {share}" for name, share in shares.items())
+
+
+def _whole(topology: Topology, limits: Limits) -> dict[str, float]:
+    """{bound: what the whole network costs of it}."""
+    return dict(zip(limits.names, limits.pressures(topology, np.ones(topology.units)).tolist(), strict=True))
+
+
+# --- how it is found ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Ranking:
-    """In what order units go: weights of the bounds, None: of those not met, alike; the rest as in `select`."""
+class _Task:
+    """One call of `choose`."""
 
-    weights: np.ndarray | None
+    topology: Topology
+    limits: Limits
+    pieces: Pieces
+    importance: np.ndarray
     per_cost: bool
     rounds: int
 
-    def cost(self, topology: Topology, limits: Limits, keep: np.ndarray) -> np.ndarray:
+    def pressure(self, keep: np.ndarray) -> float:
+        return self.limits.pressure(self.topology, keep)
+
+    def merit(self, keep: np.ndarray) -> tuple[float, float]:
+        """The larger the better, of a selection within the limits: near enough first, then what it keeps."""
+        return min(self.pressure(keep), FLOOR), float(self.importance @ keep)
+
+    def check(self) -> None:
+        """Raises BudgetError where nothing fits."""
+        least = np.ones(self.topology.units)
+        least[self.pieces.units] = 0.0
+        if (pressure := self.pressure(least)) > 1.0:
+            share, _ = apart(pressure, 1.0)
+            raise BudgetError(
+                f"budget: even the smallest student costs {share} of it; ask for "
+                f"{_met(self.topology, self.limits, least)} at least, or free more gates.kinds"
+            )
+
+    def weights(self) -> list[np.ndarray | None]:
+        """Weights of the bounds to try; None: of those not met, alike."""
+        if len(self.limits.names) == 1 or not self.per_cost:
+            return [None]
+
+        def outcome(weights: np.ndarray) -> np.ndarray:
+            keep, _ = self.removed(weights)
+            return self.limits.pressures(self.topology, keep)
+
+        # The multipliers are right for units without size; where these are large, equal weights may do better.
+        return [balance(outcome, len(self.limits.names)), None]
+
+    def greedy(self, weights: np.ndarray | None) -> list[np.ndarray]:
+        """Selections within the limits by one ranking: as it comes, and if that costs too little by small pieces."""
+        keep, gone = self.removed(weights)
+        found = [self.filled(keep, gone)]
+        if self.pressure(found[0]) < FLOOR:
+            keep, gone = self.removed(weights, sparing=True)
+            if self.pressure(keep) <= 1.0:
+                found.append(self.filled(keep, gone))
+        return found
+
+    def removed(self, weights: np.ndarray | None, sparing: bool = False) -> tuple[np.ndarray, list[int]]:
+        """(what is kept, the pieces that went, in order): greedily, until the budget is met or nothing more may go.
+
+        sparing: pieces whose loss would bring the cost below FLOOR stay.
+        """
+        pieces, keep, gone = self.pieces, np.ones(self.topology.units), []
+        free, number = np.ones(len(pieces), bool), 0
+        while number < self.rounds and (pressure := self.pressure(keep)) > 1.0:
+            goal = pressure + (1.0 - pressure) / (self.rounds - number)
+            ratios = self.ratios(self.prices(keep, weights))
+            order = np.argsort(ratios, kind="stable")
+            order = order[free[order] & np.isfinite(ratios[order])]
+            count = self.fewest(keep, order, goal)
+            trial = pieces.without(keep, order[:count])
+            spared = sparing and count > 0 and self.pressure(trial) < FLOOR
+            if spared:
+                count -= 1
+                chain = pieces.chains[pieces.chain[order[count]]]
+                free[[piece for piece in chain if piece >= order[count]]] = False
+                trial = pieces.without(keep, order[:count])
+            keep = trial
+            free[order[:count]] = False
+            gone += order[:count].tolist()
+            number += not spared
+        return keep, gone
+
+    def prices(self, keep: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         """(units,) by what importance is divided."""
         if not self.per_cost:
-            return np.ones(topology.units)
-        if self.weights is None:
-            return limits.marginal(topology, keep)
-        return self.weights @ limits.prices(topology, keep)[0]
+            return np.ones(self.topology.units)
+        if weights is None:
+            return self.limits.marginal(self.topology, keep)
+        return weights @ self.limits.prices(self.topology, keep)[0]
 
+    def ratios(self, prices: np.ndarray) -> np.ndarray:
+        """Importance per cost of each piece, never below that of the piece that goes before it."""
+        cost = self.pieces.sums(prices)
+        ratios = np.divide(self.pieces.worth, cost, out=np.full(len(cost), np.inf), where=cost > 0)
+        for chain in self.pieces.chains:
+            ratios[list(chain)] = np.maximum.accumulate(ratios[list(chain)])
+        return ratios
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Units that go together, after all of `before` (a chunk's number) has gone."""
+    def fewest(self, keep: np.ndarray, order: np.ndarray, goal: float) -> int:
+        """How many pieces, in order, must go to bring the pressure to `goal`; all where that is not enough."""
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            met = self.pressure(self.pieces.without(keep, order[:middle])) <= goal
+            low, high = (low, middle) if met else (middle, high)
+        return high
 
-    units: np.ndarray
-    before: int | None
+    def filled(self, keep: np.ndarray, gone: list[int]) -> np.ndarray:
+        """Takes back what went, the last first, as far as the budget allows."""
+        blocked: set[int] = set()  # chains of which a piece does not fit
+        price, room = self.prices_and_room(keep)
+        for piece in reversed(gone):
+            chain = int(self.pieces.chain[piece])
+            # The marginal price is at most the real one: most that do not fit are seen without another count.
+            if chain not in blocked and (price[:, piece] <= room).all():
+                more = self.pieces.added(keep, piece)
+                if self.pressure(more) <= 1.0:
+                    keep = more
+                    price, room = self.prices_and_room(keep)
+                    continue
+            blocked.add(chain)
+        return keep
 
+    def prices_and_room(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((bounds, pieces) what one more piece costs at least, (bounds,) what of each bound is left)."""
+        price, room = self.limits.prices(self.topology, keep)
+        return self.pieces.sums(price), room
 
-def _chunks(topology: Topology, importance: np.ndarray, limits: Limits) -> list[_Chunk]:
-    chunks: list[_Chunk] = []
-    start = 0
-    for group in topology.groups:
-        order = start + np.argsort(importance[start : start + group.size], kind="stable")
-        start += group.size
-        if group.kind == "branches":
-            chunks.append(_Chunk(order, None))
-            continue
-        step = multiple(limits.round_to, group)
-        widths = [group.size, *range(step * ((group.size - 1) // step), 0, -step)]
-        before = None
-        for wide, narrow in itertools.pairwise(widths):
-            chunks.append(_Chunk(order[group.size - wide : group.size - narrow], before))
-            before = len(chunks) - 1
-    return chunks
+    def exchanged(self, keep: np.ndarray) -> np.ndarray:
+        """Exchanges one piece for another, or adds one, for as long as that is better."""
+        keep, looked, better = self.refilled(keep), 0, True
+        while better and looked < MOVES:
+            better = False
+            leaving, back = self.pieces.ends(keep)
+            for piece in sorted(leaving, key=self.pieces.worth.__getitem__):
+                looked += 1
+                trial = self.exchange(keep, piece, back)
+                if trial is not None:
+                    keep, better = self.refilled(trial), True
+                    break
+        return keep
 
+    def refilled(self, keep: np.ndarray) -> np.ndarray:
+        """Takes back what fits, the most important first."""
+        gone = np.flatnonzero(self.pieces.is_gone(keep))
+        return self.filled(keep, gone[np.argsort(self.pieces.worth[gone], kind="stable")].tolist())
 
-def _ratios(chunks: list[_Chunk], importance: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Importance per cost of each chunk, never below that of the chunk that goes before it."""
-    ratios = np.zeros(len(chunks))
-    for i, chunk in enumerate(chunks):
-        price = cost[chunk.units].sum()
-        ratios[i] = importance[chunk.units].sum() / price if price > 0 else np.inf
-        if chunk.before is not None:
-            ratios[i] = max(ratios[i], ratios[chunk.before])
-    return ratios
-
-
-def _remove(
-    topology: Topology,
-    limits: Limits,
-    importance: np.ndarray,
-    chunks: list[_Chunk],
-    staying: frozenset[int],
-    ranking: _Ranking,
-) -> tuple[np.ndarray, list[int]]:
-    """(what is kept, the chunks that went, in order): greedily, until the budget is met or nothing more may go."""
-    keep, gone = np.ones(topology.units), []
-    free = np.ones(len(chunks), bool)
-    for i, chunk in enumerate(chunks):  # after one that stays, its successors stay
-        free[i] = i not in staying and (chunk.before is None or bool(free[chunk.before]))
-    for number in range(ranking.rounds):
-        pressure = limits.pressure(topology, keep)
-        if pressure <= 1.0:
-            break
-        goal = pressure + (1.0 - pressure) / (ranking.rounds - number)
-        ratios = _ratios(chunks, importance, ranking.cost(topology, limits, keep))
-        order = np.argsort(ratios, kind="stable")
-        order = order[free[order] & np.isfinite(ratios[order])]
-        count = _fewest(topology, limits, keep, [chunks[i].units for i in order], goal)
-        for i in order[:count].tolist():
-            keep[chunks[i].units] = 0.0
-            free[i] = False
-            gone.append(i)
-    return keep, gone
-
-
-def _fewest(topology: Topology, limits: Limits, keep: np.ndarray, sets: list[np.ndarray], goal: float) -> int:
-    """How many of the sets, in order, must go to bring the pressure to `goal`; all where that is not enough."""
-
-    def met(count: int) -> bool:
-        trial = keep.copy()
-        if count:
-            trial[np.concatenate(sets[:count])] = 0.0
-        return limits.pressure(topology, trial) <= goal
-
-    low, high = 0, len(sets)
-    if met(0):
-        return 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if met(middle) else (middle, high)
-    return high
-
-
-def _fill(topology: Topology, limits: Limits, keep: np.ndarray, chunks: list[_Chunk], gone: list[int]) -> list[int]:
-    """Takes back what went, the last first, as far as the budget allows: changes `keep`, returns what is still gone."""
-    rest: list[int] = []
-    blocked: set[int | None] = set()  # before something that is gone for good
-    price, room = limits.prices(topology, keep)
-    for i in reversed(gone):
-        units = chunks[i].units
-        # The marginal price is at most the real one: most that do not fit are seen without counting the network anew.
-        if i not in blocked and (price[:, units].sum(1) <= room).all():
-            keep[units] = 1.0
-            if limits.pressure(topology, keep) <= 1.0:
-                price, room = limits.prices(topology, keep)
+    def exchange(self, keep: np.ndarray, piece: int, back: list[int]) -> np.ndarray | None:
+        """The best selection with one of the pieces `back` in place of this one; None where none is better."""
+        pieces, least, best = self.pieces, self.merit(keep), None
+        less = pieces.without(keep, [piece])
+        price, room = self.prices_and_room(less)
+        for other in back:
+            if pieces.chain[other] == pieces.chain[piece] or (price[:, other] > room).any():
                 continue
-            keep[units] = 0.0
-        blocked.add(chunks[i].before)
-        rest.append(i)
-    return rest[::-1]
+            trial = pieces.added(less, other)
+            if self.pressure(trial) <= 1.0 and _more(merit := self.merit(trial), least):
+                best, least = trial, merit
+        return best
+
+    def next_above(self, keep: np.ndarray) -> np.ndarray | None:
+        """The least costly of the selections that have one piece more; None where nothing is gone."""
+        more = [self.pieces.added(keep, piece) for piece in self.pieces.ends(keep)[1]]
+        beyond = [each for each in more if self.pressure(each) > 1.0]
+        return min(beyond, key=self.pressure, default=None)
+
+
+def _more(merit: tuple[float, float], than: tuple[float, float]) -> bool:
+    """Whether one merit is above another by more than rounding."""
+    if abs(merit[0] - than[0]) > 1e-12:
+        return merit[0] > than[0]
+    return merit[1] > than[1] * (1 + 1e-12)

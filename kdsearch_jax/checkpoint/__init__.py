@@ -12,17 +12,35 @@ and with it the devices on which each array shall lie, however many there were w
 """
 
 from kdsearch_jax.checkpoint.arrays import describe, flatten, unflatten, verified
-from kdsearch_jax.checkpoint.networks import fitting_module, load_network, save_network
+from kdsearch_jax.checkpoint.networks import (
+    BASE,
+    BOXES,
+    MODE,
+    fitting_module,
+    in_boxes,
+    load_network,
+    module_info,
+    own_boxes,
+    own_shapes,
+    save_network,
+)
 from kdsearch_jax.checkpoint.shared import CheckpointError, written_whole
 from kdsearch_jax.checkpoint.states import Checkpointer
 
 __all__ = [
+    "BASE",
+    "BOXES",
+    "MODE",
     "CheckpointError",
     "Checkpointer",
     "describe",
     "fitting_module",
     "flatten",
+    "in_boxes",
     "load_network",
+    "module_info",
+    "own_boxes",
+    "own_shapes",
     "save_network",
     "unflatten",
     "verified",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kdsearch_jax import boxes as boxes_lib
+from kdsearch_jax.call import Call, class_of
 from kdsearch_jax.checkpoint.arrays import (
     alone,
     array_handler,
@@ -38,10 +40,15 @@ from kdsearch_jax.checkpoint.shared import (
 from kdsearch_jax.files import DTYPE, read_json, seal
 from kdsearch_jax.foreign import check_directory
 from kdsearch_jax.forward import apply_eval
-from kdsearch_jax.models import check_trust
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.functional import Functional
+from kdsearch_jax.library import bound
+from kdsearch_jax.models import GIVEN, check_trust
+from kdsearch_jax.student import Architecture, base_of
 
 FORMAT, VERSION = "kdsearch_jax network", 1
+BASE = "base"  # in a network's info: `own_shapes` of its base model, where files cannot name that
+BOXES = "boxes"  # in a network's info: the boxes of its arrays, see `kdsearch_jax.boxes`
+MODE = "mode"  # in a network's info: that of an NNX module, "train" or "eval", where it has such
 MAX_JSON = 1 << 24  # bytes: 100,000 arrays
 
 
@@ -59,7 +66,7 @@ def save_network(
     Args:
       directory: does not exist, or is empty, unless `overwrite`.
       architecture: what `architecture.module()` makes the network of.
-      variables: the network's, nested by module; empty collections are not kept.
+      variables: the network's, nested by module; empty collections are not kept. Boxes are described in `info`.
       info: plain JSON values: data set, normalisation, accuracy, …
       overwrite: replace the network that the directory holds, and all else in it.
 
@@ -68,7 +75,9 @@ def save_network(
       OSError: the directory is not empty, or cannot be written; what was there before is intact.
     """
     target = local(directory)
-    arrays = {name: copied(name, leaf) for name, leaf in flatten(variables).items()}
+    arrays = {name: copied(name, leaf) for name, leaf in flatten(boxes_lib.unboxed(variables)).items()}
+    if boxes := boxes_lib.boxes_of(variables):
+        info = {**info, BOXES: boxes_lib.described(boxes)}
     if not any(array.size for array in arrays.values()):
         raise ValueError("variables have no array with elements; there is nothing to save")
     described = architecture.to_json()
@@ -102,7 +111,7 @@ def load_network(
 ) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
     """What `save_network` wrote: (module, variables, architecture, info), every array compared with its digest.
 
-    module: the base model, for a network of a module object that could not be named in a file.
+    module: the base model, for a network of a module object that could not be named in a file; see `models.module_of`.
     trust_code: a network of `package.module:factory` may import that package, that is, run its code.
 
     Raises:
@@ -128,7 +137,7 @@ def load_network(
         raise CheckpointError(f"{source / 'architecture.json'} is not the one that was saved with this network")
     if module is None:
         check_trust(architecture.model, trust_code)
-    made = _made(architecture, source, module)  # before much is read
+    made = _made(architecture, source, module, payload["info"])  # before much is read
     arrays, problem = attempt(_network_arrays, source / "variables", payload["leaves"])
     if arrays is None:
         raise CheckpointError(f"{source} is damaged: {problem}; take another copy")
@@ -137,21 +146,96 @@ def load_network(
     return made, variables, architecture, payload["info"]
 
 
-def fitting_module(architecture: Architecture, variables: Mapping[str, Any], source: Path, base: Any = None) -> Any:
+def fitting_module(
+    architecture: Architecture, variables: Mapping[str, Any], info: Mapping[str, Any], source: Path, base: Any = None
+) -> Any:
     """The architecture's module; raises ValueError, naming `source`, where it cannot be made or run with these.
 
     base: the base model, where the architecture cannot name it.
     """
-    module = _made(architecture, source, base)
+    module = _made(architecture, source, base, info)
     _check_fit(module, architecture, variables, source)
     return module
 
 
-def _made(architecture: Architecture, source: Path, base: Any) -> Any:
+def _made(architecture: Architecture, source: Path, base: Any, info: Mapping[str, Any]) -> Any:
     module, problem = attempt(architecture.module, base)
     if module is None:
         raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
+    if base is not None and isinstance(expected := info.get(BASE), dict):
+        _check_base(base_of(module), architecture, expected, source)
+    if isinstance(module, Functional) and (mode := info.get(MODE)) in ("train", "eval"):
+        module = module.in_mode(mode)
     return module
+
+
+def _check_base(base: Any, architecture: Architecture, expected: Mapping[str, Any], source: Path) -> None:
+    """Raises ValueError where the base model that is given has other sizes than the one that the network is of."""
+    kind, call = class_of(base).__name__, architecture.called
+    shapes, problem = attempt(own_shapes, base, call)
+    if shapes is None:
+        raise ValueError(f"{source}: the {kind} that is given does not run as this network is called: {problem}")
+    for name in [*expected, *shapes]:
+        own, told = shapes.get(name), expected.get(name)
+        if own is None or told is None or list(own) != told:
+            has = "has no" if own is None else f"has {tuple(own)} for"
+            raise ValueError(
+                f"{source}: the {kind} that is given {has} {name}, the one that this network was made of "
+                f"{'none' if told is None else tuple(told)}; give it with the same arguments"
+            )
+
+
+def module_info(
+    module: Any, architecture: Architecture, shapes: Callable[[], Mapping[str, tuple[int, ...]]] | None = None
+) -> dict[str, Any]:
+    """What a network's info says of its module, by which `load_network` recognizes it.
+
+    module: Linen's or a `Functional`; shapes: `own_shapes` of its base model, where they are known.
+    """
+    info = {MODE: module.mode} if isinstance(module, Functional) and module.mode else {}
+    if not architecture.model.startswith(GIVEN):
+        return info
+    found = own_shapes(base_of(module), architecture.called) if shapes is None else shapes()
+    return info | {BASE: {name: list(shape) for name, shape in found.items()}}
+
+
+def in_boxes(module: Any, variables: Any, architecture: Architecture, info: Mapping[str, Any]) -> Any:
+    """A network's variables as they were given: in boxes, where they had such.
+
+    Raises:
+      CheckpointError: what `info` says of boxes is damaged.
+    """
+    record = info.get(BOXES)
+    if not isinstance(record, dict) or not record:
+        return variables
+    boxes, problem = attempt(boxes_lib.made, record, lambda: own_boxes(module, architecture.called))
+    if boxes is None:
+        raise CheckpointError(f"the network's info is damaged: {problem}")
+    return boxes_lib.boxed(variables, boxes)
+
+
+def own_boxes(module: Any, call: Call) -> dict[str, Any]:
+    """{path: box} of the arrays that a module makes by itself; an NNX module has no boxes."""
+    return {} if isinstance(module, Functional) else boxes_lib.boxes_of(_made_by(module, call))
+
+
+def own_shapes(module: Any, call: Call) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the arrays that a module makes by itself."""
+    if isinstance(module, Functional):
+        return {leaf.name: leaf.shape for leaf in module.leaves if not leaf.random}
+    return {name: leaf.shape for name, leaf in flatten(boxes_lib.unboxed(_made_by(module, call))).items()}
+
+
+def _made_by(module: Any, call: Call) -> Any:
+    """Shapes of what a Linen module's `init` makes, in boxes."""
+    static = call.keywords(module, train=False)
+
+    def init(rngs: Any, *inputs: Any) -> Any:
+        args, keywords = bound(inputs, static)
+        return module.init(rngs, *args, **keywords)
+
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    return jax.eval_shape(init, rngs, *call.example(1))
 
 
 def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, Any], source: Path) -> None:
@@ -160,7 +244,8 @@ def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, 
         *architecture.called.example(1),
     )  # fmt: skip
     if problem:
-        raise ValueError(f"{source}: the arrays are not those of the architecture: {problem}")
+        kind = class_of(module).__name__
+        raise ValueError(f"{source}: the arrays are not those of the architecture ({kind}): {problem}")
 
 
 def _array_store() -> ocp.Checkpointer:

@@ -13,15 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax
-
-from kdsearch_jax import cli, report, rundir, stages, storage
-from kdsearch_jax.compare import making, table
+from kdsearch_jax import cli, storage
 from kdsearch_jax.compare.rows import check_seeds, chosen
 from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import read_object, write_json
 from kdsearch_jax.locks import locked
-from kdsearch_jax.road import prepare
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,12 @@ class CompareOptions(cli.RunOptions):
 def main(argv: list[str]) -> int:
     """Makes the students that are missing, and collects all that there are."""
     options, experiment = cli.parse(_named(argv), CompareOptions, "kdsearch_jax.compare", __doc__ or "")
+    import jax  # which --help does not need, and what follows needs
+
+    from kdsearch_jax import report, rundir, stages
+    from kdsearch_jax.compare import making, table
+    from kdsearch_jax.road import prepare
+
     check_seeds(options.seeds)
     rows = chosen(options.rows)
     if jax.process_count() > 1:

@@ -27,6 +27,7 @@ from kdsearch_jax.compare.making import place_of, results, scored
 from kdsearch_jax.compare.rows import ROWS
 from kdsearch_jax.config import BOUNDS, BudgetConfig
 from kdsearch_jax.files import cores, read_sealed, write_json, write_sealed, write_text
+from kdsearch_jax.formatting import apart
 from kdsearch_jax.road import Road, limits_of, traced
 
 LEVEL = 0.95
@@ -86,7 +87,8 @@ def _note(road: Road, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> N
         if "why" not in row and bounds:
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
             if share < budget_lib.FLOOR:
-                row["note"] = f"costs {share:.1%} of the budget: no such student is nearer"
+                percent = apart(100 * share, 100 * budget_lib.FLOOR, digits=1)[0]
+                row["note"] = f"costs {percent}% of the budget: no such student is nearer"
 
 
 def _teacher(road: Road) -> dict[str, Any]:

@@ -17,7 +17,8 @@ KL(f_s, f_t), the student first, without saying more; `direction="reverse"` is i
     at, hint                            of features, place by place                                    `maps`
     rkd_distance, rkd_angle, crd        of the last features, one vector an example, within a batch    `batchwise`
 
-`distillation` computes the first row, `kdsearch_jax.distilling` adds the others, which need features.
+`distillation` computes the first row, `kdsearch_jax.distilling` adds the others, which need features. The first row
+and the cross-entropy leave out classes that a model has masked (`unmasked`).
 
 Everything is computed in float32 whatever the dtype of the logits. Nothing here takes a mean over examples. What only a
 batch has (a correlation over it, pairs in it) is shared out among its examples, so that the mean is the loss.
@@ -32,7 +33,7 @@ from jax import Array
 from kdsearch_jax.config import DistillConfig, loss_weights
 from kdsearch_jax.losses.batchwise import angles, contrastive, distances, pooled
 from kdsearch_jax.losses.maps import attention, hint
-from kdsearch_jax.losses.predictions import Direction, check, cross_entropy, decoupled, kl, relations
+from kdsearch_jax.losses.predictions import Direction, check, cross_entropy, decoupled, kl, relations, unmasked
 
 __all__ = [
     "Direction",
@@ -48,6 +49,7 @@ __all__ = [
     "kl",
     "pooled",
     "relations",
+    "unmasked",
 ]
 
 

@@ -1,5 +1,8 @@
 """Losses that compare predictions: softened probabilities of teacher and student, from their logits.
 
+Classes that a model has masked (-inf, -1e9, the smallest float and the like) are left out of each loss, which is then
+that of the other classes alone, with finite gradients; see `unmasked`. NaN is not a mask.
+
 Nothing here multiplies by T²; `kdsearch_jax.losses.distillation` does, for every loss alike.
 """
 
@@ -18,8 +21,25 @@ from kdsearch_jax.config import DistillConfig, nearest
 Direction = Literal["forward", "reverse"]
 
 
+def unmasked(*logits: Array) -> Array:
+    """Which classes take part in a prediction: those that no model has masked.
+
+    A class is masked where its logit is 1e8 or more below the largest of its example in any of the arrays, or 5e3 or
+    more in all of several (as with -1e4, whose probability is zero in all of them).
+
+    Args:
+      logits: (..., classes) each, of one shape.
+
+    Returns:
+      (..., classes) bool.
+    """
+    below = jnp.stack([_below_largest(each) for each in logits])
+    masked = (below <= -_MASK).any(0)
+    return ~(masked | (below <= -_MASK_OF_ALL).all(0)) if len(logits) > 1 else ~masked
+
+
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """−log softmax(logits)[label].
+    """−log softmax(logits)[label]; 0 where the model has masked the label.
 
     Args:
       logits: (..., classes), any floating dtype.
@@ -28,7 +48,9 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     Returns:
       (...) float32, in nats.
     """
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    kept = unmasked(logits)
+    found = optax.losses.softmax_cross_entropy_with_integer_labels(_filled(logits, kept), labels)
+    return jnp.where(jnp.take_along_axis(kept, labels[..., None], axis=-1)[..., 0], found, 0.0)
 
 
 def kl(
@@ -48,7 +70,7 @@ def kl(
       ValueError: temperature or direction out of range; another number of classes in teacher and student.
     """
     check(DistillConfig(temperature=temperature, direction=direction))
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
+    student, teacher, _ = _softened(student_logits, teacher_logits, temperature)
     prediction, target = (student, teacher) if direction == "forward" else (teacher, student)
     return optax.losses.kl_divergence_with_log_targets(prediction, target)
 
@@ -81,7 +103,7 @@ def decoupled(
     Raises:
       ValueError: another number of classes in teacher and student.
     """
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
+    student, teacher, _ = _softened(student_logits, teacher_logits, temperature)
     own = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
 
     def split(logs: Array) -> tuple[Array, Array, Array]:
@@ -120,10 +142,12 @@ def relations(student_logits: Array, teacher_logits: Array, temperature: float =
     Raises:
       ValueError: another number of classes in teacher and student.
     """
-    both = (jnp.exp(logs) for logs in _softened(student_logits, teacher_logits, temperature))
-    student, teacher = (p.reshape(-1, p.shape[-1]) for p in both)
-    inter = 0.5 * jnp.square(_standard(student, 1) - _standard(teacher, 1)).sum(1)
-    intra = 0.5 * jnp.square(_standard(student, 0) - _standard(teacher, 0)).mean(1) * len(student)
+    *both, kept = _softened(student_logits, teacher_logits, temperature)
+    kept = kept.reshape(-1, kept.shape[-1])
+    student, teacher = (jnp.exp(logs).reshape(kept.shape) for logs in both)
+    inter = 0.5 * jnp.square(_standard(student, kept, 1) - _standard(teacher, kept, 1)).sum(1)
+    intra = 0.5 * jnp.square(_standard(student, kept, 0) - _standard(teacher, kept, 0)).sum(1) * len(student)
+    intra = intra / jnp.maximum(kept.any(0).sum(), 1)
     return (inter + intra).reshape(student_logits.shape[:-1])
 
 
@@ -141,21 +165,41 @@ def check(config: DistillConfig) -> None:
         )
 
 
-def _softened(student_logits: Array, teacher_logits: Array, temperature: float) -> tuple[Array, Array]:
-    """Logarithms of both softened predictions, in float32."""
+def _softened(student_logits: Array, teacher_logits: Array, temperature: float) -> tuple[Array, Array, Array]:
+    """Logarithms of both softened predictions over the unmasked classes, in float32, and which these are."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} must have one shape; "
             "another last number means that teacher and student tell apart another number of classes"
         )
-    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-    return student, jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    kept = unmasked(student_logits, teacher_logits)
+    student, teacher = (
+        jax.nn.log_softmax(_filled(logits, kept, temperature)) for logits in (student_logits, teacher_logits)
+    )
+    return student, teacher, kept
+
+
+_MASK, _MASK_OF_ALL = 1e8, 5e3  # below the largest logit
+_FILL = -1e9  # for masked classes: of probability zero, finite, and the same in teacher and student
+
+
+def _below_largest(logits: Array) -> Array:
+    """logits − their maximum over the classes, in float32; -inf for all where all are."""
+    logits = logits.astype(jnp.float32)
+    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return logits - jnp.where(largest == -jnp.inf, 0.0, largest)
+
+
+def _filled(logits: Array, kept: Array, temperature: float = 1.0) -> Array:
+    """The logits over the temperature up to a shift, with masked ones replaced."""
+    return jnp.where(kept, _below_largest(logits) / temperature, _FILL)
 
 
 _FLAT = 1e-14  # squared length below which probabilities have no spread: rounding
 
 
-def _standard(values: Array, axis: int) -> Array:
-    """Centred and of unit length along an axis; zero where there is no spread."""
-    centred = values - values.mean(axis, keepdims=True)
+def _standard(values: Array, kept: Array, axis: int) -> Array:
+    """Centred and of unit length along an axis, of the values that are kept; zero where there is no spread."""
+    mean = jnp.where(kept, values, 0.0).sum(axis, keepdims=True) / jnp.maximum(kept.sum(axis, keepdims=True), 1)
+    centred = jnp.where(kept, values - mean, 0.0)
     return centred * jax.lax.rsqrt(jnp.square(centred).sum(axis, keepdims=True) + _FLAT)

@@ -25,6 +25,7 @@ from kdsearch_jax.call import Call
 from kdsearch_jax.checkpoint.shared import meet
 from kdsearch_jax.config import BudgetConfig
 from kdsearch_jax.files import DamagedError, read_sealed, write_sealed
+from kdsearch_jax.formatting import ceiling
 from kdsearch_jax.measured.timing import UNITS, Tools, asked, medians, of_process_0
 from kdsearch_jax.network import Network
 from kdsearch_jax.surgery import slice_variables
@@ -97,7 +98,7 @@ def check_reach(name: str, value: float, whole: float, least: float) -> float:
     if least > bound:
         raise BudgetError(
             f"budget.{name}: {value} is out of reach: the smallest student takes {least:,.4g}{UNITS[name]} here, "
-            f"{least / whole:.3f} of the teacher's {whole:,.4g}; give more, or free more gates.kinds"
+            f"{ceiling(least / whole)} of the teacher's {whole:,.4g}; give more, or free more gates.kinds"
         )
     return bound
 

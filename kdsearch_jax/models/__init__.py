@@ -7,8 +7,10 @@ package's by `package.module:factory`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -18,8 +20,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
-from flax import nnx
+from flax import errors, nnx
 
+from kdsearch_jax.call import class_of
 from kdsearch_jax.functional import Functional, parameters_of
 from kdsearch_jax.models.cifar_resnet import cifar_resnet
 from kdsearch_jax.models.convnext import convnext
@@ -90,29 +93,112 @@ GIVEN = "given:"  # begins the name of a network that was given as an object and
 def describe(module: Any) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `build` makes an equal module; or, where none can be, a name that says so.
 
-    A Linen module can be named where its class is at the top of a module that can be imported, and its attributes are
-    plain JSON.
+    A module can be named where its class is at the top of a module that can be imported, and equals what that class
+    makes of plain JSON: of its attributes, for an NNX module those that are called as arguments of its `__init__` are.
     """
-    kind = type(module)
-    given = (f"{GIVEN}{kind.__module__}.{kind.__qualname__}", {})
+    kind = class_of(module)
     package = sys.modules.get(kind.__module__)
-    if not isinstance(module, nn.Module) or kind.__module__ == "__main__":
-        return given
-    if getattr(package, kind.__qualname__, None) is not kind:
-        return given
+    found = None
+    if kind.__module__ != "__main__" and getattr(package, kind.__qualname__, None) is kind:
+        found = _described_nnx(module) if isinstance(module, Functional) else _described(module)
+    elif isinstance(module, Functional):
+        found = module.origin
+    return (f"{GIVEN}{kind.__module__}.{kind.__qualname__}", {}) if found is None else (found[0], dict(found[1]))
+
+
+Described = tuple[str, Mapping[str, Any]] | None
+
+
+def _described(module: Any) -> Described:
+    """(name, arguments) of a Linen module."""
+    kind = type(module)
+    if not isinstance(module, nn.Module):
+        return None
     fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in ("parent", "name")]
-    arguments = {f.name: getattr(module, f.name) for f in fields if not _is_default(f, getattr(module, f.name))}
+    arguments = {f.name: getattr(module, f.name) for f in fields if not _is_default(f.default, getattr(module, f.name))}
     try:
-        plain = json.loads(json.dumps(arguments, allow_nan=False))
+        plain = _plain(arguments)
         same = module.name is None and kind(**plain) == module
     except (TypeError, ValueError):
-        return given
-    return (f"{kind.__module__}:{kind.__qualname__}", plain) if same else given
+        return None
+    return (f"{kind.__module__}:{kind.__qualname__}", plain) if same else None
 
 
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+@functools.lru_cache(maxsize=16)
+def _described_nnx(module: Functional) -> Described:
+    """(name, arguments) of an NNX module: the class is called, abstractly, to see whether it makes the same."""
+    if module.origin is not None:
+        return module.origin
+    name, skeleton = f"{module.kind.__module__}:{module.kind.__qualname__}", module.skeleton()
+    plain: dict[str, Any] = {}
+    for key, parameter in parameters_of(module.kind).items():
+        value = getattr(skeleton, key, parameter.default)
+        with contextlib.suppress(TypeError, ValueError):  # no JSON
+            plain |= {} if key == "rngs" or _is_default(parameter.default, value) else _plain({key: value})
     try:
-        return type(value) is type(field.default) and bool(value == field.default)
+        made, mode = build(name, plain), module.mode
+        same = (made.in_mode(mode) if mode else made) == module
+    except Exception:  # whatever a constructor does with what it was not made for
+        return None
+    return (name, plain) if same else None
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(arguments, allow_nan=False))
+
+
+def module_of(given: Any) -> Any:
+    """The module that a user means: a Linen module or a `Functional`.
+
+    Args:
+      given: either of these, or a student of one; an nnx.Module, with arrays or abstract (`nnx.eval_shape`); or what
+        makes a module: a class, or a function without arguments, such as `functools.partial(Net, width=64)`. `rngs` is
+        added where an NNX class takes it.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if isinstance(given, (nn.Module, Functional)):
+        return given
+    if isinstance(given, nnx.Module):
+        return Functional.split(given)[0]
+    if not callable(given):
+        raise ValueError(
+            f"module: a {type(given).__name__} is given; give a Flax module, or a class or function of one"
+        )
+    called = given
+    while isinstance(called, functools.partial):
+        called = called.func
+    try:
+        if isinstance(called, type) and issubclass(called, nnx.Module):
+            with contextlib.suppress(errors.TraceContextError):  # random streams from outside, which it draws from
+                factory: Any = given
+                return Functional.make(factory, {})
+        made = given()
+    except TypeError as error:
+        name = getattr(called, "__name__", repr(called))
+        raise ValueError(f"module: {name} cannot be called ({error}); give functools.partial({name}, …)") from error
+    if callable(made) and not isinstance(made, (nn.Module, nnx.Module, Functional)):
+        raise ValueError(
+            f"module: {getattr(called, '__name__', called)!r} makes a {type(made).__name__}, and no module"
+        )
+    return module_of(made)
+
+
+def check_class(name: str, module: Any) -> None:
+    """Raises ValueError where a network of a module object, as `describe` named it, was made of another class.
+
+    Where the class is defined now may be somewhere else.
+    """
+    kinds = [kind.__name__ for kind in class_of(module).__mro__]
+    expected = name.removeprefix(GIVEN)
+    if name.startswith(GIVEN) and expected.rpartition(".")[2] not in kinds:
+        raise ValueError(f"module: the network was made of a {expected}, and a {kinds[0]} is given")
+
+
+def _is_default(default: Any, value: Any) -> bool:
+    try:
+        return type(value) is type(default) and bool(value == default)
     except (TypeError, ValueError):  # arrays
         return False
 
@@ -122,7 +208,7 @@ def takes(name: str, argument: str) -> bool:
     factory = _imported(name) if ":" in name and not name.startswith(GIVEN) else MODELS.get(name)
     if factory is None:
         return True
-    parameters = inspect.signature(factory).parameters
+    parameters = parameters_of(factory)
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
@@ -141,7 +227,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     if name.startswith(GIVEN):
         raise ValueError(
             f"this network was made of a module object, {name.removeprefix(GIVEN)}, which a file cannot hold; give an "
-            "equal one: kdsearch_jax.load(path, module=…)"
+            "equal one, or what makes it: kdsearch_jax.load(path, module=…)"
         )
     if ":" in name:
         factory = _imported(name)
@@ -155,7 +241,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     _check_arguments(name, factory, arguments)
     if _made_by(factory, nnx.Module):
         made: Any = factory
-        return Functional.make(made, arguments)
+        return dataclasses.replace(Functional.make(made, arguments), origin=(name, dict(arguments)))
     module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"model {name!r} must return a flax.linen.Module, got {type(module).__name__}")

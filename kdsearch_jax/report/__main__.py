@@ -1,6 +1,6 @@
 """`python -m kdsearch_jax.report RUN` writes RUN/report/index.html and prints its path."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: the command line is read off the types.
 
 from dataclasses import dataclass, field
 from pathlib import Path

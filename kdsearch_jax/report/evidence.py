@@ -100,7 +100,7 @@ def collect(
 
     Args:
       split: the name of the split, for the page.
-      logits: {network: (examples, classes)}, finite, with "teacher" and `student` among them.
+      logits: {network: (examples, classes)}, with "teacher" and `student` among them; finite, or -inf for some classes.
       labels: (examples,) integers in [0, classes).
       images: uint8 (examples, height, width, 1, 3 or 4 channels); left out where they are anything else.
       class_names: one a class, or () for numbers.
@@ -208,7 +208,7 @@ def _check(logits: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Se
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise ValueError(f"labels: from {labels.min()} to {labels.max()}, but the networks tell apart {shape[1]}")
     for name, values in logits.items():
-        if not np.isfinite(values).all():
+        if not (np.isfinite(values) | (values == -np.inf)).all() or (values == -np.inf).all(-1).any():
             raise ValueError(f"logits: those of {name} are not all finite; leave that network out")
     if class_names and len(class_names) != shape[1]:
         raise ValueError(f"class_names: {len(class_names)} names for {shape[1]} classes; give one each, or ()")

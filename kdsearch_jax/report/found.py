@@ -48,6 +48,8 @@ def architecture(run: Run, pictures: Mapping[str, markup.Pictures]) -> str:
         share += " Preliminary: the gates alive at the last recorded step, not yet a selection."
     if run.front is not None and run.front.points:
         share += f" Shown is the student of the smallest budget, {run.front.points[-1].get('name')}."
+    if note := (run.selection or {}).get("note"):
+        share += f" {escape(note)}."
     spoken = f"Bar chart of the architecture. {architecture_title(run)}. The table below has every number."
     layer = "the teacher’s layer is wide"
     if (every := pictures.get("architecture-all")) is None:

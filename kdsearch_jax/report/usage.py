@@ -53,7 +53,7 @@ def _info(path: Path) -> dict[str, Any]:
 
 def _images(student: str, architecture: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, str]:
     lines = _load(student, architecture)
-    lines += "logits = module.apply(variables, images)"
+    lines += "logits = module.apply(variables, images)" + _or_nnx(architecture, "images")
     sizes = ", ".join(map(str, ("batch", *(architecture.get("input_shape") or ["height", "width", "channels"]))))
     if not (info.get("mean") and info.get("std")):
         return lines, f"images: float32 ({sizes}), normalised as the training images were."
@@ -74,7 +74,8 @@ def _call(student: str, architecture: Mapping[str, Any], call: Mapping[str, Any]
     given = str(architecture.get("model", "")).startswith("given:")
     static = [f"{name}={value!r}" for name, value in call.get("eval", {}).items()]
     arguments = ", ".join(["variables", *call.get("arguments", []), *static])
-    lines = _load(student, architecture) + f"outputs = module.apply({arguments})"
+    own = arguments.removeprefix("variables").removeprefix(", ")
+    lines = _load(student, architecture) + f"outputs = module.apply({arguments})" + _or_nnx(architecture, own)
     taken = "; ".join(f"{name}: {json.dumps(spec)} an example" for name, spec in call.get("inputs", {}).items())
     return lines, f"It takes {taken}." + (" net is the module that was searched." if given else "")
 
@@ -84,6 +85,11 @@ def _load(student: str, architecture: Mapping[str, Any]) -> str:
     model = str(architecture.get("model", ""))
     more = ", module=net" if model.startswith("given:") else ", trust_code=True" if ":" in model else ""
     return f"import kdsearch_jax\n\nmodule, variables = kdsearch_jax.load({student!r}{more})\n"
+
+
+def _or_nnx(architecture: Mapping[str, Any], arguments: str) -> str:
+    """How a module that may be an nnx.Module is called instead; the package's own models are Linen modules."""
+    return f"  # an nnx.Module: module({arguments})" if ":" in str(architecture.get("model", "")) else ""
 
 
 def _files(path: Path) -> str:

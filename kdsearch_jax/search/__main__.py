@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdsearch_jax import cli, delivery, front, rundir, stages, storage
+from kdsearch_jax import cli, storage
 from kdsearch_jax.config import Experiment
-from kdsearch_jax.road import prepare
-from kdsearch_jax.search.adding import added
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,10 @@ class SearchOptions(cli.RunOptions):
 def main(argv: list[str]) -> int:
     """Runs the road that the command line asks for, and prints its table."""
     options, experiment = cli.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
+    from kdsearch_jax import delivery, front, rundir, stages  # jax and all else, which --help does not need
+    from kdsearch_jax.road import prepare
+    from kdsearch_jax.search.adding import added
+
     assert options.workdir is not None
     experiment = dataclasses.replace(experiment, budgets=tuple(sorted(experiment.budgets, reverse=True)))
     _check_line(argv, options, experiment)

@@ -19,6 +19,7 @@ from kdsearch_jax.tracing.program import Program
 _PASS = {
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "neg", "slice",
     "reduce_sum", "copy", "reduce_precision", "rev", "split", "optimization_barrier", "reduce_window_sum", "cumsum",
+    "gather", "fft", "real", "imag", "conj",
 }  # fmt: skip
 
 
@@ -163,10 +164,10 @@ class Graph:
         op = self.program.ops[maker]
         if op.name in _PASS:
             return self.scalers(op.inputs[0], region)
-        if op.name in ("add", "sub", "add_any", "concatenate"):
+        if op.name in ("add", "sub", "add_any", "complex", "concatenate"):
             parts = [self.scalers(v, region) for v in op.inputs]
             return None if any(part is None for part in parts) else set().union(*filter(None, parts))
-        if op.name in ("mul", "dot_general", "conv_general_dilated"):
+        if op.name in ("mul", "dot_general", "conv_general_dilated", "einsum", "ragged_dot_general"):
             weights_first = sorted(op.inputs, key=lambda v: bool(self.active[v]))
             return next((found for v in weights_first if (found := self.scalers(v, region))), None)
         if op.name == "div":

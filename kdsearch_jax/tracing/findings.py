@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from kdsearch_jax.tracing import branches
+from kdsearch_jax.tracing.contractions import Order
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Labels, Part, Value, labelled
 from kdsearch_jax.tracing.program import Op, Program
 
@@ -26,6 +27,28 @@ class Step(NamedTuple):
     program: Program
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the code treats the parts of an axis alike: `split` in two, every other channel, groups of a convolution.
+
+    Removing units from one part alone may break such code; pairing its parts index by index (`Walk.paired`) keeps them
+    equally long. op: where, for reasons; line: file and line of the model's code, or the operation's scope.
+    """
+
+    op: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Axes of two parameters that stay equally long, index by index, since the code has one number for both."""
+
+    leaf: str
+    axis: int
+    other: str
+    other_axis: int
 
 
 class Term(NamedTuple):
@@ -40,11 +63,29 @@ class Term(NamedTuple):
         return self.constant * math.prod(axis if isinstance(axis, int) else len(axis) for axis in self.axes)
 
 
+_PADDED = "joined to a fixed index (padding or a constant)"
+
+
+class Ordered(NamedTuple):
+    """The order of one contraction, how often a loop runs it, and the module that it is in."""
+
+    order: Order
+    times: float
+    scope: str
+
+
 @dataclass
 class Walk:
-    """What a walk found: joined pairs, frozen and consumed labels, cost terms, branches."""
+    """What a walk found: joined pairs, frozen and consumed labels, cost terms, branches.
+
+    paired: sites whose parts are joined index by index; sites: {site: the labels of its parts}; within: kernels of
+    grouped convolutions that lose channels of every group instead of whole groups, {leaf: number of groups}.
+    """
 
     labels: Labels
+    paired: Collection[Site | Tie] = ()
+    sites: dict[Site, list[np.ndarray]] = field(default_factory=dict)
+    within: dict[int, int] = field(default_factory=dict)
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     freezes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
@@ -53,6 +94,7 @@ class Walk:
     terms: list[Term] = field(default_factory=list)
     op_terms: dict[int, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    orders: list[Ordered] = field(default_factory=list)
     graph: branches.Graph | None = None
     branches: list[branches.Branch] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
@@ -99,7 +141,7 @@ class Walk:
         right = np.concatenate([b for _, b in self.pairs] or [np.zeros(0, int)])
         for ids in (left[right == 0], right[left == 0]):
             if (ids > 0).any():
-                self.freezes.append((ids, "joined to a fixed index (padding or a constant)"))
+                self.freezes.append((ids, _PADDED))
         real = (left > 0) & (right > 0)
         graph = sparse.coo_matrix((np.ones(real.sum()), (left[real], right[real])), shape=(n, n))
         return csgraph.connected_components(graph, directed=False)[1]
@@ -114,9 +156,21 @@ class Walk:
 
     # What rules do.
 
-    def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Index by index, a and b live and die together."""
-        self.pairs.append((np.ravel(a), np.ravel(b)))
+    def join(self, a: np.ndarray, b: np.ndarray, where: Context | None = None) -> None:
+        """Index by index, a and b live and die together.
+
+        Args:
+          where: the operation, to be named as the reason where one of two indices is fixed.
+
+        Raises:
+          AssertionError: they have different numbers of indices, which is a mistake in a rule.
+        """
+        if np.size(a) != np.size(b):
+            raise AssertionError(f"{np.size(a)} indices joined to {np.size(b)}")
+        a, b = np.ravel(a), np.ravel(b)
+        self.pairs.append((a, b))
+        if where is not None and (fixed := (a == 0) != (b == 0)).any():
+            self.freeze((a + b)[fixed], lambda: f"{_PADDED} in {where.where}")
 
     def join_kernels(self, ins: Sequence[Value], axis: int) -> None:
         """Parameters put side by side: who reads one of them at this axis reads all."""
@@ -128,6 +182,22 @@ class Walk:
         if labelled(axis):
             ids = axis.labels if isinstance(axis, Part) else axis
             self.freezes.append((np.ravel(ids), reason if isinstance(reason, str) else reason()))
+
+    def stored(self, value: Value, axis: Axis) -> bool:
+        """Whether a gate on the stored parameters, along one of the value's axes, removes units from the value."""
+        if not value.linear or not isinstance(axis, np.ndarray):
+            return False
+        keys = self.labels.keys()
+        return not (value.normalised and np.isin(keys[axis], keys[list(value.normalised)]).any())
+
+    def pairable(self, site: Site, rows: np.ndarray) -> bool:
+        """Notes the labels (parts, n) of a site; joins the parts index by index, and says so, where it is `paired`."""
+        if len(rows) < 2 or rows.shape[1] < 2 or (rows == 0).any():
+            return False
+        self.sites.setdefault(site, []).append(rows)
+        if site in self.paired:
+            self.join(rows, np.broadcast_to(rows[:1], rows.shape))
+        return site in self.paired
 
     def mark(self, kind: str, axis: Axis) -> None:
         """The labels of an axis are of a kind."""
@@ -141,7 +211,7 @@ class Walk:
             return FIXED if any(axis is FIXED for axis in axes) else UNIFORM
         for other in arrays[1:]:
             if other is not arrays[0]:
-                self.join(arrays[0], other)
+                self.join(arrays[0], other, where)
         if any(axis is FIXED for axis in axes):
             self.freeze(arrays[0], lambda: f"combined with a tensor of fixed size in {where.where}")
         return arrays[0]
@@ -178,6 +248,11 @@ class Context(NamedTuple):
     def where(self) -> str:
         """The operation, its module, and the line of the model's code, for reasons."""
         return self.op.where()
+
+    @property
+    def site(self) -> Site:
+        """The operation as a place where parts may be paired."""
+        return Site(self.where, f"{self.op.name} {self.op.line() or self.op.scope}")
 
     def shape(self, i: int) -> tuple[int, ...]:
         """The shape of operand i."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax.dtypes
 import numpy as np
 
 FIXED: Literal["fixed"] = "fixed"
@@ -31,14 +32,20 @@ class Part:
 
 
 class Value(NamedTuple):
-    """axes: an entry per axis; active: depends on the network's inputs; weight: depends on parameters only; linear: and
-    scaling an index of a parameter scales that index of the value; number: what a constant is everywhere."""
+    """What is known of a value.
+
+    axes: an entry per axis. active: it depends on the network's inputs; weight: on parameters only. linear: where an
+    index of a parameter is scaled by 0, that index of the value is 0 and the rest is as if the parameter did not have
+    it. normalised: the parameters' axes along which that does not hold, because the value was also multiplied by a
+    function of the same index, given by one label or more of each. number: what a constant is everywhere.
+    """
 
     axes: tuple[Axis, ...]
     active: bool = False
     weight: bool = False
     linear: bool = False
     number: float | None = None
+    normalised: frozenset[int] = frozenset()
 
 
 def labelled(axis: Axis) -> bool:
@@ -50,14 +57,24 @@ def blend(ins: Sequence[Value], axes: Sequence[Axis], linear: bool = False) -> V
     """A value with these axes, made of `ins`."""
     active = any(v.active for v in ins)
     weight = not active and any(v.weight for v in ins)
-    return Value(tuple(axes), active, weight, weight and linear)
+    normalised: frozenset[int] = frozenset()
+    if weight:
+        normalised = normalised.union(*(v.normalised if v.linear else _firsts(v) for v in ins if v.weight))
+    return Value(tuple(axes), active, weight, weight and linear, normalised=normalised)
+
+
+def _firsts(value: Value) -> frozenset[int]:
+    """Labels of a value's axes, at least one of each axis of a parameter that is among them."""
+    arrays = [np.ravel(axis.labels if isinstance(axis, Part) else axis) for axis in value.axes if labelled(axis)]
+    return value.normalised.union(*(ids[np.append(True, np.diff(ids) != 1)].tolist() for ids in arrays))
 
 
 def constant(array: Any, shape: tuple[int, ...]) -> Value:
     """The entries of a known array: uniform along the axes where it does not vary."""
     if array is None:
         return Value((FIXED,) * len(shape))
-    if array.size and array.dtype.kind in "fiu" and (array == array.flat[0]).all():
+    real = array.dtype.kind in "iub" or jax.dtypes.issubdtype(array.dtype, np.floating)  # bfloat16 is of kind "V"
+    if array.size and real and (array == array.flat[0]).all():
         return Value((UNIFORM,) * len(shape), number=float(array.flat[0]))
     varies = [size > 1 and bool((array != array.take([0], axis)).any()) for axis, size in enumerate(array.shape)]
     return Value(tuple(FIXED if v else UNIFORM for v in varies))

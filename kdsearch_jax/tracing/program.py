@@ -1,7 +1,8 @@
 """A jaxpr as one flat list of operations: calls inlined, dead code gone, values numbered.
 
 `jit`, `remat`, `custom_jvp` and their like only group equations, so their bodies take the place of the call. Loops keep
-their body (`Op.params["jaxpr"]`). This file decides nothing about pruning.
+their body (`Op.params["jaxpr"]`), and an einsum of three or more operands is one operation (`contractions`). This file
+decides nothing about pruning.
 """
 
 from __future__ import annotations
@@ -16,30 +17,40 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
+from kdsearch_jax.tracing import contractions
+
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call", "composite", "custom_vmap_call",
 }  # fmt: skip
 _PASSED_THROUGH = ("contextlib.py", "functools.py")
-_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 
 @dataclass(frozen=True)
 class Op:
-    """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from."""
+    """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from.
+
+    tracebacks: of the operation and of the calls around it, the innermost first. That of an operation in a jitted
+    function, such as `jnp.linalg.norm`, ends at that function.
+    """
 
     name: str
     params: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     scope: str
-    traceback: Any = None
+    tracebacks: tuple[Any, ...] = ()
+
+    def line(self) -> str | None:
+        """The line of the model's code that asked for the operation, as file:line, where it is known."""
+        return line_of((f.file_name, f.line_num) for each in self.tracebacks for f in each.frames)
 
     def where(self) -> str:
         """The operation, its module, and the line of the model's code that asked for it, where these are known."""
-        frames = ((f.file_name, f.line_num) for f in self.traceback.frames) if self.traceback else ()
-        line = line_of(frames)
-        return self.name + (f" of {self.scope}" if self.scope else "") + (f" ({line})" if line else "")
+        line = self.line()
+        scope = "/".join(part for part in self.scope.split("/") if not part.endswith("()"))  # as in "vmap()"
+        return self.name + (f" of {scope}" if scope else "") + (f" ({line})" if line else "")
 
 
 def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
@@ -79,16 +90,20 @@ class Program:
         return tuple(self.avals[value].shape)
 
 
-def flatten(closed: Any) -> Program:
-    """The program of a ClosedJaxpr, without operations that no output needs."""
+def flatten(closed: Any, inside: Op | None = None) -> Program:
+    """The program of a ClosedJaxpr, without operations that no output needs; inside: the loop whose body it is."""
     program = Program()
     program.inputs = [program.new(var.aval) for var in closed.jaxpr.invars]
-    program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, "")
+    callers = inside.tracebacks if inside else ()
+    program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, "", callers)
     _drop_dead(program)
+    contractions.join(program)
     return program
 
 
-def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope: str) -> list[int]:
+def _inline(
+    program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope: str, callers: tuple[Any, ...]
+) -> list[int]:
     numbers = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         numbers[var] = program.new(var.aval)
@@ -105,6 +120,7 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
         name = eqn.primitive.name
         here = str(eqn.source_info.name_stack)
         here = f"{scope}/{here}" if scope and here else scope or here
+        tracebacks = (eqn.source_info.traceback, *callers) if eqn.source_info.traceback else callers
         ins = [number(atom) for atom in eqn.invars]
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
         platforms = eqn.params.get("branches_platforms") if name == "cond" else None
@@ -112,12 +128,12 @@ def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope:
             body, ins = eqn.params["branches"][list(platforms).index(None)], ins[1:]
         if body is not None:
             inner, inner_consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
-            outs = _inline(program, inner, inner_consts, ins, here)
+            outs = _inline(program, inner, inner_consts, ins, here, tracebacks)
             numbers.update(zip(eqn.outvars, outs, strict=True))
             continue
         outs = [program.new(var.aval) for var in eqn.outvars]
         numbers.update(zip(eqn.outvars, outs, strict=True))
-        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here, eqn.source_info.traceback))
+        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here, tracebacks))
     return [number(atom) for atom in jaxpr.outvars]
 
 

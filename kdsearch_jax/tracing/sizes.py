@@ -21,7 +21,8 @@ from kdsearch_jax.tracing.rules.elementwise import NAMES as ELEMENTWISE
 # These may pass on a tensor that is constant along an axis of whatever size.
 _SIZELESS = ELEMENTWISE | {
     "broadcast_in_dim", "transpose", "expand_dims", "squeeze", "reshape", "concatenate", "pad", "slice", "split", "rev",
-    "stack", "unstack", "tile", "scan", "cond", "scatter", "scatter-add", "scatter-mul", "dynamic_update_slice",
+    "stack", "unstack", "tile", "scan", "cond", "while", "scatter", "scatter-add", "scatter-mul",
+    "dynamic_update_slice",
 }  # fmt: skip
 _HOLD_SIZES = {
     "shape", "new_sizes", "sizes", "start_indices", "limit_indices", "slice_sizes", "feature_group_count",
@@ -45,9 +46,14 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
       before: the walk over the whole network; after: the walk over its code with only the labels `left`.
     """
     units = before.components()
-    if len(before.steps) != len(after.steps):
-        return "its size decides which operations there are"
-    for old, new in zip(before.steps, after.steps, strict=True):
+    old_steps, new_steps = _without_stretches(before), _without_stretches(after)
+    if len(old_steps) != len(new_steps):
+        pairs = list(zip(old_steps, new_steps, strict=False))
+        first = next((i for i, (old, new) in enumerate(pairs) if old.op.name != new.op.name), len(pairs))
+        longer = max(old_steps, new_steps, key=len)[first:]  # the operation that is in one of the two only
+        where = next((step.op.where() for step in longer if step.op.line()), longer[0].op.where())
+        return f"its size decides which operations there are, in {where.replace(' of Student/', ' of ')}"
+    for old, new in zip(old_steps, new_steps, strict=True):
         if old.op.name != new.op.name:
             return f"its size decides which operations there are, in {old.op.where()}"
         if _numbers(old) != _numbers(new) or _parameters(old) != _parameters(new):
@@ -60,6 +66,21 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
                 if not _same(x, y, n, m, left, units) and not _single(x, b, m, left, units):
                     return f"the model's code needs this size, in {old.op.where()}"
     return None
+
+
+def _without_stretches(found: Walk) -> list[Step]:
+    """The steps without those that only stretch axes of size 1, of which a network with a single unit left has none.
+
+    What reads their result is compared like any other operation, by the sizes that it makes of it.
+    """
+    return [step for step in found.steps if not _stretches(step)]
+
+
+def _stretches(step: Step) -> bool:
+    if step.op.name != "broadcast_in_dim" or len(step.op.inputs) != 1:
+        return False
+    shape, out = step.program.shape(step.op.inputs[0]), step.program.shape(step.op.outputs[0])
+    return len(shape) == len(out) > 0
 
 
 def _same(before: Any, after: Any, size: int, new_size: int, left: np.ndarray, units: np.ndarray) -> bool:
@@ -129,7 +150,11 @@ def _is_plain(value: Any) -> bool:
 
 def _numbers(step: Step) -> tuple[Any, ...]:
     """The numbers written into an operation: its constant operands, each by its value where it has only one."""
-    return tuple(_number(step.program, v) for v in step.op.inputs if v in step.program.constants)
+    inputs = step.op.inputs
+    if step.op.name == "dynamic_slice":  # where it starts on an axis of labels is seen in what it makes
+        labelled_ = [isinstance(axis, np.ndarray) for axis in step.ins[0].axes]
+        inputs = (inputs[0], *(v for v, known in zip(inputs[1:], labelled_, strict=True) if not known))
+    return tuple(_number(step.program, v) for v in inputs if v in step.program.constants)
 
 
 def _number(program: Program, value: int) -> Any:

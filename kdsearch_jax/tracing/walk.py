@@ -5,20 +5,27 @@ What a value knows of its axes is in `labels`, what a rule may do and what is fo
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax.tracing import branches
-from kdsearch_jax.tracing.findings import Context, Step, Walk
+from kdsearch_jax.tracing.findings import Context, Site, Step, Tie, Walk
 from kdsearch_jax.tracing.labels import FIXED, Labels, Value, constant
 from kdsearch_jax.tracing.program import Program
 from kdsearch_jax.tracing.rules import RULES
 from kdsearch_jax.tracing.rules.mixing import unknown
 
 
-def walk(program: Program, shapes: dict[str, tuple[int, ...]]) -> Walk:
-    """Runs the rules over a program whose first inputs are parameters of these shapes."""
-    found = Walk(Labels.of(list(shapes.values())))
+def walk(program: Program, shapes: dict[str, tuple[int, ...]], paired: Collection[Site | Tie] = ()) -> Walk:
+    """Runs the rules over a program whose first inputs are parameters of these shapes, pairing parts at some sites."""
+    found = Walk(Labels.of(list(shapes.values())), paired)
     values = _start(program, found, len(shapes))
+    names = {name: i for i, name in enumerate(shapes)}
+    for tie in (each for each in paired if isinstance(each, Tie)):
+        axes = ((tie.leaf, tie.axis), (tie.other, tie.other_axis))
+        found.join(*(found.labels.value_axes(names[leaf])[axis] for leaf, axis in axes))
     for value in program.outputs:
         for axis in _get(program, values, value).axes:
             found.freeze(axis, "the network's output")
@@ -42,6 +49,8 @@ def _start(program: Program, found: Walk, leaves: int) -> list[Value | None]:
             values[value] = Value(found.labels.value_axes(i), weight=True, linear=True)
         else:
             values[value] = Value((FIXED,) * len(program.shape(value)), active=True)
+    if any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in program.avals):
+        found.uncounted.add("complex numbers")
     _run(program, values, found, 1.0, top=True)
     return values
 

@@ -9,6 +9,7 @@ import jax
 
 from kdsearch_jax.tracing.findings import Context, Rule
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
+from kdsearch_jax.tracing.rules.moving import cut_axes
 
 
 def _spare(c: Context, value: Value, mixed: Collection[int]) -> Value:
@@ -45,7 +46,10 @@ def _reduce(c: Context, ins: list[Value]) -> list[Value]:
         return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            c.freeze(v.axes[i], "its units are mixed by")
+            if c.op.name == "reduce_sum" and v.weight and c.found.stored(v, v.axes[i]):
+                c.found.reads.append(v.axes[i])  # as the norm of a kernel, to which what is gated by 0 adds nothing
+            else:
+                c.freeze(v.axes[i], "its units are mixed by")
     keep = [i for i in range(len(c.shape(0))) if i not in gone]
     axes = [c.found.merge([v.axes[i] for v in ins if len(v.axes) > i], c) for i in keep]
     linear = c.op.name == "reduce_sum" and all(v.linear for v in ins)
@@ -98,7 +102,8 @@ def _gather(c: Context, ins: list[Value]) -> list[Value]:
         c.freeze(axis, "used as an index in")
     if c.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         c.count(math.prod(c.out_shape()) + 3 * math.prod(c.shape(1)))
-    return [blend(ins, axes, table.linear)]
+    # Linear in the stored kernels also where the network's inputs decide which are picked, as a token's experts.
+    return [blend(ins, axes)._replace(linear=table.linear, normalised=table.normalised)]
 
 
 def _scatter(c: Context, ins: list[Value]) -> list[Value]:
@@ -141,6 +146,11 @@ def _written(c: Context, ins: list[Value], whole: dict[int, int]) -> Value:
 
 def _dynamic_slice(c: Context, ins: list[Value]) -> list[Value]:
     cut = [i for i, (n, m) in enumerate(zip(c.shape(0), c.out_shape(), strict=True)) if n != m]
+    starts = [v.number for v in ins[1:]]
+    if None not in starts:  # known, so that it is a slice
+        sizes = [(i, c.out_shape()[i], c.shape(0)[i]) for i in cut]
+        first = {i: min(max(int(starts[i] or 0), 0), size - n) for i, n, size in sizes}  # as the primitive clamps it
+        return [cut_axes(c, ins[0], {i: slice(first[i], first[i] + n) for i, n, _ in sizes})]
     table = _spare(c, ins[0], cut)
     axes: list[Axis] = list(table.axes)
     for i in cut:

@@ -100,6 +100,10 @@ def _whole_parts(c: Context, value: Value, blocks: list[tuple[list[int], list[in
     for labels in arrays.values():
         at = [i for i, axis in enumerate(value.axes) if isinstance(axis, Part) and axis.labels is labels]
         holder = next((a for a, _ in blocks if set(at) & set(a)), [])
+        split = [a[0] for a, b in blocks if len(b) > 1 and len(at) > 1 and a[0] in at and len(a) == 1]
+        if split:  # heads into groups of them: what is split again carries the labels
+            value = c.found.settle(value, split)
+            continue
         in_order = holder == at and [value.axes[i].dim for i in at] == list(range(len(at)))
         if not in_order and not all([i] in [a for a, _ in blocks] for i in at):
             # Those to be flattened with others stay fixed. All of them turned about, as in a channel shuffle: the last.
@@ -116,9 +120,11 @@ def _reshape_block(c: Context, axes: list[Axis], sizes: list[int], new: list[int
         return axes
     if isinstance(axes[0], Part):
         return parts(axes[0].labels.reshape(new))
-    for i in arrays[1:]:
-        c.freeze(axes[i], "flattened together with another axis of units in")
-    keep = arrays[0]
+    # Of a convolution's kernel made a matrix, the inputs, not the window.
+    keep = arrays[0] if len(arrays) < 3 else arrays[-1]
+    for i in arrays:
+        if i != keep:
+            c.freeze(axes[i], "flattened together with another axis of units in")
     spread = [1] * len(sizes)
     spread[keep] = sizes[keep]
     labels = np.broadcast_to(axes[keep].reshape(spread), sizes).reshape(new)
@@ -191,7 +197,7 @@ def _stack(c: Context, ins: list[Value]) -> list[Value]:
 
 def _unstack(c: Context, ins: list[Value]) -> list[Value]:
     axis = c.op.params["axis"]
-    return [_drop(_cut(c, ins[0], {axis: slice(i, i + 1)}), axis, c) for i in range(c.shape(0)[axis])]
+    return [_drop(cut_axes(c, ins[0], {axis: slice(i, i + 1)}), axis, c) for i in range(c.shape(0)[axis])]
 
 
 def _drop(value: Value, axis: int, c: Context) -> Value:
@@ -207,32 +213,46 @@ def _slice(c: Context, ins: list[Value]) -> list[Value]:
         for i, (a, b, s, n) in enumerate(zip(start, limit, stride, c.shape(0), strict=True))
         if (a, b, s) != (0, n, 1)
     }
-    return [_cut(c, ins[0], cut)]
+    return [cut_axes(c, ins[0], cut)]
 
 
 def _split(c: Context, ins: list[Value]) -> list[Value]:
     axis, sizes = c.op.params["axis"], c.op.params["sizes"]
     starts = np.cumsum([0, *sizes]).tolist()
-    return [_cut(c, ins[0], {axis: slice(a, b)}) for a, b in itertools.pairwise(starts)]
+    return [cut_axes(c, ins[0], {axis: slice(a, b)}) for a, b in itertools.pairwise(starts)]
 
 
 def _rev(c: Context, ins: list[Value]) -> list[Value]:
-    return [_cut(c, ins[0], {i: slice(None, None, -1) for i in c.op.params["dimensions"]})]
+    return [cut_axes(c, ins[0], {i: slice(None, None, -1) for i in c.op.params["dimensions"]})]
 
 
-def _cut(c: Context, value: Value, cut: dict[int, slice]) -> Value:
+def cut_axes(c: Context, value: Value, cut: dict[int, slice]) -> Value:
     """The value with some of its axes cut."""
     axes = list(value.axes)
     for i, piece in cut.items():
         axis = axes[i]
         if isinstance(axis, np.ndarray):
+            _note_parts(c, axis, piece)
             axes[i] = axis[piece]
         elif isinstance(axis, Part):
+            c.found.pairable(c.site, np.moveaxis(axis.labels, axis.dim, 0).reshape(axis.labels.shape[axis.dim], -1))
             labels = axis.labels[(slice(None),) * axis.dim + (piece,)]
             if labels.size == 1:
                 c.freeze(labels, "picked out by its index in")
             axes = remake(axes, axis.labels, labels)
     return value._replace(axes=tuple(axes))
+
+
+def _note_parts(c: Context, axis: np.ndarray, piece: slice) -> None:
+    """Notes that an axis is cut into parts of equal length, where `piece` is such a part."""
+    start, stop, step = piece.indices(len(axis))
+    size = len(range(start, stop, step))
+    if size == 0 or len(axis) % size or size == len(axis):
+        return
+    if step == 1 and start % size == 0:
+        c.found.pairable(c.site, axis.reshape(-1, size))
+    elif step == len(axis) // size and start < step:
+        c.found.pairable(c.site, axis.reshape(size, step).T)
 
 
 def _pad(c: Context, ins: list[Value]) -> list[Value]:

@@ -12,15 +12,16 @@ from kdsearch_jax.tracing.findings import Context, Rule, Term
 from kdsearch_jax.tracing.labels import FIXED, Axis, Value, blend
 
 
-def _contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
+def contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
     """Axis i of a is summed against axis j of b."""
     left, right = a.axes[i], b.axes[j]
     if not isinstance(left, np.ndarray) or not isinstance(right, np.ndarray):
         for axis in (left, right):
             c.freeze(axis, "reads an axis of fixed size in")
         return
-    c.found.join(left, right)
-    kernel = next((axis for v, axis in ((b, right), (a, left)) if v.weight and v.linear), None)
+    c.found.join(left, right, c)
+    kernels = sorted(((b, right), (a, left)), key=lambda each: not each[0].weight)
+    kernel = next((axis for v, axis in kernels if c.found.stored(v, axis)), None)
     if kernel is not None:
         c.found.reads.append(kernel)
     elif a.weight or b.weight:
@@ -29,12 +30,14 @@ def _contract(c: Context, a: Value, b: Value, i: int, j: int) -> None:
         c.freeze(left, "two activations are contracted, and scaled by its size, in")
 
 
-def _leaves(c: Context, *values: Value) -> tuple[int, ...]:
+def leaves(c: Context, *values: Value) -> tuple[int, ...]:
+    """The parameters whose labels are on the axes of `values`."""
     ids = [axis[axis > 0][:1] for v in values if v.weight for axis in v.axes if isinstance(axis, np.ndarray)]
     return tuple({int(c.found.labels.leaf[i]) for each in ids for i in each})
 
 
-def _size(axis: Axis, n: int) -> Any:
+def size(axis: Axis, n: int) -> Any:
+    """The size of an axis of length n as a factor of a cost: its labels, or n where it has none."""
     return axis if isinstance(axis, np.ndarray) else n
 
 
@@ -43,12 +46,12 @@ def _dot(c: Context, ins: list[Value]) -> list[Value]:
     a = c.found.settle(ins[0], batch_left or left)
     b = c.found.settle(ins[1], batch_right or right)
     for i, j in zip(left, right, strict=True):
-        _contract(c, a, b, i, j)
+        contract(c, a, b, i, j)
     batch = [c.found.merge([a.axes[i], b.axes[j]], c) for i, j in zip(batch_left, batch_right, strict=True)]
     free_left = [i for i in range(len(a.axes)) if i not in (*left, *batch_left)]
     free_right = [j for j in range(len(b.axes)) if j not in (*right, *batch_right)]
     axes = batch + [a.axes[i] for i in free_left] + [b.axes[j] for j in free_right]
-    if a.active and b.active:
+    if a.active and b.active and left:
         for axis in batch:
             c.found.mark("heads", axis)
         for axis in axes[len(batch) :]:
@@ -57,16 +60,17 @@ def _dot(c: Context, ins: list[Value]) -> list[Value]:
         for i in free if v.weight else ():
             c.found.mark("neurons", v.axes[i])
     shapes = (c.shape(0), c.shape(1))
-    sizes = [_size(axis, c.out_shape()[i]) for i, axis in enumerate(axes)]
+    sizes = [size(axis, c.out_shape()[i]) for i, axis in enumerate(axes)]
     summed = a if any(isinstance(a.axes[i], np.ndarray) for i in left) else b
-    sizes += [_size(summed.axes[k], shapes[0][i]) for k, i in zip(left if summed is a else right, left, strict=True)]
-    _add_term(c, 1.0, sizes, _leaves(c, a, b))
+    sizes += [size(summed.axes[k], shapes[0][i]) for k, i in zip(left if summed is a else right, left, strict=True)]
+    add_term(c, 1.0, sizes, leaves(c, a, b))
     c.count(2.0 * math.prod(c.out_shape()) * math.prod(shapes[0][i] for i in left))
     linear = all(v.linear for v in ins if v.weight)
     return [blend(ins, axes, linear)]
 
 
-def _add_term(c: Context, constant: float, sizes: Sequence[Any], leaves: tuple[int, ...]) -> None:
+def add_term(c: Context, constant: float, sizes: Sequence[Any], leaves: tuple[int, ...]) -> None:
+    """Adds multiply-accumulates to the cost: `constant` times the product of `sizes`, each from `size`."""
     fixed = math.prod(n for n in sizes if isinstance(n, int))
     arrays = tuple(n for n in sizes if not isinstance(n, int))
     c.found.terms.append(Term(constant * fixed * c.times, arrays, leaves))
@@ -86,31 +90,42 @@ def _conv(c: Context, ins: list[Value]) -> list[Value]:
         for axis in (channels, made, read):
             c.freeze(axis, "batch groups in")
     elif groups == 1:
-        _contract(c, x, kernel, x_spec[1], k_spec[1])
+        contract(c, x, kernel, x_spec[1], k_spec[1])
     else:
-        made = _grouped(c, channels, made, read, groups, c.shape(1)[k_spec[0]])
+        made = _grouped(c, channels, made, kernel, k_spec[1], groups)
     if groups == 1:
         c.found.mark("channels", made)
     dilated = any(d != 1 for d in p["lhs_dilation"])
     positions = math.prod((c.shape(0) if dilated else c.out_shape())[i] for i in (x_spec if dilated else o_spec)[2:])
     window = math.prod(c.shape(1)[i] for i in k_spec[2:])
     batch = c.shape(0)[x_spec[0]] // p["batch_group_count"]
-    sizes = [_size(read, c.shape(1)[k_spec[1]]), _size(made, c.shape(1)[k_spec[0]])]
-    _add_term(c, float(positions * window * batch), sizes, _leaves(c, kernel))
+    sizes = [size(read, c.shape(1)[k_spec[1]]), size(made, c.shape(1)[k_spec[0]])]
+    add_term(c, float(positions * window * batch), sizes, leaves(c, kernel))
     c.count(2.0 * _in_bounds(c) * batch * c.shape(1)[k_spec[1]] * c.shape(1)[k_spec[0]])
     axes: list[Axis] = [FIXED] * len(o_spec)
     axes[o_spec[1]] = made
     return [blend(ins, axes, False)]
 
 
-def _grouped(c: Context, channels: Axis, made: Axis, read: Axis, groups: int, outputs: int) -> Axis:
-    """Channels in a group, and all that is made of them, are one unit; the kernel's input axis stays."""
-    c.freeze(read, "the inputs of each group of")
+def _grouped(c: Context, channels: Axis, made: Axis, kernel: Value, read: int, groups: int) -> Axis:
+    """A grouped convolution loses whole groups, or, as a paired site, the same channels of every group.
+
+    channels: of the input; made: of the kernel's output axis; read: which axis of the kernel has a group's inputs.
+    """
+    inputs = kernel.axes[read]
     if not isinstance(channels, np.ndarray) or not isinstance(made, np.ndarray):
-        for axis in (channels, made):
+        for axis in (channels, made, inputs):
             c.freeze(axis, "joined to an axis of fixed size in")
         return made
-    blocks, outs = channels.reshape(groups, -1), made.reshape(groups, outputs // groups)
+    blocks, outs = channels.reshape(groups, -1), made.reshape(groups, -1)
+    if isinstance(inputs, np.ndarray) and c.found.stored(kernel, inputs) and c.found.pairable(c.site, blocks):
+        c.found.join(outs, np.broadcast_to(outs[:1], outs.shape))
+        c.found.join(inputs, blocks[0])
+        c.found.reads.append(inputs)
+        c.found.within.update(dict.fromkeys(np.unique(c.found.labels.leaf[made]).tolist(), groups))
+        c.found.mark("channels", made)
+        return made
+    c.freeze(inputs, "the inputs of each group of")
     for block in (blocks, outs):
         c.found.join(block, np.broadcast_to(outs[:, :1], block.shape))
     if blocks.shape[1] > 1:

@@ -1,45 +1,29 @@
-"""What a network is worth: predictions on a split, each example exactly once, and time per image.
+"""Predictions, scores, and what a call takes: time and memory."""
 
-    python -m kdsearch_jax.evaluate NETWORK_DIR [--teacher DIR] [--data NAME]
-
-`predict` runs the network over all devices; the last batch is padded to the size of the others, so that there is one
-compilation, and what was padded is dropped. `score` compares logits with labels, and with a teacher's logits. Images
-are normalised as the network was trained, by the numbers stored with it, whatever data it is shown.
-"""
-
-# No `from __future__ import annotations` here: tyro, imported by `main` alone, must see types and not their names.
+from __future__ import annotations
 
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdsearch_jax import cli, losses, storage
+from kdsearch_jax import losses
 from kdsearch_jax.batches import normalise, prepared
 from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network
-from kdsearch_jax.config import DataConfig
-from kdsearch_jax.data import load
 from kdsearch_jax.devices import data_mesh, place, replicate
 from kdsearch_jax.examples import Dataset, Split
 from kdsearch_jax.feeding import in_order
 from kdsearch_jax.forward import apply_eval
 from kdsearch_jax.metrics import agreement, kl_to_teacher, top_k
 from kdsearch_jax.spread import interval
-from kdsearch_jax.student import Architecture
 from kdsearch_jax.task import Task
-
-Network = tuple[Any, Any, Architecture, dict[str, Any]]  # as `load_network` gives it
 
 
 def predict(
@@ -288,102 +272,3 @@ def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: Ca
         parts = (told.argument_size_in_bytes, told.output_size_in_bytes, told.temp_size_in_bytes)
         found[name] = float(sum(parts) - told.alias_size_in_bytes)
     return found
-
-
-# --- command --------------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str]) -> int:
-    """Prints the accuracy of a network, and of its teacher if one is given, on a split of a data set."""
-    import tyro
-
-    @dataclass(frozen=True)
-    class EvaluateOptions(cli.Options):
-        """What to evaluate, and on which data."""
-
-        network: tyro.conf.Positional[Path] = field(kw_only=True)
-        """A network's directory (RUN/student, RUN/teacher/network, …)."""
-        teacher: Path | None = None
-        """A network's directory to compare with: divergence and agreement."""
-        data: str | None = None
-        """digits, npz:FILE or a TFDS name; the data set that the network was trained on if left out."""
-        data_dir: str | None = None
-        """Where TFDS keeps its data."""
-        split: Literal["test", "validation", "train"] = "test"
-        """Which examples."""
-        batch_size: int = 500
-        """Images a call, over all devices."""
-
-    options = cli.parse_options(
-        argv, EvaluateOptions, "kdsearch_jax.evaluate", "Accuracy of a network on a data set, each example once."
-    )
-    named = {"network": options.network, **({"teacher": options.teacher} if options.teacher else {})}
-    networks = {name: load_network(path, trust_code=options.trust_code) for name, path in named.items()}
-    dataset = _load_data(networks["network"], options.data, options.data_dir)
-    split: Split = getattr(dataset, options.split)
-    logits = {}
-    for name, (module, variables, architecture, info) in networks.items():
-        _check_fits(named[name], networks[name], dataset)
-        mean, std = info.get("mean", dataset.mean), info.get("std", dataset.std)
-        logits[name] = predict(module, variables, split.images, mean, std, options.batch_size, architecture.call)
-    rows = {name: score(values, split.labels, logits.get("teacher")) for name, values in logits.items()}
-    if jax.process_index() == 0:
-        print(f"{len(split)} images of {dataset.name}, {options.split}")
-        print(storage.shown(_table({named[name]: row for name, row in rows.items()})))
-    return 0
-
-
-def _load_data(network: Network, name: str | None, data_dir: str | None) -> Dataset:
-    """The data set asked for, or the one that the network was trained on, at the size of the network's images.
-
-    Framed as then: whether a network sees an image's middle or all of it makes a difference of some percent.
-    """
-    _, _, architecture, info = network
-    name = name or info.get("dataset")
-    if not name:
-        raise ValueError("data: the network does not say what it was trained on; give --data NAME")
-    sides = set(architecture.input_shape[:2])
-    framing = "crop" if info.get("framing") == "crop" and not name.startswith(("digits", "npz:")) else "stretch"
-    return load(DataConfig(name, data_dir, image_size=sides.pop() if len(sides) == 1 else None, framing=framing))
-
-
-def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
-    """Raises ValueError where the data set is not one that the network can be shown."""
-    module, variables, architecture, _ = network
-    if not architecture.input_shape:
-        raise ValueError(
-            f"{directory} is not fed images alone ({', '.join(architecture.called.arguments)}), which is all that this "
-            "command shows a network; the table of its run, results.json, has what was measured"
-        )
-    found, expected = dataset.test.images.shape[1:], tuple(architecture.input_shape)
-    if found != expected:
-        raise ValueError(
-            f"{directory} takes images {expected}, those of {dataset.name} are {found}; give another --data"
-        )
-    image = jax.ShapeDtypeStruct((1, *expected), jnp.float32)
-    forward = partial(apply_eval, call=architecture.call)
-    classes = jax.eval_shape(partial(forward, module), variables, image).shape[-1]
-    if classes != dataset.num_classes:
-        raise ValueError(
-            f"{directory} tells apart {classes} classes, {dataset.name} has {dataset.num_classes}; give the data set "
-            "that the network was trained on as --data"
-        )
-
-
-def _table(rows: Mapping[Path, Mapping[str, float]]) -> str:
-    """One line a network: shares in percent, losses in nats."""
-    columns = {"accuracy": "accuracy", "accuracy_top5": "top 5", "loss": "loss", "kl": "KL", "agreement": "agreement"}
-    shown = [name for name in columns if all(name in row for row in rows.values())]
-    lines = [["", *(columns[name] for name in shown)]]
-    for directory, row in rows.items():
-        cells = [f"{row[name]:.4f}" if name in ("loss", "kl") else f"{100 * row[name]:.2f}%" for name in shown]
-        lines.append([str(directory), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = (
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
-    )
-    return "\n".join("  ".join(cells) for cells in aligned)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,16 +1,4 @@
-"""A finished network as one file for others: `python -m kdsearch_jax.export NETWORK --out DIRECTORY`.
-
-    student.safetensors   the arrays under flat names ("params/stage1/conv/kernel"); architecture, info and digests as
-                          metadata. `load_safetensors` makes the module of it; any other program can read the arrays.
-    student.stablehlo     the compiled-to-be function images → logits with its arrays inside, for CPU, CUDA and TPU and
-                          any batch size. `jax.export.deserialize` runs it; neither Flax nor this package is needed.
-    manifest.json         what each file holds, takes and returns, and how far it was off.
-
-Both take what the network takes (normalised float32 images, or the inputs that `architecture.json` describes) and
-return its outputs. Each file is read again by a fresh process, run on random inputs at two batch sizes, and compared
-with the network's own outputs before it gets its name. That process runs on the CPU, in full float32, always.
-A network of a module object, which no other process can make again, gives that process its outputs along.
-"""
+"""How a network becomes a file for others, and how such a file is checked and read again."""
 
 import contextlib
 import hashlib
@@ -19,8 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from kdsearch_jax import cli, foreign, storage
-from kdsearch_jax.checkpoint import describe, fitting_module, flatten, load_network, unflatten, verified
+from kdsearch_jax import equality, foreign, storage
+from kdsearch_jax.checkpoint import describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
 from kdsearch_jax.convolution import fast_convolutions
+from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
 from kdsearch_jax.models import GIVEN, check_trust
@@ -42,8 +30,8 @@ from kdsearch_jax.tracing.topology import path_string
 Format = Literal["safetensors", "stablehlo"]
 FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-5  # of the largest logit
 _BATCH_SIZES = (2, 5)
+Expected = dict[int, Measured]  # {batch size: outputs}
 _EXPECTED = ".expected.npz"
 _USE = {
     "safetensors": "module, variables = kdsearch_jax.export.load_safetensors({file!r}{trust}); "
@@ -100,8 +88,8 @@ def export(
                 )
                 (temporary / f"student.{format}").write_bytes(content)
             if base is not None:
-                expected: Any = _expected(module, variables, architecture)
-                np.savez(temporary / _EXPECTED, **expected)
+                stored: Any = _stored(_expected(module, variables, architecture))
+                np.savez(temporary / _EXPECTED, **stored)
             differences = _checked_elsewhere(network_dir, temporary, formats)
             (temporary / _EXPECTED).unlink(missing_ok=True)
             manifest = _manifest(temporary, architecture, info, differences)
@@ -128,11 +116,30 @@ def load_safetensors(path: str | Path, module: Any = None, *, trust_code: bool =
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file of this package, is damaged, or describes no network.
     """
+    made, variables, architecture, info = read_safetensors(path, module, trust_code=trust_code)
+    return made, in_boxes(made, variables, architecture, info)
+
+
+def read_safetensors(
+    path: str | Path, module: Any = None, *, trust_code: bool = False
+) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
+    """The same with what the file says of it: (module, variables, architecture, info)."""
     path = storage.local(path, "path")
-    architecture, variables = _read_safetensors(path)
+    architecture, variables, info = _read_safetensors(path)
     if module is None:
         check_trust(architecture.model, trust_code)
-    return fitting_module(architecture, variables, path, module), variables
+    return fitting_module(architecture, variables, info, path, module), variables, architecture, info
+
+
+def holds_student(path: Path) -> bool:
+    """Whether it is a file that `export` wrote, of a network whose sizes are not those of the model that it names."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        architecture = Architecture.from_json(parse_json(foreign.read_safetensors_metadata(path)["architecture"]))
+    except (KeyError, TypeError, ValueError):  # whatever it is, it says nothing of itself
+        return False
+    return bool(architecture.layers or architecture.dropped)
 
 
 def load_stablehlo(path: str | Path) -> jax.export.Exported:
@@ -155,7 +162,7 @@ def load_stablehlo(path: str | Path) -> jax.export.Exported:
     return _deserialized(path)
 
 
-def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a .safetensors file written by kdsearch_jax.export")
     try:
@@ -165,75 +172,112 @@ def _read_safetensors(path: Path) -> tuple[Architecture, dict[str, Any]]:
         if "sha256" in metadata and seal({k: v for k, v in metadata.items() if k != "sha256"}) != metadata["sha256"]:
             raise ValueError("what it says of itself is not what was saved")  # a file of an older version has no digest
         architecture = Architecture.from_json(parse_json(metadata["architecture"]))
-        leaves = parse_json(metadata["leaves"])
+        leaves, info = parse_json(metadata["leaves"]), parse_json(metadata.get("info", "{}"))
+        if not isinstance(info, dict):
+            raise ValueError("what it says of its data is no object")
         if not isinstance(leaves, dict) or leaves.keys() != arrays.keys():
             raise ValueError("its arrays are not those that were saved")
         variables = unflatten({name: jnp.asarray(array) for name, array in verified(leaves, arrays).items()})
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split()).removeprefix(f"{path} ")
         raise ValueError(f"{path} cannot be loaded: {said}") from error
-    return architecture, variables
+    return architecture, variables, info
 
 
 def check(
     network_dir: str | Path, out_dir: str | Path, formats: Sequence[Format] = FORMATS, *, trust_code: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Compares exported files with the network: {format: {"max_difference", "logits_scale"}}.
+    """Compares exported files with the network: {format: {"difference"}}, of an entry over its own scale.
 
     Runs both on random inputs at two batch sizes, where JAX runs by default. On a GPU or TPU, whose matrix products are
     not full float32 by default, the comparison fails for that alone: set JAX_PLATFORMS=cpu.
 
     Raises:
-      ValueError: some output is further off than 1e-5 of the largest, or a file cannot be read.
+      ValueError: an entry of an output is further off than `TOLERANCE` of its own scale, or a file cannot be read.
     """
     network_dir, out_dir = storage.local(network_dir, "network_dir"), storage.local(out_dir, "out_dir")
     stored = out_dir / _EXPECTED
     if stored.is_file():
-        architecture, expected = (
-            Architecture.from_json(read_object(Path(network_dir) / "architecture.json")),
-            {},
-        )
+        architecture = Architecture.from_json(read_object(Path(network_dir) / "architecture.json"))
         with np.load(stored, allow_pickle=False) as file:
-            expected = dict(file)
+            expected = _restored(dict(file))
         formats_run = [format for format in formats if format != "safetensors"]
     else:
         module, variables, architecture, _ = load_network(network_dir, trust_code=trust_code)
         expected, formats_run = _expected(module, variables, architecture), list(formats)
-    if not all(np.isfinite(value).all() for value in expected.values()):
-        raise ValueError(f"the logits of {network_dir} are not finite; its training diverged")
-    scale = max(float(np.abs(value).max()) for value in expected.values())
+    for value in (value for each in expected.values() for value in each.values.values()):
+        if np.isnan(value).any() or (value.size and not np.isfinite(value).any()):
+            raise ValueError(f"the outputs of {network_dir} are not finite; its training diverged")
     found = {}
     for format in formats:
-        path, difference = Path(out_dir) / f"student.{format}", 0.0
+        path = Path(out_dir) / f"student.{format}"
         if format in formats_run:
-            for name, actual in _outputs(_runner(path, format, trust_code), architecture).items():
-                if actual.shape != expected[name].shape:
-                    raise ValueError(f"{path} returns {actual.shape}, the network {expected[name].shape}")
-                # A maximum that meets NaN is NaN, which no comparison below accepts.
-                difference = np.maximum(difference, np.abs(actual - expected[name]).max())
+            found[format] = {"difference": _difference(path, _runner(path, format, trust_code), architecture, expected)}
         else:
             _read_safetensors(path)  # every array is compared with its digest
-        if not difference <= TOLERANCE * scale:
-            raise ValueError(
-                f"{path} computes something else than the network: logits differ by {difference:.3g}, allowed are "
-                f"{TOLERANCE:g} of {scale:.3g}"
-            )
-        found[format] = {"max_difference": float(difference), "logits_scale": scale}
+            found[format] = {"difference": 0.0}
     return found
 
 
-def _expected(module: Any, variables: Any, architecture: Architecture) -> dict[str, np.ndarray]:
-    """The network's own outputs on the inputs of `check`."""
-    return _outputs(jax.jit(_function(module, variables, architecture)), architecture)
+def _difference(path: Path, run: Callable[..., Any], architecture: Architecture, expected: Expected) -> float:
+    """The largest difference of a file's outputs from the network's, over their own scales; ValueError above 1e-5."""
+    worst = 0.0
+    for size, each in expected.items():
+        args, keywords = bound(_inputs(architecture, size), {})
+        got = _named(run(*args, **keywords))
+        shapes = [{name: np.shape(value) for name, value in arrays.items()} for arrays in (got, each.values)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{path} returns {[*shapes[0].values()]}, the network {[*shapes[1].values()]}")
+        worst = max(worst, equality.difference(each, got))
+    if not worst <= TOLERANCE:
+        raise ValueError(
+            f"{path} computes something else than the network: outputs differ by {worst:.3g} of their own scale, "
+            f"allowed are {TOLERANCE:g}"
+        )
+    return worst
 
 
-def _outputs(run: Callable[..., Any], architecture: Architecture) -> dict[str, np.ndarray]:
-    """Every output at every batch size, by a flat name."""
-    found = {}
+def _expected(module: Any, variables: Any, architecture: Architecture) -> Expected:
+    """The network's own outputs on the inputs of `check`, with the scale of every entry."""
+
+    def function(variables: Any, *inputs: Any) -> dict[str, Any]:
+        args, keywords = bound(inputs, {})
+        return _named(_function(module, variables, architecture)(*args, **keywords))
+
+    run, found = jax.jit(function), {}
     for size in _BATCH_SIZES:
-        args, keywords = bound(architecture.called.random(size, np.random.default_rng(size)), {})
-        outputs = run(*args, **keywords)
-        found |= {f"{size}/{i}": np.asarray(leaf, np.float32) for i, leaf in enumerate(jax.tree.leaves(outputs))}
+        inputs = _inputs(architecture, size)
+        rounding = equality.rounding_of(run.trace(variables, *inputs).jaxpr)
+        found[size] = equality.measure(run, variables, inputs, rounding)
+    return found
+
+
+def _inputs(architecture: Architecture, size: int) -> tuple[Any, ...]:
+    return architecture.called.random(size, np.random.default_rng(size))
+
+
+def _named(outputs: Any) -> dict[str, Any]:
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(outputs))}
+
+
+def _stored(expected: Expected) -> dict[str, np.ndarray]:
+    """As arrays with flat names."""
+    kinds = {"values": lambda each: each.values, "scales": lambda each: each.scales}
+    return {
+        f"{size}/{kind}/{name}": array
+        for size, each in expected.items()
+        for kind, of in kinds.items()
+        for name, array in of(each).items()
+    }
+
+
+def _restored(arrays: Mapping[str, np.ndarray]) -> Expected:
+    """Inverts the above."""
+    found: Expected = {}
+    for key, array in arrays.items():
+        size, kind, name = key.split("/")
+        each = found.setdefault(int(size), Measured({}, {}, {}, int(size)))
+        (each.values if kind == "values" else each.scales)[name] = array
     return found
 
 
@@ -258,7 +302,7 @@ def _plain(outputs: Any) -> Any:
 def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., Any]:
     """The network's function of its inputs, by the file alone."""
     if format == "safetensors":
-        architecture, _ = _read_safetensors(path)
+        architecture = _read_safetensors(path)[0]
         return jax.jit(_function(*load_safetensors(path, trust_code=trust_code), architecture))
     return _deserialized(path).call
 
@@ -279,7 +323,17 @@ def packed(architecture: Architecture, variables: Mapping[str, Any], info: Mappi
         "info": json.dumps(dict(info)),
         "leaves": json.dumps({name: describe(array) for name, array in arrays.items()}),
     }
-    return safetensors.numpy.save(arrays, {**metadata, "sha256": seal(metadata)})
+    return _in_order(safetensors.numpy.save(arrays, {**metadata, "sha256": seal(metadata)}))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names; safetensors writes them in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
@@ -287,7 +341,7 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
     args, keywords = bound(architecture.called.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
-        with fast_convolutions(portable=True):
+        with fast_convolutions(portable=True), _without_call_stacks():
             exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
         return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
@@ -295,6 +349,18 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
             f"model {architecture.model!r} cannot be exported as stablehlo with a free batch size: "
             f"{' '.join(str(error).split())[:300]}; export safetensors only"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_call_stacks() -> Iterator[None]:
+    """Programs that are lowered meanwhile do not say which code asked for them: equal networks are equal files."""
+    name = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, limit)
 
 
 def _checked_elsewhere(network_dir: str | Path, folder: Path, formats: Sequence[Format]) -> dict[str, dict[str, float]]:
@@ -351,33 +417,3 @@ def _manifest(
         "platforms": list(PLATFORMS),
         "files": files,
     }
-
-
-def main(argv: list[str]) -> int:
-    """Exports a network, or checks what was exported before, and prints the files' names."""
-    import tyro  # 0.1 s, for the command only
-
-    @dataclass(frozen=True, kw_only=True)
-    class ExportOptions(cli.Options):
-        network: tyro.conf.Positional[Path]
-        """The network's directory, such as RUN/student."""
-        out: Path
-        """The directory to write to; may be the network's."""
-        formats: tuple[Format, ...] = FORMATS
-        """What to write."""
-        check: bool = False
-        """Only compare the files that are there with the network."""
-
-    options = cli.parse_options(argv, ExportOptions, "kdsearch_jax.export", (__doc__ or "").split("\n\n")[0])
-    if options.check:
-        found = check(options.network, options.out, options.formats, trust_code=options.trust_code)
-    else:
-        found = export(options.network, options.out, options.formats, trust_code=options.trust_code)["files"]
-    for name, file in found.items():
-        told = f"{name}: largest difference {file['max_difference']:.2g}, of logits up to {file['logits_scale']:.3g}"
-        print(storage.shown(f"{options.out}: {told}"))
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

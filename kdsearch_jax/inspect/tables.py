@@ -1,78 +1,42 @@
-"""What of a network can be pruned, and why the rest can not: no data, no parameters, a trace alone.
+"""What tracing a network found, as JSON and as tables."""
 
-    python -m kdsearch_jax.inspect --model vit
-    python -m kdsearch_jax.inspect --model mypkg.models:make_net --input-shape 224 224 3 [--json]
-    python -m kdsearch_jax.inspect --model mypkg.models:Encoder --inputs int32[128] mask=bool[128]
-    python -m kdsearch_jax.inspect --model vit --measure --budget.batch-size 8
+from __future__ import annotations
 
-Groups that are named alike but for numbers share a line: what they cost together, where all of them could be emptied.
-What is frozen is listed by reason. The smallest student keeps one unit of each group (one multiple of budget.round_to)
-and no residual branch. `--measure` builds both with random parameters and measures time and memory of a call on this
-device; whether a budget on these can be met is known only then.
-"""
-
-# No `from __future__ import annotations` here: the command line is read off the types.
-
-import json
+import itertools
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from kdsearch_jax import budget, cli, evaluate, hardware, measured
+from kdsearch_jax import budget, evaluate, hardware, measured
 from kdsearch_jax.call import Call
 from kdsearch_jax.config import BOUNDS, Experiment
 from kdsearch_jax.files import line
 from kdsearch_jax.models import build, takes
 from kdsearch_jax.network import Network, library_of, trace
+from kdsearch_jax.tracing.topology import Topology
 
-# Shape and classes of data sets that need not be read to be known; others are taken for ImageNet.
-KNOWN = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-}
-IMAGENET = ((224, 224, 3), 1000)
 SHOWN = 4  # names of frozen parameters to a reason
 
 Table = list[tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class InspectOptions(cli.RunOptions):
-    """What the network is called with, and how the answer is printed."""
+def traced(experiment: Experiment, call: Call, classes: int, measure: bool) -> tuple[Network, dict[str, Any]]:
+    """The experiment's network, traced for a call, and its record: everything that was found, as plain JSON.
 
-    input_shape: tuple[int, ...] | None = None
-    """One example of the only input, without the batch axis; if left out that of the data set, or else 224 224 3."""
-    input_dtype: str = "float32"
-    """Its type."""
-    inputs: tuple[str, ...] = ()
-    """Several inputs instead, as `float32[224,224,3]`, or `mask=bool[16]` for one that is given by keyword."""
-    measure: bool = False
-    """Measure time and memory of a call as well, of the network and of the smallest student."""
-    json: bool = False
-    """One JSON object, with a record for every group and everything frozen."""
+    Args:
+      classes: of a network that takes their number and is given none. measure: time and memory of a call as well.
 
-
-def main(argv: list[str]) -> int:
-    """Traces the network that the command line names, and prints what was found."""
-    options, experiment = cli.parse(argv, InspectOptions, "kdsearch_jax.inspect", __doc__ or "")
-    chosen = any(token.startswith(("--config", "--data", "--workdir", "--resume")) for token in argv)
-    own = any(token.startswith("--model") for token in argv) and not chosen
-    shape, classes = IMAGENET if own else KNOWN.get(experiment.data.name, IMAGENET)
-    if experiment.data.image_size:
-        shape = (experiment.data.image_size,) * 2 + shape[2:]
+    Raises:
+      ValueError: the network cannot be built, called so, or pruned.
+    """
     model, arguments = experiment.model.name, dict(experiment.model.arguments)
     if takes(model, "num_classes"):
         arguments.setdefault("num_classes", classes)
-    call = described(options.inputs, options.input_shape or shape, options.input_dtype, experiment.model.eval_kwargs)
     module = build(model, arguments)
     call.check(module)
     start = time.perf_counter()
@@ -85,16 +49,10 @@ def main(argv: list[str]) -> int:
     gates = experiment.gates
     network = network.select(gates.kinds, gates.include, gates.exclude)
     record = report(network, experiment)
-    if options.measure:
+    if measure:
         record = _measured(record, network, experiment, call)
-    record |= {"model": model, "arguments": arguments, "inputs": call.to_json()["inputs"], "seconds": round(seconds, 3)}
-    if options.json:
-        print(json.dumps(record, indent=1))
-        return 0
-    print(heading(record))
-    show(("group", "kind", "groups", "units", "MACs", "parameters"), group_lines(network))
-    show(("frozen because", "axes", "of"), frozen_lines(network))
-    return 0
+    inputs = call.to_json()["inputs"]
+    return network, record | {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
 
 
 def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> Call:
@@ -135,15 +93,16 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
 
 
 def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Whether the experiment's budget can be met, and if not why; None: that must be measured."""
+    """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
     given = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        budget.resolve(experiment.budget, network.topology)
+        limits = budget.resolve(experiment.budget, network.topology)
     except budget.BudgetError as error:
         return {**given, "reachable": False, "reason": str(error)}
     if asked := measured.asked(experiment.budget):
         return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
-    return {**given, "reachable": True, "reason": None}
+    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    return {**given, "reachable": True, "reason": note or None}
 
 
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: Call) -> dict[str, Any]:
@@ -180,7 +139,7 @@ def heading(record: dict[str, Any]) -> str:
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
     least, goal, padded = record["smallest"], record["budget"], record["padded"]
     asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
-    reached = {True: "within reach", False: goal["reason"], None: goal["reason"]}[goal["reachable"]]
+    reached = goal["reason"] or "within reach"
     lines = [
         f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
         f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
@@ -206,36 +165,71 @@ def group_lines(network: Network) -> Table:
     for group in topology.groups:
         alike.setdefault((pattern(group.name), group.kind), []).append(group)
     lines: Table = []
-    for (name, kind), groups in alike.items():
+    for (_, kind), groups in alike.items():
         names = {group.name for group in groups}
         keep = {g.name: np.full(g.size, float(g.name not in names)) for g in topology.groups}
         less_macs, less_params = topology.cost(keep)
         shares = (f"{1 - less_macs / max(macs, 1):.1%}", f"{1 - less_params / max(params, 1):.1%}")
-        title = groups[0].name if len(groups) == 1 else name
-        lines.append((title, kind, str(len(groups)), f"{sum(g.size for g in groups):,}", *shares))
+        units = f"{sum(g.size for g in groups):,}"
+        lines.append((common([g.name for g in groups]), kind, str(len(groups)), units, *shares))
     return lines
 
 
 def frozen_lines(network: Network) -> Table:
-    """A line for each reason, numbers in names aside: how many axes must stay for it, and of which parameters."""
-    reasons: dict[str, Counter[str]] = {}
+    """A line for each reason, numbers in names of layers aside: how many axes must stay for it, of which parameters."""
+    layers = layer_names(network.topology)
+    reasons: dict[str, list[str]] = {}
+    places: dict[str, dict[str, list[str]]] = {}
     for item in network.topology.frozen:
-        reason = pattern(re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason))
-        name = pattern(item.leaf.removeprefix("params/"))
-        place = f"{name}[{item.axis}]" if item.axis >= 0 else name
-        reasons.setdefault(reason, Counter())[place] += 1
+        reason = re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason)
+        key, name = alike(reason, layers), item.leaf.removeprefix("params/")
+        reasons.setdefault(key, []).append(reason)
+        place = f"[{item.axis}]" if item.axis >= 0 else ""
+        places.setdefault(key, {}).setdefault(pattern(name) + place, []).append(name + place)
     lines: Table = []
-    for reason, places in sorted(reasons.items(), key=lambda entry: -entry[1].total()):
-        shown = [f"{place} ×{count}" if count > 1 else place for place, count in places.most_common(SHOWN)]
-        more = [f"and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
-        lines.append((reason, str(places.total()), ", ".join(shown + more)))
+    for key, found in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        ranked = sorted(places[key].values(), key=lambda names: -len(names))
+        shown = [f"{common(names)} ×{len(names)}" if len(names) > 1 else names[0] for names in ranked[:SHOWN]]
+        more = [f"and {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
+        lines.append((common(found), str(len(found)), ", ".join(shown + more)))
     lines += [(f"operation {name} is not known", "", "what it touches") for name in network.topology.unknown]
     return lines
 
 
+def layer_names(topology: Topology) -> frozenset[str]:
+    """Paths of layers, of the modules that they are in, and names of groups; no bare numbers."""
+    names = {group.name for group in topology.groups} | set(topology.excluded)
+    for leaf in topology.shapes:
+        parts = leaf.split("/")[1:]
+        names |= {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return frozenset(name for name in names if not name.isdigit())
+
+
+def alike(text: str, layers: frozenset[str]) -> str:
+    """The text with # for the numbers in names of layers, and in nothing else: no line, no shape."""
+    return re.sub(r"[^\s(),;'\"]+", lambda word: _alike(word[0], layers), text)
+
+
+def _alike(word: str, layers: frozenset[str]) -> str:
+    """One word: a layer's path, behind the name of the model's class or not, and what follows it."""
+    if re.search(r"\.\w+:\d+", word):
+        return word
+    parts = word.split("/")
+    for begin, end in itertools.product((0, 1), range(len(parts), 0, -1)):
+        if "/".join(parts[begin:end]).rstrip(":") in layers:
+            return "/".join(pattern(part) if begin <= i < end else part for i, part in enumerate(parts))
+    return word
+
+
 def pattern(name: str) -> str:
-    """A name with # for each of its numbers, but for a line of code, `file.py:12`."""
-    return re.sub(r"(\.py:\d+)|\d+", lambda found: found[1] or "#", name)
+    """A name with # for each of its numbers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def common(names: Sequence[str]) -> str:
+    """What names that differ in numbers at most have in common: # where their numbers differ."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    return "".join(part[0] if len(set(part)) == 1 else "#" for part in zip(*parts, strict=True))
 
 
 def show(titles: Sequence[str], lines: Table) -> None:
@@ -259,7 +253,3 @@ def show(titles: Sequence[str], lines: Table) -> None:
     for line in [("",) * len(titles), tuple(titles), *lines]:
         cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
         print("  ".join(cells).rstrip())
-
-
-if __name__ == "__main__":
-    cli.run(main)

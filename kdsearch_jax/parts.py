@@ -1,0 +1,57 @@
+"""The topology of a part of a network: what is left of groups, shapes and costs when only some units stay.
+
+Nothing is traced again. Units that go take their entries with them; units inside of a residual branch that goes vanish
+with its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from kdsearch_jax.tracing.topology import Cost, Group, Member, Topology
+
+Keep = Mapping[str, np.ndarray]
+
+
+def restricted(topology: Topology, keep: Keep) -> Topology:
+    """The topology of the network that is left of `keep`: groups, their members, shapes and costs."""
+    masks, gone = topology.masks(keep), frozenset(topology.dropped(keep))
+    shapes = {leaf: shape for leaf, shape in topology.sliced_shapes(keep).items() if _layer(leaf) not in gone}
+    groups, stays = [], []
+    for group in topology.groups:
+        alive = np.asarray(keep[group.name], bool)
+        number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), -1)
+        members = tuple(_member(member, number, masks) for member in group.members if member.leaf in shapes)
+        there = alive.any() and any(member.consumes for member in members)
+        stays.append(alive & there)
+        if there:
+            groups.append(Group(group.name, group.kind, int(alive.sum()), members, group.layers))
+    flat, kept = np.concatenate(stays), topology.flatten(keep).astype(bool)
+    macs, params = (_left(cost, flat, kept) for cost in (topology.macs, topology.params))
+    frozen = tuple(item for item in topology.frozen if item.leaf in shapes)
+    return replace(topology, groups=tuple(groups), frozen=frozen, macs=macs, params=params, shapes=shapes)
+
+
+def _member(member: Member, number: np.ndarray, masks: Mapping[tuple[str, int], np.ndarray]) -> Member:
+    if member.units is None:
+        return member
+    units = number[member.units]
+    mask = masks.get((member.leaf, member.axis))
+    return replace(member, units=units if mask is None else units[mask])
+
+
+def _left(cost: Cost, stays: np.ndarray, kept: np.ndarray) -> Cost:
+    """The cost over the units in `stays`; others of `kept` (inside of dead branches) are there for good."""
+    ended = ((cost.alive >= 0) & ~np.append(kept, True)[cost.alive]).any(1)
+    number = np.append(np.where(stays, np.cumsum(stays) - 1, -1), -1)
+    base = cost.base + np.asarray(cost.counts[:, kept & ~stays].sum(1)).ravel()
+    return Cost(
+        cost.constants[~ended], cost.factors[~ended], number[cost.alive[~ended]], base, cost.counts[:, stays].tocsr()
+    )
+
+
+def _layer(leaf: str) -> str:
+    return leaf.partition("/")[2].rpartition("/")[0]

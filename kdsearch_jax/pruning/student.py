@@ -1,0 +1,221 @@
+"""What pruning hands over: a network of its own, ready to use, and how it is cut, proved, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, unfreeze
+
+from kdsearch_jax import gates as gates_lib
+from kdsearch_jax import surgery
+from kdsearch_jax.boxes import unboxed
+from kdsearch_jax.call import Call, mode, signature_of
+from kdsearch_jax.devices import gathered
+from kdsearch_jax.functional import Functional
+from kdsearch_jax.library import Keywords
+from kdsearch_jax.network import Network
+from kdsearch_jax.student import Architecture
+from kdsearch_jax.tracing.topology import leaf_shapes
+
+EXAMPLES = 4  # of a batch on which equality is proved where none is given
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A network: `module, variables = student`.
+
+    Attributes:
+      module: of a Linen network a Linen module, called by `module.apply(variables, …)`; of an NNX network an
+        nnx.Module of the user's own class at smaller sizes, which holds its arrays.
+      variables: {"params": …, other collections: …}, as arrays; in boxes (`nn.Partitioned`) if those that were pruned
+        were.
+      architecture: the network as plain JSON (`architecture.to_json()`).
+      keep: {group: (size,) bool}, the units of the pruned network that stayed; {} where nobody knows.
+      gates: {group: (size,)}, what was folded into the weights; {} as well.
+      macs, params: exact costs, as counted when it was cut; 0 for one that was loaded. difference: largest one between
+        its outputs and the gated network's, over their scale, as verified; NaN as well.
+    """
+
+    module: Any
+    variables: Any
+    architecture: Architecture
+    keep: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    gates: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    macs: int = 0
+    params: int = 0
+    difference: float = math.nan
+
+    def __iter__(self) -> Iterator[Any]:
+        """(module, variables)."""
+        return iter((self.module, self.variables))
+
+
+def cut(network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], inputs: Any) -> Student:
+    """The verified student of the gated network with only the units in `keep`.
+
+    Args:
+      variables: of the network, gates not folded in. inputs: a batch, () for random numbers.
+
+    Raises:
+      SurgeryError: it would not compute, or cost, what the gated network does.
+    """
+    inputs = inputs or random_inputs(network)
+    base = architecture_of(network)
+    sliced, architecture = surgery.prune(variables, gates, keep, network, base)
+    proof = surgery.verify(network, variables, gates, keep, sliced, *inputs)
+    module = network.student(keep)
+    if isinstance(module, Functional):
+        module = module.bind(sliced)
+    gates = {name: np.asarray(gate) for name, gate in gates.items()}
+    macs, params = network.topology.cost(keep)
+    return Student(module, sliced, architecture, dict(keep), gates, macs, params, float(proof["difference"]))
+
+
+def verify(network: Network, variables: Any, student: Student, *inputs: Any) -> float:
+    """Proves on a batch that a student computes what the network with its gates does, within 1e-5 in float32.
+
+    Args:
+      network: the one that was pruned; variables: its own, gates not folded in, or the nnx.Module.
+      inputs: a batch as the module takes it; random numbers where none is given.
+
+    Returns:
+      the largest difference of an output over its scale.
+
+    Raises:
+      SurgeryError: they differ; names the first layer that does. ValueError: the student does not say what it kept.
+    """
+    if not student.keep:
+        raise ValueError("verify: this student was loaded and does not say what it kept; verify it where it is cut")
+    variables = variables_of(network, variables)
+    sliced = student.variables
+    if isinstance(student.module, flax.nnx.Module):  # which may have changed since
+        sliced = Functional.split(student.module)[1]
+    inputs = inputs or random_inputs(network)
+    return float(surgery.verify(network, variables, student.gates, student.keep, sliced, *inputs)["difference"])
+
+
+def fold(variables: Any, gates: Mapping[str, Any], network: Network) -> Any:
+    """The variables of the gated network: each kernel that reads a unit, times the unit's gate; {group: (size,)}."""
+    return gates_lib.fold(variables, gates, network.topology)
+
+
+def save(student: Student, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a student's directory: its architecture, and its arrays with digests. `load` reads it.
+
+    path: a directory, or an address in an object store such as gs://BUCKET/NAME.
+
+    Raises:
+      OSError: there is something already, and not `overwrite`.
+    """
+    from kdsearch_jax import storage
+    from kdsearch_jax.checkpoint import module_info, save_network
+
+    module, variables = student
+    if isinstance(module, flax.nnx.Module):
+        module, variables = Functional.split(module)
+    with storage.named():
+        save_network(path, student.architecture, variables, module_info(module, student.architecture), overwrite)
+
+
+def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> Student:
+    """The network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
+
+    Args:
+      module: the model that was searched, Linen or NNX, for a network that the directory could not name, as its class
+        is local or was given as an object: a module; an abstract one, `nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0)))`;
+        or what makes one, a class or `functools.partial(Net, width=64)`. Its arguments are those of then; its
+        parameters are not looked at.
+      trust_code: a network of a package that you have not imported may import it, so that its code runs.
+
+    Raises:
+      ValueError, OSError: it is not a network's directory, or damaged, or `module` is another one.
+    """
+    from kdsearch_jax import storage
+    from kdsearch_jax.checkpoint import in_boxes, load_network
+
+    with storage.named():
+        found, variables, architecture, info = load_network(path, module, trust_code=trust_code)
+        variables = in_boxes(found, variables, architecture, info)
+    if isinstance(found, Functional):
+        found = found.bind(variables)
+    return Student(found, variables, architecture)
+
+
+def variables_of(network: Network, variables: Any) -> Any:
+    """{"params": …, other collections} as plain dictionaries without boxes, of Linen variables or an nnx.Module.
+
+    Raises:
+      ValueError: they are not the network's; names the first leaf that differs.
+    """
+    if isinstance(variables, flax.nnx.Module):
+        variables = Functional.split(variables)[1]
+    if isinstance(variables, (dict, FrozenDict)):
+        variables = gathered(unboxed(unfreeze(variables)))
+    check_variables(network, variables)
+    return variables
+
+
+def check_variables(network: Network, variables: Any) -> None:
+    """Raises ValueError where variables are not the network's."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        kind = type(variables).__name__
+        raise ValueError(f"variables: {{'params': …}} as the module's init returns them are expected, not {kind}")
+    own, given = network.topology.shapes, leaf_shapes(variables)
+    for path in [*own, *given]:
+        if path.startswith("params/") and own.get(path) != given.get(path):
+            expected = f"{own[path]} is expected" if path in own else "the network has none"
+            found = f"of shape {given[path]}" if path in given else "missing"
+            raise ValueError(f"variables: {path} is {found}, {expected}; give those of the network that was traced")
+
+
+def random_inputs(network: Network) -> tuple[Any, ...]:
+    """A batch to try the network with: normal numbers, and zeros and ones where there are none of floating point."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+        values = rng.normal(size=leaf.shape) if floats else rng.integers(0, 2, leaf.shape)
+        return jnp.asarray(values).astype(leaf.dtype)
+
+    return jax.tree.map(draw, network.inputs)
+
+
+def architecture_of(network: Network) -> Architecture:
+    """The architecture of the network itself: its model's name, if it has one, and how it is called."""
+    return Architecture.of(network.module, (), _call(network))
+
+
+def _call(network: Network) -> Call:
+    """How the network was called when it was traced; the leading axis of every input is the batch."""
+    inputs, keywords = network.inputs, {}
+    if inputs and isinstance(inputs[-1], Keywords):
+        inputs, keywords = inputs[:-1], dict(inputs[-1])
+    signature = signature_of(network.module)
+    places = [] if signature is None else list(signature.parameters)
+    names = [places[i] if i < len(places) else f"input{i}" for i in range(len(inputs))]
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+        {**dict(zip(names, inputs, strict=True)), **keywords},
+    )
+    guessed = mode(network.module, False)
+    static = {name: value for name, value in network.kwargs.items() if guessed.get(name) != value}
+    if isinstance(network.module, nn.Module) and len(inputs) == 1 and not keywords and not static:
+        (spec,) = jax.tree.leaves(one) if len(jax.tree.leaves(one)) == 1 else (None,)
+        if (
+            spec is not None
+            and spec.dtype == jnp.float32
+            and math.prod(spec.shape)
+            and isinstance(inputs[0], jax.ShapeDtypeStruct)
+        ):
+            return Call.of_image(spec.shape)
+    arguments = (*names, *(f"{name}={name}" for name in keywords))
+    return Call(arguments, one, {}, static)
