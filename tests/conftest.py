@@ -76,3 +76,12 @@ def repository() -> Path:
 def python() -> str:
     """The interpreter that commands are to be started with."""
     return sys.executable
+
+
+@pytest.fixture
+def full_compilation():
+    """XLA with its optimisations, in a module that does without: on some CPUs a gradient is coarse otherwise."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

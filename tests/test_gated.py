@@ -86,7 +86,7 @@ def batch():
     return {"images": jnp.asarray(images), "labels": jnp.asarray(digits().train.labels[:32])}
 
 
-def test_importance_is_the_mean_square_of_gate_times_gradient():
+def test_importance_is_the_mean_square_of_gate_times_gradient(full_compilation):
     """Against the same quantity from scratch: the loss as a function of the gates alone, differentiated."""
     config = GatesConfig(importance_decay=0.5)
     network, tx, state = begin(config)

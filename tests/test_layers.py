@@ -172,13 +172,13 @@ def instance_norm(m, x):
     return out(jnp.square(nn.InstanceNorm(name="n")(nn.Conv(8, (3, 3), name="a")(x))).mean((1, 2)))
 
 
-@case(VECTOR, neurons(a=6), {"a/kernel[0]": "mixed by"})
+@case(VECTOR, neurons(a=6), {"a/kernel[0]": "an axis of fixed size"})
 def weight_norm(m, x):
     x = nn.relu(nn.WeightNorm(nn.Dense(6, name="a"), name="wa")(x))
     return out(nn.relu(x))
 
 
-@case(VECTOR, neurons(b=5), {"a/kernel[1]": "mixed by reduce_sum of spectral_norm"})
+@case(VECTOR, {"s/a/kernel": ("neurons", 6), **neurons(b=5)})
 def spectral_norm(m, x):
     x = nn.relu(nn.SpectralNorm(nn.Dense(6, name="a"), name="s")(x, update_stats=False))
     return out(nn.relu(nn.Dense(5, name="b")(x)))
@@ -346,7 +346,7 @@ def summed_up_and_ranked(m, x):
     return out(nn.relu(nn.Dense(5, name="c")(jnp.concatenate([a, b], -1))))
 
 
-@case(VECTOR, neurons(b=5), {"a/kernel[1]": "the unknown primitive while"})
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "its units are mixed by reduce_max"})
 def loop_until(m, x):
     x = nn.Dense(6, name="a")(x)
     x = jax.lax.while_loop(lambda x: jnp.max(x) < 3, lambda x: 2 * x + 1, x)

@@ -72,7 +72,7 @@ def run(config, steps, share, stop=None):
     return part, state, limits, shrank
 
 
-def test_a_shrunk_search_does_what_an_unshrunk_one_does():
+def test_a_shrunk_search_does_what_an_unshrunk_one_does(full_compilation):
     """Clipping, momentum, weight decay and BatchNorm included: same deaths, same choice, same weights to rounding."""
     config = GatesConfig(warmup=0.0, learning_rate=0.02)
     network = teacher()[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax.dtypes
+import jax.numpy as jnp
 import numpy as np
 
 FIXED: Literal["fixed"] = "fixed"
@@ -73,7 +73,7 @@ def constant(array: Any, shape: tuple[int, ...]) -> Value:
     """The entries of a known array: uniform along the axes where it does not vary."""
     if array is None:
         return Value((FIXED,) * len(shape))
-    real = array.dtype.kind in "iub" or jax.dtypes.issubdtype(array.dtype, np.floating)  # bfloat16 is of kind "V"
+    real = array.dtype.kind in "iub" or jnp.issubdtype(array.dtype, np.floating)  # bfloat16 is of kind "V"
     if array.size and real and (array == array.flat[0]).all():
         return Value((UNIFORM,) * len(shape), number=float(array.flat[0]))
     varies = [size > 1 and bool((array != array.take([0], axis)).any()) for axis, size in enumerate(array.shape)]
