@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from kdsearch_jax import processes, storage
+from kdsearch_jax import memory, processes, storage
 from kdsearch_jax.config import (
     SETTINGS,
     Experiment,
@@ -122,6 +122,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     argv = sys.argv[1:]
     full = "--traceback" in argv or os.environ.get("KDSEARCH_TRACEBACK", "0") not in ("", "0")
     configure_logging()
+    if memory.expects_cpu():
+        memory.keep_freed()
     try:
         if not {"-h", "--help"} & set(argv):
             join_processes(argv)

@@ -2,8 +2,8 @@
 
 With `precision="bf16"` parameters and inputs are cast, so that an unmodified module computes in bfloat16; the other
 collections (BatchNorm's running statistics) stay as they are, and Flax reduces its statistics in float32. Whatever the
-precision, outputs of floating point are float32. Grouped convolutions of Linen modules are the fast ones of
-`kdsearch_jax.convolution`, here and nowhere else: tracing, proof and export see the module's own.
+precision, outputs of floating point are float32. Convolutions of Linen and NNX modules are the fast ones of
+`kdsearch_jax.convolution` here. Tracing and the proof of equality see the module's own.
 """
 
 from __future__ import annotations

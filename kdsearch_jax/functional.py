@@ -20,6 +20,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,9 @@ from kdsearch_jax.library import with_number
 
 Layers = Mapping[str, Mapping[str, Any]]  # {path: {attribute that is an array: its shape}}
 _STUDENT = "_kdsearch_student"  # an attribute of modules that `Functional.bind` returns: the student's `Functional`
+
+# Changes a module that `Functional.apply` has made for one call, before it is called.
+prepare: ContextVar[Callable[[nnx.Module], None] | None] = ContextVar("prepare", default=None)
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,8 @@ class Functional:
         module.train() if train else module.eval()
         if train:
             _silence(module, _keys(rngs))
+        if (change := prepare.get()) is not None:
+            change(module)
         output = module(*inputs, **kwargs, **({"train": train} if self._has_mode else {}))
         if mutable is False:
             return output

@@ -93,6 +93,15 @@ def test_every_row_is_made_or_says_why(comparison):
             assert row["bytes"][i] == sum(v.nbytes for v in stored.values())
 
 
+def test_the_table_says_how_fast_students_are(comparison):
+    found = read(comparison / "comparison.json")
+    lines = (comparison / "comparison.md").read_text().splitlines()
+    for row in found["rows"]:
+        if "why" not in row:
+            times = found["teacher"]["ms_per_image"] / np.mean(row["ms_per_image"])
+            assert any(row["label"] in line and f"({times:.2f}×)" in line for line in lines)
+
+
 def test_no_row_has_more_than_the_uniform_student(comparison):
     found = read(comparison / "comparison.json")
     rows = {row["name"]: row for row in found["rows"] if "why" not in row}

@@ -32,6 +32,9 @@ LAYERS = [
         "attributes",
         "boxes",
         "functional",
+        "native",
+        "grouped",
+        "memory",
         "tracing",
     },
     {
@@ -44,6 +47,8 @@ LAYERS = [
         "batches",
         "devices",
         "optimizer",
+        "widths",
+        "dense",
         "convolution",
         "gates",
         "equality",

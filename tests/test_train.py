@@ -248,7 +248,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32():
         return logits.mean(), (logits, kept)
 
     text = str(jax.make_jaxpr(lambda p: loss(p, "bf16"))(state.params))
-    convolutions = [line for line in text.splitlines() if "conv_general_dilated[" in line]
+    convolutions = [line for line in text.splitlines() if "convolution_product[" in line]
     assert convolutions and all(":bf16[" in line for line in convolutions)
     differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     (_, (half, kept)), gradient = differentiated(state.params, "bf16")

@@ -33,6 +33,7 @@ from kdsearch_jax.road import Road, limits_of, traced
 LEVEL = 0.95
 MEASURED = ("accuracy", "agreement", "kl")
 COSTS = ("macs", "params", "bytes", "ms_per_image")
+BATCH = 128  # images of a call whose time is taken
 
 
 def collect(road: Road, budget: BudgetConfig, match: str, *, latency: bool = True) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _latency(road: Road, found: Mapping[str, Mapping[int, Any]], budget: BudgetC
     times = evaluate.measure_latency(
         {key: (n.module, n.variables) for key, n in networks.items()},
         (),
-        min(64, len(road.dataset.test)),
+        min(BATCH, len(road.dataset.test)),
         call=road.task.call,
     )
     medians = {key: times[key][0] for key in networks}
@@ -180,11 +181,11 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     """The table, best row first, and what it takes to make it again."""
     teacher, level = comparison["teacher"], f"{comparison['level']:.0%}"
     head = ("", "accuracy, %", f"searched better by, points ({level} interval)", "agrees with teacher, %", "KL",
-            "MACs", "parameters", "kB", "ms/image")  # fmt: skip
+            "MACs", "parameters", "kB", "ms/image (× as fast as the teacher)")  # fmt: skip
     lines = [head, ("---", *["---:"] * (len(head) - 1))]
     cost = (f"{teacher['macs']:,}", f"{teacher['params']:,}", f"{teacher['bytes'] / 1e3:,.0f}")
     lines.append(
-        ("teacher", f"{100 * teacher['accuracy']:.2f}", "", "", "", *cost, _number(teacher["ms_per_image"], 3))
+        ("teacher", f"{100 * teacher['accuracy']:.2f}", "", "", "", *cost, _time([teacher["ms_per_image"]], None))
     )
     by_name = {each["name"]: each for each in comparison["differences"]}
     made = [row for row in comparison["rows"] if "why" not in row]
@@ -198,7 +199,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         lines.append(
             (label, _spread(row["accuracy"], 100, 2), _difference(by_name.get(row["name"])),
              _spread(row["agreement"], 100, 2), _spread(row["kl"], 1, 3), _mean(row["macs"]), _mean(row["params"]),
-             f"{statistics.fmean(row['bytes']) / 1e3:,.0f}", _number(row["ms_per_image"], 3))
+             f"{statistics.fmean(row['bytes']) / 1e3:,.0f}", _time(row["ms_per_image"], teacher["ms_per_image"]))
         )  # fmt: skip
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     absent = [f"{row['label']}: not made: {row['why']}" for row in comparison["rows"] if "why" in row]
@@ -234,6 +235,10 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     return mean if found["low"] is None else f"{mean} ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
 
 
-def _number(value: Any, digits: int) -> str:
-    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-    return f"{statistics.fmean(values):.{digits}f}" if values else "–"
+def _time(values: Sequence[float | None], teacher: float | None) -> str:
+    """The mean of the times that were measured, and the teacher's over it."""
+    known = [value for value in values if value]
+    if not known:
+        return "–"
+    mean = statistics.fmean(known)
+    return f"{mean:.3f} ({teacher / mean:.2f}×)" if teacher else f"{mean:.3f}"

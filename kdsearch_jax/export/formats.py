@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from kdsearch_jax import equality, foreign, storage
 from kdsearch_jax.checkpoint import BASE, describe, fitting_module, flatten, in_boxes, load_network, unflatten, verified
+from kdsearch_jax.convolution import fast_convolutions
 from kdsearch_jax.equality import TOLERANCE, Measured
 from kdsearch_jax.files import DamagedError, flush, naming, parse_json, read_object, seal
 from kdsearch_jax.library import bound
@@ -358,7 +359,7 @@ def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architec
     args, keywords = bound(architecture.called.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
-        with _without_call_stacks():
+        with fast_convolutions(portable=True), _without_call_stacks():
             exported = jax.export.export(function, platforms=PLATFORMS)(*args, **keywords)
         return bytes(exported.serialize())
     except Exception as error:  # whatever the model's code does with a size that is not a number
