@@ -35,7 +35,7 @@ import numpy as np
 
 IMAGES, TEMPERATURE, LEARNING_RATE, MOMENTUM = 512, 4.0, 0.01, 0.9
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Call = Callable[[], float]  # one call; returns the loss
+CallSpec = Callable[[], float]  # one call; returns the loss
 
 
 def images() -> np.ndarray:
@@ -53,14 +53,15 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from kdsearch_jax import baselines, budget, gates, models, surgery
-    from kdsearch_jax.config import BudgetConfig
-    from kdsearch_jax.network import trace
-    from kdsearch_jax.pretrained import load_torch
-    from kdsearch_jax.student import Architecture
+    from kdsearch_jax.adapters import registry
+    from kdsearch_jax.adapters.architecture import Architecture
+    from kdsearch_jax.models.pretrained import load_torch
+    from kdsearch_jax.pruning import baselines, budget, gates, surgery
+    from kdsearch_jax.pruning.network import trace
+    from kdsearch_jax.pruning.settings import BudgetConfig
 
     arguments = {"depth": 20, "num_classes": 10}
-    module = models.build("cifar_resnet", arguments)
+    module = registry.build("cifar_resnet", arguments)
     if weights:
         variables = load_torch(weights, module, (32, 32, 3))
     else:
@@ -73,20 +74,25 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
     return {"whole": (module, variables), "half": (architecture.module(), small)}
 
 
-def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], Call]:
+def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], CallSpec]:
     """(what, network, batch) → a call of this package's; the networks' arrays are left in the folder for PyTorch."""
-    from kdsearch_jax import memory
+    from kdsearch_jax.runs import heap
 
-    memory.keep_freed()  # as every command of this package does
+    heap.keep_freed()  # as every command of this package does
 
     import jax
     from flax import traverse_util
 
-    from kdsearch_jax import devices, evaluate, optimizer, train
-    from kdsearch_jax.call import Call as CallSpec
-    from kdsearch_jax.config import DataConfig, DistillConfig, RunConfig, StageConfig
-    from kdsearch_jax.steps import create_state, distill_step
-    from kdsearch_jax.task import classification
+    from kdsearch_jax.adapters import devices
+    from kdsearch_jax.adapters.call_spec import CallSpec as CallSpec
+    from kdsearch_jax.data.settings import DataConfig
+    from kdsearch_jax.distill.objective import classification
+    from kdsearch_jax.distill.settings import DistillConfig
+    from kdsearch_jax.distill.steps import distill_step
+    from kdsearch_jax.runs import evaluation
+    from kdsearch_jax.training import loop, optimizer
+    from kdsearch_jax.training.settings import RunConfig, StageConfig
+    from kdsearch_jax.training.state import create_state
 
     both, mesh = networks(options.weights), devices.data_mesh()
     for name, (_, variables) in both.items():
@@ -99,7 +105,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
     resident |= {"mean": np.asarray(MEAN, np.float32), "std": np.asarray(STD, np.float32)}
     resident, constants = devices.replicate(resident, mesh), devices.replicate(teacher_variables, mesh)
 
-    def step(name: str, batch: int) -> Call:
+    def step(name: str, batch: int) -> CallSpec:
         module, variables = both[name]
         stage = StageConfig(
             steps=10**6,
@@ -111,7 +117,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
         )
         tx = optimizer.make_optimizer(stage)
         update = distill_step(module, teacher, tx, stage, RunConfig(steps_per_dispatch=1), task)
-        dispatch = train.make_dispatch(update, mesh, DataConfig(crop=0, flip=False), 0, scanned=False)
+        dispatch = loop.make_dispatch(update, mesh, DataConfig(crop=0, flip=False), 0, scanned=False)
         held = [devices.owned(create_state(variables, tx), mesh)]
         rows = np.arange(batch, dtype=np.int32)[None]
 
@@ -121,9 +127,9 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
 
         return call
 
-    def inference(name: str, batch: int) -> Call:
+    def inference(name: str, batch: int) -> CallSpec:
         module, variables = both[name]
-        run, arguments = evaluate.executable(module, variables, batch, CallSpec.of_image((32, 32, 3)))
+        run, arguments = evaluation.executable(module, variables, batch, CallSpec.of_image((32, 32, 3)))
         return lambda: float(np.asarray(run(*arguments)).std())
 
     jax.block_until_ready(constants)
@@ -190,7 +196,7 @@ def torch_network(arrays: dict[str, np.ndarray]) -> Any:
     return Net().to(memory_format=torch.channels_last)
 
 
-def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], Call]:
+def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], CallSpec]:
     """(what, network, batch) → a call of PyTorch's."""
     import torch
     from torch.nn import functional
@@ -205,7 +211,7 @@ def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str
 
     teacher = load("whole").eval()
 
-    def step(name: str, batch: int) -> Call:
+    def step(name: str, batch: int) -> CallSpec:
         student = load(name).train()
         optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, nesterov=True)
         rows = torch.arange(batch)
@@ -223,7 +229,7 @@ def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str
 
         return call
 
-    def inference(name: str, batch: int) -> Call:
+    def inference(name: str, batch: int) -> CallSpec:
         network = load(name).eval()
         x = np.random.default_rng(0).normal(size=(batch, 32, 32, 3)).astype(np.float32)
         x = torch.tensor(x).permute(0, 3, 1, 2)
@@ -245,7 +251,7 @@ def work(options: argparse.Namespace) -> None:
     """A worker: one JSON line in, one out. {"what", "network", "batch"} prepares, {"seconds"} measures."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.worker_cores])
     make = (jax_calls if options.worker == "jax" else torch_calls)(options, Path(options.folder))
-    call: Call = lambda: 0.0  # noqa: E731
+    call: CallSpec = lambda: 0.0  # noqa: E731
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

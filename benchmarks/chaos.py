@@ -32,7 +32,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.runs.config import Experiment, ModelConfig
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 STAGES = ("teacher", "search", "cut", "retrain", "export", "report")
 NETWORKS = ("teacher/network", "search/kept/network", "search/network", "retrain/network", "student")
@@ -85,13 +88,13 @@ def started(work: Callable[[], int], log: Path) -> int:
         os._exit(status)
 
 
-def road(directory: Path) -> int:
+def setup(directory: Path) -> int:
     """The command, in this process."""
-    from kdsearch_jax import cli
+    from kdsearch_jax.runs import command_line
     from kdsearch_jax.search.__main__ import main
 
     sys.argv = ["kdsearch_jax.search", "--config", str(Path(__file__).resolve()), "--workdir", str(directory)]
-    cli.run(main)
+    command_line.run(main)
 
 
 def ended(process: int, seconds: float) -> int | None:
@@ -134,7 +137,7 @@ def killed(
 
     seconds: that a stage takes; learns where it took less, so that a machine that is less busy is hit as well.
     """
-    process = started(lambda: road(directory), log)
+    process = started(lambda: setup(directory), log)
     deadline = time.monotonic() + LIMIT
     while place(directory) < STAGES.index(stage):
         if ended(process, 0.002) is not None or time.monotonic() > deadline:
@@ -171,8 +174,9 @@ def digest(directory: Path) -> dict[str, Any]:
     """All that results are, and the names of all files, but those that Orbax and TensorBoard number by the clock."""
     import numpy as np
 
-    from kdsearch_jax.checkpoint import flatten, load_network
-    from kdsearch_jax.files import read_arrays
+    from kdsearch_jax.storage.arrays import flatten
+    from kdsearch_jax.storage.files import read_arrays
+    from kdsearch_jax.storage.networks import load_network
 
     found: dict[str, Any] = {}
     for name in NETWORKS:
@@ -216,7 +220,7 @@ def digested(directory: Path, log: Path) -> dict[str, Any]:
 
 def straight(directory: Path, log: Path) -> dict[str, float]:
     """An undisturbed run: the seconds that each stage takes."""
-    process, began = started(lambda: road(directory), log), {}
+    process, began = started(lambda: setup(directory), log), {}
     while (status := ended(process, 0.002)) is None:
         began.setdefault(stage_of(directory), time.monotonic())
     if status:
@@ -245,7 +249,7 @@ def undisturbed(scratch: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 def gone_on(directory: Path, log: Path) -> None:
     """The same command once more, to its end."""
-    status = ended(started(lambda: road(directory), log), LIMIT)
+    status = ended(started(lambda: setup(directory), log), LIMIT)
     if status != 0:
         raise RuntimeError(f"{directory}: the same command ended with {status}; see {log}")
 

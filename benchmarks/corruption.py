@@ -23,11 +23,13 @@ import jax
 import numpy as np
 
 from benchmarks import chaos
-from kdsearch_jax import export, rundir
-from kdsearch_jax.checkpoint import Checkpointer, load_network
-from kdsearch_jax.config import load_experiment
-from kdsearch_jax.files import read_arrays, read_sealed
+from kdsearch_jax.runs import directories
+from kdsearch_jax.runs.config import load_experiment
 from kdsearch_jax.search.__main__ import main as search
+from kdsearch_jax.storage import export_formats
+from kdsearch_jax.storage.files import read_arrays, read_sealed
+from kdsearch_jax.storage.networks import load_network
+from kdsearch_jax.training.checkpoints import Checkpointer
 
 DAMAGES = ("flip", "truncation", "deletion")
 Read = Callable[[], Any]  # what can be read, as comparable bytes; raises ValueError or OSError where it is damaged
@@ -74,7 +76,7 @@ def checkpoints(directory: Path) -> Read:
         for name, leaf in PyTreeCheckpointer().restore(newest / "state").items()
     }
     # Names are flat in the file; a state of this structure has the same ones.
-    from kdsearch_jax.checkpoint import flatten, unflatten
+    from kdsearch_jax.storage.arrays import flatten, unflatten
 
     state = unflatten(shapes)
     assert flatten(state).keys() == shapes.keys()
@@ -106,8 +108,8 @@ def exported(directory: Path) -> Read:
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
 
     def read() -> Any:
-        _, variables = export.load_safetensors(directory / "student.safetensors")
-        function = export.load_stablehlo(directory / "student.stablehlo").call
+        _, variables = export_formats.load_safetensors(directory / "student.safetensors")
+        function = export_formats.load_stablehlo(directory / "student.stablehlo").call
         return np.asarray(function(images)).tobytes(), jax.tree.map(lambda x: np.asarray(x).tobytes(), variables)
 
     return read
@@ -139,8 +141,8 @@ def going_on(run: Path) -> Read:
 
     def read() -> Any:
         experiment = load_experiment(str(run / "config.json"))
-        rundir.goes_on(run, experiment, {"command": "search"}, True)
-        rundir.check_same(run, experiment)
+        directories.goes_on(run, experiment, {"command": "search"}, True)
+        directories.check_same(run, experiment)
         return experiment
 
     return read

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chaos
-from benchmarks.chaos import LIMIT, NETWORKS, STAGES, ended, place, road, stage_of, started
+from benchmarks.chaos import LIMIT, NETWORKS, STAGES, ended, place, setup, stage_of, started
 
 ROOM = 64 << 20  # bytes of the file system
 
@@ -73,7 +73,7 @@ def filled(
     seconds: that a stage takes; learns where it took less.
     """
     before = log.stat().st_size if log.exists() else 0
-    process, status = started(lambda: road(directory), log), None
+    process, status = started(lambda: setup(directory), log), None
     while status is None and place(directory) < STAGES.index(stage):
         status = ended(process, 0.002)
     began = time.monotonic()
@@ -97,7 +97,7 @@ def whole(directory: Path, log: Path) -> None:
     """Reads every network that is there; RuntimeError where one is none."""
 
     def work() -> int:
-        from kdsearch_jax.checkpoint import load_network
+        from kdsearch_jax.storage.networks import load_network
 
         for name in NETWORKS:
             if (directory / name / "network.json").exists():

@@ -1,4 +1,5 @@
-"""What `kdsearch_jax.convolution` gains on this machine's CPU over XLA's own grouped and depthwise convolutions.
+"""What `kdsearch_jax.adapters.convolution.dispatch` gains on this machine's CPU over XLA's own grouped and depthwise
+convolutions.
 
 python benchmarks/grouped_convolution.py [--rounds 5] [--batch 8] [--only NAME]
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kdsearch_jax.convolution import conv_general_dilated, fast_convolutions
+from kdsearch_jax.adapters.convolution.dispatch import conv_general_dilated, fast_convolutions
 
 # name: (height and width, inputs, outputs, groups, kernel, stride)
 CASES = {
@@ -41,7 +42,7 @@ CASES = {
     "2 groups of 32": (32, 64, 64, 2, 3, 1),
     "ShuffleNet 1x1, 8 groups": (28, 240, 240, 8, 1, 1),
 }
-Call = Callable[[], Any]
+CallSpec = Callable[[], Any]
 
 
 class Network(nn.Module):
@@ -61,14 +62,16 @@ class Network(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Call, float]:
+def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[CallSpec, float]:
     """A call of the compiled function that waits for its end, and the seconds that compiling took."""
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     return lambda: jax.block_until_ready(program(*arguments)), time.perf_counter() - start
 
 
-def compare(native: tuple[Call, float], fast: tuple[Call, float], rounds: int, patience: float) -> dict[str, float]:
+def compare(
+    native: tuple[CallSpec, float], fast: tuple[CallSpec, float], rounds: int, patience: float
+) -> dict[str, float]:
     """Shortest times of both, taking turns after one call that is not counted, and their ratio."""
     shortest = {"native": float("inf"), "fast": float("inf")}
     for turn in range(rounds + 1):

@@ -33,16 +33,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget, devices, front, gated, models, train
-from kdsearch_jax.batches import batch_indices
-from kdsearch_jax.checkpoint import Checkpointer
-from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.examples import Dataset, Split
-from kdsearch_jax.metrics import MetricsWriter, Progress
-from kdsearch_jax.network import trace
-from kdsearch_jax.shrinking import Part
-from kdsearch_jax.steps import TrainState
-from kdsearch_jax.task import classification
+from kdsearch_jax.adapters import devices, registry
+from kdsearch_jax.data.batches import batch_indices
+from kdsearch_jax.data.examples import Dataset, Split
+from kdsearch_jax.data.progress import Progress
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import search_step
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.training import loop
+from kdsearch_jax.training.checkpoints import Checkpointer
+from kdsearch_jax.training.metrics import MetricsWriter
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import TrainState
 
 DATA = DataConfig(crop=1, flip=True)
 
@@ -56,21 +63,21 @@ class Search:
         images = random.integers(0, 256, (512, size, size, 3), dtype=np.uint8)
         split = Split.of(images, random.integers(0, 10, len(images), dtype=np.int32))
         self.dataset = Dataset("random", split, split, split, 10, (0.5,) * 3, (0.25,) * 3, ())
-        module = models.build(name, {**arguments, "num_classes": 10})
+        module = registry.build(name, {**arguments, "num_classes": 10})
         shape = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
         self.variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros(shape.shape))
         network, task = trace(module, shape, train=False), classification(DistillConfig())
         limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
         pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-        path = front.legs((limits,), (1.0,), pressure, stage, config, self.run.steps_per_dispatch)
-        tx = gated.make_transformation(stage, config)
-        self.step = gated.search_step(network, module, tx, task, config, self.run)
-        self.between = gated.controller(Part.of(network), path, stage, config, self.run)
-        self.state = gated.begin(self.variables, network.topology, tx, stage)
+        path = budget_path.legs((limits,), (1.0,), pressure, stage, config, self.run.steps_per_dispatch)
+        tx = search_step.make_transformation(stage, config)
+        self.step = search_step.search_step(network, module, tx, task, config, self.run)
+        self.between = search_step.controller(Part.of(network), path, stage, config, self.run)
+        self.state = search_step.begin(self.variables, network.topology, tx, stage)
 
     def fit(self, directory: Path, between: Callable[[TrainState], Any]) -> TrainState:
         """The search in the loop of every run."""
-        return train.fit(
+        return loop.fit(
             self.state, self.step, self.dataset, DATA, self.stage, self.run,
             directory=directory, name="search", meta={}, constants=self.variables, between=between,
         )  # fmt: skip
@@ -82,7 +89,7 @@ class Search:
         resident, constants = devices.replicate(
             ({"arrays": self.dataset.train.arrays, "mean": mean, "std": std}, self.variables), mesh
         )
-        dispatch = train.make_dispatch(self.step, mesh, DATA, 0, scanned=jax.default_backend() != "cpu")
+        dispatch = loop.make_dispatch(self.step, mesh, DATA, 0, scanned=jax.default_backend() != "cpu")
         held, size = [devices.owned(self.state, mesh), 0], self.run.steps_per_dispatch
 
         def updates(number: int) -> None:

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 import kdsearch_jax
-from kdsearch_jax.checkpoint import flatten
-from kdsearch_jax.files import read_object
+from kdsearch_jax.storage.arrays import flatten
+from kdsearch_jax.storage.files import read_object
 
 HERE = Path(__file__).resolve().parent
 LAUNCHER = HERE.parent / "launch" / "local.py"

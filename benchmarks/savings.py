@@ -6,7 +6,8 @@ On random images of CIFAR-10's shape, from a ResNet, by the loop's own compiled 
 
     retraining   a student of half the MACs, with the teacher in every update, and with its outputs cached
     search       the search's update when `--left` of the MACs are alive: of the whole network, and of what is left
-                 (`kdsearch_jax.shrinking`); the teacher, which does not shrink, and the controller are part of both
+                 (`kdsearch_jax.distill.shrinking`); the teacher, which does not shrink, and the controller are part
+                 of both
 
 The two of a pair take turns in one process (A B B A …). Printed: the median ratio of neighbours, by the clock and in
 processor time of all threads, which other work on the machine does not change; what the saving costs once, in updates
@@ -29,20 +30,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines, budget, devices, distilling, front, gated, models, shrinking, surgery, train
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.batches import batch_indices
-from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, Experiment, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.examples import Dataset, Split
-from kdsearch_jax.network import trace
-from kdsearch_jax.optimizer import make_optimizer
-from kdsearch_jax.shrinking import Part
-from kdsearch_jax.steps import TrainState, create_state, distill_step
-from kdsearch_jax.task import classification
+from kdsearch_jax.adapters import devices, registry
+from kdsearch_jax.data.batches import batch_indices
+from kdsearch_jax.data.examples import Dataset, Split
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import distiller, search_step, shrinking
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.steps import distill_step
+from kdsearch_jax.pruning import baselines, budget, budget_path, surgery
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.training import loop
+from kdsearch_jax.training.optimizer import make_optimizer
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import TrainState, create_state
 
 STEPS, EQUAL = 2, 8  # updates a call; updates after which results are compared
 GATES = GatesConfig(warmup=0.0)
-Call = Callable[[], Any]  # does a call of updates, waits for it, and gives the state, which the next call frees
+CallSpec = Callable[[], Any]  # does a call of updates, waits for it, and gives the state, which the next call frees
 
 
 def started(module: Any, batch: int) -> Any:
@@ -59,7 +67,7 @@ class Bench:
     """A network, images to learn it on, and how updates are called."""
 
     def __init__(self, depth: int, batch: int):
-        self.module = models.build("cifar_resnet", {"depth": depth, "num_classes": 10})
+        self.module = registry.build("cifar_resnet", {"depth": depth, "num_classes": 10})
         shape = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
         self.variables = started(self.module, batch)
         self.network, self.task = trace(self.module, shape, train=False), classification(DistillConfig())
@@ -70,20 +78,20 @@ class Bench:
             random.integers(0, 256, (4 * batch, 32, 32, 3), np.uint8), random.integers(0, 10, 4 * batch, np.int32)
         )
         self.dataset = Dataset("random", split, split, split, 10, (0.5,) * 3, (0.25,) * 3, ())
-        self.mesh, self.tx = devices.data_mesh(), gated.make_transformation(self.stage, GATES)
+        self.mesh, self.tx = devices.data_mesh(), search_step.make_transformation(self.stage, GATES)
 
     def keep(self, rule: str, share: float) -> Any:
         """A hand-made choice of units with so much of the MACs."""
         limits = budget.resolve(BudgetConfig(macs=share), self.network.topology)
         return baselines.keep(rule, self.variables, self.network.topology, limits)
 
-    def caller(self, state: TrainState, step: Any, dataset: Dataset, constants: Any, between: Any = None) -> Call:
+    def caller(self, state: TrainState, step: Any, dataset: Dataset, constants: Any, between: Any = None) -> CallSpec:
         """The call that goes on from a state."""
         resident: Any = {"arrays": dataset.train.arrays, "mean": np.full(3, 0.5, np.float32)}
         resident["std"] = resident["mean"] / 2
         resident, constants = devices.replicate((resident, constants), self.mesh)
         scanned = jax.default_backend() != "cpu"
-        dispatch = train.make_dispatch(step, self.mesh, DataConfig(), 0, scanned=scanned)
+        dispatch = loop.make_dispatch(step, self.mesh, DataConfig(), 0, scanned=scanned)
         held = [devices.owned(state, self.mesh)]
 
         def call() -> TrainState:
@@ -104,7 +112,7 @@ def timed(call: Callable[[], Any]) -> tuple[np.ndarray, Any]:
     return np.array([time.perf_counter(), time.process_time()]) - start, result
 
 
-def compared(whole: Call, less: Call, rounds: int, **once: np.ndarray) -> dict[str, Any]:
+def compared(whole: CallSpec, less: CallSpec, rounds: int, **once: np.ndarray) -> dict[str, Any]:
     """The ratio less/whole of calls that take turns; seconds spent `once` in updates of `whole`."""
     times: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for number in range(rounds):
@@ -124,15 +132,15 @@ def retraining(bench: Bench, rounds: int) -> dict[str, Any]:
     start = surgery.slice_variables(surgery.gated(bench.variables, ones, keep, bench.network), bench.network, keep)
     student, tx = bench.network.student(keep), make_optimizer(bench.stage)
     teacher, calls, ends, filled = (
-        distilling.Teacher(bench.module, bench.variables, bench.task.call),
+        distiller.Teacher(bench.module, bench.variables, bench.task.call),
         [],
         [],
         np.zeros(2),
     )
     for cache in (False, True):
-        experiment = Experiment(distill=DistillConfig(cache=cache), run=bench.run)
-        about = bench.task, [teacher], bench.dataset, experiment, bench.stage, student, start
-        filled, lesson = timed(lambda about=about: distilling.prepare(*about, retraining=True))
+        config = DistillConfig(cache=cache)
+        about = bench.task, [teacher], bench.dataset, config, DataConfig(), bench.run, bench.stage, student, start
+        filled, lesson = timed(lambda about=about: distiller.prepare(*about, retraining=True))
         assert lesson.distiller.cached == cache
         step = distill_step(student, bench.module, tx, bench.stage, bench.run, lesson.task, lesson.distiller)
         calls.append(bench.caller(create_state(start, tx), step, lesson.dataset, lesson.constants))
@@ -155,21 +163,21 @@ def search(bench: Bench, share: float, rounds: int) -> dict[str, Any]:
     """What is left of a network, so much of whose MACs are alive, against all of it; on to four fifths of that."""
     topology, keep, part = bench.network.topology, bench.keep("random", share), Part.of(bench.network)
     goal = budget.resolve(BudgetConfig(macs=0.8 * share), topology)
-    path = front.legs(
+    path = budget_path.legs(
         (goal,), (1.0,), goal.pressure(topology, topology.flatten(keep).astype(float)), bench.stage, GATES, STEPS
     )
 
-    def searcher(part: Part, state: TrainState) -> tuple[TrainState, Call]:
-        step = gated.search_step(part.network, bench.module, bench.tx, bench.task, GATES, bench.run)
-        control = gated.controller(part, path, bench.stage, GATES, bench.run)
+    def searcher(part: Part, state: TrainState) -> tuple[TrainState, CallSpec]:
+        step = search_step.search_step(part.network, bench.module, bench.tx, bench.task, GATES, bench.run)
+        control = search_step.controller(part, path, bench.stage, GATES, bench.run)
         state, _ = control(state)  # from the first update on the dead stay dead
         return state, bench.caller(state, step, bench.dataset, bench.variables, control)
 
-    state = gated.begin(bench.variables, topology, bench.tx, bench.stage)
+    state = search_step.begin(bench.variables, topology, bench.tx, bench.stage)
     gates = gates_lib.mask(state.extra["gates"], keep)
     state, whole = searcher(part, state.replace(extra={**state.extra, "gates": gates}))
 
-    def cut() -> tuple[Part, Call]:
+    def cut() -> tuple[Part, CallSpec]:
         smaller, left = shrinking.shrink(part, state, bench.tx)
         folded = gates_lib.fold(
             {"params": left.params, **left.model_state}, left.extra["gates"], smaller.network.topology

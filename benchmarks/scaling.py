@@ -105,13 +105,19 @@ def updates(kinds: list[str], depth: int, size: int, batch: int) -> Iterator[tup
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from kdsearch_jax import devices, gated, models, optimizer, train
-    from kdsearch_jax.config import DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
-    from kdsearch_jax.network import trace
-    from kdsearch_jax.steps import create_state, distill_step, supervised_step
-    from kdsearch_jax.task import classification
+    from kdsearch_jax.adapters import devices, registry
+    from kdsearch_jax.data.settings import DataConfig
+    from kdsearch_jax.distill import search_step
+    from kdsearch_jax.distill.objective import classification
+    from kdsearch_jax.distill.settings import DistillConfig
+    from kdsearch_jax.distill.steps import distill_step, supervised_step
+    from kdsearch_jax.pruning.network import trace
+    from kdsearch_jax.pruning.settings import GatesConfig
+    from kdsearch_jax.training import loop, optimizer
+    from kdsearch_jax.training.settings import RunConfig, StageConfig
+    from kdsearch_jax.training.state import create_state
 
-    module = models.build("resnet", {"depth": depth, "num_classes": 1000})
+    module = registry.build("resnet", {"depth": depth, "num_classes": 1000})
     image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), image)
     stage, run, config = StageConfig(batch_size=batch), RunConfig(precision="bf16"), GatesConfig()
@@ -129,14 +135,14 @@ def updates(kinds: list[str], depth: int, size: int, batch: int) -> Iterator[tup
     plain = optimizer.make_optimizer(stage)
     for kind in kinds:
         if kind == "search":
-            network, tx = trace(module, image, train=False), gated.make_transformation(stage, config)
-            step = gated.search_step(network, module, tx, task, config, run)
-            state = jax.eval_shape(lambda v, n=network, t=tx: gated.begin(v, n.topology, t, stage), variables)
+            network, tx = trace(module, image, train=False), search_step.make_transformation(stage, config)
+            step = search_step.search_step(network, module, tx, task, config, run)
+            state = jax.eval_shape(lambda v, n=network, t=tx: search_step.begin(v, n.topology, t, stage), variables)
         else:
             state = jax.eval_shape(lambda v: create_state(v, plain), variables)
             make = {"distill": distill_step, "teacher": supervised_step}[kind]
             step = make(*(module,) * (1 + (kind == "distill")), plain, stage, run, task)
-        update = train.make_update(step, mesh, data, 0, scanned=False)
+        update = loop.make_update(step, mesh, data, 0, scanned=False)
         constants = None if kind == "teacher" else lies(variables, whole)
         yield kind, update, (lies(state, whole), lies(sent, shared), lies(resident, whole), constants)
 

@@ -21,19 +21,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import budget, devices, front, gated, models, optimizer, train
-from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.network import trace
-from kdsearch_jax.shrinking import Part
-from kdsearch_jax.steps import Step, TrainState, create_state, distill_step
-from kdsearch_jax.task import classification
+from kdsearch_jax.adapters import devices, registry
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import search_step
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.steps import distill_step
+from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.training import loop, optimizer
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import Step, TrainState, create_state
 
 IMAGES = 1024
 
 
 def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]]:
     """{"search", "distill"}: functions that do so many updates from wherever they are, and wait for them."""
-    module = models.build("cifar_resnet", {"depth": depth, "num_classes": 10})
+    module = registry.build("cifar_resnet", {"depth": depth, "num_classes": 10})
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     stage = StageConfig(steps=100_000, batch_size=batch, learning_rate=0.01, schedule="constant")
     run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), devices.data_mesh()
@@ -41,7 +48,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     task = classification(DistillConfig())
     limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
     pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = front.legs((limits,), (1.0,), pressure, stage, config, steps)
+    path = budget_path.legs((limits,), (1.0,), pressure, stage, config, steps)
     random = np.random.default_rng(0)
     resident: Any = {
         "arrays": {
@@ -54,7 +61,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     resident, constants = devices.replicate(resident, mesh), devices.replicate(variables, mesh)
 
     def caller(state: TrainState, step: Step, between: Any) -> Callable[[int], None]:
-        dispatch = train.make_dispatch(
+        dispatch = loop.make_dispatch(
             step, mesh, DataConfig(crop=4, flip=True), 0, scanned=jax.default_backend() != "cpu"
         )
         held = [jax.tree.map(jnp.copy, devices.replicate(state, mesh))]
@@ -67,11 +74,11 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
 
         return call
 
-    tx = gated.make_transformation(stage, config)
+    tx = search_step.make_transformation(stage, config)
     search = caller(
-        gated.begin(variables, network.topology, tx, stage),
-        gated.search_step(network, module, tx, task, config, run),
-        gated.controller(Part.of(network), path, stage, config, run),
+        search_step.begin(variables, network.topology, tx, stage),
+        search_step.search_step(network, module, tx, task, config, run),
+        search_step.controller(Part.of(network), path, stage, config, run),
     )
     plain = optimizer.make_optimizer(stage)
     distill = caller(

@@ -12,15 +12,10 @@ with the s = 2 that is taken here. Which units go was the same in all of these r
 
 import dataclasses
 
-from kdsearch_jax.config import (
-    BudgetConfig,
-    DataConfig,
-    Experiment,
-    GatesConfig,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-)
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.runs.config import Experiment, ModelConfig
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 
 def experiment(quick: bool = False) -> Experiment:

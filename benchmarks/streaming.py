@@ -44,15 +44,20 @@ import numpy as np
 from PIL import Image
 
 import kdsearch_jax
-from kdsearch_jax import devices, feeding, models, optimizer
-from kdsearch_jax import processes as kdsearch_processes
-from kdsearch_jax.checkpoint import flatten
-from kdsearch_jax.config import DataConfig, DistillConfig, RunConfig, StageConfig
-from kdsearch_jax.data import load
-from kdsearch_jax.steps import create_state, distill_step
-from kdsearch_jax.streaming import reader_of
-from kdsearch_jax.task import classification
-from kdsearch_jax.train import make_dispatch
+from kdsearch_jax.adapters import devices, registry
+from kdsearch_jax.data import device_feed
+from kdsearch_jax.data.datasets import load
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.data.streaming import reader_of
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.steps import distill_step
+from kdsearch_jax.storage.arrays import flatten
+from kdsearch_jax.training import optimizer
+from kdsearch_jax.training import processes as kdsearch_processes
+from kdsearch_jax.training.loop import make_dispatch
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import create_state
 
 LAUNCHER = Path(__file__).resolve().parent.parent / "launch" / "local.py"
 CLASSES = 10
@@ -141,7 +146,7 @@ def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8
         split = load(dataclasses.replace(config, workers=workers))
 
         def turn() -> float:
-            with closing(feeding.make(split, 4 * batch, mesh, 10**6)) as feed:
+            with closing(device_feed.make(split, 4 * batch, mesh, 10**6)) as feed:
                 list(feed.take(0, 4 + 4 * workers, 0))
                 start = time.perf_counter()
                 list(feed.take(4 + 4 * workers, 12, 0))
@@ -167,7 +172,7 @@ def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8
         for name, turn in turns.items():
             seen[name].append(turn())
     rates = {name: statistics.median(each[1:]) for name, each in seen.items()}
-    with closing(feeding.make(dataset, batch, mesh, 10**6)) as feed:
+    with closing(device_feed.make(dataset, batch, mesh, 10**6)) as feed:
         update(feed.take(0, 2, 0), feed.resident)  # compiles
         waited, start = feed.waited, time.perf_counter()
         update(feed.take(2, 4, 0), feed.resident)
@@ -190,7 +195,7 @@ def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8
 
 def _update(depth: int, batch: int, mesh: Any, config: DataConfig) -> Callable[[Any, Any], None]:
     """Updates of a ResNet by distillation, on batches or on indices into what is resident."""
-    module = models.build("resnet", {"depth": depth, "num_classes": CLASSES})
+    module = registry.build("resnet", {"depth": depth, "num_classes": CLASSES})
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((2, 224, 224, 3), np.float32))
     chance = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: (0.02 * chance.normal(size=leaf.shape)).astype(np.float32) ** 2, shapes)
@@ -217,13 +222,13 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
     config = DataConfig("pictures", str(directory), image_size=224, framing="crop", flip=True, workers=workers)
     dataset = load(config)
     stage = StageConfig(steps=10**6, batch_size=batch, learning_rate=0.01, schedule="constant")
-    module, tx = models.build("small_cnn", {"width": 4, "num_classes": CLASSES}), optimizer.make_optimizer(stage)
+    module, tx = registry.build("small_cnn", {"width": 4, "num_classes": CLASSES}), optimizer.make_optimizer(stage)
     variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), np.zeros((2, 224, 224, 3), np.float32))
     step = distill_step(module, module, tx, stage, RunConfig(), classification(DistillConfig()))
     state = devices.owned(create_state(variables, tx), mesh)
     dispatch, variables = make_dispatch(step, mesh, config, 0, scanned=False), devices.replicate(variables, mesh)
     updates, seen = len(dataset.train) // batch, []
-    with closing(feeding.make(dataset, batch, mesh, 10**6)) as feed:
+    with closing(device_feed.make(dataset, batch, mesh, 10**6)) as feed:
         for update in range(updates):
             state, _, _ = dispatch(state, feed.take(update, 1, 0), feed.resident, variables)
             everyone = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
@@ -244,7 +249,9 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
 # --- resume and processes -------------------------------------------------------------------------------------------
 
 
-def road(experiment: Path, directory: Path, processes: int = 1, *, command: str = "search", start: bool = False) -> Any:
+def setup(
+    experiment: Path, directory: Path, processes: int = 1, *, command: str = "search", start: bool = False
+) -> Any:
     """The whole road, or one command, by so many processes of one device; with `start` the process, not waited for."""
     argv = ["-m", f"kdsearch_jax.{command}", "--config", str(experiment), "--workdir", str(directory)]
     if processes > 1:
@@ -286,17 +293,17 @@ def losses(run: Path) -> list[Any]:
 def resume(experiment: Path, directory: Path, kills: int) -> dict[str, Any]:
     """An undisturbed run, and one killed so many times at random moments."""
     begun = time.monotonic()
-    road(experiment, directory / "whole")
+    setup(experiment, directory / "whole")
     seconds, done = time.monotonic() - begun, []
     for _ in range(kills):
-        running = road(experiment, directory / "killed", start=True)
+        running = setup(experiment, directory / "killed", start=True)
         try:
             running.communicate(timeout=random.uniform(0.25, 0.7) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)  # whatever it has started included: nobody is left to end it
             running.communicate()
             done.append(_reached(directory / "killed"))
-    road(experiment, directory / "killed")
+    setup(experiment, directory / "killed")
     worst = difference(directory / "whole", directory / "killed")
     same = losses(directory / "whole") == losses(directory / "killed")
     return {"killed after": done, "largest difference": worst, "equal metrics": same, "holds": worst == 0 and same}
@@ -316,7 +323,7 @@ def share(directory: Path, out: Path) -> None:
     """Writes the rows of some batches that this process is given."""
     config = DataConfig("pictures", str(directory), image_size=64, framing="crop")
     mesh, rows = devices.data_mesh(), {}
-    with closing(feeding.make(load(config), 12, mesh, 100)) as feed:
+    with closing(device_feed.make(load(config), 12, mesh, 100)) as feed:
         for number, batch in enumerate(feed.take(3, 5, 1)):
             for entry, leaf in batch.items():
                 for shard in leaf.addressable_shards:
@@ -338,7 +345,7 @@ def processes(data: Path, experiment: Path, directory: Path) -> dict[str, Any]:
         found = sorted((int(k.rpartition("/")[2]), v) for p in parts for k, v in p.items() if k.startswith(f"{stem}/"))
         equal &= bool(np.array_equal(np.concatenate([v for _, v in found]), value))
     for count in (1, 2):
-        road(experiment, directory / f"teacher-{count}", count, command="teacher")
+        setup(experiment, directory / f"teacher-{count}", count, command="teacher")
     worst = difference(directory / "teacher-1", directory / "teacher-2", ("teacher/network",))
     holds = bool(disjoint) and equal and worst <= TOLERANCE
     return {"disjoint": bool(disjoint), "union is the batch": equal, "largest difference": worst, "holds": holds}

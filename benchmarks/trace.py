@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import models, surgery
-from kdsearch_jax.network import Network, trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import Network, trace
 
 NETWORKS = {
     "ResNet-152": ("resnet", {"depth": 152}),
@@ -41,7 +42,7 @@ def main() -> None:
     """Prints a line for each network."""
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     for name, (model, arguments) in NETWORKS.items():
-        module = models.build(model, {"num_classes": 1000, **arguments})
+        module = registry.build(model, {"num_classes": 1000, **arguments})
         tracing = least(lambda module=module: trace(module, x))
         network = trace(module, x)
         spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(x.shape))

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 def measure(depth: int = 20, batch: int = 128, rounds: int = 30) -> dict[str, float]:
     """Milliseconds a step and the ratio's median with a 95% interval; controller calls are in it, one in 10 updates."""
-    model = models.build("cifar_resnet", {"depth": depth, "num_classes": 10})
+    model = registry.build("cifar_resnet", {"depth": depth, "num_classes": 10})
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32)
     y = jnp.asarray(rng.integers(0, 10, batch), jnp.int32)

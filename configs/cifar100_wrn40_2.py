@@ -9,7 +9,7 @@ The teacher's recipe and that of retraining are those of the comparisons in the 
 epochs, batch 64, rate .05 divided by 10 at 150, 180 and 210, weight decay 5e-4, temperature 4, .1 of cross-entropy.
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     DistillConfig,

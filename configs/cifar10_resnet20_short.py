@@ -11,7 +11,7 @@ of retraining, from the same teacher's weights. The teacher is a published PyTor
 
 import dataclasses
 
-from kdsearch_jax.config import Experiment, GatesConfig, RunConfig, StageConfig, load_experiment, shorten
+from kdsearch_jax.runs.config import Experiment, GatesConfig, RunConfig, StageConfig, load_experiment, shorten
 
 
 def experiment(quick: bool = False) -> Experiment:

@@ -9,7 +9,7 @@ Without --teacher-from it trains the teacher itself (200 epochs). The normalisat
 weights of this network, whose teacher can be given as it is.
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     DistillConfig,

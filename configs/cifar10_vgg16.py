@@ -6,7 +6,7 @@ time:     not yet run
 result:   not yet run
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     DistillConfig,

@@ -6,7 +6,7 @@ time:     under 3 minutes, from a cold start
 result:   the table in README.md
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     Experiment,

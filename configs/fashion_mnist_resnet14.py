@@ -21,7 +21,7 @@ four files that Fashion-MNIST is distributed as, one is made by
 The teacher is trained here. 5,000 of the 60,000 training images are held out. Students get 390 updates in all.
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     Experiment,

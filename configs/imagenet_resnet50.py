@@ -10,7 +10,7 @@ prepared once with file_format="array_record" (docs/training.md, "Data that do n
 this machine has cores to spare. TFDS's validation split, whose labels are public, is what is tested on.
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     DistillConfig,

@@ -9,7 +9,7 @@ Nothing about the data is assumed: images are neither cropped nor mirrored; grad
 those of a short run on a small data set; a real one wants more (`--search.steps`, `--retrain.steps`).
 """
 
-from kdsearch_jax.config import (
+from kdsearch_jax.runs.config import (
     BudgetConfig,
     DataConfig,
     Experiment,

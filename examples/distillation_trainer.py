@@ -14,7 +14,7 @@ import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Trainer:
 
 
 def main(steps: int = 300):
-    model = models.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
 

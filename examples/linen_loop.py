@@ -9,11 +9,11 @@ import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 def main(steps: int = 300):
-    model = models.build("small_cnn", {"num_classes": 10, "width": 8})
+    model = registry.build("small_cnn", {"num_classes": 10, "width": 8})
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1], train=False)
 

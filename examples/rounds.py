@@ -9,11 +9,11 @@ import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 def main(rounds: int = 3, steps: int = 100):
-    module = models.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    module = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
     example = next(data.batches(1, 256, seed=1))
     variables = module.init(jax.random.key(0), example["x"][:1])
     variables = train(module, variables, steps)

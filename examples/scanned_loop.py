@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 def main(steps: int = 200):
-    model = models.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
     search = kd.GatedSearch(kd.trace(model, example["x"]), kd.Budget(params=0.4), steps=steps)

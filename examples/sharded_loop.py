@@ -13,11 +13,11 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kdsearch_jax as kd
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 
 
 def main(steps: int = 60):
-    model = models.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
     example = next(data.batches(1, 64, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
     search = kd.GatedSearch(kd.trace(model, example["x"]), kd.Budget(macs=0.5), steps=steps, every=5)

@@ -22,19 +22,21 @@ from typing import TYPE_CHECKING, Any
 from kdsearch_jax.search import search
 
 if TYPE_CHECKING:
-    from kdsearch_jax import losses
-    from kdsearch_jax.budget import BudgetError
-    from kdsearch_jax.network import Network, trace
-    from kdsearch_jax.prox import accelerated_proximal_l1, soft_threshold
+    from kdsearch_jax.distill import losses
+    from kdsearch_jax.pruning.budget import BudgetError
     from kdsearch_jax.pruning.budgets import Budget
     from kdsearch_jax.pruning.criteria import batch_norm_scale, fisher, magnitude, prune, random, taylor
     from kdsearch_jax.pruning.gated_module import Gated
+    from kdsearch_jax.pruning.network import Network, trace
+    from kdsearch_jax.pruning.prox import accelerated_proximal_l1, soft_threshold
     from kdsearch_jax.pruning.rules import Rule
     from kdsearch_jax.pruning.search import GatedSearch
-    from kdsearch_jax.pruning.student import Student, fold, load, save, verify
+    from kdsearch_jax.pruning.student import Student, fold, verify
+    from kdsearch_jax.pruning.surgery import SurgeryError
     from kdsearch_jax.pruning.tables import Part, Table
     from kdsearch_jax.pruning.transform import SearchState
-    from kdsearch_jax.surgery import SurgeryError
+    from kdsearch_jax.storage.export_formats import load_safetensors, load_stablehlo
+    from kdsearch_jax.storage.students import load, save
     from kdsearch_jax.tracing.topology import Topology
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
     "fisher",
     "fold",
     "load",
+    "load_safetensors",
+    "load_stablehlo",
     "losses",
     "magnitude",
     "prune",
@@ -78,7 +82,9 @@ _HOMES = {
     "pruning.gated_module": ("Gated",),
     "pruning.rules": ("Rule",),
     "pruning.search": ("GatedSearch",),
-    "pruning.student": ("Student", "fold", "load", "save", "verify"),
+    "pruning.student": ("Student", "fold", "verify"),
+    "storage.export_formats": ("load_safetensors", "load_stablehlo"),
+    "storage.students": ("load", "save"),
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
     "surgery": ("SurgeryError",),

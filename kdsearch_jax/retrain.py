@@ -8,11 +8,12 @@ Takes teacher and search from RUN, retrains in a run directory of its own, and d
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdsearch_jax import cli, storage
+from kdsearch_jax import storage
+from kdsearch_jax.runs import command_line
 
 
 @dataclass(frozen=True)
-class RetrainOptions(cli.RunOptions):
+class RetrainOptions(command_line.RunOptions):
     """Where the cut student is."""
 
     search_from: Path | None = None
@@ -21,24 +22,24 @@ class RetrainOptions(cli.RunOptions):
 
 def main(argv: list[str]) -> int:
     """Runs retraining, baselines and delivery."""
-    options, experiment = cli.parse(argv, RetrainOptions, "kdsearch_jax.retrain", __doc__ or "")
-    from kdsearch_jax import delivery, rundir, stages  # jax and all else, which --help does not need
-    from kdsearch_jax.road import prepare
+    options, experiment = command_line.parse(argv, RetrainOptions, "kdsearch_jax.retrain", __doc__ or "")
+    from kdsearch_jax.runs import delivery, directories, stages  # jax and all else, which --help does not need
+    from kdsearch_jax.runs.setup import prepare
 
     assert options.workdir is not None
     if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
-        raise cli.UsageError("--search-from is missing; give a run whose search is finished")
+        raise command_line.UsageError("--search-from is missing; give a run whose search is finished")
     origin = options.search_from and storage.shown(str(options.search_from))
     command = {"command": "retrain", "--search-from": origin}
-    resume = rundir.goes_on(options.workdir, experiment, command, options.resume)
+    resume = directories.goes_on(options.workdir, experiment, command, options.resume)
     start, trust = options.search_from, options.trust_code
-    road = prepare(experiment, options.workdir, resume=resume, search_from=start, trust_code=trust)
-    with rundir.run_directory(options.workdir, experiment, command, resume=resume, data=road.fingerprint):
-        results = stages.run(road, resume=resume)
+    setup = prepare(experiment, options.workdir, resume=resume, search_from=start, trust_code=trust)
+    with directories.run_directory(options.workdir, experiment, command, resume=resume, data=setup.fingerprint):
+        results = stages.run(setup, resume=resume)
     assert results is not None
     print(delivery.table(results))
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from proof import variables_of
 
-from kdsearch_jax.functional import Functional
+from kdsearch_jax.adapters.functional_module import FunctionalModule
 
 LIBRARIES = ("linen", "nnx")
 INIT = nn.initializers.normal(0.4)
@@ -80,4 +80,4 @@ def network_in(library: str, function: Callable[[Any, Any], Any], x: np.ndarray)
         def __call__(self, x: jax.Array) -> Any:
             return function(OfNnx(self), x)
 
-    return Functional.split(Holding(nnx.Rngs(0)))
+    return FunctionalModule.split(Holding(nnx.Rngs(0)))

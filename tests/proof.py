@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdsearch_jax import surgery
-from kdsearch_jax.network import Network, trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import Network, trace
 from kdsearch_jax.tracing.topology import Topology
 
 ANY = Architecture("none", {}, input_shape=(1,))  # where only the sizes matter

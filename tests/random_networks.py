@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from proof import traced, variables_of
 from random_steps import STEPS, pooled, spread, widths
 
-from kdsearch_jax import equality, surgery
-from kdsearch_jax import gates as gates_lib
+from kdsearch_jax.pruning import equality, surgery
+from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.tracing.topology import Topology
 
 BATCH = 3

@@ -14,10 +14,10 @@ import pytest
 from flax import serialization, struct
 
 import kdsearch_jax
-from kdsearch_jax import budget as budget_lib
-from kdsearch_jax import surgery
-from kdsearch_jax.checkpoint import flatten
+from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning import surgery
 from kdsearch_jax.search.__main__ import main as search_main
+from kdsearch_jax.storage.arrays import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -237,7 +237,8 @@ def test_labels_out_of_range_and_outputs_without_a_batch():
 
 
 @pytest.mark.parametrize(
-    "imports", ["import kdsearch_jax", "import kdsearch_jax.search", "import kdsearch_jax.api, kdsearch_jax.stages",
+    "imports", ["import kdsearch_jax", "import kdsearch_jax.search",
+                "import kdsearch_jax.runs.api, kdsearch_jax.runs.stages",
                 "from kdsearch_jax.search import __main__", "from kdsearch_jax import search"]
 )  # fmt: skip
 def test_search_is_the_function_whatever_was_imported(imports):

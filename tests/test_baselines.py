@@ -10,12 +10,12 @@ from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsearch_jax import baselines, budget, surgery
-from kdsearch_jax.budget import FLOOR, BudgetError, Limits
-from kdsearch_jax.call import mode
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.call_spec import mode
+from kdsearch_jax.pruning import baselines, budget, surgery
+from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -19,11 +19,14 @@ from flax.core import freeze, meta
 from proof import groups, image, prove, random_gates, random_keep, variables_of
 
 import kdsearch_jax as kd
-from kdsearch_jax import boxes, checkpoint, gates, surgery, weights
-from kdsearch_jax.call import Call
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters import boxes
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import gates, surgery
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.runs import weights
+from kdsearch_jax.storage import networks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -187,7 +190,7 @@ def test_variables_in_boxes_that_the_module_does_not_make_and_the_reverse(kind):
     module, other = Net(kind), Net("none" if kind == "partitioned" else "partitioned")
     variables = initial(other)
     fitted = weights.fit(
-        variables, module, Call(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)}), "variables"
+        variables, module, CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)}), "variables"
     )
     jax.tree.map(np.testing.assert_array_equal, fitted, boxes.unboxed(variables))
     _, sliced = cut(module, variables)
@@ -196,11 +199,11 @@ def test_variables_in_boxes_that_the_module_does_not_make_and_the_reverse(kind):
 
 def test_what_files_say_of_boxes(tmp_path):
     """Names and rules are stored; a box of one's own is made by the module's own code."""
-    call = Call(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)})
+    call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)})
     for kind in ("partitioned", "logical", "mine", "none"):
         module = Net(kind, scan=kind != "mine")
         student, sliced = cut(module, initial(module))
-        checkpoint.save_network(tmp_path / kind, Architecture.of(student, (), call), sliced, {"macs": 1, "params": 1})
+        networks.save_network(tmp_path / kind, Architecture.of(student, (), call), sliced, {"macs": 1, "params": 1})
         again, variables = kd.load(tmp_path / kind)
         assert again == student and jax.tree.structure(variables) == jax.tree.structure(sliced)
         jax.tree.map(np.testing.assert_array_equal, variables, sliced)
@@ -252,7 +255,7 @@ class NnxNet(nnx.Module):
 
 def check_nnx(module):
     """A student of the module has its metadata on each of its variables, with arrays of its own sizes."""
-    function, variables = Functional.split(module)
+    function, variables = FunctionalModule.split(module)
     student, sliced = cut(function, variables)
     bound = student.bind(sliced)
     assert bound.up.kernel.shape == (12, bound.up.out_features) and bound.up.out_features < 20
@@ -266,8 +269,8 @@ def check_nnx(module):
 def test_nnx_metadata_is_kept():
     with nnx.use_eager_sharding(False):
         np.testing.assert_allclose(*check_nnx(NnxNet(rngs=nnx.Rngs(0))), atol=1e-6)
-    function, _ = Functional.split(nnx.eval_shape(lambda: _lazy()))
-    assert Functional.make(NnxNet, {}).leaves == function.leaves  # also where no mesh is set
+    function, _ = FunctionalModule.split(nnx.eval_shape(lambda: _lazy()))
+    assert FunctionalModule.make(NnxNet, {}).leaves == function.leaves  # also where no mesh is set
 
 
 def _lazy():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from proof import groups, image, network, norm, out, pooled, prove, reasons, traced, variables_of
 
-from kdsearch_jax import gates, surgery
+from kdsearch_jax.pruning import gates, surgery
 from kdsearch_jax.tracing.program import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -137,7 +137,7 @@ def dense_connections(m, x):
     return out(pooled(x))
 
 
-class Own(nn.Module):
+class UserTeacher(nn.Module):
     """A stranger's own layer, with its kernel the other way round."""
 
     features: int
@@ -150,8 +150,8 @@ class Own(nn.Module):
 
 @case(2, "c1+n")
 def strangers_layers(m, x):
-    x = Own(8, name="e")(x)
-    return out(pooled(x + Own(8, name="c2")(nn.gelu(Own(8, name="c1")(layer_norm("n", x))))))
+    x = UserTeacher(8, name="e")(x)
+    return out(pooled(x + UserTeacher(8, name="c2")(nn.gelu(UserTeacher(8, name="c1")(layer_norm("n", x))))))
 
 
 class Whole(nn.Module):

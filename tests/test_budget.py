@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdsearch_jax import budget, models
-from kdsearch_jax.budget import FLOOR, BudgetError, Limits, smallest
-from kdsearch_jax.budget.multipliers import balance
-from kdsearch_jax.call import mode
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.call_spec import mode
+from kdsearch_jax.pruning import budget
+from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, smallest
+from kdsearch_jax.pruning.budget.multipliers import balance
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.tracing.topology import Topology
 
 NETWORKS = {
@@ -33,7 +34,7 @@ BUDGETS = {"macs": (0.5, None), "params": (None, 0.6), "both": (0.5, 0.6), "litt
 def topology(name: str) -> Topology:
     """What can be pruned in one of NETWORKS."""
     model, arguments, shape = NETWORKS[name]
-    module = models.build(model, {"num_classes": 10, **arguments})
+    module = registry.build(model, {"num_classes": 10, **arguments})
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     return trace(module, images, **mode(module, train=False)).topology
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from proof import groups, image, network, out, prove, traced, variables_of
 
-from kdsearch_jax.network import trace
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

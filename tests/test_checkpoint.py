@@ -28,19 +28,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsearch_jax import checkpoint
-from kdsearch_jax.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    load_network,
-    networks,
-    save_network,
-    shared,
-    states,
-    written_whole,
-)
-from kdsearch_jax.preemption import Preempted, preemption, terminable
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.storage import arrays, checkpoint_files, networks
+from kdsearch_jax.storage.checkpoint_files import CheckpointError, written_whole
+from kdsearch_jax.storage.networks import load_network, save_network
+from kdsearch_jax.training import checkpoints as checkpoint_states
+from kdsearch_jax.training.checkpoints import Checkpointer
+from kdsearch_jax.training.preemption import Preempted, preemption, terminable
 
 Pair = namedtuple("Pair", "first second")
 
@@ -78,15 +72,15 @@ def files(directory: Path) -> list[Path]:
     )
 )
 def test_flat_names_are_unique_and_reversible(tree):
-    flat = checkpoint.flatten(tree)
+    flat = arrays.flatten(tree)
     assert len(flat) == len(jax.tree.leaves(tree))
-    assert checkpoint.unflatten(flat) == {key: value for key, value in tree.items() if value}
+    assert arrays.unflatten(flat) == {key: value for key, value in tree.items() if value}
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
 def test_a_name_cannot_be_array_and_folder(names):
     with pytest.raises(ValueError, match="array and a folder at once"):
-        checkpoint.unflatten(dict.fromkeys(names, 0))
+        arrays.unflatten(dict.fromkeys(names, 0))
 
 
 # Saving and restoring
@@ -174,7 +168,7 @@ def test_a_save_is_affordable_within_its_share_of_the_time(tmp_path, monkeypatch
         checkpoints.save(1, small_state(1), {}, wait=True)
         assert checkpoints.affordable(1.0) and checkpoints.affordable(None)
         assert not checkpoints.affordable(1e-9)
-        monkeypatch.setattr(states, "LONGEST", 0.0)
+        monkeypatch.setattr(checkpoint_states, "LONGEST", 0.0)
         assert checkpoints.affordable(1e-9)
         checkpoints._worker.submit(written.wait)  # a disk that takes its time
         checkpoints.save(2, small_state(2), {})
@@ -336,7 +330,7 @@ def test_no_good_checkpoint_is_an_error_and_no_new_start(tmp_path):
 SAVES_UNTIL_KILLED = """
 import itertools, sys
 import numpy as np
-from kdsearch_jax.checkpoint import Checkpointer
+from kdsearch_jax.training.checkpoints import Checkpointer
 target = {"kernel": np.zeros((1000, 1000), np.float32), "step": np.zeros((), np.int32)}
 with Checkpointer(sys.argv[1]) as checkpoints:
     restored = checkpoints.restore(target)
@@ -437,7 +431,7 @@ OTHER_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from kdsearch_jax.checkpoint import Checkpointer
+from kdsearch_jax.training.checkpoints import Checkpointer
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
 abstract = {"a": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split), "b": jax.device_put(jnp.zeros(3), whole)}
@@ -467,8 +461,8 @@ import jax, numpy as np
 index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kdsearch_jax.checkpoint import Checkpointer
-from kdsearch_jax.preemption import preemption
+from kdsearch_jax.training.checkpoints import Checkpointer
+from kdsearch_jax.training.preemption import preemption
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 state = lambda k: {"a": jax.make_array_from_callback((4,), sharding, lambda i: np.arange(4.0, dtype=np.float32)[i] * k)}
 with preemption() as stop, Checkpointer(directory) as checkpoints:
@@ -602,8 +596,8 @@ def reseal(directory: Path, architecture: Any = None, **changes: Any) -> None:
     payload = json.loads((directory / "network.json").read_text())["payload"] | changes
     if architecture is not None:
         (directory / "architecture.json").write_text(json.dumps(architecture))
-        payload["architecture"] = shared.seal(architecture)
-    (directory / "network.json").write_text(json.dumps(shared.sealed(payload)))
+        payload["architecture"] = checkpoint_files.seal(architecture)
+    (directory / "network.json").write_text(json.dumps(checkpoint_files.sealed(payload)))
 
 
 def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_path, python):
@@ -611,7 +605,7 @@ def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
     np.save(tmp_path / "images.npy", images)
     script = (
-        "import sys, numpy as np; from kdsearch_jax.checkpoint import load_network\n"
+        "import sys, numpy as np; from kdsearch_jax.storage.networks import load_network\n"
         "module, variables, architecture, info = load_network(sys.argv[1])\n"
         "np.save(sys.argv[3], module.apply(variables, np.load(sys.argv[2]))); print(architecture.model, info)"
     )
@@ -625,11 +619,11 @@ def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_
 
 def test_arrays_without_elements_and_odd_names_come_back(tmp_path):
     variables = {"params": {"a/b%": {"cut": np.zeros((3, 0, 4), np.float32)}, "dense": np.ones((2, 2), np.float32)}}
-    arrays = checkpoint.flatten(variables)
+    flat = arrays.flatten(variables)
     save_network(tmp_path / "network", MLP, variables, {})
     leaves = networks._network_payload(tmp_path / "network" / "network.json")["leaves"]
-    assert_equal(networks._network_arrays(tmp_path / "network" / "variables", leaves), arrays)
-    assert_equal(checkpoint.unflatten(arrays), variables)
+    assert_equal(networks._network_arrays(tmp_path / "network" / "variables", leaves), flat)
+    assert_equal(arrays.unflatten(flat), variables)
 
 
 def test_a_network_is_replaced_whole_or_not_at_all(copy, network, monkeypatch):

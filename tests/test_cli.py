@@ -12,12 +12,12 @@ from typing import Literal
 
 import pytest
 
-from kdsearch_jax import cli, rundir
-from kdsearch_jax.config import Experiment, ModelConfig, load_experiment
+from kdsearch_jax.runs import command_line, directories
+from kdsearch_jax.runs.config import Experiment, ModelConfig, load_experiment
 
 
 @dataclass(frozen=True)
-class Flags(cli.RunOptions):
+class Flags(command_line.RunOptions):
     """The flags of a command of these tests."""
 
     stop_after: Literal["teacher", "search"] | None = None
@@ -25,7 +25,7 @@ class Flags(cli.RunOptions):
 
 
 def parse(*argv: str) -> tuple[Flags, Experiment]:
-    return cli.parse(list(argv), Flags, "kdsearch_jax.x", "What it does.")
+    return command_line.parse(list(argv), Flags, "kdsearch_jax.x", "What it does.")
 
 
 class TestCommandLine:
@@ -93,7 +93,7 @@ class TestCommandLine:
         ],
     )
     def test_a_mistake_is_one_line_that_says_the_way_out(self, argv, message, capfd):
-        with pytest.raises((cli.UsageError, FileNotFoundError), match=message) as refusal:
+        with pytest.raises((command_line.UsageError, FileNotFoundError), match=message) as refusal:
             parse(*argv)
         assert "\n" not in str(refusal.value)
         assert capfd.readouterr() == ("", "")
@@ -104,7 +104,7 @@ class TestCommandLine:
             parse("--help")
         assert end.value.code == 0
         text = capsys.readouterr().out.replace("-", "_")
-        from kdsearch_jax.config import SETTINGS
+        from kdsearch_jax.runs.config import SETTINGS
 
         missing = [name for name in SETTINGS if f"__{name}" not in text]
         assert not missing
@@ -112,7 +112,7 @@ class TestCommandLine:
 
     def test_resuming_a_named_directory_takes_its_experiment(self, tmp_path):
         _, experiment = parse("--search.steps", "7")
-        rundir.new_run_directory(tmp_path, experiment)
+        directories.new_run_directory(tmp_path, experiment)
         assert parse("--workdir", str(tmp_path), "--resume")[1] == experiment
         assert parse("--workdir", str(tmp_path))[1] != experiment
 
@@ -168,7 +168,7 @@ class TestFailing:
         assert err == "error: --budget.mac is not an option; did you mean '--budget.macs'?\n"
 
     def test_a_used_directory_ends_in_one_line(self, command, tmp_path):
-        rundir.new_run_directory(tmp_path / "run", Experiment())
+        directories.new_run_directory(tmp_path / "run", Experiment())
         status, _, err = command("--workdir", "run")
         assert status == 1
         assert err == "error: run already holds a run; add --resume to go on with it, or choose another --workdir\n"

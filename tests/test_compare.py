@@ -19,14 +19,16 @@ import safetensors.numpy
 from scipy import stats
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, losses, models
-from kdsearch_jax.call import Call
-from kdsearch_jax.compare import making, table
-from kdsearch_jax.compare.__main__ import check_own, main
-from kdsearch_jax.compare.rows import ROWS, check_seeds, chosen
-from kdsearch_jax.config import load_experiment
-from kdsearch_jax.files import read_sealed
-from kdsearch_jax.road import prepare
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.compare import check_own, main
+from kdsearch_jax.distill import losses
+from kdsearch_jax.runs.comparison import making, table
+from kdsearch_jax.runs.comparison.rows import ROWS, check_seeds, chosen
+from kdsearch_jax.runs.config import load_experiment
+from kdsearch_jax.runs.setup import prepare
+from kdsearch_jax.storage import arrays
+from kdsearch_jax.storage.files import read_sealed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,7 +62,7 @@ def read(path: Path) -> dict:
 
 def leaves(network: Path) -> dict[str, np.ndarray]:
     _, variables = kdsearch_jax.load(network)
-    return {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(variables).items()}
+    return {name: np.asarray(leaf) for name, leaf in arrays.flatten(variables).items()}
 
 
 def networks(directory: Path) -> dict[str, tuple]:
@@ -123,8 +125,8 @@ def test_from_scratch_is_the_searched_shape_and_nothing_else_of_it(comparison):
 
 
 def test_the_search_without_the_teacher_looks_at_labels_alone(comparison):
-    road = prepare(load_experiment(TINY), comparison, resume=True)
-    place = making.place_of(road, "slimming", 0, road.experiment.budget)
+    setup = prepare(load_experiment(TINY), comparison, resume=True)
+    place = making.place_of(setup, "slimming", 0, setup.experiment.budget)
     random = np.random.default_rng(0)
     student, *teachers = (jnp.asarray(random.normal(size=(5, 10)), jnp.float32) for _ in range(3))
     batch = {"labels": jnp.arange(5)}
@@ -275,9 +277,9 @@ def test_a_directory_of_something_else_is_left_alone(comparison, tmp_path):
 
 def test_a_teacher_worse_than_chance_is_refused_before_any_work(tmp_path):
     """One that always says the same."""
-    module = models.build("small_cnn", {"width": 4, "num_classes": 10})
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *Call.of_image((8, 8, 1)).example(1))
-    zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in checkpoint.flatten(shapes).items()}
+    module = registry.build("small_cnn", {"width": 4, "num_classes": 10})
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *CallSpec.of_image((8, 8, 1)).example(1))
+    zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays.flatten(shapes).items()}
     safetensors.numpy.save_file(zeros, tmp_path / "zeros.safetensors")
     with pytest.raises(ValueError, match="teacher: it is right on .*% of the validation split, which whoever always"):
         compare(tmp_path / "here", "--teacher-from", tmp_path / "zeros.safetensors")

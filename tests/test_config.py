@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsearch_jax import config
-from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, GatesConfig, ModelConfig, StageConfig
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.runs import config
+from kdsearch_jax.runs.config import Experiment, ModelConfig
+from kdsearch_jax.training.settings import StageConfig
 
 
 def changed(key: str, value: object) -> Experiment:
@@ -204,7 +207,8 @@ class TestLoading:
         assert config.load_experiment("digits").name == "digits"
         (tmp_path / "configs").mkdir()
         (tmp_path / "configs" / "mine.py").write_text(
-            "from kdsearch_jax.config import Experiment\ndef experiment(quick=False): return Experiment(name='mine')\n"
+            "from kdsearch_jax.runs.config import Experiment\n"
+            "def experiment(quick=False): return Experiment(name='mine')\n"
         )
         assert config.load_experiment("mine").name == "mine"
         assert {"mine", "digits"} <= set(config.config_names())
@@ -219,7 +223,7 @@ class TestLoading:
             ("x = 1", "no function experiment"),
             ("def experiment(quick=False): return 5", "gave a int, not an Experiment"),
             (
-                "from kdsearch_jax.config import *\n"
+                "from kdsearch_jax.runs.config import *\n"
                 "def experiment(quick=False): return Experiment(budget=BudgetConfig(macs=0))",
                 "budget.macs",
             ),
@@ -246,7 +250,7 @@ def test_an_experiment_file_may_define_modules_of_its_own(tmp_path):
     path.write_text(
         "from __future__ import annotations\n"
         "import flax.linen as nn\n"
-        "from kdsearch_jax.config import Experiment\n"
+        "from kdsearch_jax.runs.config import Experiment\n"
         "class Net(nn.Module):\n    width: int = 4\n"
         "def experiment(quick: bool = False) -> Experiment:\n    return Experiment(name=f'mine{Net().width}')\n"
     )

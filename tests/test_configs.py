@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from kdsearch_jax import models
-from kdsearch_jax.config import check, config_names, from_json, load_experiment, to_json
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.runs.config import check, config_names, from_json, load_experiment, to_json
 from kdsearch_jax.search.__main__ import main as search_main
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def test_an_experiment_is_possible_and_its_model_fits_its_data(name, quick):
     assert from_json(json.loads(json.dumps(to_json(experiment)))) == check(experiment) == experiment
     side, channels, classes = SHAPES[experiment.data.name]
     side = experiment.data.image_size or side
-    module = models.build(experiment.model.name, {**experiment.model.arguments, "num_classes": classes})
+    module = registry.build(experiment.model.name, {**experiment.model.arguments, "num_classes": classes})
     images = jax.ShapeDtypeStruct((2, side, side, channels), np.float32)
     logits, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
     assert logits.shape == (2, classes)

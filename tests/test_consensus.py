@@ -8,7 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from kdsearch_jax.consensus import check_alike, check_shared, first_says
+from kdsearch_jax.runs.consensus import check_alike, check_shared, first_says
 
 ASKED = """
 import json, sys, threading

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from kdsearch_jax.convolution import conv_general_dilated, fast_convolutions
+from kdsearch_jax.adapters.convolution.dispatch import conv_general_dilated, fast_convolutions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -258,7 +258,7 @@ def test_a_function_of_the_author_stays_and_errors_leave_nothing_behind():
         met.append(kwargs["feature_group_count"])
         raise RuntimeError("as the author wishes")
 
-    class Own(nn.Module):
+    class UserTeacher(nn.Module):
         function: object = None
 
         def setup(self):
@@ -273,11 +273,11 @@ def test_a_function_of_the_author_stays_and_errors_leave_nothing_behind():
 
     x = jnp.ones((1, 5, 5, 4))
     with pytest.raises(RuntimeError, match="author"), fast_convolutions():
-        Own(own).init(jax.random.key(0), x)
+        UserTeacher(own).init(jax.random.key(0), x)
     assert met == [4]
     with pytest.raises(Exception, match="kernel"), fast_convolutions():
-        Own().apply({"params": {"layer": {"kernel": jnp.ones((1, 1, 1, 4))}}}, x)
-    assert "platform_index" not in str(jax.make_jaxpr(Own().init)(jax.random.key(0), x))
+        UserTeacher().apply({"params": {"layer": {"kernel": jnp.ones((1, 1, 1, 4))}}}, x)
+    assert "platform_index" not in str(jax.make_jaxpr(UserTeacher().init)(jax.random.key(0), x))
 
 
 def test_nnx_modules_are_put_back(key):

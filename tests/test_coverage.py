@@ -13,7 +13,7 @@ from benchmarks.coverage import prove
 from benchmarks.coverage.document import document
 from benchmarks.coverage.own import CI
 from benchmarks.coverage.packages import PACKAGES
-from benchmarks.coverage.variant import Call, Package, Record, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Record, Variant, images
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,7 +42,7 @@ class Bare(nn.Module):
 
 
 def tried(module: nn.Module) -> Record:
-    return prove.trial("test", Variant("it", lambda: Call(module, (images(6),), {})))
+    return prove.trial("test", Variant("it", lambda: CallSpec(module, (images(6),), {})))
 
 
 @pytest.mark.parametrize("variant", CI, ids=lambda variant: variant.name)
@@ -66,7 +66,7 @@ def test_nothing_to_prune_is_not_a_pass():
 
 
 def test_a_network_that_does_not_run_by_itself():
-    def make() -> Call:
+    def make() -> CallSpec:
         raise AttributeError("module 'jax.numpy' has no attribute 'DeviceArray'")
 
     record = prove.trial("test", Variant("it", make))
@@ -77,12 +77,12 @@ def test_a_network_that_does_not_run_by_itself():
 
 
 def test_full_size_is_traced_only():
-    record = prove.trial("test", Variant("it", lambda: Call(Body(), (images(6),), {}), full=True))
+    record = prove.trial("test", Variant("it", lambda: CallSpec(Body(), (images(6),), {}), full=True))
     assert (record.status, record.half, record.branches) == ("traced", None, None)
 
 
 def test_the_document_counts_what_passed_and_what_did_not():
-    names = [Variant(name, partial(Call, None, (), {})) for name in "abcde"]
+    names = [Variant(name, partial(CallSpec, None, (), {})) for name in "abcde"]
     records = [
         Record("p", "a", "passed", version="1.0", macs=12345, share=0.5, kinds={"heads": 2}, half=1e-7, branches=0.0),
         Record("p", "b", "failed", "ValueError: a|b"),

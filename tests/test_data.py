@@ -22,14 +22,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdsearch_jax import data
-from kdsearch_jax import tfds as tfds_lib
-from kdsearch_jax.batches import augment, batch_indices, normalise, padded_batches
-from kdsearch_jax.config import DataConfig, Experiment
-from kdsearch_jax.data import load
-from kdsearch_jax.examples import Dataset, Split, hold_out
-from kdsearch_jax.given import call_of
-from kdsearch_jax.streaming import reader_of
+from kdsearch_jax.data import datasets
+from kdsearch_jax.data import tfds as tfds_lib
+from kdsearch_jax.data.batches import augment, batch_indices, normalise, padded_batches
+from kdsearch_jax.data.datasets import load
+from kdsearch_jax.data.examples import Dataset, Split, hold_out
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.data.streaming import reader_of
+from kdsearch_jax.runs.config import Experiment
+from kdsearch_jax.runs.teacher_source import call_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -304,9 +305,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
 
 def test_too_much_for_a_device_is_refused(tmp_path, monkeypatch):
     config = write(tmp_path, **swapped())
-    monkeypatch.setattr(data, "LARGEST", 32 * 8 * 8 * 3)
+    monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3)
     load(config)
-    monkeypatch.setattr(data, "LARGEST", 32 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3 - 1)
     with pytest.raises(ValueError, match="train takes .* stream it"):
         load(config)
 
@@ -512,7 +513,7 @@ def test_tfrecord_is_refused_with_the_way_out(prepare):
 
 def test_too_many_records_are_refused_before_they_are_decoded(prepare, monkeypatch):
     config = prepare({"train": [*examples(1), *[(png(numbered(1)[0]), 1)] * 30], "test": examples(9)})
-    monkeypatch.setattr(data, "LARGEST", 31 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(datasets, "LARGEST", 31 * 8 * 8 * 3 - 1)
     with pytest.raises(ValueError, match="tiny train takes .* stream it"):
         load(dataclasses.replace(config, stream=False))
     for fits in ({"image_size": 7}, {"train_limit": 20}):

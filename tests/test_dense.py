@@ -18,12 +18,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from kdsearch_jax import forward, models, native, optimizer
-from kdsearch_jax.config import DistillConfig, RunConfig, StageConfig
-from kdsearch_jax.convolution import conv_general_dilated
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.steps import create_state, distill_step, supervised_step
-from kdsearch_jax.task import classification
+from kdsearch_jax.adapters import apply, registry
+from kdsearch_jax.adapters.convolution import native
+from kdsearch_jax.adapters.convolution.dispatch import conv_general_dilated
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.steps import distill_step, supervised_step
+from kdsearch_jax.training import optimizer
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import create_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRODUCT = "kdsearch_convolution_product"  # the primitive's name in a jaxpr
@@ -180,7 +184,8 @@ def test_results_do_not_depend_on_threads():
         pytest.skip("one core, or no compiler")
     code = (
         "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
-        "import hashlib, jax, numpy as np; from kdsearch_jax.convolution import conv_general_dilated as conv\n"
+        "import hashlib, jax, numpy as np\n"
+        "from kdsearch_jax.adapters.convolution.dispatch import conv_general_dilated as conv\n"
         "f = lambda x, w: conv(x, w, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))\n"
         "x, w = (np.random.default_rng(0).normal(size=s).astype('f') for s in ((9, 13, 13, 20), (3, 3, 20, 40)))\n"
         "y, pullback = jax.vjp(jax.jit(f), x, w)\n"
@@ -256,8 +261,8 @@ class Small(nn.Module):
 def network(kind):
     """(module, variables)."""
     if kind == "nnx":
-        return Functional.split(Block(nnx.Rngs(0)))
-    module = Small() if kind == "linen" else models.build("cifar_resnet", {"depth": 8, "num_classes": 5, "width": 4})
+        return FunctionalModule.split(Block(nnx.Rngs(0)))
+    module = Small() if kind == "linen" else registry.build("cifar_resnet", {"depth": 8, "num_classes": 5, "width": 4})
     return module, jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
 
 
@@ -282,7 +287,7 @@ def plain(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(forward, "fast_convolutions", nullcontext)
+            patch.setattr(apply, "fast_convolutions", nullcontext)
             return function()
 
     return run
@@ -317,8 +322,8 @@ def test_programs_for_other_platforms_are_as_before(kind, precision, plain):
 
 def test_memory_that_is_freed_is_kept():
     code = (
-        "import sys; from kdsearch_jax import memory\n"
-        "kept = memory.keep_freed()\n"
+        "import sys; from kdsearch_jax.runs import heap\n"
+        "kept = heap.keep_freed()\n"
         "import numpy as np\n"
         "for _ in range(2): np.ones(1 << 24)\n"
         "pages = int(open('/proc/self/statm').read().split()[1])\n"

@@ -13,28 +13,36 @@ import pytest
 from flax import nnx
 from scipy.special import softmax
 
-from kdsearch_jax import cache, cli, distilling, ensemble, features, forward, gates, models, surgery, train
-from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network
-from kdsearch_jax.config import DataConfig, DistillConfig, Experiment, RunConfig, StageConfig, check
-from kdsearch_jax.data import load
-from kdsearch_jax.distilling import Distiller, Teacher, prepare
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import library_of, shapes_of, trace
-from kdsearch_jax.optimizer import make_optimizer
+from kdsearch_jax.adapters import apply, registry
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.data.datasets import load
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import distiller, ensemble, features, teacher_cache
+from kdsearch_jax.distill.distiller import Distiller, Teacher, prepare
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.steps import distill_step
+from kdsearch_jax.pruning import gates, surgery
+from kdsearch_jax.pruning.network import adapter_for, shapes_of, trace
+from kdsearch_jax.runs import command_line
+from kdsearch_jax.runs.config import Experiment, check
 from kdsearch_jax.search.__main__ import main as search
-from kdsearch_jax.steps import create_state, distill_step
-from kdsearch_jax.student import Architecture
-from kdsearch_jax.task import classification
+from kdsearch_jax.storage.networks import load_network
+from kdsearch_jax.training import loop
+from kdsearch_jax.training.optimizer import make_optimizer
+from kdsearch_jax.training.settings import RunConfig, StageConfig
+from kdsearch_jax.training.state import create_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGE = Call.of_image((8, 8, 1))
+IMAGE = CallSpec.of_image((8, 8, 1))
 LEARNED = ("hint:0.5", "crd:0.1", "kl")
 
 
 def _cnn(seed: int = 0):
-    module = models.build("small_cnn", {"width": 4, "num_classes": 10})
+    module = registry.build("small_cnn", {"width": 4, "num_classes": 10})
     return module, jax.jit(module.init)(jax.random.key(seed), jnp.zeros((2, 8, 8, 1)))
 
 
@@ -59,9 +67,9 @@ def _batch(size: int = 5) -> dict:
     ],
 )
 def test_the_ends_of_stages_are_found(name, arguments, side, expected):
-    module = models.build(name, {**arguments, "num_classes": 10})
-    call = Call.of_image((side, side, 3))
-    variables = library_of(module).variables(module, call.example(2), call.keywords(module, train=False))
+    module = registry.build(name, {**arguments, "num_classes": 10})
+    call = CallSpec.of_image((side, side, 3))
+    variables = adapter_for(module).variables(module, call.example(2), call.keywords(module, train=False))
     assert list(features.find(module, variables, call)) == expected
 
 
@@ -69,7 +77,7 @@ def test_features_are_those_that_flax_captures():
     module, variables = _cnn()
     images, paths = _batch()["images"], ["stage1/bn", "block", "stage3"]
     with features.recorded(module) as seen:
-        outputs = forward.apply_eval(module, variables, images)
+        outputs = apply.apply_eval(module, variables, images)
     expected, captured = module.apply(variables, images, capture_intermediates=True)
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
     for path, value in features.taken(seen, paths).items():
@@ -89,12 +97,12 @@ class Net(nnx.Module):
 
 def test_features_of_an_nnx_module():
     model = Net(nnx.Rngs(0))
-    module, variables = Functional.split(model)
+    module, variables = FunctionalModule.split(model)
     x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-    call = Call(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+    call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     assert features.find(module, variables, call) == {"first": (features.BATCH, 8)}
     with features.recorded(module) as seen:
-        forward.apply_eval(module, variables, x)
+        apply.apply_eval(module, variables, x)
     np.testing.assert_allclose(features.taken(seen, ["first"])["first"], model.first(x), rtol=1e-5)
 
 
@@ -116,7 +124,7 @@ class Looped(nn.Module):
 
 
 def test_layers_inside_of_loops_are_out_of_reach_and_named():
-    module, call = Looped(), Call(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+    module, call = Looped(), CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     variables = module.init(jax.random.key(0), jnp.zeros((2, 6)))
     assert list(features.find(module, variables, call)) == ["plain"]
     for path in ("stack/dense", "again"):
@@ -137,11 +145,11 @@ def test_gated_features_are_those_of_the_student():
     student, images = architecture.module(module), _batch()["images"]
     paths = list(features.find(module, variables, IMAGE))
     with features.recorded(module) as seen:
-        forward.apply_eval(module, gates.fold(variables, gate, topology), images)
+        apply.apply_eval(module, gates.fold(variables, gate, topology), images)
     units = features.units(module, variables, IMAGE, paths, topology)
     found = features.gated(features.taken(seen, paths), units, gate)
     with features.recorded(student) as seen:
-        forward.apply_eval(student, sliced, images)
+        apply.apply_eval(student, sliced, images)
     for path, expected in features.taken(seen, paths).items():
         assert expected.shape[-1] < found[path].shape[-1]
         alive = np.abs(np.asarray(found[path])).reshape(-1, found[path].shape[-1]).any(0)
@@ -186,7 +194,7 @@ def _trained(lesson, directory):
     (module, variables), tx = _cnn(9), make_optimizer(STAGE)
     step = distill_step(module, None, tx, STAGE, RUN, lesson.task, lesson.distiller)
     state = create_state(variables, tx, extra=lesson.extra)
-    return train.fit(
+    return loop.fit(
         state, step, lesson.dataset, DataConfig("digits"), STAGE, RUN, directory=directory, name="test", meta={},
         constants=lesson.constants,
     )  # fmt: skip
@@ -215,7 +223,7 @@ def test_cached_outputs_change_nothing(tmp_path, teachers):
 )
 def test_where_outputs_are_not_cached(change, stage, why):
     experiment = dataclasses.replace(_experiment(), **change)
-    assert why in (cache.refusal(experiment, stage, load(_experiment().data, 0)) or "")
+    assert why in (teacher_cache.refusal(experiment.distill, experiment.data, stage, load(_experiment().data, 0)) or "")
 
 
 @pytest.mark.parametrize("mask", [0.0, -1e9, -np.inf])
@@ -229,9 +237,9 @@ def test_a_teacher_that_mixes_its_batch_is_not_cached(mask):
 
         return outputs
 
-    found, line = cache.cached(teacher(1e-2), {}, dataset, 8)
+    found, line = teacher_cache.cached(teacher(1e-2), {}, dataset, 8)
     assert found is None and "depends on the others" in line
-    assert cache.cached(teacher(0), {}, dataset, 8)[0] is not None
+    assert teacher_cache.cached(teacher(0), {}, dataset, 8)[0] is not None
 
 
 def test_maps_are_learned_and_not_part_of_the_network(tmp_path):
@@ -291,17 +299,17 @@ def test_a_further_teacher_sees_images_as_it_knows_them():
     own = ensemble.Member.of(Teacher(module, variables, IMAGE, {"mean": [0.3], "std": [0.7]}), dataset)
     seen = (pixels / 255 - np.array(dataset.mean)) / np.array(dataset.std)
     found = own.outputs(variables, {"images": jnp.asarray(seen, jnp.float32)}, "fp32")
-    expected = forward.apply_eval(module, variables, jnp.asarray((pixels / 255 - 0.3) / 0.7, jnp.float32))
+    expected = apply.apply_eval(module, variables, jnp.asarray((pixels / 255 - 0.3) / 0.7, jnp.float32))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_further_teachers_may_stand_behind_the_first():
     """`--teacher-from X Y Z`, wherever it stands."""
     for line in (["--teacher-from", "x", "y", "z", "--quick"], ["--quick", "--teacher", "x", "y", "z"]):
-        _, experiment = cli.parse(line, cli.RunOptions, "test", "")
+        _, experiment = command_line.parse(line, command_line.RunOptions, "test", "")
         assert (experiment.teacher_from, experiment.distill.teachers) == ("x", ("y", "z"))
-    with pytest.raises(cli.UsageError, match=r"--teacher-from X Y is .* give one of them"):
-        cli.parse(["--teacher-from", "x", "y", "--distill.teachers", "z"], cli.RunOptions, "test", "")
+    with pytest.raises(command_line.UsageError, match=r"--teacher-from X Y is .* give one of them"):
+        command_line.parse(["--teacher-from", "x", "y", "--distill.teachers", "z"], command_line.RunOptions, "test", "")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -310,7 +318,7 @@ def test_further_teachers_may_stand_behind_the_first():
 def test_losses_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"distill.features: 'stage9' is no layer.*stage"):
         _lesson(_experiment(losses=("at",), features=("stage9",)))
-    mlp = models.build("mlp", {"hidden": [7], "num_classes": 10})
+    mlp = registry.build("mlp", {"hidden": [7], "num_classes": 10})
     variables = mlp.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     experiment = _experiment(losses=("at",))
     with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
@@ -320,8 +328,8 @@ def test_losses_that_do_not_fit_are_named():
         )  # fmt: skip
     for later in ({"losses": ("at",)}, {"retrain_losses": ("at",)}):  # and before any work
         with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
-            distilling.examine(classification(DistillConfig(**later), IMAGE), mlp, variables)
-    distilling.examine(classification(DistillConfig(losses=("hint", "rkd_angle")), IMAGE), mlp, variables)
+            distiller.examine(classification(DistillConfig(**later), IMAGE), mlp, variables)
+    distiller.examine(classification(DistillConfig(losses=("hint", "rkd_angle")), IMAGE), mlp, variables)
     with pytest.raises(ValueError, match=r"distill.losses: at compares features"):
         Distiller.of(classification(DistillConfig(losses=("at",))), mlp, RUN)
     with pytest.raises(ValueError, match=r"distill.loss and distill.losses: a:b takes the place"):
@@ -333,7 +341,7 @@ def test_losses_that_do_not_fit_are_named():
 def test_a_classifier_that_nothing_trains_is_told(caplog):
     """Where the loss of retraining has no slope at the classifier; not where it has one."""
     module, dataset, batch = (
-        models.build("mlp", {"hidden": [7], "num_classes": 10}),
+        registry.build("mlp", {"hidden": [7], "num_classes": 10}),
         load(_experiment().data, 0),
         _batch(),
     )
@@ -348,7 +356,7 @@ def test_a_classifier_that_nothing_trains_is_told(caplog):
         experiment = _experiment(losses=(losses,), retrain_losses=(later,), cross_entropy=labels, cache=False)
         task = classification(experiment.distill, IMAGE)
         caplog.clear()
-        distilling.examine(task, module, variables)
+        distiller.examine(task, module, variables)
         told.append("the classifier behind dense1 learns nothing" in caplog.text)
         if len(slopes) == 2:
             continue
@@ -378,7 +386,7 @@ def test_the_road_with_every_loss_delivers_a_plain_student(tmp_path, repository)
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
         assert {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves} == shapes
     assert json.loads((tmp_path / "run" / "config.json").read_text())["distill"]["losses"] == every
-    assert distilling.PREDICTIONS == ("kl", "dkd", "dist")
+    assert distiller.PREDICTIONS == ("kl", "dkd", "dist")
 
 
 @pytest.mark.slow

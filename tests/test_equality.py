@@ -8,9 +8,9 @@ import pytest
 from flax import nnx, traverse_util
 from proof import ANY, random_gates, traced, variables_of
 
-from kdsearch_jax import equality, surgery
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import equality, surgery
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -162,7 +162,7 @@ def test_integers_of_an_nnx_module_are_proved_by_its_layers():
         def __call__(self, x):
             return self.second(nnx.relu(self.first(x))).argmax(-1)
 
-    functional, variables = Functional.split(Classifier(nnx.Rngs(0)))
+    functional, variables = FunctionalModule.split(Classifier(nnx.Rngs(0)))
     network = trace(functional, X)
     keep = {group.name: np.arange(group.size) % 2 == 0 for group in network.topology.groups}
     cut = network, variables, random_gates(network.topology, np.random.default_rng(3)), keep

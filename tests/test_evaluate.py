@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from kdsearch_jax import cli, evaluate, models
-from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import save_network
-from kdsearch_jax.config import DataConfig, DistillConfig
-from kdsearch_jax.data import load
-from kdsearch_jax.evaluate import scores
-from kdsearch_jax.evaluate.__main__ import main as evaluate_main
-from kdsearch_jax.examples import Dataset, Split
-from kdsearch_jax.student import Architecture
-from kdsearch_jax.task import Output, Task
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.data.datasets import load
+from kdsearch_jax.data.examples import Dataset, Split
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill.objective import Objective, Output
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.evaluate import main as evaluate_main
+from kdsearch_jax.runs import command_line, evaluation
+from kdsearch_jax.storage.networks import save_network
 
 MEAN, STD = (0.4,), (0.3,)
 
@@ -54,7 +55,7 @@ def some_variables(module, **arguments):
 @pytest.fixture(scope="module")
 def network():
     """A small CNN."""
-    module = models.build("small_cnn", {"num_classes": 10, "width": 4})
+    module = registry.build("small_cnn", {"num_classes": 10, "width": 4})
     return module, some_variables(module)
 
 
@@ -69,7 +70,7 @@ def saved(network, tmp_path):
     """A function that writes a network of the digits and gives its directory."""
 
     def save(name="network", variables=None, classes=10, **info):
-        module = models.build("small_cnn", {"num_classes": classes, "width": 4})
+        module = registry.build("small_cnn", {"num_classes": classes, "width": 4})
         architecture = Architecture("small_cnn", {"num_classes": classes, "width": 4}, {}, (), (8, 8, 1))
         if variables is None:
             variables = network[1] if classes == 10 else some_variables(module)
@@ -88,7 +89,7 @@ def test_every_example_once_and_in_order(network, images, batch_size):
     module, variables = network
     images = images[:7] if batch_size == 1 else images
     expected = module.apply(variables, (images / np.float32(255) - MEAN[0]) / STD[0])
-    found = evaluate.predict(module, variables, images, MEAN, STD, batch_size)
+    found = evaluation.predict(module, variables, images, MEAN, STD, batch_size)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(found).max()))
 
@@ -99,27 +100,28 @@ def test_a_module_without_a_hash_predicts(images):
         hash(module)
     variables = some_variables(module, train=False)
     expected = module.apply(variables, jnp.asarray((images / np.float32(255) - MEAN[0]) / STD[0]), train=False)
-    np.testing.assert_allclose(evaluate.predict(module, variables, images, MEAN, STD), expected, atol=1e-4)
+    np.testing.assert_allclose(evaluation.predict(module, variables, images, MEAN, STD), expected, atol=1e-4)
 
 
 def test_predicting_again_compiles_nothing(network, images, caplog):
     module, variables = network
-    evaluate.predict(module, variables, images, MEAN, STD, 50)
+    evaluation.predict(module, variables, images, MEAN, STD, 50)
     with jax.log_compiles():
         # An equal module and other variables: what happens at every evaluation of a run.
         other = jax.tree.map(lambda x: np.asarray(x) + 1, variables)
-        evaluate.predict(models.build("small_cnn", {"num_classes": 10, "width": 4}), other, images, MEAN, STD, 50)
+        evaluation.predict(registry.build("small_cnn", {"num_classes": 10, "width": 4}), other, images, MEAN, STD, 50)
     assert "Compiling jit(forward)" not in caplog.text
 
 
 def test_eight_devices_predict_as_one(network, images, tmp_path):
     """101 images in batches of 20, which 8 devices cannot share: batches of 24, the last one filled up."""
     code = (
-        "import sys; import jax, numpy as np; from kdsearch_jax import checkpoint, evaluate\n"
+        "import sys; import jax, numpy as np; from kdsearch_jax.runs import evaluation\n"
+        "from kdsearch_jax.storage import networks\n"
         "assert jax.device_count() == 8\n"
-        "module, variables, _, info = checkpoint.load_network(sys.argv[1])\n"
+        "module, variables, _, info = networks.load_network(sys.argv[1])\n"
         "images = np.load(sys.argv[2])\n"
-        "np.save(sys.argv[3], evaluate.predict(module, variables, images, info['mean'], info['std'], 20))"
+        "np.save(sys.argv[3], evaluation.predict(module, variables, images, info['mean'], info['std'], 20))"
     )
     module, variables = network
     architecture = Architecture("small_cnn", {"num_classes": 10, "width": 4}, {}, (), (8, 8, 1))
@@ -128,7 +130,7 @@ def test_eight_devices_predict_as_one(network, images, tmp_path):
     paths = [str(tmp_path / name) for name in ("network", "images.npy", "logits.npy")]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     subprocess.run([sys.executable, "-c", code, *paths], env=environment, check=True, timeout=120)
-    expected = evaluate.predict(module, variables, images, MEAN, STD)
+    expected = evaluation.predict(module, variables, images, MEAN, STD)
     np.testing.assert_allclose(np.load(paths[2]), expected, atol=1e-6 * np.abs(expected).max())
 
 
@@ -137,19 +139,21 @@ def measured() -> dict[str, float]:
     a loss that is one number a batch, their mean square, "whole"."""
     random = np.random.default_rng(0)
     arrays = {"x": random.normal(size=(103, 3)).astype(np.float32), "number": np.arange(103, dtype=np.int32)}
-    call = Call(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
     def numbers(outputs, batch):
         return {"square": batch["number"] ** 2, "sum": outputs.sum(-1)}
 
-    task = Task(call, DistillConfig(), (Output("output", "values"),), metrics=numbers)
+    task = Objective(call, DistillConfig(), (Output("output", "values"),), metrics=numbers)
     student, teacher = ({"params": {"kernel": random.normal(size=(3, 2)), "bias": np.ones(2)}} for _ in range(2))
     dataset = Dataset("values", *[Split(arrays)] * 3, 0, (), (), ())
     module = nn.Dense(2)
     options = {"batch_size": 20, "teacher": (module, teacher)}
-    found = evaluate.measurer(task, module, dataset.test, dataset, **options)(student)
-    whole = Task(call, DistillConfig(), (Output("output", "values"),), loss=lambda a, b, _: jnp.square(a - b).mean())
-    found["whole"] = evaluate.measurer(whole, module, dataset.test, dataset, **options)(student)["distance"]
+    found = evaluation.measurer(task, module, dataset.test, dataset, **options)(student)
+    whole = Objective(
+        call, DistillConfig(), (Output("output", "values"),), loss=lambda a, b, _: jnp.square(a - b).mean()
+    )
+    found["whole"] = evaluation.measurer(whole, module, dataset.test, dataset, **options)(student)["distance"]
     difference = arrays["x"] @ (student["params"]["kernel"] - teacher["params"]["kernel"])
     assert found["whole"] == pytest.approx(np.square(difference).mean(), rel=1e-5)
     return found
@@ -181,9 +185,9 @@ def test_two_processes_measure_each_example_once(tmp_path):
 
 def test_nothing_to_predict_is_named(network, images):
     with pytest.raises(ValueError, match="images: there are none"):
-        evaluate.predict(*network, images[:0], MEAN, STD)
+        evaluation.predict(*network, images[:0], MEAN, STD)
     with pytest.raises(ValueError, match="batch_size: 0"):
-        evaluate.predict(*network, images, MEAN, STD, 0)
+        evaluation.predict(*network, images, MEAN, STD, 0)
 
 
 # --- score ----------------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_nothing_to_predict_is_named(network, images):
 def test_scores_by_hand():
     logits = np.array([[2, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 9]], np.float32)
     labels = np.array([0, 0, 5], np.int32)
-    found = evaluate.score(logits, labels, teacher_logits=logits[[0, 1, 0]])
+    found = evaluation.score(logits, labels, teacher_logits=logits[[0, 1, 0]])
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["accuracy_top5"] == pytest.approx(2 / 3)
     assert found["agreement"] == pytest.approx(2 / 3)
@@ -204,25 +208,25 @@ def test_scores_by_hand():
 
 def test_a_network_agrees_with_itself():
     logits = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    found = evaluate.score(logits, logits.argmax(-1).astype(np.int32), logits + 3)
+    found = evaluation.score(logits, logits.argmax(-1).astype(np.int32), logits + 3)
     assert found["accuracy"] == found["accuracy_top5"] == found["agreement"] == 1
     assert abs(found["kl"]) < 1e-6
 
 
 def test_evaluate_is_the_score_of_predictions(network, images):
     labels = np.arange(101, dtype=np.int32) % 10
-    found = evaluate.evaluate(*network, Split.of(images, labels), MEAN, STD, batch_size=33)
-    logits = evaluate.predict(*network, images, MEAN, STD)
-    assert found == pytest.approx(evaluate.score(logits, labels), rel=1e-5)
+    found = evaluation.evaluate(*network, Split.of(images, labels), MEAN, STD, batch_size=33)
+    logits = evaluation.predict(*network, images, MEAN, STD)
+    assert found == pytest.approx(evaluation.score(logits, labels), rel=1e-5)
     assert set(found) == {"loss", "accuracy", "accuracy_top5"}
 
 
 def test_scores_of_what_does_not_fit_are_refused():
     logits, labels = np.zeros((4, 3), np.float32), np.array([0, 1, 2, 3], np.int32)
     with pytest.raises(ValueError, match="class 3.*3 only"):
-        evaluate.score(logits, labels)
+        evaluation.score(logits, labels)
     with pytest.raises(ValueError, match=r"teacher_logits \(4, 5\).*\(4, 3\)"):
-        evaluate.score(logits, labels % 3, np.zeros((4, 5), np.float32))
+        evaluation.score(logits, labels % 3, np.zeros((4, 5), np.float32))
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -232,9 +236,9 @@ def test_a_larger_network_takes_longer():
     """64 times the multiply-accumulates: told apart on any machine."""
     networks = {}
     for name, size in (("large", 1024), ("small", 16)):
-        module = models.build("mlp", {"num_classes": 3, "hidden": [size, size]})
+        module = registry.build("mlp", {"num_classes": 3, "hidden": [size, size]})
         networks[name] = (module, some_variables(module))
-    found = evaluate.measure_latency(networks, (8, 8, 1), batch=32, repeats=5)
+    found = evaluation.measure_latency(networks, (8, 8, 1), batch=32, repeats=5)
     assert list(found) == ["large", "small"] and 0 < found["small"][0] < found["large"][0]
     assert all(low <= median <= high for median, low, high in found.values())
 
@@ -256,8 +260,10 @@ def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatc
 
             return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    monkeypatch.setattr(scores, "TURN", 0.05)
-    turn = evaluate.clock({title: (Watched(title), {"params": {}}) for title in "ab"}, 2, Call.of_image((1, 1, 1)))
+    monkeypatch.setattr(evaluation, "TURN", 0.05)
+    turn = evaluation.clock(
+        {title: (Watched(title), {"params": {}}) for title in "ab"}, 2, CallSpec.of_image((1, 1, 1))
+    )
     orders = []
     for _ in range(2):
         seen.clear()
@@ -276,8 +282,8 @@ def test_the_command_prints_what_evaluate_says(saved, network, capsys):
     assert evaluate_main([str(saved()), "--teacher", str(saved("teacher", other))]) == 0
     text = capsys.readouterr().out
     split = load(DataConfig("digits")).test
-    teacher_logits = evaluate.predict(network[0], other, split.images, MEAN, STD)
-    expected = evaluate.evaluate(*network, split, MEAN, STD, teacher_logits=teacher_logits)
+    teacher_logits = evaluation.predict(network[0], other, split.images, MEAN, STD)
+    expected = evaluation.evaluate(*network, split, MEAN, STD, teacher_logits=teacher_logits)
     head, titles, row, teacher = text.splitlines()
     assert head == f"{len(split)} images of digits, test"
     assert titles.split() == ["accuracy", "top", "5", "loss", "KL", "agreement"]
@@ -315,7 +321,7 @@ def test_an_unknown_data_set_is_asked_for(saved):
 def test_what_is_no_network_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         evaluate_main([str(tmp_path / "nowhere")])
-    with pytest.raises(cli.UsageError, match="--teachr is not an option.*teacher"):
+    with pytest.raises(command_line.UsageError, match="--teachr is not an option.*teacher"):
         evaluate_main([str(tmp_path), "--teachr", "x"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import softmax
 from test_report import Page, add_evidence, make_run, text
 
-from kdsearch_jax.report import confusion, evidence, page, record
+from kdsearch_jax.reporting import confusion, evidence, page, record
 
 
 @pytest.fixture

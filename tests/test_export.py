@@ -18,10 +18,11 @@ import pytest
 import safetensors.numpy
 
 from kdsearch_jax import export
-from kdsearch_jax.checkpoint import load_network, save_network
-from kdsearch_jax.export.__main__ import main as export_main
-from kdsearch_jax.files import DamagedError, seal
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.export import main as export_main
+from kdsearch_jax.storage import export_formats
+from kdsearch_jax.storage.files import DamagedError, seal
+from kdsearch_jax.storage.networks import load_network, save_network
 
 SHAPE = (8, 8, 1)
 # A pruned one: the first convolution has 5 of its 8 channels left, the inner one of the block 3 of 16.
@@ -74,7 +75,7 @@ def network(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(network, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("exported") / "out"
-    export.export(network, directory)
+    export_formats.export(network, directory)
     return directory
 
 
@@ -96,20 +97,20 @@ def test_the_manifest_tells_what_each_file_is(network, exported):
     for name, file in manifest["files"].items():
         content = (exported / name).read_bytes()
         assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-        assert file["difference"] <= export.TOLERANCE
+        assert file["difference"] <= export_formats.TOLERANCE
 
 
 def test_an_export_is_whole_until_something_is_amiss(copy):
-    assert export.is_whole(copy)
+    assert export_formats.is_whole(copy)
     content = (copy / "student.safetensors").read_bytes()
     for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         (copy / "student.safetensors").write_bytes(damaged)
-        assert not export.is_whole(copy)
+        assert not export_formats.is_whole(copy)
     (copy / "student.safetensors").write_bytes(content)
-    assert export.is_whole(copy)
+    assert export_formats.is_whole(copy)
     for name in ("student.stablehlo", "manifest.json"):
         (copy / name).unlink()
-        assert not export.is_whole(copy)
+        assert not export_formats.is_whole(copy)
 
 
 def test_a_stablehlo_file_is_loaded_as_it_was_written_or_not_at_all(copy):
@@ -117,19 +118,19 @@ def test_a_stablehlo_file_is_loaded_as_it_was_written_or_not_at_all(copy):
     path = copy / "student.stablehlo"
     images, content = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype(np.float32), path.read_bytes()
     expected = jax.export.deserialize(bytearray(content)).call(images)
-    np.testing.assert_array_equal(export.load_stablehlo(path).call(images), expected)
+    np.testing.assert_array_equal(export_formats.load_stablehlo(path).call(images), expected)
     for at in np.random.default_rng(2).integers(0, len(content), 20):
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         with pytest.raises(DamagedError, match="student.stablehlo is damaged"):
-            export.load_stablehlo(path)
+            export_formats.load_stablehlo(path)
     path.write_bytes(content)
     for said in ("{}", '{"files": []}', '{"files": {"student.stablehlo": 3}}'):
         (copy / "manifest.json").write_text(said)
         with pytest.raises(DamagedError, match="student.stablehlo is damaged"):
-            export.load_stablehlo(path)
+            export_formats.load_stablehlo(path)
     (copy / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="manifest.json"):
-        export.load_stablehlo(path)
+        export_formats.load_stablehlo(path)
 
 
 def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python):
@@ -152,7 +153,7 @@ def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python)
 
 def test_equal_networks_are_equal_files(network, exported):
     _, variables, architecture, info = load_network(network)
-    files = {export.packed(architecture, variables, info) for _ in range(20)}
+    files = {export_formats.packed(architecture, variables, info) for _ in range(20)}
     assert files == {(exported / "student.safetensors").read_bytes()}
     (content,) = files
     assert int.from_bytes(content[:8], "little") % 8 == 0
@@ -160,7 +161,7 @@ def test_equal_networks_are_equal_files(network, exported):
 
 def test_the_safetensors_file_is_the_network(network, exported):
     module, variables, _, _ = load_network(network)
-    loaded, arrays = export.load_safetensors(exported / "student.safetensors")
+    loaded, arrays = export_formats.load_safetensors(exported / "student.safetensors")
     assert loaded == module
     assert jax.tree.structure(arrays) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, arrays, variables)
@@ -170,7 +171,7 @@ def test_the_safetensors_file_is_the_network(network, exported):
 
 def test_exports_lie_beside_the_network(network, tmp_path):
     directory = Path(shutil.copytree(network, tmp_path / "network"))
-    manifest = export.export(directory, directory, ["safetensors"])
+    manifest = export_formats.export(directory, directory, ["safetensors"])
     assert list(manifest["files"]) == ["student.safetensors"]
     load_network(directory)
     assert export_main([str(directory), "--out", str(directory), "--check", "--formats", "safetensors"]) == 0
@@ -182,9 +183,9 @@ def test_every_dtype_and_shape_survives(tmp_path):
         "batch_stats": {"count": jnp.int32(3)},
     }
     architecture = Architecture("mlp", {"num_classes": 2}, {}, (), SHAPE)
-    (tmp_path / "file").write_bytes(export.packed(architecture, variables, {}))
+    (tmp_path / "file").write_bytes(export_formats.packed(architecture, variables, {}))
     with pytest.raises(ValueError, match="the arrays are not those of the architecture"):
-        export.load_safetensors(tmp_path / "file")
+        export_formats.load_safetensors(tmp_path / "file")
     loaded = safetensors.numpy.load_file(tmp_path / "file")
     assert {name: (x.shape, x.dtype.name) for name, x in loaded.items()} == {
         "params/a%2Fb": ((2, 3), "bfloat16"),
@@ -194,26 +195,26 @@ def test_every_dtype_and_shape_survives(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_found(network, copy):
-    assert export.check(network, copy)["stablehlo"]["difference"] < 1e-5
+    assert export_formats.check(network, copy)["stablehlo"]["difference"] < 1e-5
     module, variables, architecture, info = load_network(network)
     variables["params"]["dense"]["kernel"] = variables["params"]["dense"]["kernel"] * 1.001
-    (copy / "student.safetensors").write_bytes(export.packed(architecture, variables, info))
+    (copy / "student.safetensors").write_bytes(export_formats.packed(architecture, variables, info))
     (copy / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
-    for format in export.FORMATS:
+    for format in export_formats.FORMATS:
         with pytest.raises(
             ValueError, match=rf"student.{format} computes something else than the network: outputs differ by"
         ):
-            export.check(network, copy, [format])
+            export_formats.check(network, copy, [format])
 
 
 def test_each_output_is_checked_by_its_own_scale(tmp_path):
     network = saved(tmp_path / "network", Architecture(f"{__name__}:Detector", {"num_classes": 3}, {}, (), SHAPE))
-    export.export(network, tmp_path / "out", trust_code=True)
+    export_formats.export(network, tmp_path / "out", trust_code=True)
     module, variables, architecture, _ = load_network(network, trust_code=True)
     variables["params"]["score"]["kernel"] = variables["params"]["score"]["kernel"] * 1.001
     (tmp_path / "out" / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
     with pytest.raises(ValueError, match="student.stablehlo computes something else than the network"):
-        export.check(network, tmp_path / "out", ["stablehlo"], trust_code=True)
+        export_formats.check(network, tmp_path / "out", ["stablehlo"], trust_code=True)
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
@@ -221,12 +222,12 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
     with pytest.raises(
         ValueError, match="cannot be exported as stablehlo with a free batch size: .*; export safetensors only"
     ):
-        export.export(network, tmp_path / "out")
+        export_formats.export(network, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format 'onnx' is unknown; there are safetensors, stablehlo"):
-        export.export(network, tmp_path / "out", ["onnx"])
+        export_formats.export(network, tmp_path / "out", ["onnx"])
     with pytest.raises(FileNotFoundError, match="is not a directory"):
-        export.export(tmp_path / "nowhere", tmp_path / "out")
+        export_formats.export(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +239,7 @@ def test_a_failed_check_leaves_the_files_of_before(network, copy):
     save_network(broken, architecture, scaled, info, overwrite=True)
     problem = "failed its check in a fresh process: ValueError: the outputs of .* are not finite"
     with pytest.raises(ValueError, match=problem):
-        export.export(broken, copy, ["safetensors"])
+        export_formats.export(broken, copy, ["safetensors"])
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
@@ -271,7 +272,7 @@ def rewritten(path: Path, **metadata: str) -> None:
 def test_metadata_from_elsewhere_is_checked(copy, metadata, problem):
     rewritten(copy / "student.safetensors", **metadata)
     with pytest.raises(ValueError, match=problem) as caught:
-        export.load_safetensors(copy / "student.safetensors")
+        export_formats.load_safetensors(copy / "student.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -281,19 +282,19 @@ def test_metadata_that_are_damaged_are_refused(copy):
         changed = {**file.metadata(), "info": "{}"}
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, changed)
     with pytest.raises(ValueError, match="not what was saved"):
-        export.load_safetensors(path)
+        export_formats.load_safetensors(path)
 
 
 def test_a_stranger_s_file_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match="is not a file"):
-        export.load_safetensors(path)
+        export_formats.load_safetensors(path)
     safetensors.numpy.save_file({"weight": np.ones(3)}, path)
     with pytest.raises(ValueError, match="holds no architecture"):
-        export.load_safetensors(path)
+        export_formats.load_safetensors(path)
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")  # a header of 4 EB
     with pytest.raises(ValueError, match="cannot be loaded"):
-        export.load_safetensors(path)
+        export_formats.load_safetensors(path)
 
 
 def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
@@ -305,7 +306,7 @@ def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
         damaged[position] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         try:
-            _, arrays = export.load_safetensors(path)
+            _, arrays = export_formats.load_safetensors(path)
         except ValueError as error:
             assert "\n" not in str(error)
         else:
@@ -314,9 +315,9 @@ def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
 
 @pytest.mark.parametrize("size", [0, 10, 1000])
 def test_a_truncated_file_is_one_line(network, copy, size):
-    for format in export.FORMATS:
+    for format in export_formats.FORMATS:
         path = copy / f"student.{format}"
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(ValueError, match="cannot be loaded") as caught:
-            export.check(network, copy, [format])
+            export_formats.check(network, copy, [format])
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""kdsearch_jax.files: whole or not at all, and within bounds."""
+"""kdsearch_jax.storage.files: whole or not at all, and within bounds."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsearch_jax import files
+from kdsearch_jax.storage import files
 
 
 def test_what_is_written_is_read(tmp_path):

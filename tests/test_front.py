@@ -6,9 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kdsearch_jax import front
-from kdsearch_jax.budget import Limits
-from kdsearch_jax.config import BudgetConfig, Experiment, GatesConfig, StageConfig, changed
+from kdsearch_jax.pruning import budget_path
+from kdsearch_jax.pruning.budget import Limits
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.runs import budget_points
+from kdsearch_jax.runs.config import Experiment, changed
+from kdsearch_jax.training.settings import StageConfig
 
 GATES = GatesConfig(ramp=0.5, warmup=0.2)
 
@@ -16,7 +19,7 @@ GATES = GatesConfig(ramp=0.5, warmup=0.2)
 def legs(values, steps=400, dispatch=10, config=GATES):
     limits = [Limits(value * 1000, None) for value in values]
     falls = [1.0, *(b / a for a, b in itertools.pairwise(values))]
-    return front.legs(limits, falls, 1 / values[0], StageConfig(steps=steps), config, dispatch)
+    return budget_path.legs(limits, falls, 1 / values[0], StageConfig(steps=steps), config, dispatch)
 
 
 def test_one_budget_is_the_path_of_a_single_search():
@@ -29,7 +32,9 @@ def test_one_budget_is_the_path_of_a_single_search():
 @pytest.mark.parametrize("values", [[0.7, 0.5, 0.3], [0.9, 0.2], [0.8, 0.7, 0.6, 0.5, 0.4]], ids=str)
 def test_the_path_falls_and_stays_at_each_budget(values):
     path = legs(values)
-    cost = [front.at(path, step).goal(step) * front.at(path, step).limits.macs / 1000 for step in range(400)]
+    cost = [
+        budget_path.at(path, step).goal(step) * budget_path.at(path, step).limits.macs / 1000 for step in range(400)
+    ]
     assert cost[0] == pytest.approx(1) and cost[-1] == pytest.approx(values[-1])
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(cost))
     stay = 200 / len(values)
@@ -53,15 +58,15 @@ def test_too_few_steps_for_the_budgets():
 
 def test_points_are_named_by_their_budgets():
     experiment = replace(Experiment(), budgets=(0.3, 0.7), budget=BudgetConfig(macs=0.5, params=0.6))
-    large, small = front.points(experiment)
+    large, small = budget_points.points(experiment)
     assert (large.name, large.student, large.tail) == ("at-0.7", "student-0.7", "-0.7")
     assert (small.budget.macs, small.budget.params) == (0.3, 0.6)
     only = replace(experiment, budget=BudgetConfig(macs=None, params=0.6), budgets=(2e6, 1e6))
-    assert [(p.name, p.budget.macs, p.budget.params) for p in front.points(only)] == [
+    assert [(p.name, p.budget.macs, p.budget.params) for p in budget_points.points(only)] == [
         ("at-2000000", None, 2e6),
         ("at-1000000", None, 1e6),
     ]
-    (single,) = front.points(Experiment())
+    (single,) = budget_points.points(Experiment())
     assert (single.name, single.student, single.budget) == ("retrain", "student", Experiment().budget)
 
 

@@ -8,14 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import search_step
-from kdsearch_jax import budget, data, forward, front, gated, losses, models, optimizer, penalty, steps, train
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.batches import normalise
-from kdsearch_jax.config import BudgetConfig, DataConfig, DistillConfig, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.network import trace
-from kdsearch_jax.shrinking import Part
-from kdsearch_jax.task import classification
+from benchmarks import search_step as search_step_benchmark
+from kdsearch_jax.adapters import apply, registry
+from kdsearch_jax.data import datasets
+from kdsearch_jax.data.batches import normalise
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import losses, search_step, steps
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.pruning import budget, budget_path, penalty
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.training import loop, optimizer
+from kdsearch_jax.training import state as training_state
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,7 +38,7 @@ GATES, BUDGET = GatesConfig(), BudgetConfig()
 @cache
 def teacher():
     """(traced network, variables): a small CNN and its first variables; from NumPy, for `init` is slow to compile."""
-    module, random = models.build("small_cnn", {"num_classes": 10, "width": 4}), np.random.default_rng(0)
+    module, random = registry.build("small_cnn", {"num_classes": 10, "width": 4}), np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
 
     def first(path, leaf):
@@ -44,30 +52,30 @@ def teacher():
 
 @cache
 def digits():
-    return data.load(DATA, 0)
+    return datasets.load(DATA, 0)
 
 
 def begin(config=GATES, stage=STAGE, network=None):
     """(network, optimiser, first state) of a search."""
     network = network or teacher()[0]
-    tx = gated.make_transformation(stage, config)
-    return network, tx, gated.begin(teacher()[1], network.topology, tx, stage, config.init)
+    tx = search_step.make_transformation(stage, config)
+    return network, tx, search_step.begin(teacher()[1], network.topology, tx, stage, config.init)
 
 
 def control(network, limits, config=GATES, stage=STAGE, run=RUN):
     """The hook of a search for one budget."""
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = front.legs([limits], [1.0], whole, stage, config, run.steps_per_dispatch)
-    return gated.controller(Part.of(network), path, stage, config, run)
+    path = budget_path.legs([limits], [1.0], whole, stage, config, run.steps_per_dispatch)
+    return search_step.controller(Part.of(network), path, stage, config, run)
 
 
 def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network=None):
     """A whole search: (network, limits, last state)."""
     network, tx, state = begin(config, stage, network)
     limits = budget.resolve(bounds, network.topology)
-    step = gated.search_step(network, network.module, tx, TASK, config, run)
+    step = search_step.search_step(network, network.module, tx, TASK, config, run)
     between = control(network, limits, config, stage, run)
-    state = train.fit(
+    state = loop.fit(
         state, step, digits(), DATA, stage, run, directory=directory, name="search", meta={},
         constants=teacher()[1], between=between, seed=1,
     )  # fmt: skip
@@ -91,7 +99,7 @@ def test_importance_is_the_mean_square_of_gate_times_gradient(full_compilation):
     config = GatesConfig(importance_decay=0.5)
     network, tx, state = begin(config)
     assert (flat(network, state.extra["gates"]) == 1).all()
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, config, RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, config, RUN))
     # The teacher's own logits as the target would give a gradient of zero at the start: ask for other ones.
     constants = jax.tree.map(lambda x: 1.2 * x, teacher()[1])
 
@@ -99,8 +107,8 @@ def test_importance_is_the_mean_square_of_gate_times_gradient(full_compilation):
     def fisher(state, key):
         def loss(gates):
             folded = gates_lib.fold({"params": state.params}, gates, network.topology)["params"]
-            logits, _ = forward.apply_train(network.module, folded, state.model_state, batch()["images"], key)
-            target = forward.apply_eval(network.module, constants, batch()["images"])
+            logits, _ = apply.apply_train(network.module, folded, state.model_state, batch()["images"], key)
+            target = apply.apply_eval(network.module, constants, batch()["images"])
             return losses.distillation(logits, target, batch()["labels"], DISTILL).mean()
 
         gates = state.extra["gates"]
@@ -120,12 +128,12 @@ def test_importance_is_the_mean_square_of_gate_times_gradient(full_compilation):
 def test_without_a_penalty_gates_at_one_leave_the_teacher_as_it_is():
     """The first loss is that of distilling the teacher into itself, in training mode."""
     network, tx, state = begin()
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     _, metrics = step(state, batch(), jax.random.key(0), teacher()[1])
     plain = jax.jit(
         steps.distill_step(network.module, network.module, optimizer.make_optimizer(STAGE), STAGE, RUN, TASK)
     )
-    alone = steps.create_state(teacher()[1], optimizer.make_optimizer(STAGE))
+    alone = training_state.create_state(teacher()[1], optimizer.make_optimizer(STAGE))
     _, expected = plain(alone, batch(), jax.random.key(0), teacher()[1])
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
 
@@ -135,7 +143,7 @@ def test_what_the_penalty_says_happens_to_the_gates_and_not_to_the_weights():
     name = network.topology.groups[0].name
     penalty = jax.tree.map(jnp.zeros_like, state.extra["penalty"])
     penalty[name] = penalty[name].at[1].set(1e6)
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     punished, _ = step(
         state.replace(extra={**state.extra, "penalty": penalty}), batch(), jax.random.key(0), teacher()[1]
     )
@@ -155,7 +163,7 @@ def test_gates_may_start_at_the_norm_of_what_they_scale():
         **variables,
         "params": {**variables["params"], "dense": {**variables["params"]["dense"], "kernel": kernel}},
     }
-    started, gates = gated.started(variables, network.topology, "norm")
+    started, gates = search_step.started(variables, network.topology, "norm")
     for group in network.topology.groups:
         np.testing.assert_allclose(gates[group.name].mean(), 1.0, rtol=1e-5)
     norms = np.linalg.norm(kernel, axis=1)
@@ -165,14 +173,14 @@ def test_gates_may_start_at_the_norm_of_what_they_scale():
         jax.tree.leaves(gates_lib.fold(started, gates, network.topology)), jax.tree.leaves(variables), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    same, ones = gated.started(variables, network.topology, "one")
+    same, ones = search_step.started(variables, network.topology, "one")
     assert same is variables and all((gate == 1).all() for gate in ones.values())
 
 
 def test_frozen_statistics_stay_the_teachers_and_the_first_loss_is_zero():
     config = GatesConfig(batch_norm="frozen")
     network, tx, state = begin(config)
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, config, RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, config, RUN))
     new, metrics = step(state, batch(), jax.random.key(0), teacher()[1])
     assert abs(metrics["loss"]) < 1e-6 and metrics["agreement"] == 1
     for a, b in zip(jax.tree.leaves(new.model_state), jax.tree.leaves(state.model_state), strict=True):
@@ -268,7 +276,7 @@ def test_the_controller_moves_lambda_and_remembers():
         for name, alpha in state.extra["penalty"].items():
             assert np.asarray(alpha).dtype == np.float32 and (np.asarray(alpha) >= 0).all(), name
     assert seen == sorted(seen) and seen[-1] > 0  # nothing dies here: the pressure asked for falls, so λ2 rises
-    found = gated.history(network.topology, state)
+    found = search_step.history(network.topology, state)
     assert found["steps"].tolist() == [4, 8, 12, 16, 20]
     np.testing.assert_allclose(found["lambda2"], seen, rtol=1e-6)
     for group in network.topology.groups:
@@ -289,7 +297,7 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
     gates = gates_lib.mask(state.extra["gates"], keep)
     state, metrics = between(state.replace(step=jnp.int32(20), extra={**state.extra, "gates": gates}))
     assert metrics["lambda2"] == 0
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     for i in range(5):
         state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
     np.testing.assert_array_equal(flat(network, state.extra["gates"]) > 0, flat(network, keep))
@@ -306,7 +314,7 @@ def test_where_too_many_have_died_only_some_may_return():
     extra = {**state.extra, "gates": gates_lib.mask(state.extra["gates"], keep), "importance": few}
     state, metrics = between(state.replace(step=jnp.int32(20), extra=extra))
     assert metrics["lambda2"] == 0 and metrics["macs"] < 0.5 * budget.FLOOR
-    step = jax.jit(gated.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
+    step = jax.jit(search_step.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     for i in range(20):
         state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
         state, _ = between(state)
@@ -334,8 +342,8 @@ def test_history_is_bounded_and_in_order(steps):
     between = control(network, limits, GATES, stage, RunConfig(steps_per_dispatch=1))
     for done in sorted({1, 2, steps // 2, steps - 1, steps}):
         state, _ = between(state.replace(step=jnp.int32(done)))
-    found = gated.history(network.topology, state)
-    assert len(state.extra["history"]["rows"]) <= gated.SNAPSHOTS + 1
+    found = search_step.history(network.topology, state)
+    assert len(state.extra["history"]["rows"]) <= search_step.SNAPSHOTS + 1
     assert (np.diff(found["steps"]) > 0).all() and found["steps"][-1] == steps
 
 
@@ -343,7 +351,7 @@ def test_history_is_bounded_and_in_order(steps):
 
 
 def check_landing(network, limits, state):
-    keep = gated.landing(network.topology, limits, state.extra["gates"], state.extra["importance"]).keep
+    keep = search_step.landing(network.topology, limits, state.extra["gates"], state.extra["importance"]).keep
     pressure = limits.pressure(network.topology, flat(network, keep).astype(float))
     assert budget.FLOOR <= pressure <= 1
     assert all(keep[g.name].any() for g in network.topology.groups if g.kind != "branches")
@@ -356,7 +364,7 @@ def test_a_search_brings_the_gates_to_the_budget_and_compiles_once(tmp_path, cap
     assert caplog.text.count("Compiling jit(update_once)") == 1
     gates = flat(network, state.extra["gates"])
     assert (gates >= 0).all() and (gates == 0).any() and np.isfinite(gates).all()
-    found = gated.history(network.topology, state)
+    found = search_step.history(network.topology, state)
     assert found["cost_macs"][0] > 0.9 and found["cost_macs"][-1] <= 0.55
     assert (found["lambda2"] > 0).any()
     np.testing.assert_allclose(
@@ -412,5 +420,5 @@ def test_gates_to_exclude_everything_is_an_error_that_says_why():
 
 def test_the_benchmark_of_the_search_step_runs():
     """At a size that says nothing of speed."""
-    found = search_step.measure(depth=8, batch=4, rounds=2, steps=1)
+    found = search_step_benchmark.measure(depth=8, batch=4, rounds=2, steps=1)
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in ("search_ms", "distill_ms", "ratio"))

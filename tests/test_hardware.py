@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdsearch_jax import budget, hardware, models
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.pruning import budget, hardware
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig
 
 
 def topology(hidden):
-    module = models.build("mlp", {"hidden": hidden, "num_classes": 10})
+    module = registry.build("mlp", {"hidden": hidden, "num_classes": 10})
     return trace(module, np.zeros((2, 4, 4, 1), np.float32), train=False).topology
 
 

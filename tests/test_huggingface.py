@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from kdsearch_jax import models, pretrained
-from kdsearch_jax.pretrained import huggingface_config, huggingface_names, matching
+from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.models import pretrained
+from kdsearch_jax.models.pretrained import huggingface_config, huggingface_names, matching
 
 VIT: dict[str, Any] = {
     "hidden_size": 24,
@@ -149,7 +151,7 @@ def written(directory: Path, case: str, **changes: Any) -> dict[str, np.ndarray]
     config = {"model_type": family, **config, **changes}
     head = "cls_classifier" if "distilled" in case else huggingface_names.HEADS[family][-1]
     described = huggingface_config.describe(Path("config.json"), config, head, 7)
-    module = models.build(described.model, described.arguments)
+    module = registry.build(described.model, described.arguments)
     naming = huggingface_names.naming(family, module)
     rng = np.random.default_rng(0)
     tensors = {
@@ -407,7 +409,7 @@ def test_whatever_a_configuration_says_it_is_read_or_refused(data):
     config = {"model_type": family, **config, key: data.draw(JSON)}
     try:
         described = huggingface_config.describe(Path("config.json"), config, "classifier", 7)
-        models.build(described.model, described.arguments)
+        registry.build(described.model, described.arguments)
     except ValueError as error:
         assert repr(key) in str(error) or key in str(error) or "depths" in str(error) or "hidden_sizes" in str(error)
 

@@ -9,85 +9,33 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "kdsearch_jax"
 
-# From the lowest: a module imports only from lines above its own, or from its own line without a cycle.
-# `tracing`, `models` and the other packages stand for all their modules.
-LAYERS = [
-    {
-        "config",
-        "files",
-        "formatting",
-        "memo",
-        "storage",
-        "processes",
-        "preemption",
-        "locks",
-        "spread",
-        "consensus",
-        "provenance",
-        "library",
-        "attributes",
-        "boxes",
-        "functional",
-        "native",
-        "grouped",
-        "memory",
-        "tracing",
-    },
-    {
-        "losses",
-        "models",
-        "prox",
-        "call",
-        "images",
-        "foreign",
-        "batches",
-        "devices",
-        "optimizer",
-        "widths",
-        "dense",
-        "convolution",
-        "gates",
-        "equality",
-    },
-    {"budget", "hardware", "parts"},
-    {"penalty", "front"},
-    {"pretrained", "student", "examples", "streaming", "forward", "events", "metrics", "rundir", "cli"},
-    {"checkpoint", "data", "feeding", "task", "tfds"},
-    {"linen", "nnx", "features", "ensemble", "cache", "distilling", "steps", "rollback", "train"},
-    {"trials"},
-    {"network"},
-    {"surgery", "evaluate", "measured", "export", "report", "baselines", "shrinking", "gated", "weights"},
-    {"pruning"},
-    {"given", "road"},
-    {"fitting", "cutting", "delivery"},
-    {"stages"},
-    {"teacher", "api", "search", "retrain", "inspect", "compare"},
-    {"__init__"},
+# From the lowest: a package imports only from those above it in this list. Commands and `__init__` come last.
+ORDER = [
+    "models",
+    "tracing",
+    "adapters",
+    "pruning",
+    "storage",
+    "models.pretrained",
+    "reporting",
+    "data",
+    "training",
+    "distill",
+    "runs",
 ]
 
-# Of other packages, these modules import only what is named here (and the standard library).
+# Of other packages, these import only what is named here (and the standard library).
 ONLY = {
-    "config": set(),
     "tracing": {"jax", "numpy", "scipy"},
-    "gates": {"jax", "numpy", "scipy"},
-    "equality": {"jax", "numpy"},
-    "budget": {"jax", "numpy", "scipy"},
-    "hardware": {"jax", "numpy", "scipy"},
-    "losses": {"jax", "optax"},
-    "prox": {"jax", "optax"},
-    "student": {"flax", "jax", "numpy"},
-    "attributes": {"flax"},
-    "functional": {"flax", "jax", "numpy"},
-    "nnx": {"flax", "jax"},
+    "adapters": {"flax", "jax", "numpy"},
+    "pruning": {"flax", "jax", "numpy", "optax", "scipy"},
     "models": {"flax", "jax", "numpy"},
 }
 
 STANDARD = sys.stdlib_module_names
-FORBIDDEN = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+FORBIDDEN = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "tensorflow", "jaxopt"}
 
 
 def module_name(path: Path) -> str:
@@ -124,21 +72,27 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def unit(name: str) -> str:
-    """The name that stands for a module in LAYERS."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+def package(name: str) -> str | None:
+    """The entry of ORDER that a module belongs to; None for commands and the top level."""
+    parts = name.split(".")[1:]
+    if parts[:2] == ["models", "pretrained"]:
+        return "models.pretrained"
+    return parts[0] if parts and parts[0] in ORDER else None
 
 
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_lower_layers_never_import_higher_ones(name):
-    assert unit(name) in RANK, f"{unit(name)} is a new module: give it a line in LAYERS"
-    for other in imports(FILES[name]):
-        if other.split(".")[0] == "kdsearch_jax" and unit(other) != unit(name):
-            assert RANK[unit(other)] <= RANK[unit(name)], f"{name} imports {other}, which is above it"
+def test_packages_import_one_way():
+    rank = {name: number for number, name in enumerate(ORDER)}
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in FILES.items()
+        for other in imports(path)
+        if other.split(".")[0] == "kdsearch_jax" and package(name) is not None
+        if rank.get(package(other) or "", len(ORDER)) > rank[package(name) or ""]
+    ]
+    assert not wrong
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} == {
+        name for name in ORDER if "." not in name
+    } | {"search"}
 
 
 def test_there_are_no_cycles():
@@ -146,39 +100,48 @@ def test_there_are_no_cycles():
     TopologicalSorter(graph).prepare()  # raises CycleError, with the cycle
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if unit(name) in ONLY])
-def test_the_core_needs_few_packages(name):
-    outside = {other.split(".")[0] for other in imports(FILES[name])} - STANDARD - {"kdsearch_jax"}
-    assert outside <= ONLY[unit(name)]
+def test_inner_packages_need_few_others_and_nothing_private_or_unsafe():
+    wrong = []
+    for path in EVERYTHING:
+        name = module_name(path) if PACKAGE in path.parents else path.stem
+        for other in imports(path):
+            top, *rest = other.split(".")
+            private = top in ("jax", "flax", "optax", "orbax") and any(part.startswith("_") for part in rest)
+            allowed = ONLY.get(package(name) or "")
+            foreign = allowed is not None and top not in allowed | STANDARD | {"kdsearch_jax"}
+            if private or foreign or top in FORBIDDEN:
+                wrong.append(f"{name} imports {other}")
+        if "jax._src" in path.read_text():
+            wrong.append(f"{name} names jax._src")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: path.stem)
-def test_nothing_private_and_nothing_that_runs_what_it_reads(path):
-    for other in imports(path):
-        parts = other.split(".")
-        assert not (parts[0] in ("jax", "flax", "optax", "orbax") and any(p.startswith("_") for p in parts)), other
-        assert parts[0] not in FORBIDDEN, other
-        assert parts[0] not in ("tensorflow", "jaxopt"), other
-    assert "jax._src" not in path.read_text()
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("__main__")])
-def test_a_module_only_defines(name):
+def test_a_module_only_defines():
     """At the top of a module stand imports, definitions and constants, and no statement that does something."""
-    tree = ast.parse(FILES[name].read_text())
-    for node in tree.body:
-        guard = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
-        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        defines = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-        assert guard or text or isinstance(node, defines), f"{name}, line {node.lineno}: {ast.unparse(node)[:80]}"
+    defines = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    wrong = []
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            guard = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not (guard or text or isinstance(node, defines)):
+                wrong.append(f"{name}, line {node.lineno}: {ast.unparse(node)[:80]}")
+    assert not wrong
 
 
 def test_importing_everything_is_quiet(tmp_path, python):
-    """In a process of its own, in an empty folder: no backend, no file, no output, no warning, nothing optional."""
-    names = sorted(name for name in FILES if not name.endswith("__main__"))
+    """In a process of its own, in an empty folder: no backend, no file, no output, no warning, nothing optional.
+
+    And pruning alone loads neither settings files nor storage, models or reports.
+    """
+    names = sorted(name for name in FILES if not name.endswith("__main__") and name.count(".") > 1)
     optional = ["torch", "tensorflow", "tensorflow_datasets", "grain", "matplotlib.pyplot", "tyro"]
+    pruning = [name for name in names if name.startswith("kdsearch_jax.pruning")]
     code = (
         "import importlib, sys\n"
+        f"for name in {pruning}: importlib.import_module(name)\n"
+        "outer = {name.split('.')[1] for name in sys.modules if name.startswith('kdsearch_jax.')}\n"
+        "assert outer <= {'pruning', 'tracing', 'adapters', 'search'}, outer\n"
         f"for name in {names}: importlib.import_module(name)\n"
         f"loaded = sorted(set({optional}) & set(sys.modules))\n"
         "assert not loaded, loaded"

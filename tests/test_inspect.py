@@ -15,11 +15,12 @@ from flax import nnx
 from proof import image, variables_of
 
 import kdsearch_jax as kd
-from kdsearch_jax import budget, inspect
-from kdsearch_jax.config import Experiment
-from kdsearch_jax.inspect.__main__ import main as inspect_main
-from kdsearch_jax.models import build
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters.registry import build
+from kdsearch_jax.inspect import main as inspect_main
+from kdsearch_jax.pruning import budget
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.runs import inspection
+from kdsearch_jax.runs.config import Experiment
 
 SMALL = ("--model", "cifar_resnet", "--model.arguments", "depth=8", "width=8", "--input-shape", "16", "16", "3")
 
@@ -75,13 +76,15 @@ def test_text_names_every_group_and_every_reason(capsys):
     network = trace(module, np.zeros((2, 16, 16, 3), np.float32), train=False)
     for group in network.topology.groups:
         found = [
-            line[0] for line in inspect.group_lines(network) if re.fullmatch(line[0].replace("#", r"\d+"), group.name)
+            line[0]
+            for line in inspection.group_lines(network)
+            if re.fullmatch(line[0].replace("#", r"\d+"), group.name)
         ]
         assert len(found) == 1 and found[0] in text
-    lines = inspect.group_lines(network)
+    lines = inspection.group_lines(network)
     assert sum(int(line[2]) for line in lines) == len(network.topology.groups)
     assert sum(int(line[3].replace(",", "")) for line in lines) == network.topology.units
-    frozen = inspect.frozen_lines(network)
+    frozen = inspection.frozen_lines(network)
     assert sum(int(line[1]) for line in frozen) == len(network.topology.frozen)
     assert re.search(r"\(models/\w+\.py:\d+\)", text) and "linen.py" not in text  # the model's line, not ours
     assert all(line[0] in text for line in frozen) and len(frozen) < len(network.topology.frozen)
@@ -106,7 +109,7 @@ def test_measures_on_request_and_says_what_that_means_for_a_budget(capsys):
         return
     assert record["budget"]["reachable"] and record["batch_size"] == 8 and record["latency"] > 0
     assert 0 < record["smallest"]["memory"]["count"] < record["memory"]
-    assert "a call with 8 examples" in inspect.heading(record)
+    assert "a call with 8 examples" in inspection.heading(record)
 
 
 def test_the_smallest_student_has_whole_multiples(capsys):
@@ -161,7 +164,7 @@ def test_lines_of_code_shapes_and_layers_that_are_single_keep_their_numbers(caps
     assert f"(tests/test_inspect.py:{line})" in text or f"tests/test_inspect.py:{line} (" in text
     assert "conv1x1" in text and "blocks/#" in text and "py:#" not in text and "(#" not in text
     network = trace(Unnumbered(rngs=nnx.Rngs(0)), np.zeros((2, 6), np.float32))
-    for reason, _, _ in inspect.frozen_lines(network):
+    for reason, _, _ in inspection.frozen_lines(network):
         own = {re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason) for item in network.topology.frozen}
         assert any(re.fullmatch(re.escape(reason).replace(r"\#", r"\d+"), each) for each in own)
 
@@ -176,8 +179,8 @@ def test_lines_of_code_shapes_and_layers_that_are_single_keep_their_numbers(caps
     ],
 )
 def test_only_numbers_in_names_of_layers_are_left_out(text, expected):
-    assert inspect.alike(text, frozenset({"b1", "b1/conv2", "b1:branch"})) == expected
-    assert inspect.common(["b1/conv3x3", "b2/conv3x3"]) == "b#/conv3x3"
+    assert inspection.alike(text, frozenset({"b1", "b1/conv2", "b1:branch"})) == expected
+    assert inspection.common(["b1/conv3x3", "b2/conv3x3"]) == "b#/conv3x3"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_a_mistake_is_one_line(argv, message):
 def test_unreachable_is_what_the_search_would_say():
     network = trace(build("mlp", {"hidden": [8], "num_classes": 3}), np.zeros((2, 4, 4, 1), np.float32), train=False)
     experiment = Experiment()
-    assert inspect.report(network, experiment)["budget"]["reachable"]
+    assert inspection.report(network, experiment)["budget"]["reachable"]
     budget.resolve(experiment.budget, network.topology)
 
 

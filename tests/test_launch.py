@@ -331,7 +331,7 @@ class TestGke:
 
     def test_gpu_processes_find_each_other(self, cloud):
         """What the manifest sets is what `processes` reads."""
-        from kdsearch_jax.processes import Place, find
+        from kdsearch_jax.training.processes import Place, find
 
         pod, _, _ = manifest(cloud, "gpu")
         variables = {entry["name"]: entry.get("value", "1") for entry in pod["containers"][0]["env"]}

@@ -18,11 +18,13 @@ from flax import nnx
 from proof import image, random_gates, random_keep, variables_of
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, export, models, surgery
-from kdsearch_jax.call import Call
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture, Student
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.architecture import Architecture, StudentModule
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.storage import export_formats, networks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -72,15 +74,15 @@ class PlainLinen(nn.Module):
 
 def saved(module, variables, directory):
     """A student of the module, cut at random and saved as a run would save it; (its outputs, the directory)."""
-    call = Call(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+    call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     network, rng = trace(module, X), np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     sliced, architecture = surgery.prune(variables, gates, keep, network, Architecture.of(network.module, (), call))
-    shapes = {name: list(shape) for name, shape in checkpoint.own_shapes(network.module, call).items()}
+    shapes = {name: list(shape) for name, shape in networks.own_shapes(network.module, call).items()}
     info = {"macs": 1, "params": 1}
-    if isinstance(network.module, Functional):
-        info[checkpoint.MODE] = network.module.mode
-    checkpoint.save_network(directory, architecture, sliced, info | {checkpoint.BASE: shapes})
+    if isinstance(network.module, FunctionalModule):
+        info[networks.MODE] = network.module.mode
+    networks.save_network(directory, architecture, sliced, info | {networks.BASE: shapes})
     return jax.tree.leaves(network.student(keep).apply(sliced, X))[0], directory
 
 
@@ -88,7 +90,7 @@ def saved(module, variables, directory):
 def student(tmp_path_factory):
     module = Plain(12, nnx.silu, rngs=nnx.Rngs(0))
     module.eval()
-    return saved(module, Functional.split(module)[1], tmp_path_factory.mktemp("nnx") / "student")
+    return saved(module, FunctionalModule.split(module)[1], tmp_path_factory.mktemp("nnx") / "student")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ GIVEN = {
     "streams from outside": lambda: functools.partial(Plain, 12, nnx.silu, rngs=STREAMS),
     "a function": lambda: lambda: Silu(rngs=STREAMS),
     "an abstract function": lambda: lambda: nnx.eval_shape(lambda: Plain(12, nnx.silu, rngs=nnx.Rngs(0))),
-    "as loaded": lambda: Functional.split(Silu(rngs=nnx.Rngs(0)))[0],
+    "as loaded": lambda: FunctionalModule.split(Silu(rngs=nnx.Rngs(0)))[0],
 }
 
 
@@ -119,10 +121,10 @@ def test_an_nnx_student_is_loaded_with_whatever_makes_its_model(student, name):
     assert module.first.out_features == variables["params"]["first"]["kernel"].shape[1] < 12
     assert module.dropout.deterministic  # as the module that was cut
     np.testing.assert_allclose(module(X), expected, atol=1e-6)
-    function, own = Functional.split(module)
+    function, own = FunctionalModule.split(module)
     np.testing.assert_array_equal(function.apply(own, X), expected)
     again, _ = kdsearch_jax.load(directory, module=module)  # a student stands for what it was cut from
-    assert Functional.split(again)[0] == function
+    assert FunctionalModule.split(again)[0] == function
 
 
 def test_a_linen_student_too(linen_student):
@@ -130,7 +132,7 @@ def test_a_linen_student_too(linen_student):
     whole = PlainLinen(12, nn.silu)
     for given in (whole, functools.partial(PlainLinen, activation=nn.silu), lambda: whole):
         module, variables = kdsearch_jax.load(directory, module=given)
-        assert isinstance(module, Student) and module.base == whole
+        assert isinstance(module, StudentModule) and module.base == whole
         np.testing.assert_array_equal(module.apply(variables, X), expected)
     assert kdsearch_jax.load(directory, module=module).module == module
 
@@ -174,7 +176,7 @@ def test_another_module_is_refused(student, linen_student):
 
 def test_attributes_that_a_loaded_network_has_not(student, linen_student):
     """Whoever takes it for the module itself learns how to get that."""
-    module, *_ = checkpoint.load_network(student[1], Silu)
+    module, *_ = networks.load_network(student[1], Silu)
     with pytest.raises(AttributeError, match=r"this Silu .* no attribute 'first'; bind\(variables\)"):
         _ = module.first
     module, _ = kdsearch_jax.load(linen_student[1], module=PlainLinen(activation=nn.silu))
@@ -208,9 +210,10 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
     """The class is called to see whether it makes an equal module; where it does not, none is named."""
 
     def described(module):
-        return models.describe(Functional.split(module)[0])
+        return registry.describe(FunctionalModule.split(module)[0])
 
-    fails(saved(Named(8, rngs=nnx.Rngs(0)), Functional.split(Named(8, rngs=nnx.Rngs(0)))[1], tmp_path / "named")[1],
+    named = Named(8, rngs=nnx.Rngs(0))
+    fails(saved(named, FunctionalModule.split(named)[1], tmp_path / "named")[1],
           functools.partial(Named, 12), "Named", "(12,)", "(8,)")  # fmt: skip
     assert described(Named(8, rngs=nnx.Rngs(0))) == ("test_loading:Named", {"width": 8})
     for other in (Named(8, 3, rngs=nnx.Rngs(0)), Misleading(8, rngs=nnx.Rngs(0)), Plain(8, nnx.elu, rngs=nnx.Rngs(0))):
@@ -218,7 +221,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
     module = Named(8, rngs=nnx.Rngs(0))
     for mode in ("train", "eval"):
         module.train() if mode == "train" else module.eval()
-        expected, directory = saved(module, Functional.split(module)[1], tmp_path / mode)
+        expected, directory = saved(module, FunctionalModule.split(module)[1], tmp_path / mode)
         again, _ = kdsearch_jax.load(directory)
         assert again.norm.use_running_average is (mode == "eval")  # as the module was when it was given
         assert np.allclose(again(X), expected, atol=1e-6) is (mode == "eval")
@@ -278,8 +281,8 @@ def test_classes_of_a_script_in_a_fresh_process(tmp_path):
 
 
 def test_an_exported_file_takes_the_same(student, tmp_path):
-    export.export(student[1], tmp_path, ("safetensors",), module=Silu)
-    module, variables = export.load_safetensors(tmp_path / "student.safetensors", module=Silu)
+    export_formats.export(student[1], tmp_path, ("safetensors",), module=Silu)
+    module, variables = export_formats.load_safetensors(tmp_path / "student.safetensors", module=Silu)
     np.testing.assert_array_equal(module.apply(variables, X), student[0])
     with pytest.raises(ValueError, match=r"Plain that is given has \(20,\)"):
-        export.load_safetensors(tmp_path / "student.safetensors", module=functools.partial(Plain, 20))
+        export_formats.load_safetensors(tmp_path / "student.safetensors", module=functools.partial(Plain, 20))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdsearch_jax import losses
-from kdsearch_jax.config import DistillConfig
+from kdsearch_jax.distill import losses
+from kdsearch_jax.distill.settings import DistillConfig
 
 DIRECTIONS = ("forward", "reverse")
 

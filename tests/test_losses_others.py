@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 from scipy.special import softmax
 
-from kdsearch_jax import losses
-from kdsearch_jax.config import LOSSES, DistillConfig, loss_weights
-from kdsearch_jax.losses import learned
+from kdsearch_jax.distill import losses
+from kdsearch_jax.distill.losses import learned
+from kdsearch_jax.distill.settings import LOSSES, DistillConfig, loss_weights
 
 BATCH, CLASSES = 6, 10
 LABELS = jnp.arange(BATCH) % CLASSES

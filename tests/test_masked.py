@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdsearch_jax import ensemble, evaluate, losses, metrics
-from kdsearch_jax import task as task_lib
-from kdsearch_jax.call import Call
-from kdsearch_jax.config import DistillConfig
-from kdsearch_jax.losses import predictions
-from kdsearch_jax.task import Output, Task
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.distill import ensemble, losses, metrics
+from kdsearch_jax.distill import objective as task_lib
+from kdsearch_jax.distill.losses import predictions
+from kdsearch_jax.distill.objective import Objective, Output
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.runs import evaluation
 
 BATCH, CLASSES = 6, 9
 KEPT = np.array([1, 1, 0, 1, 0, 1, 1, 0, 1], bool)  # the same classes for all examples
@@ -99,9 +100,9 @@ def test_logits_far_from_zero_are_not_masked():
 @pytest.mark.parametrize("mask", MASKS)
 def test_metrics_are_those_of_the_other_classes(mask):
     student, teacher = logits(0), logits(1)
-    found = evaluate.score(*(np.asarray(each) for each in (
+    found = evaluation.score(*(np.asarray(each) for each in (
         with_mask(student, MASKS[mask]), LABELS, with_mask(teacher, MASKS[mask]))))  # fmt: skip
-    expected = evaluate.score(*(np.asarray(each) for each in (student[:, KEPT], OF_KEPT, teacher[:, KEPT])))
+    expected = evaluation.score(*(np.asarray(each) for each in (student[:, KEPT], OF_KEPT, teacher[:, KEPT])))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -131,8 +132,8 @@ def test_what_one_teacher_masks_their_mean_masks(how):
 
 def of_values(teacher):
     """A task of one output that is no logits, measured on the teacher's."""
-    call = Call(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
-    return task_lib.measured(Task(call, DistillConfig(), (Output("output", "values"),)), teacher)
+    call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    return task_lib.measured(Objective(call, DistillConfig(), (Output("output", "values"),)), teacher)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

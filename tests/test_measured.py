@@ -10,13 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from kdsearch_jax import budget, evaluate, measured, models
-from kdsearch_jax.budget import BudgetError, Estimate
-from kdsearch_jax.budget.estimate import within
-from kdsearch_jax.call import Call
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.measured import Tools, calibration, landing, timing
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.pruning import budget
+from kdsearch_jax.pruning.budget import BudgetError, Estimate
+from kdsearch_jax.pruning.budget.estimate import within
+from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.runs import evaluation, latency
+from kdsearch_jax.runs.latency import Tools, calibration, landing, timing
 
 NETWORKS = {
     "mlp": ("mlp", {"hidden": [24, 40]}, (4, 4, 1)),
@@ -29,13 +31,13 @@ NETWORKS = {
 def given(name: str):
     """(network, variables, call) of one of NETWORKS."""
     model, arguments, shape = NETWORKS[name]
-    module = models.build(model, {"num_classes": 10, **arguments})
+    module = registry.build(model, {"num_classes": 10, **arguments})
     image = np.zeros((2, *shape), np.float32)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), image, train=False))
     return (
         trace(module, image, train=False),
         jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes),
-        Call.of_image(shape),
+        CallSpec.of_image(shape),
     )
 
 
@@ -66,10 +68,10 @@ def chosen(name: str, tools: Tools, seed=0, **asked):
     """(network, budget, limits, what lands)."""
     network, variables, call = given(name)
     config = BudgetConfig(**{"macs": None, **asked})
-    record = json.loads(json.dumps(measured.calibrate(network, variables, config, call, tools)))
-    limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
+    record = json.loads(json.dumps(latency.calibrate(network, variables, config, call, tools)))
+    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
     importance = np.random.default_rng(seed).exponential(1.0, network.topology.units)
-    landed = measured.land(
+    landed = latency.land(
         lambda bounds: budget.choose(network.topology, bounds, importance),
         limits,
         network,
@@ -89,7 +91,7 @@ def test_what_is_linear_is_known_exactly(name):
     """Parameters of a network are among what an estimate is made of, statistics are a number for each unit."""
     network, variables, call = given(name)
     topology, random = network.topology, np.random.default_rng(0)
-    record = measured.calibrate(network, variables, BudgetConfig(None, latency=0.5), call, device(straight))
+    record = latency.calibrate(network, variables, BudgetConfig(None, latency=0.5), call, device(straight))
     estimate = Estimate(**record["estimates"]["latency"])
     for _ in range(5):
         branches = {g.name for g in topology.groups if g.kind == "branches"}
@@ -191,11 +193,11 @@ def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes()
     """Measured at calibration and at the landing by devices that do not agree."""
     network, variables, call = given("mlp")
     config = BudgetConfig(None, latency=0.5)
-    record = measured.calibrate(network, variables, config, call, device(straight))
-    limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
+    record = latency.calibrate(network, variables, config, call, device(straight))
+    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
     ones = np.ones(network.topology.units)
     with pytest.raises(BudgetError, match=r"smallest student is not within .*latency [12]\.\d+ of the budget"):
-        measured.land(
+        latency.land(
             lambda bounds: budget.choose(network.topology, bounds, ones),
             limits, network, variables, config, call, device(lambda n: 1.0 + 1e-6 * n),
         )  # fmt: skip
@@ -204,11 +206,11 @@ def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes()
 def test_where_the_model_is_wrong_about_all_but_the_smallest_student_that_is_taken():
     network, variables, call = given("mlp")
     config = BudgetConfig(None, latency=0.9, round_to=8)
-    record = measured.calibrate(network, variables, config, call, device(straight))
-    limits = measured.with_measured(budget.resolve(config, network.topology), config, record)
+    record = latency.calibrate(network, variables, config, call, device(straight))
+    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
     flat = budget.smallest(network.topology, 8)
     least, ones = size(calibration.cut(network, variables, flat)), np.ones(network.topology.units)
-    found, cost = measured.land(
+    found, cost = latency.land(
         lambda bounds: budget.choose(network.topology, bounds, ones),
         limits, network, variables, config, call, device(lambda n: 1.0 if n <= least else 2.0 + 1e-6 * n),
     )  # fmt: skip
@@ -230,21 +232,21 @@ def turns(student: float, noise: float = 0.0, own: float = 0.0):
 
 
 def test_what_slows_whole_turns_down_does_not_count_and_more_turns_decide_closer_calls():
-    far = measured.decide(turns(0.5, noise=1.0, own=0.02), 0.7)
+    far = latency.decide(turns(0.5, noise=1.0, own=0.02), 0.7)
     assert far["within"] and far["turns"] == timing.FIRST and far["share"] == pytest.approx(0.5 / 0.7, rel=0.02)
-    near = measured.decide(turns(0.695, noise=1.0, own=0.05), 0.7)
+    near = latency.decide(turns(0.695, noise=1.0, own=0.05), 0.7)
     assert near["turns"] > far["turns"] and near["low"] <= near["share"] <= near["high"]
-    assert measured.decide(turns(0.75, noise=1.0, own=0.02), 0.7)["within"] is False
+    assert latency.decide(turns(0.75, noise=1.0, own=0.02), 0.7)["within"] is False
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
     random = np.random.default_rng(0)
     for n in (15, 60):
         inside = [
-            low <= 0 <= high for _, low, high in (measured.interval(random.standard_cauchy(n)) for _ in range(400))
+            low <= 0 <= high for _, low, high in (latency.interval(random.standard_cauchy(n)) for _ in range(400))
         ]
         assert 0.92 <= np.mean(inside) <= 0.995
-    assert measured.interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert latency.interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
 
 
 def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
@@ -252,7 +254,7 @@ def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
     network, variables, call = given("mlp")
     config = BudgetConfig(None, latency=0.5)
     with pytest.raises(BudgetError, match=r"too noisy here: after \d+ turns a network \(.*\) takes 0\.\d+ to"):
-        measured.calibrate(network, variables, config, call, device(straight, own=3.0))
+        latency.calibrate(network, variables, config, call, device(straight, own=3.0))
     verdict = {"within": None, "low": 0.7, "high": 1.3, "share": 1.0, "turns": 30}
     with pytest.raises(BudgetError, match=r"too noisy here to decide: after 30 turns the student takes 0\.70 to 1\.30"):
         timing.check_noise("latency", verdict)
@@ -265,19 +267,19 @@ def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
 def test_a_search_is_calibrated_once_and_reads_the_same_again(tmp_path):
     network, variables, call = given("mlp")
     config, limits = BudgetConfig(0.6, latency=0.7), budget.resolve(BudgetConfig(0.6), network.topology)
-    measured.prepare(network, variables, config, call, tmp_path, device(straight))
-    first = measured.bounded(limits, config, tmp_path)
-    measured.prepare(network, variables, config, call, tmp_path, device(lambda n: 7.0 * straight(n)))
-    assert measured.bounded(limits, config, tmp_path) == first and first.names == ("macs", "latency")
+    latency.prepare(network, variables, config, call, tmp_path, device(straight))
+    first = latency.bounded(limits, config, tmp_path)
+    latency.prepare(network, variables, config, call, tmp_path, device(lambda n: 7.0 * straight(n)))
+    assert latency.bounded(limits, config, tmp_path) == first and first.names == ("macs", "latency")
     with pytest.raises(BudgetError, match=r"budget\.batch_size: 8 is not the 64 that this search has measured"):
-        measured.bounded(limits, BudgetConfig(0.6, latency=0.7, batch_size=8), tmp_path)
+        latency.bounded(limits, BudgetConfig(0.6, latency=0.7, batch_size=8), tmp_path)
     with pytest.raises(BudgetError, match=r"budget\.memory: .*measured\.json does not tell what was measured"):
-        measured.bounded(limits, BudgetConfig(0.6, memory=0.7), tmp_path)
+        latency.bounded(limits, BudgetConfig(0.6, memory=0.7), tmp_path)
     (tmp_path / "measured.json").write_text("{")
     with pytest.raises(BudgetError, match="search anew"):
-        measured.bounded(limits, config, tmp_path)
-    measured.prepare(network, variables, BudgetConfig(), call, tmp_path / "none", device(straight))
-    assert not (tmp_path / "none").exists() and measured.bounded(limits, BudgetConfig(), tmp_path) is limits
+        latency.bounded(limits, config, tmp_path)
+    latency.prepare(network, variables, BudgetConfig(), call, tmp_path / "none", device(straight))
+    assert not (tmp_path / "none").exists() and latency.bounded(limits, BudgetConfig(), tmp_path) is limits
 
 
 def test_the_final_student_is_within_or_the_run_fails(tmp_path):
@@ -287,15 +289,15 @@ def test_the_final_student_is_within_or_the_run_fails(tmp_path):
     share = straight(size(student)) / straight(size(teacher))
     path = tmp_path / "measured.json"
     with pytest.raises(BudgetError, match=r"the student takes [\d.]+ ms a call, 1\.25\d of the budget .*--resume"):
-        measured.confirm(
+        latency.confirm(
             teacher, student, BudgetConfig(None, latency=share / 1.25), call, path, device(straight, own=0.01)
         )
     assert not path.exists()
     config = BudgetConfig(None, latency=share * 1.1, memory=0.9)
-    measured.confirm(teacher, student, config, call, path, device(straight, own=0.01))
+    latency.confirm(teacher, student, config, call, path, device(straight, own=0.01))
     found = json.loads(path.read_text())
     assert found["latency"]["within"] and found["memory"]["within"] and found["batch_size"] == 64
-    measured.confirm(teacher, student, config, call, path, device(lambda n: 1.0))  # it is confirmed
+    latency.confirm(teacher, student, config, call, path, device(lambda n: 1.0))  # it is confirmed
     assert json.loads(path.read_text()) == found
 
 
@@ -306,11 +308,11 @@ def test_memory_is_at_least_what_goes_in_and_comes_out_and_falls_with_the_networ
     network, variables, call = given("mlp")
     student = calibration.cut(network, variables, budget.smallest(network.topology))
     networks = {"teacher": (network.module, variables), "student": student}
-    found = evaluate.measure_memory(networks, 8, call)
-    assert found == evaluate.measure_memory(networks, 8, call)
+    found = evaluation.measure_memory(networks, 8, call)
+    assert found == evaluation.measure_memory(networks, 8, call)
     for name, each in networks.items():
         assert found[name] >= 4 * (size(each) + 8 * 16 + 8 * 10)
-    assert found["student"] < found["teacher"] < evaluate.measure_memory(networks, 64, call)["teacher"]
+    assert found["student"] < found["teacher"] < evaluation.measure_memory(networks, 64, call)["teacher"]
 
 
 def test_on_this_machine_the_student_is_within_or_the_error_says_why(monkeypatch):

@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
-from kdsearch_jax.metrics import MetricsWriter, Progress, agreement, kl_to_teacher, top_k
+from kdsearch_jax.data.progress import Progress
+from kdsearch_jax.distill.metrics import agreement, kl_to_teacher, top_k
+from kdsearch_jax.training.metrics import MetricsWriter
 
 
 def rows(directory: Path) -> list[dict]:
@@ -119,10 +121,10 @@ def test_an_error_closes_the_files(tmp_path):
 
 def test_a_full_disk_is_told_with_the_file_and_nothing_else_is_printed(tmp_path, python):
     code = (
-        "import sys; from kdsearch_jax import events, metrics\n"
+        "import sys; from kdsearch_jax.training import metrics, tensorboard\n"
         "rows, shown = (metrics.MetricsWriter(sys.argv[1] + name) for name in ('/rows', '/shown'))\n"
         "rows._file = open('/dev/full', 'a', buffering=1)\n"
-        "shown._events._records._writer, events._INTERVAL = open('/dev/full', 'wb'), 0\n"
+        "shown._events._records._writer, tensorboard._INTERVAL = open('/dev/full', 'wb'), 0\n"
         "for writer in (rows, shown):\n"
         "    for call in (lambda: writer.write(1, {'loss': 1.0}), writer.close):\n"
         "        try: call()\n"

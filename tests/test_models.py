@@ -9,7 +9,7 @@ import pytest
 from contract import check_call, check_names
 from proof import variables_of
 
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 from kdsearch_jax.models import blocks
 
 IMAGENET, CIFAR, DIGITS = (224, 224, 3), (32, 32, 3), (8, 8, 1)
@@ -64,11 +64,11 @@ SMALL = {  # every network at a size that computes at once: name, arguments, inp
 
 def small(case: str, num_classes: int = 5):
     name, arguments, shape = SMALL[case]
-    return models.build(name, {"num_classes": num_classes, **arguments}), shape
+    return registry.build(name, {"num_classes": num_classes, **arguments}), shape
 
 
 def leaf_shapes(name: str, shape: tuple[int, ...], **arguments) -> dict[str, tuple[int, ...]]:
-    module = models.build(name, arguments)
+    module = registry.build(name, arguments)
     variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     return {
         "/".join(key.key for key in path): leaf.shape
@@ -164,7 +164,7 @@ def test_networks_of_the_same_arguments_are_equal():
 
 
 def test_build_takes_other_packages():
-    module = models.build("kdsearch_jax.models.small:SmallCNN", {"num_classes": 5, "width": 4})
+    module = registry.build("kdsearch_jax.models.small:SmallCNN", {"num_classes": 5, "width": 4})
     assert module == small("small_cnn")[0]
 
 
@@ -199,7 +199,7 @@ def test_build_takes_other_packages():
 )
 def test_build_refuses_with_the_way_out(name, arguments, parts):
     with pytest.raises(ValueError) as raised:
-        models.build(name, arguments)
+        registry.build(name, arguments)
     for part in parts:
         assert part in str(raised.value)
 

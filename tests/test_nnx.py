@@ -19,10 +19,11 @@ from flax import nnx, traverse_util
 from proof import ANY, groups, image, prove, random_gates, random_keep, reasons, traced
 
 import kdsearch_jax
-from kdsearch_jax import search, surgery
-from kdsearch_jax.functional import Functional, Zeros
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax import search
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.functional_module import FunctionalModule, Zeros
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -256,9 +257,9 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, tuple[str, int]]]] = {
 
 
 @functools.cache
-def trained(make: Any, seed: int = 0) -> tuple[Functional, Any]:
+def trained(make: Any, seed: int = 0) -> tuple[FunctionalModule, Any]:
     """A module as a training run would leave it: no parameter is 0, no statistic is as at the start."""
-    module, rng = Functional.make(make, {}), np.random.default_rng(seed)
+    module, rng = FunctionalModule.make(make, {}), np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, jax.random.key(0))
 
     def moved(path: Any, leaf: Any) -> Any:
@@ -280,7 +281,7 @@ def test_the_student_computes_what_the_gated_network_does(name):
 
 
 @functools.cache
-def cut(name: str, how: str = "half") -> tuple[Functional, Functional, Any]:
+def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModule, Any]:
     """(the whole, a random student, its variables) of one of the networks above."""
     make, x, _ = NETWORKS[name]
     module, variables = trained(make)
@@ -419,14 +420,14 @@ def test_random_streams_follow_the_key_of_the_call():
 
 
 def test_fresh_variables_come_from_the_factory_and_are_cropped_for_a_student():
-    module = Functional.make(Cnn, {"width": 6})
+    module = FunctionalModule.make(Cnn, {"width": 6})
     one, same, other = (module.init(jax.random.key(seed)) for seed in (0, 0, 1))
     kernel = one["params"]["stem"]["kernel"]
     assert (kernel == same["params"]["stem"]["kernel"]).all() and (kernel != other["params"]["stem"]["kernel"]).any()
     assert (one["batch_stats"]["norm"]["var"] == 1).all()
     student = module.cut({"stem": {"kernel": (3, 3, 3, 4)}}, ())
     assert student.init(jax.random.key(0))["params"]["stem"]["kernel"].shape == (3, 3, 3, 4)
-    assert hash(module) == hash(Functional.make(Cnn, {"width": 6})) and module != student
+    assert hash(module) == hash(FunctionalModule.make(Cnn, {"width": 6})) and module != student
 
 
 def test_a_file_is_enough_to_build_the_student_again():
@@ -475,7 +476,7 @@ class Holds(nnx.Module):
 
 
 def test_bad_input_says_what_to_do():
-    module, variables = Functional.split(Mlp(rngs=nnx.Rngs(0)))
+    module, variables = FunctionalModule.split(Mlp(rngs=nnx.Rngs(0)))
     x = image(6)
     with pytest.raises(ValueError, match="draws random numbers in inference mode .*deterministic"):
         trace(AlwaysRandom(rngs=nnx.Rngs(0)), x)
@@ -484,7 +485,7 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match=r"variables: params/first/bias has shape None, \(12,\) is expected by Mlp"):
         module.apply({"params": {"first": {"kernel": variables["params"]["first"]["kernel"]}}}, x)
     with pytest.raises(ValueError, match="pair: a Param that holds a dict .*one array"):
-        Functional.split(Holds())
+        FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
         module.cut({"frist": {"kernel": (6, 3)}}, ())
     with pytest.raises(ValueError, match="'first' has no array 'kernle'"):

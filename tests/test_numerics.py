@@ -12,7 +12,9 @@ import pytest
 import test_train as t
 from test_train import RUN, STAGE, TASK
 
-from kdsearch_jax import checkpoint, optimizer, rollback, steps, train
+from kdsearch_jax.distill import steps
+from kdsearch_jax.training import checkpoints, loop, optimizer, rollback
+from kdsearch_jax.training import state as training_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # What it goes back to must not depend on what a checkpoint costs.
@@ -25,7 +27,7 @@ def plain():
     """(first state, step) of a small network."""
     module, variables = t.network()
     tx = optimizer.make_optimizer(STAGE)
-    return steps.create_state(variables, tx, ema=0.9), steps.supervised_step(module, tx, STAGE, RUN, TASK)
+    return training_state.create_state(variables, tx, ema=0.9), steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_whatever_is_not_finite_any_more_is_named(tmp_path, plain, part, name):
         new, metrics = update(state, batch, key, constants)
         return new.replace(**{part: jax.tree_util.tree_map_with_path(broken, getattr(new, part))}), metrics
 
-    with pytest.raises(train.TrainingDiverged, match=f"step 12, {name} is not finite; the last good .*checkpoints/8"):
+    with pytest.raises(loop.TrainingDiverged, match=f"step 12, {name} is not finite; the last good .*checkpoints/8"):
         t.fit(tmp_path, state, step)
 
 
@@ -65,16 +67,16 @@ def test_what_a_hook_breaks_is_never_saved(tmp_path, plain):
         return state.replace(extra={"memory": broken}), {}
 
     with pytest.raises(
-        train.TrainingDiverged, match=r"step 8, extra/memory is not finite; the last good .*checkpoints/4"
+        loop.TrainingDiverged, match=r"step 8, extra/memory is not finite; the last good .*checkpoints/4"
     ):
         t.fit(tmp_path / "hook", state, update, between=between, run=replace(RUN, checkpoint_every=4))
-    with checkpoint.Checkpointer(tmp_path / "hook" / "checkpoints") as stored:
+    with checkpoints.Checkpointer(tmp_path / "hook" / "checkpoints") as stored:
         assert stored.steps() == [4]
-    with checkpoint.Checkpointer(tmp_path / "old" / "checkpoints") as stored:
+    with checkpoints.Checkpointer(tmp_path / "old" / "checkpoints") as stored:
         stored.save(
             4, jax.device_get(state.replace(step=np.int32(4), extra={"memory": np.full(2, np.nan, np.float32)})), {}
         )
-    with pytest.raises(train.TrainingDiverged, match="extra/memory is not finite"):
+    with pytest.raises(loop.TrainingDiverged, match="extra/memory is not finite"):
         t.fit(tmp_path / "old", state, update, resume=True)
 
 
@@ -86,7 +88,7 @@ def test_a_broken_teacher_is_named(tmp_path, plain):
         return new, {**metrics, "loss": metrics["loss"] + constants["params"]["kernel"].sum()}
 
     constants = {"params": {"kernel": np.array([1.0, np.inf], np.float32)}}
-    with pytest.raises(train.TrainingDiverged, match="step 1, nor is the teacher's params/kernel"):
+    with pytest.raises(loop.TrainingDiverged, match="step 1, nor is the teacher's params/kernel"):
         t.fit(tmp_path, state, step, constants=constants)
 
 
@@ -156,7 +158,7 @@ def test_a_jump_goes_back_and_on_by_other_batches(tmp_path, plain, caplog, worst
 def test_without_the_setting_nothing_goes_back(tmp_path, plain):
     state, update = plain
     hits = marks(update, state, tmp_path / "first", [10])
-    with pytest.raises(train.TrainingDiverged, match="loss is nan at step 11"):
+    with pytest.raises(loop.TrainingDiverged, match="loss is nan at step 11"):
         t.fit(tmp_path / "off", state, jumping(update, float("nan"), hits), stage=LONG)
     # A jump that is finite is only a jump.
     assert int(t.fit(tmp_path / "on", state, jumping(update, 1e4, hits), stage=LONG).step) == 24
@@ -169,9 +171,7 @@ def test_it_goes_back_so_often_and_no_more(tmp_path, plain):
         new, metrics = update(state, batch, key, constants)
         return new, {**metrics, "loss": jnp.where(state.step >= 6, jnp.nan, metrics["loss"])}
 
-    with pytest.raises(
-        train.TrainingDiverged, match=r"loss is nan at step 7; the last good checkpoint .*checkpoints/4"
-    ):
+    with pytest.raises(loop.TrainingDiverged, match=r"loss is nan at step 7; the last good checkpoint .*checkpoints/4"):
         t.fit(tmp_path, state, step, run=GUARDED, stage=LONG)
 
 

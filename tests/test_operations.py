@@ -15,9 +15,9 @@ from either import LIBRARIES, network_in
 from flax import nnx
 from proof import groups, image, prove, random_keep, reasons, traced, variables_of
 
-from kdsearch_jax import surgery
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import count, trace
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import count, trace
 from kdsearch_jax.tracing import contractions
 from kdsearch_jax.tracing.program import flatten
 
@@ -352,7 +352,7 @@ def test_normalised_layers_lose_inputs_and_outputs(library, how):
         module = Wrapped(how)
         variables = variables_of(module, x)
     else:
-        module, variables = Functional.split(WrappedNnx(how, nnx.Rngs(0)))
+        module, variables = FunctionalModule.split(WrappedNnx(how, nnx.Rngs(0)))
     found = trace(module, x)
     assert sorted(groups(found).values()) == [("channels", 8), ("channels", 9)]
     prove(found, variables, x)

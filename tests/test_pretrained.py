@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kdsearch_jax import models, pretrained
+from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.models import pretrained
+from kdsearch_jax.models.pretrained import matching, torchvision
 from kdsearch_jax.models.resnet import ResNet
 from kdsearch_jax.models.vgg import VGG
-from kdsearch_jax.pretrained import matching, torchvision
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CIFAR = (32, 32, 3)
@@ -193,7 +195,9 @@ TORCHVISION = {
 @pytest.mark.parametrize(("name", "depth"), TORCHVISION)
 def test_torchvision_names_are_as_proved(name, depth):
     arguments = {"depth": depth} if depth else {}
-    module = models.build(name, {"num_classes": 1000, **arguments, **({"head": "flattened"} if name == "vgg" else {})})
+    module = registry.build(
+        name, {"num_classes": 1000, **arguments, **({"head": "flattened"} if name == "vgg" else {})}
+    )
     found = matching.sources(module, (224, 224, 3), torchvision.naming(module, (224, 224, 3)))
     lines = sorted(f"{'/'.join(leaf)} {source.names[0]} {source.shape}" for leaf, source in found.items())
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == TORCHVISION[name, depth]

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from kdsearch_jax import models
-from kdsearch_jax.pretrained import matching, torchvision
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.models.pretrained import matching, torchvision
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 # A build of torchvision for other hardware than PyTorch's fails with RuntimeError.
@@ -44,7 +44,7 @@ ALL = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for na
 
 def built(name):
     ours, arguments = NETWORKS[name]
-    return models.build(ours, {"num_classes": 1000, **arguments})
+    return registry.build(ours, {"num_classes": 1000, **arguments})
 
 
 def tensors_of(network):

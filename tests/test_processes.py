@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from kdsearch_jax.processes import Place, find
+from kdsearch_jax.training.processes import Place, find
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 FLAGS = {"coordinator": "b:2", "num_processes": "4", "process_id": "0"}
@@ -230,8 +230,8 @@ def test_alone_where_jax_cannot_find_out(start, tmp_path):
     ],
 )
 def test_a_mistake_on_the_line(argv, message, monkeypatch):
-    from kdsearch_jax import cli
+    from kdsearch_jax.runs import command_line
 
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(cli.UsageError, match=message):
-        cli.join_processes(argv)
+    with pytest.raises(command_line.UsageError, match=message):
+        command_line.join_processes(argv)

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdsearch_jax.config import GatesConfig, StageConfig
-from kdsearch_jax.gated import make_transformation
-from kdsearch_jax.optimizer import make_optimizer
-from kdsearch_jax.prox import accelerated_proximal_l1, group_soft_threshold, soft_threshold
+from kdsearch_jax.distill.search_step import make_transformation
+from kdsearch_jax.pruning.prox import accelerated_proximal_l1, group_soft_threshold, soft_threshold
+from kdsearch_jax.pruning.settings import GatesConfig
+from kdsearch_jax.training.optimizer import make_optimizer
+from kdsearch_jax.training.settings import StageConfig
 
 LAMBDA, RATE, MOMENTUM, COORDINATES = 0.3, 0.1, 0.9, 2000
 vectors = hnp.arrays(np.float32, st.integers(1, 8), elements=st.floats(-100, 100, width=32, allow_subnormal=False))

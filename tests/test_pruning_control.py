@@ -9,15 +9,16 @@ import pytest
 from proof import traced
 from random_networks import inputs_of, module_of, sample
 
-from kdsearch_jax import budget, models, penalty
-from kdsearch_jax.budget import Estimate
-from kdsearch_jax.budget.estimate import within
-from kdsearch_jax.config import GatesConfig
-from kdsearch_jax.network import trace
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.pruning import budget, penalty
+from kdsearch_jax.pruning.budget import Estimate
+from kdsearch_jax.pruning.budget.estimate import within
 from kdsearch_jax.pruning.budgets import Budget
 from kdsearch_jax.pruning.control import HOLD
 from kdsearch_jax.pruning.counting import Costs
+from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.search import GatedSearch
+from kdsearch_jax.pruning.settings import GatesConfig
 from kdsearch_jax.pruning.tables import Part, Table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -34,14 +35,14 @@ BUDGETS = {
 @cache
 def convolutional():
     """A network with convolutions, BatchNorm, residual branches."""
-    module = models.build("cifar_resnet", {"depth": 20, "num_classes": 10})
+    module = registry.build("cifar_resnet", {"depth": 20, "num_classes": 10})
     return trace(module, jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32), train=False)
 
 
 @cache
 def attention():
     """A network with heads, values and neurons."""
-    module = models.build("vit", {"num_classes": 10, "width": 48, "depth": 3, "heads": 3, "patch": 8, "mlp_dim": 96})
+    module = registry.build("vit", {"num_classes": 10, "width": 48, "depth": 3, "heads": 3, "patch": 8, "mlp_dim": 96})
     return trace(module, jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32), train=False)
 
 

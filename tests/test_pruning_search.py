@@ -12,18 +12,22 @@ import orbax.checkpoint as ocp
 import pytest
 
 import kdsearch_jax as kd
-from kdsearch_jax import budget, distilling, front, gated, models, prox
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.config import DistillConfig, GatesConfig, RunConfig, StageConfig
-from kdsearch_jax.optimizer import make_optimizer
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.distill import distiller, search_step
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.pruning import budget, budget_path, prox
+from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.rules import apply_rules
+from kdsearch_jax.pruning.settings import GatesConfig
 from kdsearch_jax.pruning.transform import flatten
-from kdsearch_jax.shrinking import Part
-from kdsearch_jax.task import classification
+from kdsearch_jax.training.optimizer import make_optimizer
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore::kdsearch_jax.budget.BudgetWarning"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budget.BudgetWarning"),
 ]
 
 STEPS, EVERY = 40, 4
@@ -32,7 +36,7 @@ STEPS, EVERY = 40, 4
 @cache
 def teacher():
     """(module, traced network, variables, (inputs, outputs)): a small CNN with BatchNorm and a residual branch."""
-    module, random = models.build("small_cnn", {"num_classes": 10, "width": 4}), np.random.default_rng(0)
+    module, random = registry.build("small_cnn", {"num_classes": 10, "width": 4}), np.random.default_rng(0)
     x = random.normal(size=(16, 8, 8, 1)).astype(np.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
 
@@ -134,16 +138,16 @@ def test_it_is_the_search_of_the_built_in_loop():
     other = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), variables)
 
     limits = budget.resolve(kd.Budget(macs=0.5), network.topology)
-    host_tx = gated.make_transformation(stage, config)
-    host = gated.begin(variables, network.topology, host_tx, stage)
-    host_step = jax.jit(gated.search_step(network, module, host_tx, task, config, run))
+    host_tx = search_step.make_transformation(stage, config)
+    host = search_step.begin(variables, network.topology, host_tx, stage)
+    host_step = jax.jit(search_step.search_step(network, module, host_tx, task, config, run))
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    way = front.legs([limits], [1.0], whole, stage, config, EVERY)
-    between = gated.controller(Part.of(network), way, stage, config, run)
+    way = budget_path.legs([limits], [1.0], whole, stage, config, EVERY)
+    between = search_step.controller(Part.of(network), way, stage, config, run)
 
     search = search_of()
     tx = search.optimizer(make_optimizer(stage))
-    by, stats = distilling.Distiller.of(task, module, run), {"batch_stats": variables["batch_stats"]}
+    by, stats = distiller.Distiller.of(task, module, run), {"batch_stats": variables["batch_stats"]}
     params = search.init(variables)
     state = tx.init(params)
 

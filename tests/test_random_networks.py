@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from proof import image, prove, traced, variables_of
 from random_networks import HOWS, Nothing, check
 
-from kdsearch_jax.network import trace
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

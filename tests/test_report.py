@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdsearch_jax import config, delivery, report
-from kdsearch_jax.report import deaths, evidence, figures, found, look, merging, page, record
-from kdsearch_jax.report.__main__ import main
+from kdsearch_jax import reporting
+from kdsearch_jax.report import main
+from kdsearch_jax.reporting import deaths, evidence, figures, found, look, merging, page, record
+from kdsearch_jax.runs import config, delivery
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = np.arange(0, 401, 4)
@@ -192,7 +193,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(run_dir: Path) -> Path:
-    return report.write(run_dir)
+    return reporting.write(run_dir)
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ def test_deep_networks_are_folded(tmp_path: Path, blocks: int) -> None:
         inside = [g for g in run.units if g.name.startswith(f"stage{stage}/")]
         assert (group.size, group.kept_units) == (sum(g.size for g in inside), sum(g.kept_units for g in inside))
     if blocks == 14:
-        index = report.write(directory)
+        index = reporting.write(directory)
         assert index.stat().st_size < 2e6 and len(Page(index).all("svg")) == 2 * 4 + 2
         assert (index.parent / "deaths-all.png").stat().st_size > 30_000
     else:
@@ -318,8 +319,8 @@ def test_numbers_are_abridged() -> None:
 
 
 def test_the_same_run_gives_the_same_report(small: Path) -> None:
-    first = {path.name: path.read_bytes() for path in report.write(small).parent.iterdir()}
-    assert first == {path.name: path.read_bytes() for path in report.write(small).parent.iterdir()}
+    first = {path.name: path.read_bytes() for path in reporting.write(small).parent.iterdir()}
+    assert first == {path.name: path.read_bytes() for path in reporting.write(small).parent.iterdir()}
 
 
 def test_what_files_say_is_never_markup(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_what_files_say_is_never_markup(tmp_path: Path) -> None:
     for file in ("results.json", "environment.json"):
         record = json.loads((run / file).read_text()) | {"dataset": evil, "command": ["run.py", evil], evil: evil}
         _write(run / file, record)
-    shown = Page(report.write(run))
+    shown = Page(reporting.write(run))
     assert not shown.all("script") and shown.text.count("<script>alert(1)</script>") >= 6
 
 
@@ -392,7 +393,7 @@ def test_figures_that_cannot_be_drawn_are_left_out(small: Path, missing: list[st
     ):  # figures of an earlier report, which must not survive
         _write(small / "report" / f"{name}.png", "old")
     remove(small, *missing)
-    index = report.write(small)
+    index = reporting.write(small)
     files = list(index.parent.glob("*.png"))
     assert {file.stem for file in files} == drawn and all(file.stat().st_size > 10_000 for file in files)
     assert len(Page(index).all("svg")) == 2 * len(drawn) and said in Page(index).text
@@ -419,9 +420,9 @@ def test_the_last_line_that_a_kill_cut_short_is_left_out(small: Path) -> None:
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a run: there is no such directory"):
-        report.write(tmp_path / "nowhere")
+        reporting.write(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is not a run: it has no config\.json"):
-        report.write(tmp_path)
+        reporting.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -440,7 +441,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(small: Path, file: str, content: bytes) -> None:
     (small / file).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(Path(file).name)) as error:
-        report.write(small)
+        reporting.write(small)
     assert "\n" not in str(error.value) and not (small / "report").exists()
 
 
@@ -448,7 +449,7 @@ def test_a_damaged_file_is_named(small: Path, file: str, content: bytes) -> None
 def test_a_damaged_line_of_metrics_is_left_out_and_told(small: Path, line: bytes, caplog) -> None:
     path = small / "search/metrics.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())
-    report.write(small)
+    reporting.write(small)
     assert f"{path} is damaged in line 1" in caplog.text
 
 
@@ -457,7 +458,7 @@ def test_a_selection_of_another_network_is_refused(small: Path) -> None:
     selection["kept"]["stage1/block1/conv1"] = [99]
     _write(small / "search/selection.json", selection)
     with pytest.raises(ValueError, match=r"topology\.json and its neighbours do not fit together"):
-        report.write(small)
+        reporting.write(small)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

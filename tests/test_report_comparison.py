@@ -10,10 +10,11 @@ import pytest
 from scipy import stats
 from test_report import Page, _write, browse, make_run
 
-from kdsearch_jax import measured, report
-from kdsearch_jax.call import Call
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.report import comparison, comparison_page, curves, fronts, look, page, record, versus
+from kdsearch_jax import reporting
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.reporting import comparison, comparison_page, curves, fronts, look, page, record, versus
+from kdsearch_jax.runs import latency
 
 MEANS = {"searched": 88.2, "uniform": 87.0, "magnitude": 87.9, "slimming": 86.9, "scratch": 38.2}
 LABELS = {"uniform": "fewer channels (uniform)", "magnitude": "magnitude (L1 norm)",
@@ -82,7 +83,7 @@ def test_a_comparison_that_has_begun(tmp_path: Path) -> None:
     assert "The searched student is not there yet" in shown(tmp_path)
     _write(tmp_path / "comparison.json", {**made, "rows": [], "differences": []})
     assert "No student has been measured yet" in shown(tmp_path)
-    assert not list(report.write(tmp_path).parent.glob("*.png"))
+    assert not list(reporting.write(tmp_path).parent.glob("*.png"))
 
 
 def test_a_row_far_off_does_not_squash_the_others(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_damaged_comparison_is_named(tmp_path: Path, change: dict) -> None:
     row = {key: value for key, value in {**made["rows"][1], **change}.items() if value is not None}
     _write(tmp_path / "comparison.json", {**made, "rows": [row]})
     with pytest.raises(ValueError, match=r"comparison\.json is damaged") as error:
-        report.write(tmp_path)
+        reporting.write(tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
 
 
@@ -122,7 +123,7 @@ def test_architectures_of_all_seeds_and_links(tmp_path: Path) -> None:
 
 def test_a_browser_shows_a_comparison(tmp_path: Path) -> None:
     make_comparison(tmp_path)
-    index = report.write(tmp_path)
+    index = reporting.write(tmp_path)
     assert {path.stem for path in index.parent.glob("*.png")} == {"ranking", "tradeoff"}
     frames, console = browse(index.read_text("utf-8"), True)
     assert console == [] and all(len(frame["drawn"]) == 2 for frame in frames)
@@ -153,7 +154,7 @@ def test_the_front_of_one_search(tmp_path: Path) -> None:
     make_front(run)
     found = record.read(run)
     assert fronts.figure(found, look.Look(3.7)) is not None
-    text = Page(report.write(run).read_text("utf-8")).text.replace("−", "-")
+    text = Page(reporting.write(run).read_text("utf-8")).text.replace("−", "-")
     assert "One search gave 2 students of the teacher: accuracy 91.55% at 70% of the MACs, 89.21% at 30%" in text
     assert "At 30% of the MACs, -2.52 points" in text
     assert "Student at 0.7 70% of MACs 91.55% 28.4 M 70%" in text and "Uniform at 0.7 70% of MACs 91.01%" in text
@@ -176,12 +177,12 @@ def test_a_student_of_a_front_is_drawn_from_where_it_was_cut(tmp_path: Path) -> 
 
 def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
-    tools = measured.Tools(
+    tools = latency.Tools(
         clock=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
         memory=lambda *_: {"teacher": 3e6, "student": 1e6},
     )
     asked = BudgetConfig(None, latency=0.5, memory=2e6)
-    measured.confirm((None, None), (None, None), asked, Call.of_image(()), run / "retrain" / "measured.json", tools)
+    latency.confirm((None, None), (None, None), asked, CallSpec.of_image(()), run / "retrain" / "measured.json", tools)
     text = Page(page.page(record.read(run), {})).text
     assert "Asked: at most 2 ms of time a call of 64 examples (the teacher: 4 ms); got 1.9 ms: met." in text
     assert "Asked: at most 2 MB of memory a call of 64 examples (the teacher: 3 MB); got 1 MB: met." in text

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint
 from kdsearch_jax.search.__main__ import main as search_main
+from kdsearch_jax.storage import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,7 +25,7 @@ LONG = ("--teacher.steps", "0", "--search.steps", "40", "--retrain.steps", "40",
         "--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2")  # fmt: skip
 
 
-def road(directory, *argv) -> int:
+def setup(directory, *argv) -> int:
     """The road in this process."""
     return search_main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
 
@@ -33,7 +33,7 @@ def road(directory, *argv) -> int:
 def same_results(a: Path, b: Path) -> None:
     """Asserts that two runs left the same networks, gates, history, choice and metrics."""
     for name in ("teacher/network", "search/network", "retrain/network", "student"):
-        left, right = (checkpoint.flatten(kdsearch_jax.load(run / name).variables) for run in (a, b))
+        left, right = (arrays.flatten(kdsearch_jax.load(run / name).variables) for run in (a, b))
         assert left.keys() == right.keys()
         for leaf in left:
             assert np.asarray(left[leaf]).tobytes() == np.asarray(right[leaf]).tobytes(), (name, leaf)
@@ -59,7 +59,7 @@ def same_results(a: Path, b: Path) -> None:
 def straight(tmp_path_factory, quick_compilation) -> Path:
     """A run that nothing disturbed; do not write into it."""
     directory = tmp_path_factory.mktemp("straight") / "run"
-    assert road(directory) == 0
+    assert setup(directory) == 0
     return directory
 
 
@@ -103,7 +103,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
     assert "Traceback" not in errors
     status, _ = interrupted(python, directory, "retrain", third, signal.SIGKILL)
     assert status == -signal.SIGKILL and not (directory / "retrain" / "network").exists()
-    assert road(directory) == 0
+    assert setup(directory) == 0
     same_results(directory, straight)
     assert not list(directory.rglob("*.tmp*")), "leftovers of a save that was killed"
     assert len(json.loads((directory / "environment.json").read_text())["earlier"]) == 3
@@ -126,7 +126,7 @@ def test_killed_between_training_and_writing_its_result(straight, tmp_path, miss
     for name in missing:
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert road(directory, "--resume") == 0
+    assert setup(directory, "--resume") == 0
     same_results(directory, straight)
     assert (directory / "student" / "student.stablehlo").is_file() and (directory / "results.json").is_file()
 
@@ -134,7 +134,7 @@ def test_killed_between_training_and_writing_its_result(straight, tmp_path, miss
 @pytest.mark.slow
 def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
     """And what they depend on is on record."""
-    assert road(tmp_path / "run") == 0
+    assert setup(tmp_path / "run") == 0
     same_results(tmp_path / "run", straight)
     one, other = (json.loads((run / "environment.json").read_text()) for run in (tmp_path / "run", straight))
     assert {"versions", "devices", "variables", "jax", "data"} <= one.keys()
@@ -157,7 +157,7 @@ def test_sigterm_outside_of_training_ends_a_run_at_once_and_cleanly(straight, tm
     assert "Traceback" not in errors
     left = [path.name for path in directory.rglob(".*")]
     assert left == [] and not (directory / "student" / "manifest.json").exists()
-    assert road(directory) == 0  # the run that had ended is under way again
+    assert setup(directory) == 0  # the run that had ended is under way again
     same_results(directory, straight)
 
 
@@ -215,6 +215,6 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(straight, tmp_path, 
             with path.open("r+b") as file:
                 file.seek(path.stat().st_size // 2)
                 file.write(b"\xff\x00\xff\x00")
-    assert road(directory, "--resume") == 0
+    assert setup(directory, "--resume") == 0
     assert "checkpoints/40 is passed over" in caplog.text.replace(os.sep, "/")
     same_results(directory, straight)

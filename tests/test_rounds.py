@@ -12,12 +12,14 @@ from flax import nnx
 from proof import image, random_gates, random_keep, traced, variables_of
 
 import kdsearch_jax as kd
-from kdsearch_jax import evaluate, export, surgery
-from kdsearch_jax.checkpoint import load_network
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.report.__main__ import main as report_main
+from kdsearch_jax import evaluate, export
+from kdsearch_jax.adapters.architecture import Architecture, StudentModule, base_of
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.report import main as report_main
 from kdsearch_jax.search.__main__ import main as search_main
-from kdsearch_jax.student import Architecture, Student, base_of
+from kdsearch_jax.storage import export_formats
+from kdsearch_jax.storage.networks import load_network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,9 +78,9 @@ class ResidualNnx(nnx.Module):
         return self.scale * self.head(nnx.relu(self.dropout(x)))
 
 
-def functional(module: nnx.Module) -> tuple[Functional, dict]:
+def functional(module: nnx.Module) -> tuple[FunctionalModule, dict]:
     """Its function, and random variables for it."""
-    function, variables = Functional.split(module)
+    function, variables = FunctionalModule.split(module)
     random = np.random.default_rng(0)
     return function, jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) / 3, variables)
 
@@ -161,7 +163,7 @@ def test_rounds_of_pruning_and_training(name, tmp_path):
 
 
 def _function(module):
-    return Functional.split(module)[0] if isinstance(module, nnx.Module) else module
+    return FunctionalModule.split(module)[0] if isinstance(module, nnx.Module) else module
 
 
 def test_a_student_as_a_part_of_another_model():
@@ -210,10 +212,10 @@ def test_an_nnx_student_that_was_changed_is_a_model_of_its_own():
     base, variables = functional(ResidualNnx(rngs=nnx.Rngs(0)))
     student, variables, _ = cut(base, variables, x, Architecture.of(base), np.random.default_rng(0))
 
-    def found(change) -> Functional:
+    def found(change) -> FunctionalModule:
         module = student.bind(variables)
         change(module)
-        return Functional.split(module)[0]
+        return FunctionalModule.split(module)[0]
 
     def shrink(module):
         module.head = nnx.Linear(module.head.in_features, 2, rngs=nnx.Rngs(0))
@@ -221,11 +223,11 @@ def test_an_nnx_student_that_was_changed_is_a_model_of_its_own():
     assert found(lambda module: None) == student
     assert found(lambda module: module.eval()).base == base
     assert found(lambda module: module.train()).layers == student.layers
-    assert Functional.split(nnx.clone(student.bind(variables)))[0] == student
+    assert FunctionalModule.split(nnx.clone(student.bind(variables)))[0] == student
     for change in (shrink, lambda module: setattr(module, "scale", 2.0)):
         assert found(change).base is None
-        cut(found(change), Functional.split(_changed(student.bind(variables), change))[1], x, Architecture.of(base),
-            np.random.default_rng(0))  # fmt: skip
+        other = FunctionalModule.split(_changed(student.bind(variables), change))[1]
+        cut(found(change), other, x, Architecture.of(base), np.random.default_rng(0))
 
 
 def _changed(module, change):
@@ -242,7 +244,7 @@ def test_linen_students_are_searched_again(tmp_path):
     module, variables = Residual(), variables_of(Residual(), DATA["x"][:2])
     found = kd.search(module, variables, DATA, budget=0.7, workdir=first, **FEW)
     module, variables = kd.load(first / "student")
-    assert isinstance(found.module, Student) and module == found.module
+    assert isinstance(found.module, StudentModule) and module == found.module
     more = {"distill.teachers": (str(first / "teacher" / "network"),)}
     found = kd.search(module, variables, DATA, budget=0.7, workdir=second, settings=more, **FEW)
     module, variables = kd.load(second / "student")
@@ -262,7 +264,7 @@ def test_nnx_students_are_searched_again(tmp_path):
         module.eval()
         again, _ = kd.load(workdir / "student")
         again.eval()
-        assert type(module) is ResidualNnx and Functional.split(again)[0] == Functional.split(module)[0]
+        assert type(module) is ResidualNnx and FunctionalModule.split(again)[0] == FunctionalModule.split(module)[0]
         np.testing.assert_array_equal(again(x), module(x))
     assert found.architecture["model"] == "test_rounds:ResidualNnx"
 
@@ -289,6 +291,6 @@ def test_students_are_searched_again_by_command(model, tmp_path, repository, cap
     module, variables, *_ = load_network(f"{three}/student")
     smaller, *_ = load_network(f"{two}/student")
     assert base_of(module) == base_of(smaller) and module != smaller
-    other, arrays = export.load_safetensors(f"{three}/out/student.safetensors")
+    other, arrays = export_formats.load_safetensors(f"{three}/out/student.safetensors")
     x = image(8, 8, 1)
     np.testing.assert_array_equal(run(other, arrays, x), run(module, variables, x))

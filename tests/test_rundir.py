@@ -16,9 +16,9 @@ import types
 import numpy as np
 import pytest
 
-from kdsearch_jax import locks, provenance, rundir
-from kdsearch_jax.config import Experiment, ModelConfig, load_experiment
-from kdsearch_jax.files import DamagedError
+from kdsearch_jax.runs import directories, locks, provenance
+from kdsearch_jax.runs.config import Experiment, ModelConfig, load_experiment
+from kdsearch_jax.storage.files import DamagedError
 
 SEARCH = {"command": "search", "--stop-after": None}
 
@@ -26,10 +26,10 @@ SEARCH = {"command": "search", "--stop-after": None}
 def begin(workdir, experiment=None, command=SEARCH, resume=False, data="d", fails=True):
     """A command that begins in `workdir`, or goes on there; fails: it is interrupted."""
     experiment = experiment or Experiment()
-    going = rundir.goes_on(workdir, experiment, command, resume)
+    going = directories.goes_on(workdir, experiment, command, resume)
     with (
         contextlib.suppress(ZeroDivisionError),
-        rundir.run_directory(workdir, experiment, command, resume=going, data=data),
+        directories.run_directory(workdir, experiment, command, resume=going, data=data),
     ):
         if fails:
             raise ZeroDivisionError
@@ -52,7 +52,7 @@ def test_describes_the_run(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", ["/somewhere/file.py", "--quick"])
     experiment = load_experiment("digits")
-    rundir.new_run_directory(tmp_path / "a" / "b", experiment)
+    directories.new_run_directory(tmp_path / "a" / "b", experiment)
     assert load_experiment(str(tmp_path / "a" / "b" / "config.json")) == experiment
     environment = json.loads((tmp_path / "a" / "b" / "environment.json").read_text())
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(environment["versions"])
@@ -76,39 +76,39 @@ def test_code_of_ones_own_is_known_by_its_file(tmp_path, monkeypatch):
 
 
 def test_a_second_run_is_refused_and_the_first_intact(tmp_path):
-    rundir.new_run_directory(tmp_path, Experiment())
+    directories.new_run_directory(tmp_path, Experiment())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
-        rundir.new_run_directory(tmp_path, Experiment())
+        directories.new_run_directory(tmp_path, Experiment())
     other = dataclasses.replace(Experiment(), name="other")
     with pytest.raises(ValueError, match=r"another experiment \(name: 'digits', not 'other'\)"):
-        rundir.new_run_directory(tmp_path, other, resume=True)
+        directories.new_run_directory(tmp_path, other, resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_resuming_keeps_a_record_of_each_start(tmp_path):
     for _ in range(3):
-        rundir.new_run_directory(tmp_path, Experiment(), resume=True)
+        directories.new_run_directory(tmp_path, Experiment(), resume=True)
     assert len(json.loads((tmp_path / "environment.json").read_text())["earlier"]) == 2
 
 
 def test_a_config_of_another_version_cannot_be_resumed(tmp_path):
     (tmp_path / "config.json").write_text('{"serach": {}}')
     with pytest.raises(ValueError, match="config.json: serach is not a setting"):
-        rundir.new_run_directory(tmp_path, Experiment(), resume=True)
+        directories.new_run_directory(tmp_path, Experiment(), resume=True)
 
 
 def test_no_space_leaves_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)  # the operating system's refusal, not a part of ours
     with pytest.raises(OSError, match="No space left"):
-        rundir.new_run_directory(tmp_path / "run", Experiment())
+        directories.new_run_directory(tmp_path / "run", Experiment())
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
-        rundir.new_run_directory(tmp_path / "file", Experiment())
+        directories.new_run_directory(tmp_path / "file", Experiment())
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -270,14 +270,14 @@ def test_a_fresh_start_that_comes_second_is_refused_as_well(tmp_path):
     with (
         locks.locked(tmp_path),
         pytest.raises(locks.InUseError, match=f"process {os.getpid()} of "),
-        rundir.run_directory(tmp_path, Experiment(), SEARCH, resume=False),
+        directories.run_directory(tmp_path, Experiment(), SEARCH, resume=False),
     ):
         raise AssertionError
     assert list(tmp_path.iterdir()) == []
     begin(tmp_path)
     with (
         pytest.raises(ValueError, match="already holds a run"),
-        rundir.run_directory(tmp_path, Experiment(), SEARCH, resume=False),
+        directories.run_directory(tmp_path, Experiment(), SEARCH, resume=False),
     ):
         raise AssertionError
 

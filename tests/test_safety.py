@@ -19,13 +19,17 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz import readers
 from benchmarks.fuzz.cases import mutated, replaced
-from kdsearch_jax import cli, data, export, files, foreign, images, load, models
-from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import load_network, save_network
-from kdsearch_jax.config import DataConfig
-from kdsearch_jax.evaluate.__main__ import main as evaluate_main
-from kdsearch_jax.pretrained.files import read_tensors
-from kdsearch_jax.student import Architecture
+from kdsearch_jax import load
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.data import datasets, images
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.evaluate import main as evaluate_main
+from kdsearch_jax.models.pretrained.files import read_tensors
+from kdsearch_jax.runs import command_line
+from kdsearch_jax.storage import export_formats, files, safe_readers
+from kdsearch_jax.storage.networks import load_network, save_network
 
 SHAPE = (2, 2, 1)
 JSON = ("architecture", "models", "config", "network", "huggingface")
@@ -55,7 +59,7 @@ def test_a_reader_reads_or_refuses(name):
 def test_a_type_is_one_of_ours(dtype):
     """NumPy reads counts into a name, and stumbles over some of them."""
     with pytest.raises(ValueError, match="has the unknown dtype"):
-        Call.from_json({"arguments": ["x"], "inputs": {"x": f"{dtype}[2]"}, "train": {}, "eval": {}})
+        CallSpec.from_json({"arguments": ["x"], "inputs": {"x": f"{dtype}[2]"}, "train": {}, "eval": {}})
 
 
 # --- code -----------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def foreign_network(tmp_path, monkeypatch):
     architecture = Architecture(f"{name}:Net", input_shape=SHAPE)
     variables = architecture.module().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     save_network(tmp_path / "net", architecture, variables, {})
-    (tmp_path / "net.safetensors").write_bytes(export.packed(architecture, variables, {}))
+    (tmp_path / "net.safetensors").write_bytes(export_formats.packed(architecture, variables, {}))
     del sys.modules[name]
     mark.unlink()
     yield tmp_path / "net", mark
@@ -85,13 +89,13 @@ def test_a_package_is_imported_only_with_consent(foreign_network):
     with pytest.raises(ValueError, match=r"'somebody_s_\w+' would be imported.*--trust-code.*trust_code=True"):
         load(directory)
     with pytest.raises(ValueError, match="would be imported"):
-        export.load_safetensors(directory.with_suffix(".safetensors"))
+        export_formats.load_safetensors(directory.with_suffix(".safetensors"))
     assert not mark.exists()
     module, variables = load(directory, trust_code=True)
     assert mark.exists()
     assert module.apply(variables, jnp.zeros((2, *SHAPE))).shape == (2, 3)
     load(directory)  # what is imported has run
-    export.load_safetensors(directory.with_suffix(".safetensors"))
+    export_formats.load_safetensors(directory.with_suffix(".safetensors"))
 
 
 def test_a_command_asks_for_consent_too(foreign_network):
@@ -105,10 +109,10 @@ def test_a_command_asks_for_consent_too(foreign_network):
     assert mark.exists()
 
 
-@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "json:loads", "kdsearch_jax.cli:run"])
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "json:loads", "kdsearch_jax.runs.command_line:run"])
 def test_nothing_but_a_network_is_called(name):
     with pytest.raises(ValueError, match="is not known to return a network"):
-        models.build(name, {})
+        registry.build(name, {})
 
 
 def test_unpickling_is_left_to_a_sound_pytorch(tmp_path, monkeypatch):
@@ -151,29 +155,29 @@ def test_pytorch_s_files_declare_no_more_than_they_have(tmp_path):
 def test_msgpack_is_counted_before_it_is_read(tmp_path, content):
     (tmp_path / "x.msgpack").write_bytes(content)
     with pytest.raises(files.DamagedError, match="cannot be read as Flax's msgpack"):
-        foreign.read_msgpack(tmp_path / "x.msgpack")
+        safe_readers.read_msgpack(tmp_path / "x.msgpack")
 
 
 def test_what_orbax_declares_is_held_against_a_limit():
     tree = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.float32), "b": jax.ShapeDtypeStruct((10**6,), jnp.float32)}
-    foreign.check_declared(tree, 8 * 10**6)
+    safe_readers.check_declared(tree, 8 * 10**6)
     with pytest.raises(files.DamagedError, match="take 8000000 bytes, and 7999999 are allowed"):
-        foreign.check_declared(tree, 8 * 10**6 - 1)
+        safe_readers.check_declared(tree, 8 * 10**6 - 1)
 
 
 def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "endless"):
-        for read in (files.read_json, foreign.read_safetensors, foreign.read_msgpack):
+        for read in (files.read_json, safe_readers.read_safetensors, safe_readers.read_msgpack):
             with pytest.raises(files.DamagedError, match="is no regular file"):
                 read(tmp_path / name)
         with pytest.raises(FileNotFoundError, match="is not there"):
-            data.load(DataConfig(f"npz:{tmp_path / name}"))
+            datasets.load(DataConfig(f"npz:{tmp_path / name}"))
         with pytest.raises(FileNotFoundError, match="is no file"):
-            export.load_stablehlo(tmp_path / name)
+            export_formats.load_stablehlo(tmp_path / name)
     with pytest.raises(files.DamagedError, match=r"pipe is no regular file|endless is no regular file"):
-        foreign.check_directory(tmp_path)
+        safe_readers.check_directory(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
 )
 def test_no_network_is_larger_than_any(model, arguments):
     with pytest.raises(ValueError, match="at most|up to|must be"):
-        models.build(model, {"num_classes": 10, **arguments})
+        registry.build(model, {"num_classes": 10, **arguments})
 
 
 @pytest.mark.parametrize("shape", [[2**24, 2**24, 1], [2**20] * 60])
@@ -205,7 +209,7 @@ def test_no_input_is_larger_than_any(shape):
 
 
 def test_a_table_of_windows_is_bounded():
-    module = models.build("swin", {"num_classes": 2, "window": 5000, "patch": 1, "width": 24})
+    module = registry.build("swin", {"num_classes": 2, "window": 5000, "patch": 1, "width": 24})
     with pytest.raises(ValueError, match="window=5000 is too large for 4096x4096 patches"):
         jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4096, 4096, 1), jnp.float32))
 
@@ -277,10 +281,10 @@ def test_a_manifest_names_no_other_files(tmp_path):
     for name, whole in (("../x", False), (str(tmp_path / "x"), False)):
         record = {"files": {name: {"sha256": digest}}}
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
-        assert export.is_whole(tmp_path / "out") is whole
+        assert export_formats.is_whole(tmp_path / "out") is whole
 
 
 def test_an_error_is_one_line_whatever_is_in_it():
-    line = cli.error_line(ValueError("a \x1b[2J\nname \x07 out of\r a file: é \udcff"))
+    line = command_line.error_line(ValueError("a \x1b[2J\nname \x07 out of\r a file: é \udcff"))
     assert line == "a \\x1b[2J name \\x07 out of a file: é \\xdcff"
     assert line.isprintable()

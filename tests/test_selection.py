@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from kdsearch_jax import budget
-from kdsearch_jax.budget import FLOOR, BudgetError, BudgetWarning, Estimate, Limits, exact
-from kdsearch_jax.budget.pieces import Pieces
-from kdsearch_jax.config import BudgetConfig
-from kdsearch_jax.formatting import apart, ceiling
+from kdsearch_jax.pruning import budget
+from kdsearch_jax.pruning.budget import FLOOR, BudgetError, BudgetWarning, Estimate, Limits, exact
+from kdsearch_jax.pruning.budget.pieces import Pieces
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.tracing.messages import apart, ceiling
 from kdsearch_jax.tracing.topology import Cost, Group, Topology
 
 SEEDS = st.integers(0, 10**6)

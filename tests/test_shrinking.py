@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_gated import GATES, RUN, STAGE, TASK, batch, begin, flat, teacher
 
-from kdsearch_jax import budget, front, gated, shrinking, surgery
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.config import BudgetConfig, GatesConfig
-from kdsearch_jax.shrinking import Part
+from kdsearch_jax.distill import search_step, shrinking
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.pruning import budget, budget_path, surgery
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,11 +57,11 @@ def run(config, steps, share, stop=None):
     network, tx, state = begin(config, stage)
     limits = budget.resolve(BudgetConfig(0.5), network.topology)
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = front.legs([limits], [1.0], whole, stage, config, RUN.steps_per_dispatch)
+    path = budget_path.legs([limits], [1.0], whole, stage, config, RUN.steps_per_dispatch)
     part, shrank = Part.of(network), []
     while int(state.step) < (stop or steps):
-        step = jax.jit(gated.search_step(part.network, network.module, tx, TASK, config, RUN))
-        between = gated.controller(part, path, stage, config, RUN)
+        step = jax.jit(search_step.search_step(part.network, network.module, tx, TASK, config, RUN))
+        between = search_step.controller(part, path, stage, config, RUN)
         ask = shrinking.until(part, path, share, steps)
         while int(state.step) < (stop or steps) and not ask(state):
             for _ in range(RUN.steps_per_dispatch):
@@ -89,11 +90,11 @@ def test_a_shrunk_search_does_what_an_unshrunk_one_does(full_compilation):
     variables, gates, importance = shrinking.expanded(part, state, teacher()[1])
     assert {name: x.shape for name, x in gates.items()} == {g.name: (g.size,) for g in network.topology.groups}
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, teacher()[1])
-    keep = gated.landing(network.topology, limits, gates, importance).keep
-    other = gated.landing(network.topology, limits, expected.extra["gates"], expected.extra["importance"]).keep
+    keep = search_step.landing(network.topology, limits, gates, importance).keep
+    other = search_step.landing(network.topology, limits, expected.extra["gates"], expected.extra["importance"]).keep
     for name, mask in other.items():
         np.testing.assert_array_equal(keep[name], mask, err_msg=name)
-    found, wanted = (gated.history(network.topology, each) for each in (state, expected))
+    found, wanted = (search_step.history(network.topology, each) for each in (state, expected))
     np.testing.assert_array_equal(found["cost_macs"], wanted["cost_macs"])
 
 
@@ -102,7 +103,7 @@ def test_it_shrinks_only_where_enough_would_be_left():
     network, _, state = begin()
     topology = network.topology
     limits = budget.resolve(BudgetConfig(0.5), topology)
-    path = front.legs([limits], [1.0], 2.0, STAGE, GATES, 4)
+    path = budget_path.legs([limits], [1.0], 2.0, STAGE, GATES, 4)
     ask = shrinking.until(Part.of(network), path, 0.9, STAGE.steps)
 
     def with_gates(keep, step=12):

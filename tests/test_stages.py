@@ -18,13 +18,16 @@ import pytest
 import safetensors.numpy
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, delivery, models, retrain, teacher
-from kdsearch_jax.config import load_experiment
-from kdsearch_jax.evaluate.__main__ import main as evaluate_main
-from kdsearch_jax.export.__main__ import main as export_main
-from kdsearch_jax.pretrained import matching, torchvision
-from kdsearch_jax.report.__main__ import main as report_main
+from kdsearch_jax import retrain, teacher
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.evaluate import main as evaluate_main
+from kdsearch_jax.export import main as export_main
+from kdsearch_jax.models.pretrained import matching, torchvision
+from kdsearch_jax.report import main as report_main
+from kdsearch_jax.runs import command_line, delivery
+from kdsearch_jax.runs.config import load_experiment
 from kdsearch_jax.search.__main__ import main as search_main
+from kdsearch_jax.storage import arrays, networks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,10 +61,10 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def arrays(network: Path) -> dict[str, np.ndarray]:
+def arrays_of(network: Path) -> dict[str, np.ndarray]:
     """The leaves of a network directory."""
     _, variables = kdsearch_jax.load(network)
-    return {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(variables).items()}
+    return {name: np.asarray(leaf) for name, leaf in arrays.flatten(variables).items()}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -109,7 +112,7 @@ def test_the_table_compares_students_of_equal_cost(run):
     assert results["budget"]["macs"] == 0.6 and results["budget"]["params"] is None
     for name, row in rows.items():
         assert 0 <= row["accuracy"] <= row["accuracy_top5"] <= 1 and row["ms_per_image"] > 0 and row["ms_batch"] > 0
-        leaves = arrays(run / {"student": "retrain"}.get(name, name) / "network")
+        leaves = arrays_of(run / {"student": "retrain"}.get(name, name) / "network")
         assert row["bytes"] == sum(leaf.nbytes for leaf in leaves.values())
         assert row["params"] == sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
         if name != "teacher":
@@ -122,9 +125,9 @@ def test_the_table_compares_students_of_equal_cost(run):
 def test_the_student_is_delivered_in_every_form(run, tmp_path, python):
     manifest = read(run / "student" / "manifest.json")
     assert set(manifest["files"]) == {"student.safetensors", "student.stablehlo"}
-    assert same(arrays(run / "student"), arrays(run / "retrain" / "network"))
+    assert same(arrays_of(run / "student"), arrays_of(run / "retrain" / "network"))
     flat = safetensors.numpy.load_file(run / "student" / "student.safetensors")
-    assert same(flat, arrays(run / "student"))
+    assert same(flat, arrays_of(run / "student"))
     code = (
         "import sys, numpy, kdsearch_jax\n"
         "module, variables = kdsearch_jax.load(sys.argv[1])\n"
@@ -150,10 +153,10 @@ def test_baselines_have_layers_of_the_same_share(run):
         if group["kind"] == "channels" and name in layers and group["size"] >= 8
     ]
     assert shares and max(shares) - min(shares) <= 0.3
-    teacher_kernel = arrays(run / "teacher" / "network")["params/dense/bias"]
+    teacher_kernel = arrays_of(run / "teacher" / "network")["params/dense/bias"]
     for name in ("uniform", "magnitude"):
         assert not read(run / name / "network" / "architecture.json")["dropped"]
-        assert same({"": teacher_kernel}, {"": arrays(run / name / "start")["params/dense/bias"]})
+        assert same({"": teacher_kernel}, {"": arrays_of(run / name / "start")["params/dense/bias"]})
 
 
 def test_evaluate_export_and_report_work_on_a_run(run, tmp_path, capsys):
@@ -202,13 +205,13 @@ def test_a_front_has_a_student_for_each_budget_from_one_search(several):
         assert selection["proof"]["difference"] <= 1e-5 and selection["step"] == point["search_steps"]
         trained = [json.loads(line) for line in (several / point["name"] / "metrics.jsonl").read_text().splitlines()]
         assert trained[-1]["step"] + point["search_steps"] == 28  # equal steps in all
-        assert same(arrays(several / point["path"]), arrays(several / point["name"] / "network"))
+        assert same(arrays_of(several / point["path"]), arrays_of(several / point["name"] / "network"))
         assert (several / point["path"] / "student.stablehlo").is_file()
     steps = [point["search_steps"] for point in record["points"]]
     assert steps[0] < steps[2] == 24 and steps[1] == steps[0]  # 0.6 starts from the state next above it
     names = [row["name"] for row in read(several / "results.json")["rows"]]
     assert names == ["teacher", "at-0.8", "at-0.6", "at-0.5"]
-    assert same(arrays(several / "search" / "network"), arrays(several / "search" / "at-0.5" / "network"))
+    assert same(arrays_of(several / "search" / "network"), arrays_of(several / "search" / "at-0.5" / "network"))
     assert (several / "report" / "index.html").is_file()
 
 
@@ -230,7 +233,7 @@ def test_a_front_that_was_killed_goes_on(several, tmp_path):
     (copy / "run.json").unlink()  # which knows that config.json was another
     assert search_main(["--resume", "--workdir", str(copy)]) == 0
     for name in ("search/network", "search/at-0.8/network", "search/at-0.5/kept/network", "at-0.5/network"):
-        assert same(arrays(copy / name), arrays(several / name)), name
+        assert same(arrays(copy / name), arrays_of(several / name)), name
 
 
 @pytest.mark.parametrize(
@@ -295,8 +298,8 @@ def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
     assert (directory / "report" / "index.html").is_file() and not (directory / "retrain").exists()
     assert search_main(["--workdir", str(directory), "--resume"]) == 0
     for name in ("teacher", "search", "retrain", "uniform"):
-        assert same(arrays(directory / name / "network"), arrays(run / name / "network")), name
-    assert same(arrays(directory / "student"), arrays(run / "student"))
+        assert same(arrays(directory / name / "network"), arrays_of(run / name / "network")), name
+    assert same(arrays(directory / "student"), arrays_of(run / "student"))
 
 
 def test_stop_after_retrain_leaves_no_delivery(tmp_path):
@@ -309,14 +312,14 @@ def test_a_teacher_of_another_run(run, tmp_path, source):
     path = run if source == "run" else run / "teacher" / "network"
     directory = tmp_path / "run"
     assert tiny(directory, *SHORT, "--teacher-from", path, "--stop-after", "search") == 0
-    assert same(arrays(directory / "teacher" / "network"), arrays(run / "teacher" / "network"))
-    info = [checkpoint.load_network(d / "teacher" / "network")[3] for d in (directory, run)]
+    assert same(arrays(directory / "teacher" / "network"), arrays_of(run / "teacher" / "network"))
+    info = [networks.load_network(d / "teacher" / "network")[3] for d in (directory, run)]
     assert info[0] == info[1]
 
 
 def test_a_teacher_from_pytorch(tmp_path):
     """A state dict under PyTorch's names: the network has its numbers, and no teacher is trained."""
-    module = models.build("cifar_resnet", {"depth": 8, "width": 4, "num_classes": 10})
+    module = registry.build("cifar_resnet", {"depth": 8, "width": 4, "num_classes": 10})
     random, naming = np.random.default_rng(0), torchvision.naming(module, (8, 8, 1))
     tensors = {
         source.names[0]: random.uniform(0.1, 0.5, source.shape).astype(np.float32)
@@ -345,7 +348,7 @@ def test_a_search_of_another_run(run, tmp_path, command):
     assert command(argv) == 0
     assert contents(run) == before
     for name in ("teacher", "search"):
-        assert same(arrays(directory / name / "network"), arrays(run / name / "network"))
+        assert same(arrays(directory / name / "network"), arrays_of(run / name / "network"))
         assert not (directory / name / "checkpoints").exists()
     rows = {row["name"]: row for row in read(directory / "results.json")["rows"]}
     assert rows["student"]["steps"] == 16 and set(rows) == {"teacher", "student"}
@@ -362,7 +365,7 @@ def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
     shutil.copy(run / "config.json", directory)
     (directory / "environment.json").write_text("{}")
     assert retrain.main(["--workdir", str(directory), "--resume"]) == 0
-    assert same(arrays(directory / "student"), arrays(run / "student"))
+    assert same(arrays(directory / "student"), arrays_of(run / "student"))
 
 
 @pytest.mark.parametrize(
@@ -376,8 +379,8 @@ def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
 )
 def test_settings_go_all_the_way(tmp_path, changes):
     assert tiny(tmp_path / "run", *SHORT, "--retrain.steps", "4", "--stop-after", "retrain", *changes) == 0
-    network = checkpoint.load_network(tmp_path / "run" / "retrain" / "network")
-    full = checkpoint.load_network(tmp_path / "run" / "teacher" / "network")[3]
+    network = networks.load_network(tmp_path / "run" / "retrain" / "network")
+    full = networks.load_network(tmp_path / "run" / "teacher" / "network")[3]
     bound = "params" if "--budget.params" in changes else "macs"
     share = network[3][bound] / full[bound]
     asked = 0.7 if bound == "params" else 0.6
@@ -472,8 +475,8 @@ def refused(message: str, directory: Path | None = None, lines: int = 1):
     with pytest.raises(Exception, match=message) as refusal:
         yield caught
     caught.append(refusal.value)
-    assert cli.exit_status(refusal.value) in (1, 2), repr(refusal.value)
-    assert cli.error_line(refusal.value).count("\n") + 1 <= lines
+    assert command_line.exit_status(refusal.value) in (1, 2), repr(refusal.value)
+    assert command_line.error_line(refusal.value).count("\n") + 1 <= lines
     if directory is not None:
         assert contents(directory) == before
 

@@ -26,12 +26,14 @@ import object_store
 import pytest
 
 import kdsearch_jax
-from kdsearch_jax import checkpoint, cli, export, storage, teacher
-from kdsearch_jax.evaluate.__main__ import main as evaluate_main
-from kdsearch_jax.storage import mirror, scratch
+from kdsearch_jax import storage, teacher
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.evaluate import main as evaluate_main
+from kdsearch_jax.runs import command_line
+from kdsearch_jax.storage import arrays, export_formats, mirror, networks, scratch
 from kdsearch_jax.storage.manifest import MANIFEST, Entry, Manifest
 from kdsearch_jax.storage.mirror import Mirror
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.training.checkpoints import Checkpointer
 
 TINY = str(Path(__file__).parent / "tiny.py")
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -160,7 +162,7 @@ def test_a_store_that_is_not_installed(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(storage.StoreError) as caught:
         teacher.main(["--config", TINY, "--workdir", path])
-    assert cli.exit_status(caught.value) == 1 and cli.error_line(caught.value).startswith(message)
+    assert command_line.exit_status(caught.value) == 1 and command_line.error_line(caught.value).startswith(message)
     assert not any(tmp_path.iterdir())
 
 
@@ -487,7 +489,7 @@ def test_a_damaged_manifest_is_refused_in_one_line(store, content):
     store.put(f"b/run/{MANIFEST}", content)
     with pytest.raises(ValueError, match=r"^workdir: bucket://b/run/\.kdsearch/manifest\.json is damaged: ") as caught:
         storage.local("bucket://b/run", "workdir")
-    assert "\n" not in cli.error_line(caught.value)
+    assert "\n" not in command_line.error_line(caught.value)
 
 
 def test_objects_outside_of_every_directory_are_refused(store):
@@ -546,8 +548,8 @@ INFO = {"dataset": "digits", "num_classes": 10, "mean": [0.5], "std": [0.5], "cl
 
 def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere, tmp_path, capsys):
     architecture, variables = network()
-    checkpoint.save_network(tmp_path / "net", architecture, variables, INFO)
-    checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+    networks.save_network(tmp_path / "net", architecture, variables, INFO)
+    networks.save_network("bucket://b/net", architecture, variables, INFO)
     store.put_directory("b/copied", tmp_path / "net")  # as gsutil would
     images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 1)), jnp.float32)
     module, local = kdsearch_jax.load(tmp_path / "net")
@@ -557,7 +559,7 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
         module, found = kdsearch_jax.load(address)
         np.testing.assert_array_equal(np.asarray(module.apply(found, images)), expected)
     with pytest.raises(FileExistsError, match="exists already"):
-        checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+        networks.save_network("bucket://b/net", architecture, variables, INFO)
     labels = np.arange(40, dtype=np.int32) % 10
     data = {"images": np.random.default_rng(2).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), "labels": labels}
     np.savez(tmp_path / "x.npz", **data)
@@ -571,7 +573,7 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
 
 def test_a_damaged_network_of_a_store_is_refused(store, elsewhere):
     architecture, variables = network()
-    checkpoint.save_network("bucket://b/net", architecture, variables, INFO)
+    networks.save_network("bucket://b/net", architecture, variables, INFO)
     largest = max((p for p in store.folder.iterdir() if "variables" in p.name), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -590,7 +592,7 @@ def state(step: int) -> dict[str, np.ndarray]:
 
 
 def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monkeypatch):
-    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+    with Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, state(step), {"config": 1}, {"validation_accuracy": 1 / step})
         checkpoints.wait()
@@ -600,7 +602,7 @@ def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monke
             checkpoints.wait()
         store.fails(None)
     elsewhere()
-    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+    with Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
         assert checkpoints.steps() == [1, 5, 6] and checkpoints.best_step() == 1  # the newest, and the best
         step, found, meta = checkpoints.restore(state(0))
         assert meta == {"config": 1}
@@ -610,7 +612,7 @@ def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monke
     for key in store.objects():
         if f"checkpoints/{newest}/state/" in key and "/d/" in key:
             store.path(key).write_bytes(b"\0" * store.path(key).stat().st_size)
-    with checkpoint.Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
+    with Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
         step, found, _ = checkpoints.restore(state(0))
         assert step < newest
         np.testing.assert_array_equal(found["kernel"], state(step)["kernel"])
@@ -713,9 +715,9 @@ def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, refer
     assert {"b/exported/student.safetensors", "b/exported/manifest.json", "b/old/report/index.html"} <= store.objects()
     page = store.path("b/old/report/index.html").read_text()
     assert "bucket://b/old/student" in page and "kdsearch-copies" not in page
-    _, variables = export.load_safetensors("bucket://b/exported/student.safetensors")
+    _, variables = export_formats.load_safetensors("bucket://b/exported/student.safetensors")
     expected = kdsearch_jax.load(reference / "student").variables
-    found, wanted = (checkpoint.flatten(tree) for tree in (variables, expected))
+    found, wanted = (arrays.flatten(tree) for tree in (variables, expected))
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
     again, first = (storage.local(address) for address in ("bucket://b/again", "bucket://b/old"))
     left, right = (json.loads((d / "student/network.json").read_text())["payload"]["leaves"] for d in (again, first))

@@ -22,25 +22,24 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from kdsearch_jax import cache, feeding, provenance, rundir, steps, train
-from kdsearch_jax.batches import batch_indices
-from kdsearch_jax.config import (
-    BudgetConfig,
-    DataConfig,
-    DistillConfig,
-    Experiment,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-    to_json,
-)
-from kdsearch_jax.data import load
-from kdsearch_jax.devices import assemble, data_mesh, local_rows
-from kdsearch_jax.evaluate.__main__ import main as evaluate_main
-from kdsearch_jax.examples import Dataset, Split
-from kdsearch_jax.report import evidence
+from kdsearch_jax.adapters.devices import assemble, data_mesh, local_rows
+from kdsearch_jax.data import device_feed
+from kdsearch_jax.data.batches import batch_indices
+from kdsearch_jax.data.datasets import load
+from kdsearch_jax.data.examples import Dataset, Split
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.data.streaming import Framing, InOrder, Order, framing, reader_of, resized
+from kdsearch_jax.distill import teacher_cache
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.evaluate import main as evaluate_main
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.reporting import evidence
+from kdsearch_jax.runs import directories, provenance
+from kdsearch_jax.runs.config import Experiment, ModelConfig, to_json
 from kdsearch_jax.search.__main__ import main as search_main
-from kdsearch_jax.streaming import Framing, InOrder, Order, framing, reader_of, resized
+from kdsearch_jax.training import loop
+from kdsearch_jax.training import state as training_state
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 COUNTS = {"train": 43, "validation": 13, "test": 11}  # no batch size goes into these
 CLASSES = 3
@@ -110,8 +109,8 @@ def feed_of():
     """Feeds that are closed with the test."""
     made = []
 
-    def make(dataset: Dataset, steps: int = 100, size: int = BATCH) -> feeding.Feed:
-        made.append(feeding.make(dataset, size, data_mesh(), steps))
+    def make(dataset: Dataset, steps: int = 100, size: int = BATCH) -> device_feed.Feed:
+        made.append(device_feed.make(dataset, size, data_mesh(), steps))
         return made[-1]
 
     yield make
@@ -121,7 +120,7 @@ def feed_of():
     assert not multiprocessing.active_children()
 
 
-def taken(feed: feeding.Feed, first: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+def taken(feed: device_feed.Feed, first: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     return [jax.device_get(batch) for batch in feed.take(first, count, seed)]
 
 
@@ -169,7 +168,7 @@ def test_a_run_is_refused_where_the_files_it_began_with_have_changed(tmp_path):
         return provenance.fingerprint({split: getattr(dataset, split).arrays for split in COUNTS})
 
     def run(data: str, resume: bool) -> None:
-        with rundir.run_directory(tmp_path / "run", Experiment(), {"command": "x"}, resume=resume, data=data):
+        with directories.run_directory(tmp_path / "run", Experiment(), {"command": "x"}, resume=resume, data=data):
             pass
 
     run(fingerprint("old"), False)
@@ -203,10 +202,10 @@ def linear(dataset: Dataset, data: DataConfig, directory: Path, *, resume: bool 
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
         value, gradient = jax.value_and_grad(loss)(state.params)
-        return steps.update(state, gradient, {}, tx, None), {"loss": value}
+        return training_state.update(state, gradient, {}, tx, None), {"loss": value}
 
-    state = steps.create_state({"params": {"kernel": np.zeros((16 * 16 * 3, CLASSES), np.float32)}}, tx)
-    return train.fit(
+    state = training_state.create_state({"params": {"kernel": np.zeros((16 * 16 * 3, CLASSES), np.float32)}}, tx)
+    return loop.fit(
         state, step, dataset, data, StageConfig(11, BATCH),
         RunConfig(steps_per_dispatch=3, checkpoint_every=3, checkpoint_share=None),
         directory=directory, name="linear", meta={}, between=between, resume=resume, seed=5,
@@ -241,7 +240,7 @@ def test_evaluation_sees_every_example_once(settings, size):
     for entries in (("images", "labels"), ("images",)):
         found, counted = {entry: [] for entry in entries}, 0
         arrays = {entry: streamed.arrays[entry] for entry in entries}
-        for indices, weights, batch in feeding.in_order(arrays, size, sharding):
+        for indices, weights, batch in device_feed.in_order(arrays, size, sharding):
             assert set(batch) == set(entries) and len(indices) == len(weights) == size
             counted += int(weights.sum())
             for entry in entries:
@@ -463,8 +462,10 @@ def test_images_are_not_all_taken_into_memory_by_mistake(settings):
 def test_a_teachers_outputs_are_not_cached(settings):
     experiment = Experiment(data=settings, distill=DistillConfig())
     stage = StageConfig(1000, BATCH)
-    assert cache.refusal(experiment, stage, load(settings)) == "examples are streamed"
-    assert cache.refusal(experiment, stage, load(replace(settings, stream=False))) is None
+    assert teacher_cache.refusal(experiment.distill, experiment.data, stage, load(settings)) == "examples are streamed"
+    assert (
+        teacher_cache.refusal(experiment.distill, experiment.data, stage, load(replace(settings, stream=False))) is None
+    )
 
 
 # --- the whole road -------------------------------------------------------------------------------------------------

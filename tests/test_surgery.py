@@ -10,10 +10,11 @@ from flax import traverse_util
 from proof import ANY, image, prove, random_gates, random_keep, traced, variables_of
 from test_models import SMALL, small
 
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import models, surgery
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,7 +42,7 @@ def test_every_network_however_cut(case):
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_large_resnets(depth):
-    module = models.build("resnet", {"depth": depth, "num_classes": 5, "stem": "small", "width": 4})
+    module = registry.build("resnet", {"depth": depth, "num_classes": 5, "stem": "small", "width": 4})
     images = image(8, 8, 3, batch=2)
     prove(traced(module, images), variables_of(module, images), images)
 

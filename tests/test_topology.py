@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from proof import image, random_gates, random_keep, reasons, traced, variables_of
 from test_models import SMALL, small
 
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import models
-from kdsearch_jax.network import count, trace
+from kdsearch_jax.adapters import registry
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.network import count, trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -137,7 +137,7 @@ def test_marginal_costs_are_differences(case, seed):
 def test_known_costs():
     """ResNet-20 on CIFAR-10, as published: 41 million MACs, .27 million parameters."""
     network = trace(
-        models.build("cifar_resnet", {"num_classes": 10}), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        registry.build("cifar_resnet", {"num_classes": 10}), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     )
     assert network.topology.total() == (40_551_040, 269_722)
     shares = network.topology.shares()
@@ -238,7 +238,7 @@ def test_groups_are_named_by_the_layer_that_makes_them():
 )
 def test_published_networks_are_traced_in_seconds(name, arguments):
     """About .5 and 1 second of one core; the bound leaves room for a slow one. Nothing of the network is computed."""
-    module = models.build(name, {"num_classes": 1000, **arguments})
+    module = registry.build(name, {"num_classes": 1000, **arguments})
     start = time.process_time()
     network = trace(module, jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
     assert time.process_time() - start < 6

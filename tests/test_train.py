@@ -22,12 +22,18 @@ import numpy as np
 import optax
 import pytest
 
-from kdsearch_jax import evaluate, forward, optimizer, steps, train
-from kdsearch_jax.batches import batch_indices
-from kdsearch_jax.config import DataConfig, DistillConfig, RunConfig, StageConfig
-from kdsearch_jax.devices import data_mesh, replicate
-from kdsearch_jax.examples import Dataset, Split
-from kdsearch_jax.task import classification
+from kdsearch_jax.adapters import apply
+from kdsearch_jax.adapters.devices import data_mesh, replicate
+from kdsearch_jax.data.batches import batch_indices
+from kdsearch_jax.data.examples import Dataset, Split
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.distill import steps
+from kdsearch_jax.distill.objective import classification
+from kdsearch_jax.distill.settings import DistillConfig
+from kdsearch_jax.runs import evaluation
+from kdsearch_jax.training import loop, optimizer
+from kdsearch_jax.training import state as training_state
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 TASK = classification(DistillConfig())
 RUN = RunConfig(steps_per_dispatch=4, checkpoint_every=8, checkpoint_share=None, evaluate_every=8)
@@ -94,11 +100,11 @@ def fit(directory, state=None, step=None, *, stage=STAGE, run=RUN, data=None, ex
     if state is None:
         module, variables = network()
         tx = optimizer.make_optimizer(stage)
-        state = steps.create_state(variables, tx, ema=stage.ema)
+        state = training_state.create_state(variables, tx, ema=stage.ema)
         step = step or steps.supervised_step(module, tx, stage, run, TASK)
     data = data or DataConfig("bright", crop=1, flip=True)
     options = {"name": "test", "meta": {}, "seed": 3, **options}
-    return train.fit(state, step, examples or dataset(), data, stage, run, directory=Path(directory), **options)
+    return loop.fit(state, step, examples or dataset(), data, stage, run, directory=Path(directory), **options)
 
 
 def rows(directory) -> list[dict]:
@@ -213,15 +219,15 @@ def test_modules_of_every_kind_train_and_evaluate():
         (Noisy(), {"deterministic": True}, {"calls"}),
         (network()[0], {}, {"batch_stats"}),
     ]:
-        state = steps.create_state(
+        state = training_state.create_state(
             jax.jit(partial(module.init, **arguments))(jax.random.key(0), images), optax.sgd(0.1)
         )
         assert set(state.model_state) == state_names
-        trained = jax.jit(partial(forward.apply_train, module))
+        trained = jax.jit(partial(apply.apply_train, module))
         logits, kept = trained(state.params, state.model_state, images, jax.random.key(2))
         assert logits.shape == (4, 3) and logits.dtype == jnp.float32
         assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state.model_state)
-        quiet = jax.jit(partial(forward.apply_eval, module))(state.variables, images)
+        quiet = jax.jit(partial(apply.apply_eval, module))(state.variables, images)
         if state_names:
             assert not same(kept, state.model_state)  # statistics move
             assert (logits != quiet).any()
@@ -230,10 +236,10 @@ def test_modules_of_every_kind_train_and_evaluate():
 def test_dropout_follows_the_key():
     images = jnp.ones((4, 8, 8, 1))
     variables = Noisy().init(jax.random.key(0), images, deterministic=True)
-    state = steps.create_state(variables, optax.sgd(0.1))
+    state = training_state.create_state(variables, optax.sgd(0.1))
 
     def logits(seed):
-        return forward.apply_train(Noisy(), state.params, state.model_state, images, jax.random.key(seed))[0]
+        return apply.apply_train(Noisy(), state.params, state.model_state, images, jax.random.key(seed))[0]
 
     assert (logits(1) == logits(1)).all() and (logits(1) != logits(2)).any()
 
@@ -241,10 +247,10 @@ def test_dropout_follows_the_key():
 def test_bf16_computes_in_bf16_and_keeps_float32():
     module, variables = network()
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
-    state = steps.create_state(variables, optax.sgd(0.1))
+    state = training_state.create_state(variables, optax.sgd(0.1))
 
     def loss(params, precision):
-        logits, kept = forward.apply_train(module, params, state.model_state, images, jax.random.key(2), precision)
+        logits, kept = apply.apply_train(module, params, state.model_state, images, jax.random.key(2), precision)
         return logits.mean(), (logits, kept)
 
     text = str(jax.make_jaxpr(lambda p: loss(p, "bf16"))(state.params))
@@ -266,14 +272,14 @@ def test_bf16_computes_in_bf16_and_keeps_float32():
 def test_unknown_precision_is_named():
     module, variables = network()
     with pytest.raises(ValueError, match="precision: 'fp16'.*bf16"):
-        forward.apply_eval(module, variables, jnp.zeros((1, 8, 8, 1)), "fp16")
+        apply.apply_eval(module, variables, jnp.zeros((1, 8, 8, 1)), "fp16")
 
 
 def test_average_is_its_formula_and_forgets_the_first_values():
     values = [jnp.full(3, v) for v in (1.0, 2.0, 4.0)]
     average, expected = {"w": jnp.zeros(3), "n": jnp.zeros((), jnp.int32)}, 0.0
     for i, value in enumerate(values):
-        average = steps.averaged(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
+        average = training_state.averaged(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
         rate = min(0.15, (1 + i) / (10 + i))
         expected = rate * expected + (1 - rate) * float(value[0])
     np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
@@ -287,7 +293,7 @@ def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
     stage = StageConfig(steps=40, batch_size=32, learning_rate=0.05)
     tx = optimizer.make_optimizer(stage)
     step = steps.distill_step(module, teacher, tx, stage, RUN, TASK)
-    fit(tmp_path, steps.create_state(variables, tx), step, stage=stage, constants=teacher_variables)
+    fit(tmp_path, training_state.create_state(variables, tx), step, stage=stage, constants=teacher_variables)
     found = rows(tmp_path)
     assert found[-1]["loss"] < 0.5 * found[0]["loss"]
 
@@ -312,10 +318,10 @@ def updates(scanned: bool, lengths: tuple[int, ...]):
         dataset(),
     )
     step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
-    dispatch = train.make_dispatch(step, mesh, data, 3, scanned=scanned)
+    dispatch = loop.make_dispatch(step, mesh, data, 3, scanned=scanned)
     mean, std = np.asarray(examples.mean, np.float32), np.asarray(examples.std, np.float32)
     resident = {"arrays": examples.train.arrays, "mean": mean, "std": std}
-    resident, state = replicate((resident, steps.create_state(variables, tx)), mesh)
+    resident, state = replicate((resident, training_state.create_state(variables, tx)), mesh)
     found = []
     for length in lengths:
         indices = batch_indices(3, len(examples.train), STAGE.batch_size, int(state.step), length)
@@ -359,7 +365,7 @@ def test_the_state_given_stays_usable_and_structure_stays(tmp_path):
     stage = replace(STAGE, ema=0.9)
     tx = optimizer.make_optimizer(stage)
     extra = {"gates": jnp.ones(3), "n": jnp.zeros((), jnp.int32)}
-    state = steps.create_state(variables, tx, ema=0.9, extra=extra)
+    state = training_state.create_state(variables, tx, ema=0.9, extra=extra)
     before = jax.tree.map(np.array, state)
     # The same arrays as trained parameters and as the fixed teacher: donating one must not take the other.
     step = steps.distill_step(module, module, tx, stage, RUN, TASK)
@@ -375,7 +381,7 @@ def test_nothing_compiles_after_the_first_update(tmp_path, caplog):
     module, variables = network()
     stage = replace(STAGE, steps=22)
     tx = optimizer.make_optimizer(stage)
-    state = steps.create_state(variables, tx, extra={"scale": jnp.ones(())})
+    state = training_state.create_state(variables, tx, extra={"scale": jnp.ones(())})
     step = steps.supervised_step(module, tx, stage, RUN, TASK)
 
     def between(state):
@@ -391,7 +397,7 @@ def test_nothing_compiles_after_the_first_update(tmp_path, caplog):
 def test_between_must_keep_shapes_and_dtypes(tmp_path):
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
-    state = steps.create_state(variables, tx, extra={"scale": jnp.ones(2)})
+    state = training_state.create_state(variables, tx, extra={"scale": jnp.ones(2)})
     step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
     with pytest.raises(ValueError, match=r"between changed extra/scale.*\(3,\).*\(2,\)"):
         fit(tmp_path, state, step, between=lambda s: (s.replace(extra={"scale": jnp.ones(3)}), {}))
@@ -428,7 +434,10 @@ def test_no_steps_train_nothing(tmp_path):
     stage = replace(STAGE, steps=0, warmup=0)
     tx = optimizer.make_optimizer(stage)
     state = fit(
-        tmp_path, steps.create_state(variables, tx), steps.supervised_step(module, tx, stage, RUN, TASK), stage=stage
+        tmp_path,
+        training_state.create_state(variables, tx),
+        steps.supervised_step(module, tx, stage, RUN, TASK),
+        stage=stage,
     )
     assert same(state.params, variables["params"])
 
@@ -448,8 +457,8 @@ def test_divergence_stops_and_says_where(tmp_path):
         new = new.replace(params={**new.params, "dense": {**new.params["dense"], "bias": bias}})
         return new, metrics
 
-    with pytest.raises(train.TrainingDiverged) as caught:
-        fit(tmp_path, steps.create_state(variables, tx), step)
+    with pytest.raises(loop.TrainingDiverged) as caught:
+        fit(tmp_path, training_state.create_state(variables, tx), step)
     message = str(caught.value)
     assert "loss is nan at step 11" in message and "is not finite" in message
     assert str(tmp_path / "checkpoints" / "8") in message and "learning_rate" in message
@@ -467,8 +476,8 @@ def test_a_parameter_lost_in_the_last_update_is_seen(tmp_path):
         bias = jnp.where(state.step == 11, jnp.inf, new.params["dense"]["bias"])
         return new.replace(params={**new.params, "dense": {**new.params["dense"], "bias": bias}}), metrics
 
-    with pytest.raises(train.TrainingDiverged, match="step 12, dense/bias is not finite"):
-        fit(tmp_path, steps.create_state(variables, tx), step)
+    with pytest.raises(loop.TrainingDiverged, match="step 12, dense/bias is not finite"):
+        fit(tmp_path, training_state.create_state(variables, tx), step)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -484,7 +493,7 @@ def test_resuming_what_is_finished_returns_it_at_once(tmp_path):
         raise AssertionError("an update was traced")
 
     _, variables = network()
-    again = fit(tmp_path, steps.create_state(variables, optimizer.make_optimizer(STAGE)), never, resume=True)
+    again = fit(tmp_path, training_state.create_state(variables, optimizer.make_optimizer(STAGE)), never, resume=True)
     assert same(finished, again)
 
 
@@ -498,7 +507,7 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
     """SIGTERM in the second call: it stops at its end and saves, memory and all, what else had been left out."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
-    state = steps.create_state(variables, tx, extra={"memory": jnp.zeros(())})
+    state = training_state.create_state(variables, tx, extra={"memory": jnp.zeros(())})
     step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
     def run(directory, signal_at=None, **options):
@@ -512,7 +521,7 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
         return fit(directory, state, step, between=between, run=often, **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(train.Preempted, match="step 8 of 12; the same command") as caught:
+    with pytest.raises(loop.Preempted, match="step 8 of 12; the same command") as caught:
         run(tmp_path / "stopped", signal_at=8)
     assert caught.value.exit_status == 143
     resumed = run(tmp_path / "stopped", resume=True)
@@ -525,7 +534,7 @@ def test_sigterm_in_an_evaluation_ends_it_at_once(tmp_path, at):
     """The state of this update is saved; what was to be measured of it is when the run goes on."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
-    state = steps.create_state(variables, tx)
+    state = training_state.create_state(variables, tx)
     step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
 
     def run(directory, signal_at=None, **options):
@@ -539,7 +548,7 @@ def test_sigterm_in_an_evaluation_ends_it_at_once(tmp_path, at):
         return fit(directory, state, step, evaluate=evaluate, run=replace(RUN, evaluate_every=4), **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(train.Preempted, match=f"saved at step {at} of 12"):
+    with pytest.raises(loop.Preempted, match=f"saved at step {at} of 12"):
         run(tmp_path / "stopped", signal_at=at)
     assert same(straight, run(tmp_path / "stopped", resume=True))
     found, expected = (
@@ -563,7 +572,7 @@ stage = StageConfig(steps=60, batch_size=16, learning_rate=0.1, ema=0.9)
 run = RunConfig(steps_per_dispatch=3, checkpoint_every=4, checkpoint_share=None)
 module, variables = t.network()
 tx = optimizer.make_optimizer(stage)
-state = steps.create_state(variables, tx, ema=stage.ema, extra={{"memory": np.zeros(2, np.float32)}})
+state = training_state.create_state(variables, tx, ema=stage.ema, extra={{"memory": np.zeros(2, np.float32)}})
 plain = steps.supervised_step(module, tx, stage, run, TASK)
 
 def step(state, batch, key, constants):
@@ -645,7 +654,7 @@ if jax.process_index() == 0:
 def as_one_device(tmp_path):
     """Asserts that a run of several devices left what one device leaves: state, predictions, metrics, checkpoints."""
     state = fit(tmp_path / "one", stage=replace(STAGE, ema=0.9))
-    logits = evaluate.predict(network()[0], state.variables, dataset().train.images[:21], (0.5,), (0.25,))
+    logits = evaluation.predict(network()[0], state.variables, dataset().train.images[:21], (0.5,), (0.25,))
     expected = [*map(np.asarray, jax.tree.leaves(state)), logits]
     with np.load(tmp_path / "many" / "all.npz") as found:
         assert len(found) == len(expected)

@@ -15,11 +15,11 @@ import pytest
 from flax import nnx
 from proof import groups, image, prove, reasons, traced, variables_of
 
-from kdsearch_jax import surgery
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.library import numbers_in, with_number
-from kdsearch_jax.network import trace
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.base import numbers_in, with_number
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def proved(module, x, kind=nn.Module):
     """The network, of which random cuts are exact."""
     if kind is nnx.Module:
-        module, variables = Functional.split(module)
+        module, variables = FunctionalModule.split(module)
     else:
         variables = variables_of(module, x)
     found = traced(module, x)
@@ -207,7 +207,7 @@ def test_numbers_of_nnx_modules_follow_and_are_true():
     module = Hand(nnx.Rngs(0))
     found = proved(module, x, nnx.Module)
     assert sorted(sizes(found).values()) == [4, 10]
-    functional, variables = Functional.split(module)
+    functional, variables = FunctionalModule.split(module)
     keep = {g.name: np.arange(g.size) < g.size // 2 for g in found.topology.groups}
     ones = {g.name: np.ones(g.size, np.float32) for g in found.topology.groups}
     sliced, architecture = surgery.prune(variables, ones, keep, found, Architecture("none", input_shape=(5, 6)))

@@ -24,7 +24,7 @@ from proof import (
     variables_of,
 )  # fmt: skip
 
-from kdsearch_jax.network import trace
+from kdsearch_jax.pruning.network import trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

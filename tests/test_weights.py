@@ -9,11 +9,11 @@ import pytest
 import safetensors.numpy
 from flax import serialization
 
-from kdsearch_jax import weights
-from kdsearch_jax.call import Call
-from kdsearch_jax.checkpoint import flatten
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.runs import weights
+from kdsearch_jax.storage.arrays import flatten
 
-CALL = Call(("x",), {"x": jax.ShapeDtypeStruct((5,), jnp.float32)})
+CALL = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5,), jnp.float32)})
 
 
 class Net(nn.Module):

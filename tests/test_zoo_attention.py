@@ -9,7 +9,7 @@ import numpy as np
 import proof
 import pytest
 
-from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 from kdsearch_jax.models.swin import FAR, WindowAttention, far_apart, image_of, relative_places, windows_of
 
 TINY = {  # name, arguments, shape of an image
@@ -54,7 +54,7 @@ VIT_L = {"width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096}
     ],
 )
 def test_parameters_are_as_many_as_published(name, arguments, published):
-    module = models.build(name, {"num_classes": 1000, **arguments})
+    module = registry.build(name, {"num_classes": 1000, **arguments})
     variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == published
 
@@ -65,7 +65,7 @@ def test_parameters_are_as_many_as_published(name, arguments, published):
 @cache
 def network_of(case):
     name, arguments, shape = TINY[case]
-    module = models.build(name, {"num_classes": 5, **arguments})
+    module = registry.build(name, {"num_classes": 5, **arguments})
     image = proof.image(*shape)
     return proof.traced(module, image), proof.variables_of(module, image), image
 
@@ -182,7 +182,7 @@ def test_a_shifted_block_moves_with_the_image():
 )
 def test_no_such_network(name, arguments, words):
     with pytest.raises(ValueError) as raised:
-        models.build(name, {"num_classes": 10, **arguments})
+        registry.build(name, {"num_classes": 10, **arguments})
     for word in words:
         assert word in str(raised.value)
 
@@ -197,6 +197,6 @@ def test_no_such_network(name, arguments, words):
 )
 def test_images_of_an_unsuitable_size(name, shape, words):
     with pytest.raises(ValueError) as raised:
-        jax.eval_shape(models.build(name, {"num_classes": 10}).init, jax.random.key(0), jnp.zeros((1, *shape)))
+        jax.eval_shape(registry.build(name, {"num_classes": 10}).init, jax.random.key(0), jnp.zeros((1, *shape)))
     for word in words:
         assert word in str(raised.value)

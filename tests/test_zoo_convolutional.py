@@ -11,6 +11,7 @@ from contract import check_call, check_names
 from proof import groups, image, prove, reasons, traced, variables_of
 
 from kdsearch_jax import models
+from kdsearch_jax.adapters import registry
 from kdsearch_jax.models.densenet import DenseNet
 from kdsearch_jax.models.efficientnet import STYLE, EfficientNet
 from kdsearch_jax.models.inverted import Block, Style
@@ -18,7 +19,7 @@ from kdsearch_jax.models.mobilenet import V3_STYLE, MobileNetV2, MobileNetV3
 from kdsearch_jax.models.resnet import ResNet
 from kdsearch_jax.models.unet import UNet
 from kdsearch_jax.models.vgg import VGG
-from kdsearch_jax.network import shapes_of
+from kdsearch_jax.pruning.network import shapes_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -167,7 +168,7 @@ def test_a_dense_layer_reads_all_before_it():
 )
 def test_refusals_say_the_way_out(name, arguments, parts):
     with pytest.raises(ValueError) as raised:
-        models.build(name, {"num_classes": 10, **arguments})
+        registry.build(name, {"num_classes": 10, **arguments})
     for part in parts:
         assert part in str(raised.value)
 

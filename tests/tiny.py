@@ -1,6 +1,9 @@
 """The smallest experiment that goes the whole road, for tests of commands and stages: `--config tests/tiny.py`."""
 
-from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
+from kdsearch_jax.data.settings import DataConfig
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.runs.config import Experiment, ModelConfig
+from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 
 def experiment(quick: bool = False) -> Experiment:

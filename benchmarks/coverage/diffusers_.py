@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.coverage.variant import Call, Package, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images
 
 TWO = {"block_out_channels": (32, 64), "layers_per_block": 1}
 UNET: dict[str, Any] = {
@@ -30,22 +30,22 @@ VAE: dict[str, Any] = {
 }
 
 
-def _unet(arguments: dict[str, Any], size: int = 8, width: int = 32) -> Call:
+def _unet(arguments: dict[str, Any], size: int = 8, width: int = 32) -> CallSpec:
     from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
 
-    return Call(FlaxUNet2DConditionModel(**arguments), _noisy(size, width), {})
+    return CallSpec(FlaxUNet2DConditionModel(**arguments), _noisy(size, width), {})
 
 
-def _controlnet(arguments: dict[str, Any], size: int = 8, width: int = 32) -> Call:
+def _controlnet(arguments: dict[str, Any], size: int = 8, width: int = 32) -> CallSpec:
     from diffusers.models.controlnets.controlnet_flax import FlaxControlNetModel
 
-    return Call(FlaxControlNetModel(**arguments), (*_noisy(size, width), images(3, 8 * size, 8 * size)), {})
+    return CallSpec(FlaxControlNetModel(**arguments), (*_noisy(size, width), images(3, 8 * size, 8 * size)), {})
 
 
-def _vae(arguments: dict[str, Any], size: int = 16) -> Call:
+def _vae(arguments: dict[str, Any], size: int = 16) -> CallSpec:
     from diffusers.models.vae_flax import FlaxAutoencoderKL
 
-    return Call(FlaxAutoencoderKL(**arguments), (images(3, size, size),), {})
+    return CallSpec(FlaxAutoencoderKL(**arguments), (images(3, size, size),), {})
 
 
 def _noisy(size: int, width: int) -> tuple[np.ndarray, ...]:

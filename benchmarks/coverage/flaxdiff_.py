@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.coverage.variant import Call, Package, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images
 
 VIT: dict[str, Any] = {"patch_size": 4, "emb_features": 32, "num_layers": 2, "num_heads": 4}
 UNET: dict[str, Any] = {
@@ -20,9 +20,9 @@ UNET: dict[str, Any] = {
 }
 
 
-def _call(file: str, name: str, arguments: dict[str, Any], size: int = 16, width: int = 32) -> Call:
+def _call(file: str, name: str, arguments: dict[str, Any], size: int = 16, width: int = 32) -> CallSpec:
     module = getattr(importlib.import_module(f"flaxdiff.models.{file}"), name)(**arguments)
-    return Call(module, (images(size, size, 3), np.array([0.2, 0.9], np.float32), images(6, width)), {})
+    return CallSpec(module, (images(size, size, 3), np.array([0.2, 0.9], np.float32), images(6, width)), {})
 
 
 PACKAGE = Package(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.coverage.variant import Call, Package, Variant, images, tokens
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images, tokens
 
 GPT2: dict[str, Any] = {
     "vocab_size": 64,
@@ -30,37 +30,37 @@ GAN = {"resolution": 16, "fmap_base": 128, "fmap_max": 16}
 GENERATOR = {**GAN, "z_dim": 16, "w_dim": 16, "mapping_layer_features": 16, "num_ws": 6, "num_mapping_layers": 2}
 
 
-def _resnet(name: str, output: str, size: int) -> Call:
+def _resnet(name: str, output: str, size: int) -> CallSpec:
     import flaxmodels
 
     module = getattr(flaxmodels, name)(output=output, pretrained=None, num_classes=10, normalize=False)
-    return Call(module, (images(size, size, 3),), {"train": False})
+    return CallSpec(module, (images(size, size, 3),), {"train": False})
 
 
-def _vgg(architecture: str, head: bool, output: str, size: int) -> Call:
+def _vgg(architecture: str, head: bool, output: str, size: int) -> CallSpec:
     import flaxmodels
 
     module = getattr(flaxmodels, architecture.upper())(
         output=output, pretrained=None, include_head=head, num_classes=10, normalize=False
     )
-    return Call(module, (images(size, size, 3),), {"train": False})
+    return CallSpec(module, (images(size, size, 3),), {"train": False})
 
 
-def _gpt2(name: str) -> Call:
+def _gpt2(name: str) -> CallSpec:
     from flaxmodels import gpt2
 
-    return Call(getattr(gpt2, name)(config=SimpleNamespace(**GPT2)), (tokens(8),), {"training": False})
+    return CallSpec(getattr(gpt2, name)(config=SimpleNamespace(**GPT2)), (tokens(8),), {"training": False})
 
 
-def _gan(folder: str, name: str, arguments: dict[str, Any]) -> Call:
+def _gan(folder: str, name: str, arguments: dict[str, Any]) -> CallSpec:
     import flaxmodels
 
     module = getattr(getattr(flaxmodels, folder), name)(**arguments)
     if name == "Discriminator":
-        return Call(module, (images(16, 16, 3),), {})
+        return CallSpec(module, (images(16, 16, 3),), {})
     noise = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     off = {"train": False, "noise_mode": "const"} if name == "Generator" else {"train": False}
-    return Call(module, (noise,), off)
+    return CallSpec(module, (noise,), off)
 
 
 PACKAGE = Package(

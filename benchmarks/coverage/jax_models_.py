@@ -6,7 +6,7 @@ import importlib
 from functools import partial
 from typing import Any
 
-from benchmarks.coverage.variant import Call, Package, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images
 
 FOUR: dict[str, Any] = {"depths": (1, 1, 1, 1)}
 PYRAMID = {**FOUR, "embed_dims": (8, 16, 16, 32)}
@@ -118,9 +118,9 @@ FULL = [
 ]
 
 
-def _call(file: str, name: str, arguments: dict[str, Any], size: int) -> Call:
+def _call(file: str, name: str, arguments: dict[str, Any], size: int) -> CallSpec:
     make = getattr(importlib.import_module(f"jax_models.models.{file}"), name)
-    return Call(make(**arguments), (images(size, size, 3),), {"deterministic": True})
+    return CallSpec(make(**arguments), (images(size, size, 3),), {"deterministic": True})
 
 
 PACKAGE = Package(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.coverage.variant import Call, Package, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images
 
 SMALL: list[tuple[str, str, str, dict[str, Any]]] = [
     ("basic blocks", "ResNetBlock", "ResNetStem", {}),
@@ -20,7 +20,7 @@ SMALL: list[tuple[str, str, str, dict[str, Any]]] = [
 FULL = ("ResNet18", "ResNet50", "ResNet101", "ResNet152", "WideResNet50", "ResNeXt50", "ResNetD50", "ResNeSt50")
 
 
-def _small(block: str, stem: str, options: dict[str, Any]) -> Call:
+def _small(block: str, stem: str, options: dict[str, Any]) -> CallSpec:
     import jax_resnet
 
     block_class = partial(getattr(jax_resnet, block), **options)
@@ -32,15 +32,15 @@ def _small(block: str, stem: str, options: dict[str, Any]) -> Call:
     )
 
 
-def _full(name: str) -> Call:
+def _full(name: str) -> CallSpec:
     import jax_resnet
 
     return _call(getattr(jax_resnet, name)(n_classes=1000), 224)
 
 
-def _call(module: Any, size: int) -> Call:
+def _call(module: Any, size: int) -> CallSpec:
     """BatchNorm uses its statistics unless they are mutable."""
-    return Call(module, (images(size, size, 3),), {})
+    return CallSpec(module, (images(size, size, 3),), {})
 
 
 PACKAGE = Package(

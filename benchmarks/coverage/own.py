@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.coverage.variant import Call, Package, Variant, images
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images
 
 TEN: dict[str, Any] = {"num_classes": 10}
 VIT = {"patch": 8, "width": 32, "depth": 2, "heads": 4, "mlp_dim": 64}
@@ -78,10 +78,10 @@ FULL: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _call(name: str, arguments: dict[str, Any], size: int) -> Call:
-    from kdsearch_jax.models import build
+def _call(name: str, arguments: dict[str, Any], size: int) -> CallSpec:
+    from kdsearch_jax.adapters.registry import build
 
-    return Call(build(name, {**TEN, **arguments}), (images(size, size, 3),), {"train": False})
+    return CallSpec(build(name, {**TEN, **arguments}), (images(size, size, 3),), {"train": False})
 
 
 def _title(name: str, arguments: dict[str, Any]) -> str:

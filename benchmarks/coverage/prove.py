@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.coverage.variant import Call, Record, Variant
-from kdsearch_jax import budget, equality, gates, surgery
-from kdsearch_jax.network import Network, library_of, trace
-from kdsearch_jax.student import Architecture
+from benchmarks.coverage.variant import CallSpec, Record, Variant
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.pruning import budget, equality, gates, surgery
+from kdsearch_jax.pruning.network import Network, adapter_for, trace
 
 MATTERS = 1e-3  # of an output's own scale: the least change that counts as one
 
@@ -28,9 +28,9 @@ def trial(package: str, variant: Variant, seed: int = 0) -> Record:
     start = time.perf_counter()
     try:
         call = variant.make()
-        record.library = "NNX" if "nnx" in library_of(call.module).__name__ else "Linen"
+        record.library = "NNX" if "nnx" in adapter_for(call.module).__name__ else "Linen"
         spec = _specs(call)
-        library_of(call.module).jaxpr(call.module, spec, call.inputs, call.kwargs)
+        adapter_for(call.module).jaxpr(call.module, spec, call.inputs, call.kwargs)
     except BaseException as error:  # the network's own code: sys.exit in an import has been seen
         record.reason = first_line(error)
         return _timed(record, start)
@@ -43,7 +43,7 @@ def trial(package: str, variant: Variant, seed: int = 0) -> Record:
     return _timed(record, start)
 
 
-def _traced_and_proved(record: Record, call: Call, variant: Variant, seed: int) -> None:
+def _traced_and_proved(record: Record, call: CallSpec, variant: Variant, seed: int) -> None:
     start = time.process_time()  # of this process, however busy the machine is
     network = trace(call.module, *call.inputs, **call.kwargs)
     record.trace_seconds = round(time.process_time() - start, 2)
@@ -117,7 +117,7 @@ def other(inputs: Any, rng: np.random.Generator) -> Any:
     return jax.tree.map(another, inputs)
 
 
-def random_variables(call: Call, seed: int) -> Any:
+def random_variables(call: CallSpec, seed: int) -> Any:
     """Random parameters and statistics at sizes that keep activations near 1; what is not a float is initialised."""
     rng, spec = np.random.default_rng(seed), _specs(call)
     if any(not jax.numpy.issubdtype(leaf.dtype, np.floating) for leaf in jax.tree.leaves(spec)):
@@ -137,9 +137,9 @@ def random_variables(call: Call, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(value, spec)
 
 
-def _specs(call: Call) -> Any:
+def _specs(call: CallSpec) -> Any:
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs)
-    return library_of(call.module).variables(call.module, inputs, call.kwargs)
+    return adapter_for(call.module).variables(call.module, inputs, call.kwargs)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,59 +9,61 @@ from typing import Any
 import numpy as np
 
 from benchmarks.coverage import transformers_
-from benchmarks.coverage.variant import Call, Package, Variant, images, tokens
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images, tokens
 
 
-def _nnx(factory: Any, arguments: dict[str, Any], *inputs: Any, **kwargs: Any) -> Call:
-    from kdsearch_jax.functional import Functional
+def _nnx(factory: Any, arguments: dict[str, Any], *inputs: Any, **kwargs: Any) -> CallSpec:
+    from kdsearch_jax.adapters.functional_module import FunctionalModule
 
-    return Call(Functional.make(factory, arguments), inputs, kwargs)
+    return CallSpec(FunctionalModule.make(factory, arguments), inputs, kwargs)
 
 
-def _image_classification(name: str, size: int = 32, **arguments: Any) -> Call:
+def _image_classification(name: str, size: int = 32, **arguments: Any) -> CallSpec:
     from image_classification_jax.models import resnet
 
-    return Call(getattr(resnet, name)(num_classes=10, **arguments), (images(size, size, 3),), {"is_training": False})
+    return CallSpec(
+        getattr(resnet, name)(num_classes=10, **arguments), (images(size, size, 3),), {"is_training": False}
+    )
 
 
-def _image_classification_vit(size: int = 32, **arguments: Any) -> Call:
+def _image_classification_vit(size: int = 32, **arguments: Any) -> CallSpec:
     from image_classification_jax.models import ViT
 
-    return Call(ViT.Transformer(**arguments), (images(size, size, 3),), {"is_training": False})
+    return CallSpec(ViT.Transformer(**arguments), (images(size, size, 3),), {"is_training": False})
 
 
-def _botnet(size: int = 64, **arguments: Any) -> Call:
+def _botnet(size: int = 64, **arguments: Any) -> CallSpec:
     from bottleneck_transformer_flax.botnet import BoTNet, BoTNetConfig
 
-    return Call(BoTNet(BoTNetConfig(**arguments)), (images(size, size, 3),), {"train": False})
+    return CallSpec(BoTNet(BoTNetConfig(**arguments)), (images(size, size, 3),), {"train": False})
 
 
-def _tnt(size: int = 32, **arguments: Any) -> Call:
+def _tnt(size: int = 32, **arguments: Any) -> CallSpec:
     from transformer_in_transformer_flax.tnt import TNTConfig, TransformerInTransformer
 
-    return Call(TransformerInTransformer(TNTConfig(image_size=size, **arguments)), (images(size, size, 3),), {})
+    return CallSpec(TransformerInTransformer(TNTConfig(image_size=size, **arguments)), (images(size, size, 3),), {})
 
 
-def _vanilla_transformer(**arguments: Any) -> Call:
+def _vanilla_transformer(**arguments: Any) -> CallSpec:
     from vtransformer.model import Transformer
 
     module = Transformer(src_vocab_size=64, trg_vocab_size=64, max_length=16, **arguments)
-    return Call(module, (tokens(8), tokens(6), np.array([1, 1, 1, 1, 0, 1], np.float32)), {})
+    return CallSpec(module, (tokens(8), tokens(6), np.array([1, 1, 1, 1, 0, 1], np.float32)), {})
 
 
-def _potential(name: str, **arguments: Any) -> Call:
+def _potential(name: str, **arguments: Any) -> CallSpec:
     from ott.neural.networks import icnn, potentials
 
-    return Call(getattr(icnn if name == "ICNN" else potentials, name)(**arguments), (images(4, batch=6),), {})
+    return CallSpec(getattr(icnn if name == "ICNN" else potentials, name)(**arguments), (images(4, batch=6),), {})
 
 
-def _velocity(**arguments: Any) -> Call:
+def _velocity(**arguments: Any) -> CallSpec:
     from ott.neural.networks.velocity_field import mlp
 
-    return Call(mlp.MLP(output_dim=4, **arguments), (images(1, batch=6)[:, 0], images(4, batch=6)), {})
+    return CallSpec(mlp.MLP(output_dim=4, **arguments), (images(1, batch=6)[:, 0], images(4, batch=6)), {})
 
 
-def _recurrentgemma(**arguments: Any) -> Call:
+def _recurrentgemma(**arguments: Any) -> CallSpec:
     from recurrentgemma import common
     from recurrentgemma.jax import griffin
 
@@ -78,37 +80,37 @@ def _recurrentgemma(**arguments: Any) -> Call:
         **arguments,
     )
     positions = np.tile(np.arange(8, dtype=np.int32), (2, 1))
-    return Call(griffin.Griffin(config), (tokens(8), positions), {"return_cache": False})
+    return CallSpec(griffin.Griffin(config), (tokens(8), positions), {"return_cache": False})
 
 
-def _long_range(layer: str, pool: bool) -> Call:
+def _long_range(layer: str, pool: bool) -> CallSpec:
     import long_range_models as models
 
     inner = {"LRU": lambda: models.LRULayer(16, 8), "S5": lambda: models.S5Layer(16, 8)}[layer]()
-    return Call(models.ContinuousSequenceModel(inner, 5, emb_dim=16, pool=pool), (images(12, 3),), {})
+    return CallSpec(models.ContinuousSequenceModel(inner, 5, emb_dim=16, pool=pool), (images(12, 3),), {})
 
 
-def _jimmy_dinov2(**arguments: Any) -> Call:
+def _jimmy_dinov2(**arguments: Any) -> CallSpec:
     from jimmy.models.vit import DinoV2
 
     given = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, **arguments}
     return _nnx(DinoV2, given, images(given["img_size"], given["img_size"], 3))
 
 
-def _vitax(**arguments: Any) -> Call:
+def _vitax(**arguments: Any) -> CallSpec:
     from vitax.models.vit import VisionTransformer
 
     size = arguments.get("img_size", 224)
     return _nnx(VisionTransformer, {"fsdp": False, **arguments}, images(size, size, 3))
 
 
-def _jaxkit(**arguments: Any) -> Call:
+def _jaxkit(**arguments: Any) -> CallSpec:
     from jaxkit import fully_connected
 
     return _nnx(fully_connected.FullyConnected, arguments, images(arguments["widths"][0], batch=6))
 
 
-def _mamba2(name: str, **arguments: Any) -> Call:
+def _mamba2(name: str, **arguments: Any) -> CallSpec:
     import mamba2_jax
 
     if name == "Mamba2Forecaster":
@@ -119,7 +121,7 @@ def _mamba2(name: str, **arguments: Any) -> Call:
     return _nnx(getattr(mamba2_jax, name), {"cfg": config}, tokens(16))
 
 
-def _named(module: str, name: str) -> Call:
+def _named(module: str, name: str) -> CallSpec:
     """A network of a package that cannot be imported on current versions; should it be again, it needs a call here."""
     getattr(importlib.import_module(module), name)
     raise NotImplementedError(f"{module} can be imported: say in {__file__} how {name} is called")

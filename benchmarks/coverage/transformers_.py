@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.coverage.variant import Call, Package, Variant, images, tokens
+from benchmarks.coverage.variant import CallSpec, Package, Variant, images, tokens
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = {**TEXT, "max_position_embeddings": 40}
@@ -31,13 +31,13 @@ BART = {
 }
 
 
-def _call(model: str, config: str, arguments: dict[str, Any], length: int = 8, pixels: Any = None) -> Call:
+def _call(model: str, config: str, arguments: dict[str, Any], length: int = 8, pixels: Any = None) -> CallSpec:
     import transformers
 
     made = getattr(transformers, config)(**arguments)
     module = getattr(transformers, model)(made, _do_init=False).module
     short = length if "Classification" in model else length - 2  # a classifier gives its decoder the same tokens
-    return Call(module, _inputs(module, length, short, pixels, arguments), {})
+    return CallSpec(module, _inputs(module, length, short, pixels, arguments), {})
 
 
 def _inputs(module: Any, length: int, short: int, pixels: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:

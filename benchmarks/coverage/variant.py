@@ -11,7 +11,7 @@ import numpy as np
 Status = Literal["passed", "traced", "nothing", "failed", "broken"]
 
 
-class Call(NamedTuple):
+class CallSpec(NamedTuple):
     """A module and how it is called: inputs are pytrees of arrays with a leading batch axis."""
 
     module: Any
@@ -24,7 +24,7 @@ class Variant:
     """One network. make: builds it, and imports what that needs; full: at its published size, so traced only."""
 
     name: str
-    make: Callable[[], Call]
+    make: Callable[[], CallSpec]
     full: bool = False
 
 

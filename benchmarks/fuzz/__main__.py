@@ -32,9 +32,9 @@ from benchmarks.fuzz.cases import EVALUATE, IMAGES, TRAIN, UNTAUGHT, Case, Write
 COMMANDS = {
     "search": "kdsearch_jax.search.__main__",
     "teacher": "kdsearch_jax.teacher",
-    "evaluate": "kdsearch_jax.evaluate.__main__",
-    "export": "kdsearch_jax.export.__main__",
-    "report": "kdsearch_jax.report.__main__",
+    "evaluate": "kdsearch_jax.evaluate",
+    "export": "kdsearch_jax.export",
+    "report": "kdsearch_jax.report",
 }
 LIBRARIES = (
     "sklearn.datasets", "tyro", "PIL.Image", "tensorflow_datasets", "torch", "safetensors.numpy", "orbax.checkpoint",
@@ -105,9 +105,9 @@ def run(case: Case, box: Path) -> tuple[int | None, int, str, str]:
         )  # so that the machine survives a failure
         sys.argv = [case.command, *case.argv]
         module = importlib.import_module(COMMANDS[case.command])
-        from kdsearch_jax import cli
+        from kdsearch_jax.runs import command_line
 
-        cli.run(module.main)
+        command_line.run(module.main)
 
     status, peak = forked(command)
     texts = [log.read_text(errors="replace") for log in logs]

@@ -18,7 +18,7 @@ OPEN = ("name", "data.name", "data.data_dir", "data.inputs", "data.stream", "mod
 
 def settings(root: Path, random: np.random.Generator) -> Iterator[Case]:
     """Overrides on the line that mean nothing."""
-    from kdsearch_jax.config import Experiment, flatten
+    from kdsearch_jax.runs.config import Experiment, flatten
 
     for number, (name, value) in enumerate(flatten(Experiment()).items()):
         if number % 2 or name in OPEN:  # the other half is read by the same code

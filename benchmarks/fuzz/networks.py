@@ -18,7 +18,7 @@ def network(
     root: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None, then: Write | None = None
 ) -> Write:
     """A copy of the network, its two records changed by `change` and sealed anew, as an attacker would."""
-    from kdsearch_jax.files import seal
+    from kdsearch_jax.storage.files import seal
 
     def write(box: Path) -> None:
         shutil.copytree(root / "net", box / "net")
@@ -112,7 +112,7 @@ def _architectures() -> dict[str, Any]:
                 "a..b:c",
                 ":",
                 "given:x",
-                "kdsearch_jax.cli:run",
+                "kdsearch_jax.runs.command_line:run",
                 "flax.linen:Dense",
                 "__main__:main",
                 "mlp",

@@ -37,7 +37,7 @@ def _text(content: bytes) -> str:
 
 def read_json(content: bytes) -> None:
     """What is read can be written and read again."""
-    from kdsearch_jax.files import DamagedError, read_json
+    from kdsearch_jax.storage.files import DamagedError, read_json
 
     try:
         value = read_json(_stored(content))
@@ -48,7 +48,7 @@ def read_json(content: bytes) -> None:
 
 def read_arrays(content: bytes) -> None:
     """No more than the limit, and plain."""
-    from kdsearch_jax.files import DamagedError, read_arrays
+    from kdsearch_jax.storage.files import DamagedError, read_arrays
 
     try:
         arrays = read_arrays(_stored(content), limit=1 << 20)
@@ -60,11 +60,11 @@ def read_arrays(content: bytes) -> None:
 
 def read_safetensors(content: bytes) -> None:
     """No more than the file has."""
-    from kdsearch_jax import foreign
-    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.storage import safe_readers
+    from kdsearch_jax.storage.files import DamagedError
 
     try:
-        arrays, metadata = foreign.read_safetensors(_stored(content))
+        arrays, metadata = safe_readers.read_safetensors(_stored(content))
     except DamagedError:
         return
     assert sum(array.nbytes for array in arrays.values()) <= len(content)
@@ -75,22 +75,22 @@ def read_msgpack(content: bytes) -> None:
     """Values are counted as msgpack counts them, and what Flax reads is not refused."""
     from flax import serialization
 
-    from kdsearch_jax import foreign
-    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.storage import safe_readers
+    from kdsearch_jax.storage.files import DamagedError
 
     try:
-        foreign.read_msgpack(_stored(content))
+        safe_readers.read_msgpack(_stored(content))
     except DamagedError as error:
         try:
             serialization.msgpack_restore(content)
         except Exception:
             return
         raise AssertionError(f"Flax reads it: {content[:100]!r}") from error
-    assert 0 < foreign.count_values(content) <= len(content)
+    assert 0 < safe_readers.count_values(content) <= len(content)
 
 
 def _parsed(content: bytes) -> Any:
-    from kdsearch_jax.files import parse_json
+    from kdsearch_jax.storage.files import parse_json
 
     try:
         return parse_json(_text(content))
@@ -100,8 +100,8 @@ def _parsed(content: bytes) -> Any:
 
 def read_architecture(content: bytes) -> None:
     """What is read is written the same again, and asks for no input out of bounds."""
-    from kdsearch_jax.call import LARGEST
-    from kdsearch_jax.student import Architecture
+    from kdsearch_jax.adapters.architecture import Architecture
+    from kdsearch_jax.adapters.call_spec import LARGEST
 
     try:
         found = Architecture.from_json(_parsed(content))
@@ -116,7 +116,7 @@ def build_module(content: bytes) -> None:
     """A network of ours is made, in no time, or an argument is named; no module is imported."""
     import sys
 
-    from kdsearch_jax import models
+    from kdsearch_jax.adapters import registry
 
     record = _parsed(content)
     if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
@@ -124,9 +124,9 @@ def build_module(content: bytes) -> None:
     name = str(record.get("model"))
     before = set(sys.modules)
     try:
-        models.check_trust(name)
+        registry.check_trust(name)
         if ":" not in name:
-            models.build(name, record["arguments"])
+            registry.build(name, record["arguments"])
     except (ValueError, TypeError) as error:
         assert len(str(error)) < 3000
     assert not {module for module in set(sys.modules) - before if not module.startswith(("jax", "flax", "numpy"))}
@@ -134,7 +134,7 @@ def build_module(content: bytes) -> None:
 
 def read_config(content: bytes) -> None:
     """An experiment that is read is written, and read, the same again."""
-    from kdsearch_jax.config import from_json, to_json
+    from kdsearch_jax.runs.config import from_json, to_json
 
     record = _parsed(content)
     if not isinstance(record, dict):
@@ -149,13 +149,13 @@ def read_config(content: bytes) -> None:
 
 def read_network(content: bytes) -> None:
     """network.json: digests of arrays whose sizes are numbers."""
-    from kdsearch_jax.checkpoint import networks
-    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.storage import networks
+    from kdsearch_jax.storage.files import DamagedError
 
     record = _parsed(content)
     if isinstance(record, dict) and isinstance(record.get("payload"), dict):
         try:
-            from kdsearch_jax.files import seal
+            from kdsearch_jax.storage.files import seal
 
             content = json.dumps({"payload": record["payload"], "sha256": seal(record["payload"])}).encode()
         except ValueError:  # a lone surrogate
@@ -169,7 +169,7 @@ def read_network(content: bytes) -> None:
 
 def read_huggingface(content: bytes) -> None:
     """config.json of Hugging Face."""
-    from kdsearch_jax.pretrained import huggingface_config, huggingface_options
+    from kdsearch_jax.models.pretrained import huggingface_config, huggingface_options
 
     try:
         config = huggingface_options.read_json(_stored(content))
@@ -180,8 +180,8 @@ def read_huggingface(content: bytes) -> None:
 
 def decode_image(content: bytes) -> None:
     """uint8 of three channels, and no more pixels than allowed."""
-    from kdsearch_jax import images
-    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.data import images
+    from kdsearch_jax.storage.files import DamagedError
 
     try:
         found = images.opened(content)
@@ -197,7 +197,7 @@ def decode_image(content: bytes) -> None:
 
 def read_manifest(content: bytes) -> None:
     """What is listed of an object store lies below its directory, and is written the same again."""
-    from kdsearch_jax.files import DamagedError
+    from kdsearch_jax.storage.files import DamagedError
     from kdsearch_jax.storage.manifest import Manifest
 
     try:
@@ -250,8 +250,8 @@ def examples(name: str) -> list[bytes]:
 
         files = {"a.json": Entry(3, "0" * 64, None), "search/log": Entry(5, None, None)}
         return [Manifest(files, "writer", 7).to_json()]
-    from kdsearch_jax.config import to_json
-    from kdsearch_jax.student import Architecture
+    from kdsearch_jax.adapters.architecture import Architecture
+    from kdsearch_jax.runs.config import to_json
 
     if name == "config":
         from benchmarks.fuzz import seeds

@@ -16,7 +16,10 @@ INFO = {"dataset": "digits", "mean": [0.3], "std": [0.3]}
 
 def experiment() -> Any:
     """An experiment of seconds, on the digits."""
-    from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
+    from kdsearch_jax.data.settings import DataConfig
+    from kdsearch_jax.pruning.settings import BudgetConfig
+    from kdsearch_jax.runs.config import Experiment, ModelConfig
+    from kdsearch_jax.training.settings import RunConfig, StageConfig
 
     return Experiment(
         name="tiny",
@@ -39,11 +42,12 @@ def make(root: Path) -> None:
     import torch  # pyright: ignore[reportMissingImports]  # an extra of its own
     from flax import serialization
 
-    from kdsearch_jax import export
-    from kdsearch_jax.checkpoint import flatten, save_network
-    from kdsearch_jax.config import to_json
+    from kdsearch_jax.adapters.architecture import Architecture
+    from kdsearch_jax.runs.config import to_json
     from kdsearch_jax.search.__main__ import main as search
-    from kdsearch_jax.student import Architecture
+    from kdsearch_jax.storage import export_formats
+    from kdsearch_jax.storage.arrays import flatten
+    from kdsearch_jax.storage.networks import save_network
 
     arguments = {"num_classes": CLASSES, "width": 4}
     whole = Architecture("small_cnn", arguments, input_shape=SHAPE)
@@ -60,7 +64,7 @@ def make(root: Path) -> None:
             torch.save({key: torch.tensor(leaf) for key, leaf in flat.items()}, root / "weights.pth")
             continue
         (root / "out").mkdir()
-        (root / "out/student.safetensors").write_bytes(export.packed(architecture, variables, INFO))
+        (root / "out/student.safetensors").write_bytes(export_formats.packed(architecture, variables, INFO))
     random = np.random.default_rng(0)
     labels = np.arange(40) % CLASSES
     np.savez(root / "data.npz", images=random.integers(0, 255, (40, *SHAPE), np.uint8), labels=labels)

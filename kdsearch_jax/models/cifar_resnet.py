@@ -1,7 +1,8 @@
 """ResNets for small images (He et al. 2016, section 4.2): a 3x3 stem and three stages of n basic blocks, 6n + 2 layers.
 
 With `shortcut="A"` the network is that of github.com/akamaster/pytorch_resnet_cifar10, whose weights it can load
-(`kdsearch_jax.pretrained`). Option A writes its zero channels into the network, so those places of the residual stream
+(`kdsearch_jax.models.pretrained`). Option A writes its zero channels into the network, so those places of the
+residual stream
 are fixed; the stream's other channels, the inner channels of the blocks, and whole blocks, are free.
 """
 

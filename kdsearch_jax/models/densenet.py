@@ -1,7 +1,7 @@
 """Densely connected networks with bottlenecks and compression (Huang et al. 2017, "DenseNet-BC").
 
 Every layer reads all channels made before it in its block, and adds `growth` of its own behind them. A channel is read
-by many kernels, and goes from all of them at once. Weights of torchvision load with `kdsearch_jax.pretrained`.
+by many kernels, and goes from all of them at once. Weights of torchvision load with `kdsearch_jax.models.pretrained`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """EfficientNet-B0 to B7 (Tan & Le 2019), as torchvision has them.
 
 Each variant is B0 with its widths and depths multiplied, and meant for images of its own size, 224 to 600 pixels. No
-branch is dropped at random in training, unlike the paper. Weights of torchvision load with `kdsearch_jax.pretrained`.
+branch is dropped at random in training, unlike the paper. Weights of torchvision load with
+`kdsearch_jax.models.pretrained`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018) and MobileNetV3 (Howard et al. 2019), as torchvision has them.
 
-Weights of torchvision load with `kdsearch_jax.pretrained`. Images are divided by 32 a side; `stem="small"` leaves out
+Weights of torchvision load with `kdsearch_jax.models.pretrained`. Images are divided by 32 a side; `stem="small"`
+leaves out
 the first halving, for small images.
 """
 

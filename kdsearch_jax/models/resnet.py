@@ -3,7 +3,8 @@
 ResNeXt (Xie et al. 2017) splits that convolution into groups, each of which reads only its own channels: a whole group
 is then one unit.
 
-Weights of torchvision load with `kdsearch_jax.pretrained`. `stem="small"` replaces the 7x7 convolution and the pooling
+Weights of torchvision load with `kdsearch_jax.models.pretrained`. `stem="small"` replaces the 7x7 convolution and the
+pooling
 by one 3x3 convolution, which is how these networks are used on 32x32 images.
 """
 

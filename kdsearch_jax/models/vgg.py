@@ -2,7 +2,7 @@
 
 Two heads: "pooled" averages what is left of the image and has one dense layer (the usual form for 32x32 images);
 "flattened" is the published one, two wide dense layers on the flattened 7x7 image. Convolutions have a bias, as in
-torchvision, whose weights load with `kdsearch_jax.pretrained`.
+torchvision, whose weights load with `kdsearch_jax.models.pretrained`.
 """
 
 from __future__ import annotations

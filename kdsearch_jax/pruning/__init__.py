@@ -1,4 +1,4 @@
-"""The pruning library: the search as an optax transformation, rules, budgets, one-shot criteria and verified cuts.
+"""The pruning library: gates, the proximal search as an optax transformation, budgets, criteria, verified cuts.
 
-Imports tracing, modules and surgery; no configuration files, no storage, no report.
+Imports `tracing` and `adapters`: no settings files, no storage, no models, no reports.
 """

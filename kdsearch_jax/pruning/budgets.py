@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kdsearch_jax import budget as budget_lib
-from kdsearch_jax.budget import BudgetError, Estimate, Limits
-from kdsearch_jax.config import BudgetConfig
+from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning.budget import BudgetError, Estimate, Limits
+from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.tables import Table
 from kdsearch_jax.tracing.topology import Group, Topology
 

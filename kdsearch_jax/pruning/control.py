@@ -1,6 +1,7 @@
 """The closed loop of the search on the device: α, λ2 and recall as pure functions of gates and importances.
 
-The mathematics is that of `kdsearch_jax.penalty` and `kdsearch_jax.budget`, in float32 and without a sort of pieces: a
+The mathematics is that of `kdsearch_jax.pruning.penalty` and `kdsearch_jax.pruning.budget`, in float32 and without a
+sort of pieces: a
 threshold is found by bisection over the bits of a float32, 32 evaluations of the cost. Large ratios are kept as
 logarithms. `Controller.__call__` is what the optimiser calls every few updates; all of it can be jitted, scanned and
 sharded.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from kdsearch_jax.budget import FLOOR
+from kdsearch_jax.pruning.budget import FLOOR
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.tracing.topology import Topology
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdsearch_jax.budget.estimate import Estimate
+from kdsearch_jax.pruning.budget.estimate import Estimate
 from kdsearch_jax.pruning.tables import Table
 from kdsearch_jax.tracing.topology import Cost, Topology
 

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax import baselines
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.boxes import boxed, boxes_of
-from kdsearch_jax.budget import BudgetError
-from kdsearch_jax.network import Network
+from kdsearch_jax.adapters.boxes import boxed, boxes_of
+from kdsearch_jax.pruning import baselines
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.budget import BudgetError
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
 from kdsearch_jax.pruning.landing import select
+from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, apply_rules
 from kdsearch_jax.pruning.student import Student, cut, variables_of
 

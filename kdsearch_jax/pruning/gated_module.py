@@ -7,9 +7,9 @@ from typing import Any
 
 from flax import nnx, traverse_util
 
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.network import Network
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.network import Network
 
 
 class Gate(nnx.Param):
@@ -56,7 +56,7 @@ class Gated(nnx.Module):
 
     def _names(self) -> dict[tuple[Any, ...], str]:
         """{path as NNX has it: name in the topology} of arrays."""
-        module: Functional = self._topology.network.module
+        module: FunctionalModule = self._topology.network.module
         return {leaf.path: leaf.name for leaf in module.leaves if not leaf.random}
 
     def _scaled(self) -> frozenset[str]:

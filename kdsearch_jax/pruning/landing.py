@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from kdsearch_jax import budget as budget_lib
-from kdsearch_jax.budget import FLOOR, BudgetWarning, Limits, Selection
-from kdsearch_jax.budget.estimate import within
+from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning.budget import FLOOR, BudgetWarning, Limits, Selection
+from kdsearch_jax.pruning.budget.estimate import within
 from kdsearch_jax.tracing.topology import Cost, Topology
 
 Keep = dict[str, np.ndarray]

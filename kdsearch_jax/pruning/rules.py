@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kdsearch_jax.network import Network
+from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.tracing.topology import KINDS, Group, Topology
 
 

@@ -29,18 +29,16 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from kdsearch_jax import front
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax.boxes import boxed, boxes_of, unboxed
-from kdsearch_jax.budget import BudgetError, Limits
-from kdsearch_jax.config import GatesConfig, StageConfig
-from kdsearch_jax.network import Network
-from kdsearch_jax.pruning import transform
+from kdsearch_jax.adapters.boxes import boxed, boxes_of, unboxed
+from kdsearch_jax.pruning import budget_path, transform
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.budget import BudgetError, Limits
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
 from kdsearch_jax.pruning.control import Controller, Path, Penalty
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.pruning.gated_module import Gated
 from kdsearch_jax.pruning.landing import choose, land
+from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
 from kdsearch_jax.pruning.student import Student, cut, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
@@ -159,12 +157,11 @@ class GatedSearch:
 
     @cached_property
     def _path(self) -> Path:
-        """See `kdsearch_jax.front`, whose path this is."""
+        """See `kdsearch_jax.pruning.budget_path`, whose path this is."""
         assert self.every is not None
         falls = [1.0, *(_fall(before, after) for before, after in pairwise(self.limits))]
         pressure = self.limits[0].pressure(self.topology, np.ones(self.topology.units))
-        stage, config = StageConfig(steps=self.steps), GatesConfig(ramp=self.ramp, warmup=self.warmup)
-        legs = front.legs(self.limits, falls, pressure, stage, config, self.every)
+        legs = budget_path.legs(self.limits, falls, pressure, self.steps, self.ramp, self.warmup, self.every)
         return Path(*(tuple(getattr(leg, name) for leg in legs) for name in Path._fields))
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
-from kdsearch_jax import gates as gates_lib
-from kdsearch_jax import surgery
-from kdsearch_jax.boxes import unboxed
-from kdsearch_jax.call import Call, mode, signature_of
-from kdsearch_jax.devices import gathered
-from kdsearch_jax.functional import Functional
-from kdsearch_jax.library import Keywords
-from kdsearch_jax.network import Network
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.adapters.architecture import Architecture
+from kdsearch_jax.adapters.base import Keywords
+from kdsearch_jax.adapters.boxes import unboxed
+from kdsearch_jax.adapters.call_spec import CallSpec, mode, signature_of
+from kdsearch_jax.adapters.devices import gathered
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.tracing.topology import leaf_shapes
 
 EXAMPLES = 4  # of a batch on which equality is proved where none is given
@@ -73,7 +72,7 @@ def cut(network: Network, variables: Any, gates: Mapping[str, Any], keep: Mappin
     sliced, architecture = surgery.prune(variables, gates, keep, network, base)
     proof = surgery.verify(network, variables, gates, keep, sliced, *inputs)
     module = network.student(keep)
-    if isinstance(module, Functional):
+    if isinstance(module, FunctionalModule):
         module = module.bind(sliced)
     gates = {name: np.asarray(gate) for name, gate in gates.items()}
     macs, params = network.topology.cost(keep)
@@ -98,7 +97,7 @@ def verify(network: Network, variables: Any, student: Student, *inputs: Any) -> 
     variables = variables_of(network, variables)
     sliced = student.variables
     if isinstance(student.module, flax.nnx.Module):  # which may have changed since
-        sliced = Functional.split(student.module)[1]
+        sliced = FunctionalModule.split(student.module)[1]
     inputs = inputs or random_inputs(network)
     return float(surgery.verify(network, variables, student.gates, student.keep, sliced, *inputs)["difference"])
 
@@ -108,48 +107,6 @@ def fold(variables: Any, gates: Mapping[str, Any], network: Network) -> Any:
     return gates_lib.fold(variables, gates, network.topology)
 
 
-def save(student: Student, path: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a student's directory: its architecture, and its arrays with digests. `load` reads it.
-
-    path: a directory, or an address in an object store such as gs://BUCKET/NAME.
-
-    Raises:
-      OSError: there is something already, and not `overwrite`.
-    """
-    from kdsearch_jax import storage
-    from kdsearch_jax.checkpoint import module_info, save_network
-
-    module, variables = student
-    if isinstance(module, flax.nnx.Module):
-        module, variables = Functional.split(module)
-    with storage.named():
-        save_network(path, student.architecture, variables, module_info(module, student.architecture), overwrite)
-
-
-def load(path: str | Path, module: Any = None, *, trust_code: bool = False) -> Student:
-    """The network in a directory, such as RUN/student, RUN/teacher/network or gs://BUCKET/NAME.
-
-    Args:
-      module: the model that was searched, Linen or NNX, for a network that the directory could not name, as its class
-        is local or was given as an object: a module; an abstract one, `nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0)))`;
-        or what makes one, a class or `functools.partial(Net, width=64)`. Its arguments are those of then; its
-        parameters are not looked at.
-      trust_code: a network of a package that you have not imported may import it, so that its code runs.
-
-    Raises:
-      ValueError, OSError: it is not a network's directory, or damaged, or `module` is another one.
-    """
-    from kdsearch_jax import storage
-    from kdsearch_jax.checkpoint import in_boxes, load_network
-
-    with storage.named():
-        found, variables, architecture, info = load_network(path, module, trust_code=trust_code)
-        variables = in_boxes(found, variables, architecture, info)
-    if isinstance(found, Functional):
-        found = found.bind(variables)
-    return Student(found, variables, architecture)
-
-
 def variables_of(network: Network, variables: Any) -> Any:
     """{"params": …, other collections} as plain dictionaries without boxes, of Linen variables or an nnx.Module.
 
@@ -157,7 +114,7 @@ def variables_of(network: Network, variables: Any) -> Any:
       ValueError: they are not the network's; names the first leaf that differs.
     """
     if isinstance(variables, flax.nnx.Module):
-        variables = Functional.split(variables)[1]
+        variables = FunctionalModule.split(variables)[1]
     if isinstance(variables, (dict, FrozenDict)):
         variables = gathered(unboxed(unfreeze(variables)))
     check_variables(network, variables)
@@ -194,7 +151,7 @@ def architecture_of(network: Network) -> Architecture:
     return Architecture.of(network.module, (), _call(network))
 
 
-def _call(network: Network) -> Call:
+def _call(network: Network) -> CallSpec:
     """How the network was called when it was traced; the leading axis of every input is the batch."""
     inputs, keywords = network.inputs, {}
     if inputs and isinstance(inputs[-1], Keywords):
@@ -216,6 +173,6 @@ def _call(network: Network) -> Call:
             and math.prod(spec.shape)
             and isinstance(inputs[0], jax.ShapeDtypeStruct)
         ):
-            return Call.of_image(spec.shape)
+            return CallSpec.of_image(spec.shape)
     arguments = (*names, *(f"{name}={name}" for name in keywords))
-    return Call(arguments, one, {}, static)
+    return CallSpec(arguments, one, {}, static)

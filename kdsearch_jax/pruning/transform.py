@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from kdsearch_jax.prox import ProximalState, accelerated_proximal_l1
 from kdsearch_jax.pruning.control import Controller, Decision
+from kdsearch_jax.pruning.prox import ProximalState, accelerated_proximal_l1
 from kdsearch_jax.tracing.topology import Topology
 
 GATES = "gates"  # the collection of gates among the parameters

@@ -1,6 +1,7 @@
 """`kdsearch_jax.search(…)`, the Python call, and `python -m kdsearch_jax.search`, the command.
 
-Both go the same road (`kdsearch_jax.stages`). The function is what the name `kdsearch_jax.search` means, whatever was
+Both go the same road (`kdsearch_jax.runs.stages`). The function is what the name `kdsearch_jax.search` means,
+whatever was
 imported before; the command is `kdsearch_jax.search.__main__`.
 """
 
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdsearch_jax.api import Front, Result
-    from kdsearch_jax.task import Loss, Metrics
+    from kdsearch_jax.distill.objective import Loss, Metrics
+    from kdsearch_jax.runs.api import Front, Result
 
 
 def search(
@@ -46,9 +47,11 @@ def search(
       data: {entry: pytree of arrays}, one row an example, to be split for training, validation and test; or
         {"train": such a dictionary, "validation": …, "test": …}; or the name of a data set, as `--data` takes it.
       budget: share of the teacher's multiply-accumulates, or {"macs", "params", "latency", "memory", "batch_size",
-        "round_to"}, see `kdsearch_jax.config.BudgetConfig`. Several shares, as in [0.7, 0.5, 0.3] or {"params": [0.7,
+        "round_to"}, see `kdsearch_jax.pruning.settings.BudgetConfig`. Several shares, as in [0.7, 0.5, 0.3] or
+        {"params": [0.7,
         0.5]}, each get a student from one search.
-      loss: (student_outputs, teacher_outputs, batch) → (batch,) or (), to be made small; None as `kdsearch_jax.task`.
+      loss: (student_outputs, teacher_outputs, batch) → (batch,) or (), to be made small; None as
+      `kdsearch_jax.distill.objective`.
       metrics: (outputs, batch) → {name: (batch,)}, for the table.
       inputs: entries that feed the call's arguments, in order, or {argument: entry}; None: `images`, or the only entry
         besides `labels`, or those that are named as the arguments are. Other entries are for loss and metrics.
@@ -60,15 +63,16 @@ def search(
       baselines: of "uniform" and "magnitude", hand-made students of equal cost to compare with.
       workdir: the run's directory, also gs://BUCKET/NAME; a temporary one, which stays, if left out. resume: go on with
         the run that it holds.
-      settings: anything else, by its name in `kdsearch_jax.config`: {"search.optimizer": "adamw"}.
+      settings: anything else, by its name in `kdsearch_jax.runs.config`: {"search.optimizer": "adamw"}.
 
     Returns:
-      student and record, see `kdsearch_jax.api.Result`; of several budgets a `kdsearch_jax.api.Front` of them.
+      student and record, see `kdsearch_jax.runs.api.Result`; of several budgets a `kdsearch_jax.runs.api.Front` of
+      them.
 
     Raises:
       ValueError: in one line, where something of the above cannot be; before any work.
     """
-    from kdsearch_jax import api
+    from kdsearch_jax.runs import api
 
     given = {key: value for key, value in locals().items() if key != "api"}
     return api.run(**given)

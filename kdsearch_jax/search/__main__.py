@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdsearch_jax import cli, storage
-from kdsearch_jax.config import Experiment
+from kdsearch_jax import storage
+from kdsearch_jax.runs import command_line
+from kdsearch_jax.runs.config import Experiment
 
 
 @dataclass(frozen=True)
-class SearchOptions(cli.RunOptions):
+class SearchOptions(command_line.RunOptions):
     """Where to begin and end."""
 
     search_from: Path | None = None
@@ -32,10 +33,15 @@ class SearchOptions(cli.RunOptions):
 
 def main(argv: list[str]) -> int:
     """Runs the road that the command line asks for, and prints its table."""
-    options, experiment = cli.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
-    from kdsearch_jax import delivery, front, rundir, stages  # jax and all else, which --help does not need
-    from kdsearch_jax.road import prepare
-    from kdsearch_jax.search.adding import added
+    options, experiment = command_line.parse(argv, SearchOptions, "kdsearch_jax.search", __doc__ or "")
+    from kdsearch_jax.runs import (  # jax and all else, which --help does not need
+        budget_points,
+        delivery,
+        directories,
+        stages,
+    )
+    from kdsearch_jax.runs.more_budgets import added
+    from kdsearch_jax.runs.setup import prepare
 
     assert options.workdir is not None
     experiment = dataclasses.replace(experiment, budgets=tuple(sorted(experiment.budgets, reverse=True)))
@@ -49,20 +55,22 @@ def main(argv: list[str]) -> int:
     }
     if adds:
         resume = True
-        road = added(workdir, experiment, command)
+        setup = added(workdir, experiment, command)
     else:
-        resume = rundir.goes_on(workdir, experiment, command, options.resume)
+        resume = directories.goes_on(workdir, experiment, command, options.resume)
         searches = options.stop_after != "teacher"
         start, trust = options.search_from, options.trust_code
-        road = prepare(experiment, workdir, resume=resume, search_from=start, searches=searches, trust_code=trust)
-    with rundir.run_directory(workdir, road.experiment, command, resume=resume, data=road.fingerprint, extends=adds):
-        results = stages.run(road, resume=resume, stop_after=options.stop_after)
+        setup = prepare(experiment, workdir, resume=resume, search_from=start, searches=searches, trust_code=trust)
+    with directories.run_directory(
+        workdir, setup.experiment, command, resume=resume, data=setup.fingerprint, extends=adds
+    ):
+        results = stages.run(setup, resume=resume, stop_after=options.stop_after)
     if results is None:
         where = storage.shown(str(workdir))
         print(f"stopped after {options.stop_after}: {where}; --resume without --stop-after goes on")
         return 0
     print(delivery.table(results))
-    students = [str(workdir / point.student) for point in front.points(road.experiment)]
+    students = [str(workdir / point.student) for point in budget_points.points(setup.experiment)]
     print(storage.shown(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}"))
     return 0
 
@@ -71,15 +79,15 @@ def _check_line(argv: list[str], options: SearchOptions, experiment: Experiment)
     """Raises UsageError where options contradict each other."""
     flags = {token.partition("=")[0].replace("_", "-") for token in argv}
     if "--budgets" in flags and "--budget.macs" in flags and experiment.budget.macs is not None:
-        raise cli.UsageError("--budgets and --budget.macs: both say what the MACs may be; give one of them")
+        raise command_line.UsageError("--budgets and --budget.macs: both say what the MACs may be; give one of them")
     if options.front_from is None:
         return
     if "--budgets" not in flags:
-        raise cli.UsageError("--from: which budgets are to be added? Give some, as in --budgets 0.4")
+        raise command_line.UsageError("--from: which budgets are to be added? Give some, as in --budgets 0.4")
     for flag in ("--workdir", "--search-from"):
         if flag in flags:
-            raise cli.UsageError(f"--from adds to the run that it names; leave out {flag}")
+            raise command_line.UsageError(f"--from adds to the run that it names; leave out {flag}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

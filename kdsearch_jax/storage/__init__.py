@@ -23,9 +23,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdsearch_jax.files import MAX_JSON
 from kdsearch_jax.storage import scratch
 from kdsearch_jax.storage.bucket import Bucket, StoreError
+from kdsearch_jax.storage.files import MAX_JSON
 from kdsearch_jax.storage.manifest import MANIFEST
 from kdsearch_jax.storage.mirror import Mirror
 from kdsearch_jax.storage.scratch import shown

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from kdsearch_jax.files import DamagedError
+from kdsearch_jax.storage.files import DamagedError
 
 FORMAT, VERSION = "kdsearch_jax directory", 1
 OURS = ".kdsearch"

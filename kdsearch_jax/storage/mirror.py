@@ -38,8 +38,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.files import MAX_JSON
 from kdsearch_jax.storage.bucket import Bucket, StoreError
+from kdsearch_jax.storage.files import MAX_JSON
 from kdsearch_jax.storage.manifest import (
     MANIFEST,
     OURS,

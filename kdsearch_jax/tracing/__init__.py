@@ -1,4 +1,4 @@
-"""From a network's jaxpr to its topology: labels walked through equations, coupled groups, exact costs, reasons.
+"""Reads a jaxpr: which indices of which parameters belong together, what each costs, what must stay and why.
 
-`topology` is the result, and what the rest of the package knows; the other modules make it.
+Imports jax, numpy and scipy alone.
 """

@@ -15,7 +15,8 @@ its gate scales the parameters that end the branch.
 
 Costs are exact: each convolution and dot is a product of axis sizes, each size is a count of kept units.
 
-This file knows jaxprs only; what a library of layers adds (sizes held as attributes) is behind `kdsearch_jax.library`.
+This file knows jaxprs only; what a library of layers adds (sizes held as attributes) is behind
+`kdsearch_jax.adapters.base`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,176 @@
+"""Convolutions that are fast on CPUs, for models that know nothing of them.
+
+`conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and computes the same sums, up to the order
+of their terms. Convolutions in groups, which XLA:CPU compiles into plain loops, are those of
+`kdsearch_jax.adapters.convolution.grouped`;
+others, whose gradients XLA:CPU computes slowly, those of `kdsearch_jax.adapters.convolution.dense`, or of
+`kdsearch_jax.adapters.convolution.widths` in programs
+that other processes will run. `fast_convolutions` brings them into the `Conv` layers of a Linen or NNX model for the
+length of a call.
+
+What runs is chosen by the platform that a program is lowered for, not by the one it is traced on; other platforms get
+XLA's own convolutions. Inside, a convolution is no longer the operation of that name in the jaxpr: whoever reads the
+structure of a model must do so outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from kdsearch_jax.adapters import functional_module
+from kdsearch_jax.adapters.convolution import dense, grouped, widths
+from kdsearch_jax.adapters.convolution.grouped import NARROW, Window
+
+_MOST_TAPS = 128  # in groups, a kernel with more places is left to XLA: every place is an operation to compile
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    portable: bool = False,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, where the arguments are explained; equal to it up to rounding.
+
+    portable: made of XLA's own operations only, so that a program with it can be exported.
+    """
+    native = partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        **({} if out_sharding is None else {"out_sharding": out_sharding}),
+    )
+    input_dilated = lhs_dilation is not None and any(step != 1 for step in lhs_dilation)
+    if batch_group_count != 1 or input_dilated or out_sharding is not None:
+        return native(lhs, rhs)
+    expected = jax.eval_shape(native, lhs, rhs)  # raises what JAX raises for wrong arguments
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    lhs_axes, out_axes = ((spec[0], *spec[2:], spec[1]) for spec in (numbers.lhs_spec, numbers.out_spec))
+    rhs_axes = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    space = [lhs.shape[axis] for axis in lhs_axes[1:-1]]
+    taps = [rhs.shape[axis] for axis in rhs_axes[:-2]]
+    sizes = [*space, lhs.shape[lhs_axes[-1]], *rhs.shape, *(expected.shape[axis] for axis in out_axes[1:])]
+    sizes += [size for size in lhs.shape if isinstance(size, int)]
+    if not (_all_known(sizes) and _all_real(lhs, rhs, expected)) or _varies(lhs) or _varies(rhs):
+        return native(lhs, rhs)
+    dilation = tuple(rhs_dilation or (1,) * len(taps))
+    if isinstance(padding, str):
+        spans = [step * (size - 1) + 1 for step, size in zip(dilation, taps, strict=True)]
+        padding = lax.padtype_to_pads(space, spans, window_strides, padding)
+    pads = tuple((int(before), int(after)) for before, after in padding)
+    window = Window(tuple(window_strides), pads, dilation, feature_group_count, precision, expected.dtype)
+    if feature_group_count > 1:
+        fast = grouped.convolve if math.prod(taps) <= _MOST_TAPS else None
+    elif any(axes != tuple(range(lhs.ndim)) for axes in (lhs_axes, rhs_axes, out_axes)):
+        fast = None
+    elif portable:
+        fast = widths.convolve if widths.supported(lhs.shape, rhs.shape, window) else None
+    elif dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, expected.dtype)):
+        return dense.convolve(lhs, rhs, window)
+    else:
+        fast = None
+    if fast is None:
+        return native(lhs, rhs)
+
+    def on_cpu(x: Array, w: Array) -> Array:
+        y = fast(x.transpose(lhs_axes), w.transpose(rhs_axes), window)
+        return y.transpose([out_axes.index(axis) for axis in range(y.ndim)])
+
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
+
+
+def _all_known(sizes: Sequence[Any]) -> bool:
+    """Whether no size is 0 or a symbol of `jax.export`; the number of images may be either a number or a symbol."""
+    return all(isinstance(size, int) and size > 0 for size in sizes)
+
+
+def _all_real(*arrays: Any) -> bool:
+    """Whether these hold floating-point numbers in one of the usual formats."""
+    return all(jnp.dtype(array.dtype) in map(jnp.dtype, (*NARROW, jnp.float32, jnp.float64)) for array in arrays)
+
+
+def _varies(array: Array) -> bool:
+    """Whether `jax.shard_map` checks which axes of the mesh this varies over; a gradient of one's own would have to."""
+    kind = jax.typeof(array)
+    return bool(getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", None))
+
+
+# --- in models that know nothing of it --------------------------------------------------------------------------------
+
+
+@contextmanager
+def fast_convolutions(*models: Any, portable: bool = False) -> Iterator[None]:
+    """Computes the `Conv` layers of all Linen modules called inside as above, and those of NNX modules.
+
+    NNX modules are those of `models`, and those that a `kdsearch_jax.adapters.functional_module.Functional` called
+    inside makes. A
+    layer whose author gave a function for its convolution keeps it. Nothing changes for other threads, and everything
+    is as before at the end; an NNX module of `models` itself is changed meanwhile: give a copy (`nnx.merge`) where
+    others use it.
+
+    portable: whether what is traced inside will be exported.
+    """
+    function = partial(conv_general_dilated, portable=True) if portable else conv_general_dilated
+    changed = [layer for model in models for layer in _nnx_layers(model)]
+    token = functional_module.prepare.set(partial(_prepare, function))
+    try:
+        for layer in changed:
+            layer.conv_general_dilated = function
+        with nn.intercept_methods(partial(_intercept, function)):
+            yield
+    finally:
+        functional_module.prepare.reset(token)
+        for layer in changed:
+            layer.conv_general_dilated = lax.conv_general_dilated
+
+
+def _intercept(function: Any, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    layer = context.module
+    if not (isinstance(layer, nn.Conv) and context.method_name == "__call__"):
+        return call(*args, **kwargs)
+    if layer.conv_general_dilated is not None or layer.conv_general_dilated_cls is not None:
+        return call(*args, **kwargs)
+    try:
+        # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
+        object.__setattr__(layer, "conv_general_dilated", function)
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "conv_general_dilated", None)
+
+
+def _prepare(function: Any, model: nnx.Module) -> None:
+    for layer in _nnx_layers(model):
+        layer.conv_general_dilated = function
+
+
+def _nnx_layers(model: Any) -> list[Any]:
+    """The convolutions of an NNX module that use JAX's own function."""
+    layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Conv)]
+    return [layer for layer in layers if layer.conv_general_dilated is lax.conv_general_dilated]

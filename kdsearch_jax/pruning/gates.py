@@ -1,0 +1,76 @@
+"""Gates: one factor per unit, in a pytree of their own, that multiplies the kernels which read the unit.
+
+For a linear operation, scaling the kernel rows that read a channel is the same function as scaling the channel, and it
+is a function of parameters alone: `fold` costs a few thousand multiplications a step, and no layer knows of it. A
+gate of zero removes its unit exactly, whatever stands between. A branch gate multiplies the parameters that end the
+branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdsearch_jax.adapters.boxes import keeping_boxes
+from kdsearch_jax.tracing.topology import Topology, path_string
+
+Gates = dict[str, jax.Array]
+
+
+def init(topology: Topology, value: float = 1.0) -> Gates:
+    """{group: (size,) float32 vector of `value`}; ones leave the network as it is."""
+    return {group.name: jnp.full(group.size, value, jnp.float32) for group in topology.groups}
+
+
+def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
+    """The variables of the gated network: each kernel that reads a unit times the unit's gate.
+
+    Args:
+      variables: {"params": …, other collections}, or any part of them with the same paths.
+      gates: {group: (size,) vector}.
+
+    Returns:
+      Variables of the same structure, shapes and dtypes, boxes included.
+
+    Raises:
+      ValueError: where the gates are not the topology's.
+    """
+    if set(gates) != {group.name for group in topology.groups}:
+        odd = sorted(set(gates) ^ {group.name for group in topology.groups})
+        raise ValueError(f"gates: the groups differ from the topology's in {', '.join(odd[:5])}")
+    factors: dict[str, list[Any]] = {}
+    for group in topology.groups:
+        gate = jnp.asarray(gates[group.name])
+        if gate.shape != (group.size,):
+            raise ValueError(f"gates[{group.name!r}]: shape {gate.shape}, not {(group.size,)}")
+        for member in group.members:
+            if not member.consumes:
+                continue
+            if member.units is None:
+                factors.setdefault(member.leaf, []).append(gate[0])
+                continue
+            line = jnp.append(gate, 1.0)[np.where(member.units < 0, group.size, member.units)]
+            shape = [1] * len(topology.shapes[member.leaf])
+            shape[member.axis] = -1
+            factors.setdefault(member.leaf, []).append(line.reshape(shape))
+
+    def scale(path: Any, leaf: Any) -> Any:
+        for factor in factors.get(path_string(path), ()):
+            leaf = leaf * factor.astype(leaf.dtype)
+        return leaf
+
+    return keeping_boxes(lambda tree: jax.tree_util.tree_map_with_path(scale, tree), variables)
+
+
+def mask(gates: Mapping[str, Any], keep: Mapping[str, Any]) -> Gates:
+    """The gates with those outside `keep` at zero."""
+    return {name: jnp.where(jnp.asarray(keep[name]), gate, 0.0) for name, gate in gates.items()}
+
+
+def everything(topology: Topology) -> dict[str, np.ndarray]:
+    """{group: all True}: keeps the whole network."""
+    return {group.name: np.ones(group.size, bool) for group in topology.groups}

@@ -1,0 +1,32 @@
+"""`python -m kdsearch_jax.report RUN` writes RUN/report/index.html and prints its path."""
+
+# No `from __future__ import annotations` here: the command line is read off the types.
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from kdsearch_jax import reporting, storage
+from kdsearch_jax.runs import command_line
+
+
+@dataclass(frozen=True)
+class ReportOptions(command_line.Options):
+    """What to report on."""
+
+    run: tyro.conf.Positional[Path] = field(kw_only=True)
+    """The run's directory."""
+
+
+def main(argv: list[str]) -> int:
+    """Writes the report of a run."""
+    options = command_line.parse_options(
+        argv, ReportOptions, "kdsearch_jax.report", "Writes a run's report as one web page."
+    )
+    print(storage.shown(str(reporting.write(options.run))))
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

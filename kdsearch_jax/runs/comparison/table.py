@@ -1,0 +1,244 @@
+"""What a comparison found: mean and spread over the seeds, differences paired by seed, as JSON, Markdown and CSV.
+
+The difference of a row is that of the searched student and the row's with the same seed: both saw the same batches. Of
+n differences with mean d and sample standard deviation s, the interval d ± t s/√n holds the true one in 95% of cases
+(t: Student's, n − 1 degrees of freedom). With one seed there is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
+from kdsearch_jax.runs import evaluation
+from kdsearch_jax.runs.comparison.making import place_of, results, scored
+from kdsearch_jax.runs.comparison.rows import ROWS
+from kdsearch_jax.runs.setup import RunSetup, limits_of, traced
+from kdsearch_jax.storage.files import cores, read_sealed, write_json, write_sealed, write_text
+from kdsearch_jax.tracing.messages import apart
+
+LEVEL = 0.95
+MEASURED = ("accuracy", "agreement", "kl")
+COSTS = ("macs", "params", "bytes", "ms_per_image")
+BATCH = 128  # images of a call whose time is taken
+
+
+def collect(setup: RunSetup, budget: BudgetConfig, match: str, *, latency: bool = True) -> dict[str, Any]:
+    """`comparison.json` of all that is finished in the comparison's directory."""
+    found = results(setup.directory)
+    times = _latency(setup, found, budget) if latency else {}
+    experiment, dataset = setup.experiment, setup.dataset
+    rows = [_row(name, found[name], times) for name in found]
+    _note(setup, budget, rows)
+    seeds = sorted({seed for row in rows for seed in row.get("seeds", ())})
+    return {
+        "name": experiment.name,
+        "dataset": dataset.name,
+        "split": "test",
+        "examples": len(dataset.test),
+        "budget": dataclasses.asdict(budget),
+        "match": match,
+        "seeds": seeds,
+        "steps": experiment.search.steps + experiment.retrain.steps,
+        "search_steps": experiment.search.steps,
+        "level": LEVEL,
+        "command": f"python -m kdsearch_jax.compare {shlex.join(sys.argv[1:])}",
+        "hardware": hardware(),
+        "seconds": round(sum(sum(row.get("seconds", ())) for row in rows), 1),
+        "teacher": {**_teacher(setup), "ms_per_image": times.get("teacher")},
+        "rows": rows,
+        "differences": differences(rows),
+    }
+
+
+def _row(name: str, by_seed: Mapping[int, dict[str, Any]], times: Mapping[str, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "label": ROWS[name].label}
+    done = {seed: result for seed, result in by_seed.items() if "why" not in result}
+    why = {str(seed): result["why"] for seed, result in by_seed.items() if "why" in result}
+    if not done:
+        return {**row, "why": next(iter(why.values()))}
+    row["seeds"] = list(done)
+    for key in (*MEASURED, "macs", "params", "bytes", "seconds"):
+        row[key] = [result[key] for result in done.values()]
+    row["ms_per_image"] = [times.get(f"seed-{seed}/{name}") for seed in done]
+    row["steps"] = next(iter(done.values()))["steps"]
+    return {**row, **({"failed": why} if why else {})}
+
+
+def _note(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> None:
+    """Says of a row that its students end below the budget."""
+    teacher = setup.load(setup.teacher)
+    experiment = dataclasses.replace(setup.experiment, budget=budget)
+    limits = limits_of(experiment, traced(experiment, teacher.architecture, teacher.module))[0]
+    bounds = {name: value for name in ("macs", "params") if (value := getattr(limits, name))}
+    for row in rows:
+        if "why" not in row and bounds:
+            share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
+            if share < budget_lib.FLOOR:
+                percent = apart(100 * share, 100 * budget_lib.FLOOR, digits=1)[0]
+                row["note"] = f"costs {percent}% of the budget: no such student is nearer"
+
+
+def _teacher(setup: RunSetup) -> dict[str, Any]:
+    """Accuracy and cost of the teacher, measured once."""
+    path = setup.directory / "teacher" / "result.json"
+    if not path.is_file():
+        teacher = setup.load(setup.teacher)
+        write_sealed(path, {"accuracy": scored(setup, teacher, setup.dataset.test)["accuracy"], **teacher.costs})
+    return read_sealed(path)
+
+
+def _latency(setup: RunSetup, found: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
+    """{"teacher" or "seed-S/ROW": milliseconds an image}, taken in turns; anew when there are other students."""
+    path = setup.directory / "latency.json"
+    places = {"teacher": setup.teacher}
+    for name, by_seed in found.items():
+        for seed, result in by_seed.items():
+            if "why" not in result:
+                places[f"seed-{seed}/{name}"] = place_of(setup, name, seed, budget).directory / "retrain" / "network"
+    if path.is_file() and (known := read_sealed(path)).keys() == places.keys():
+        return known
+    networks = {key: setup.load(place) for key, place in places.items()}
+    times = evaluation.measure_latency(
+        {key: (n.module, n.variables) for key, n in networks.items()},
+        (),
+        min(BATCH, len(setup.dataset.test)),
+        call=setup.task.call,
+    )
+    medians = {key: times[key][0] for key in networks}
+    write_sealed(path, medians)
+    return medians
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Searched minus each other row in accuracy, paired by the seeds that both have."""
+    whole = {row["name"]: dict(zip(row["seeds"], row["accuracy"], strict=True)) for row in rows if "why" not in row}
+    ours = whole.pop("searched", {})
+    found = []
+    for name, theirs in whole.items():
+        seeds = [seed for seed in ours if seed in theirs]
+        if seeds:
+            each = [ours[seed] - theirs[seed] for seed in seeds]
+            found.append({"name": name, "metric": "accuracy", "seeds": seeds, "each": each, **interval(each)})
+    return found
+
+
+def interval(each: Sequence[float], level: float = LEVEL) -> dict[str, float | None]:
+    """{"mean", "std", "low", "high", "level"} of numbers drawn alike; but for the mean None where there is one."""
+    mean, n = statistics.fmean(each), len(each)
+    if n == 1:
+        return {"mean": mean, "std": None, "low": None, "high": None, "level": level}
+    std = statistics.stdev(each)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / np.sqrt(n)
+    return {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "level": level}
+
+
+def hardware() -> str:
+    """What a comparison ran on, for people."""
+    kinds = [device.device_kind for device in jax.devices()]
+    devices = f"{len(kinds)} × {kinds[0]}" if jax.default_backend() != "cpu" else "no accelerator"
+    return f"{devices}, {cores()} CPU cores, jax {jax.__version__}"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(directory: Path, comparison: dict[str, Any]) -> None:
+    """Writes comparison.json, comparison.md and comparison.csv."""
+    write_json(directory / "comparison.json", comparison)
+    for name, text in (("comparison.md", markdown(comparison)), ("comparison.csv", as_csv(comparison))):
+        write_text(directory / name, text)
+
+
+def as_csv(comparison: Mapping[str, Any]) -> str:
+    """A line for each student: its row, its seed, and all that was measured."""
+    keys = (*MEASURED, *COSTS, "seconds")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("row", "seed", *keys, "steps"))
+    for row in comparison["rows"]:
+        for i, seed in enumerate(row.get("seeds", ())):
+            writer.writerow(
+                (row["name"], seed, *("" if (v := row[key][i]) is None else v for key in keys), row["steps"])
+            )
+    return text.getvalue()
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The table, best row first, and what it takes to make it again."""
+    teacher, level = comparison["teacher"], f"{comparison['level']:.0%}"
+    head = ("", "accuracy, %", f"searched better by, points ({level} interval)", "agrees with teacher, %", "KL",
+            "MACs", "parameters", "kB", "ms/image (× as fast as the teacher)")  # fmt: skip
+    lines = [head, ("---", *["---:"] * (len(head) - 1))]
+    cost = (f"{teacher['macs']:,}", f"{teacher['params']:,}", f"{teacher['bytes'] / 1e3:,.0f}")
+    lines.append(
+        ("teacher", f"{100 * teacher['accuracy']:.2f}", "", "", "", *cost, _time([teacher["ms_per_image"]], None))
+    )
+    by_name = {each["name"]: each for each in comparison["differences"]}
+    made = [row for row in comparison["rows"] if "why" not in row]
+    notes = []
+    for row in sorted(made, key=lambda row: -statistics.fmean(row["accuracy"])):
+        label = f"**{row['label']}**" if row["name"] == "searched" else row["label"]
+        if "note" in row or len(row["seeds"]) < len(comparison["seeds"]):
+            seeds = "" if row["seeds"] == comparison["seeds"] else f"seeds {' '.join(map(str, row['seeds']))} only"
+            notes.append(f"{row['label']}: {'; '.join(filter(None, (row.get('note', ''), seeds)))}")
+            label += f" [{len(notes)}]"
+        lines.append(
+            (label, _spread(row["accuracy"], 100, 2), _difference(by_name.get(row["name"])),
+             _spread(row["agreement"], 100, 2), _spread(row["kl"], 1, 3), _mean(row["macs"]), _mean(row["params"]),
+             f"{statistics.fmean(row['bytes']) / 1e3:,.0f}", _time(row["ms_per_image"], teacher["ms_per_image"]))
+        )  # fmt: skip
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    absent = [f"{row['label']}: not made: {row['why']}" for row in comparison["rows"] if "why" in row]
+    told = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent
+    return f"{table}\n\n{_about(comparison)}\n" + "".join(f"\n{line}\n" for line in told)
+
+
+def _about(comparison: Mapping[str, Any]) -> str:
+    budget = {name: value for name in BOUNDS if (value := comparison["budget"].get(name)) is not None}
+    bounds = ", ".join(f"{name} {value:,g}" if value <= 1 else f"{name} {value:,.0f}" for name, value in budget.items())
+    seeds = " ".join(map(str, comparison["seeds"]))
+    minutes = comparison["seconds"] / 60
+    examples = f"{comparison['dataset']}, {comparison['examples']:,} images of the {comparison['split']} split"
+    spread = f"mean ± standard deviation over seeds {seeds}, differences paired by seed"
+    steps = f"Each student: {comparison['steps']:,} updates, those of the search among them"
+    made = f"{comparison['hardware']}; {minutes:,.1f} minutes in all."
+    return f"{examples}; {spread}. {steps}. Budget: {bounds}.\n\n    {comparison['command']}\n\n{made}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):,.0f}"
+
+
+def _spread(values: Sequence[float], scale: float, digits: int) -> str:
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    mean = f"{100 * found['mean']:+.2f}"
+    return mean if found["low"] is None else f"{mean} ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
+
+
+def _time(values: Sequence[float | None], teacher: float | None) -> str:
+    """The mean of the times that were measured, and the teacher's over it."""
+    known = [value for value in values if value]
+    if not known:
+        return "–"
+    mean = statistics.fmean(known)
+    return f"{mean:.3f} ({teacher / mean:.2f}×)" if teacher else f"{mean:.3f}"

@@ -1,0 +1,268 @@
+"""What tracing a network found, as JSON and as tables."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdsearch_jax.adapters.call_spec import CallSpec
+from kdsearch_jax.adapters.registry import build, takes
+from kdsearch_jax.pruning import budget, hardware
+from kdsearch_jax.pruning.network import Network, adapter_for, trace
+from kdsearch_jax.pruning.settings import BOUNDS
+from kdsearch_jax.runs import evaluation, latency
+from kdsearch_jax.runs.config import Experiment
+from kdsearch_jax.runs.teacher_source import LoadedNetwork, network_directory
+from kdsearch_jax.storage.files import line
+from kdsearch_jax.tracing.topology import Topology
+
+SHOWN = 4  # names of frozen parameters to a reason
+
+Table = list[tuple[str, ...]]
+
+
+def traced(
+    experiment: Experiment, call: CallSpec, classes: int, measure: bool, trust_code: bool = False
+) -> tuple[Network, dict[str, Any]]:
+    """The experiment's network, traced for a call, and its record: everything that was found, as plain JSON.
+
+    Args:
+      call: of a network that is built; one of a directory (`teacher_from`), such as a student, is called as that says.
+      classes: of a network that takes their number and is given none. measure: time and memory of a call as well.
+      trust_code: a network of a directory may import its package.
+
+    Raises:
+      ValueError: the network cannot be built, called so, or pruned.
+    """
+    stored = network_directory(experiment.teacher_from)
+    if stored is not None:
+        found = LoadedNetwork.of(stored, trust_code=trust_code)
+        module, call = found.module, found.architecture.called
+        model, arguments = found.architecture.model, found.architecture.arguments
+    else:
+        model, arguments = experiment.model.name, dict(experiment.model.arguments)
+        if takes(model, "num_classes"):
+            arguments.setdefault("num_classes", classes)
+        module = build(model, arguments)
+        call.check(module)
+    start = time.perf_counter()
+    try:
+        network = trace(module, *call.example(2), **call.keywords(module, train=False))
+    except (TypeError, ValueError) as error:
+        entries = ", ".join(call.to_json()["inputs"].values())
+        raise ValueError(f"the network was called with {entries} (--input-shape, --inputs): {line(error)}") from error
+    seconds = time.perf_counter() - start
+    gates = experiment.gates
+    network = network.select(gates.kinds, gates.include, gates.exclude)
+    record = report(network, experiment)
+    if measure:
+        record = _measured(record, network, experiment, call)
+    inputs = call.to_json()["inputs"]
+    return network, record | {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
+
+
+def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> CallSpec:
+    """The call with these inputs, or with one of this shape and type.
+
+    Raises:
+      ValueError: an input that is not written as `int32[128]` or `name=int32[128]`.
+    """
+    written = inputs or (f"{dtype}[{','.join(map(str, shape))}]",)
+    entries = {}
+    for number, text in enumerate(written):
+        name, _, spec = text.rpartition("=")
+        if not re.fullmatch(r"\w+\[[\d,]*\]", spec):
+            raise ValueError(f"--inputs: {text!r} is not understood; write float32[224,224,3], or mask=bool[16]")
+        entries[name or f"input{number}"] = (f"{name}={name}" if name else f"input{number}", spec)
+    return CallSpec.from_json(
+        {
+            "arguments": [argument for argument, _ in entries.values()],
+            "inputs": {name: spec for name, (_, spec) in entries.items()},
+            "train": {},
+            "eval": dict(keywords),
+        }
+    )
+
+
+def report(network: Network, experiment: Experiment) -> dict[str, Any]:
+    """Everything that was found, as plain JSON."""
+    topology, config = network.topology, experiment.budget
+    round_to = hardware.multiples(topology) if config.round_to == "hardware" else config.round_to
+    keep = budget.smallest(topology, round_to)
+    smallest = {
+        name: {"count": cost, "share": cost / max(total, 1)}
+        for name, cost, total in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True)
+    }
+    ones, platform = np.ones(topology.units), hardware.platform()
+    padded = {"platform": platform, "share": hardware.padded_share(topology, ones, platform)}
+    return {**topology.to_json(), "smallest": smallest, "padded": padded, "budget": _reach(network, experiment)}
+
+
+def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
+    """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
+    given = {name: getattr(experiment.budget, name) for name in BOUNDS}
+    try:
+        limits = budget.resolve(experiment.budget, network.topology)
+    except budget.BudgetError as error:
+        return {**given, "reachable": False, "reason": str(error)}
+    if asked := latency.asked(experiment.budget):
+        return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
+    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    return {**given, "reachable": True, "reason": note or None}
+
+
+def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
+    """The record with milliseconds and bytes of a call, and whether a budget on these can be met."""
+    config, random = experiment.budget, np.random.default_rng(0)
+    shapes = adapter_for(network.module).variables(network.module, network.inputs, network.kwargs)
+    drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
+    networks = {
+        "whole": (network.module, drawn),
+        "smallest": latency.cut(network, drawn, budget.smallest(network.topology)),
+    }
+    found = {
+        "latency": latency.medians(evaluation.clock(networks, config.batch_size, call)),
+        "memory": evaluation.measure_memory(networks, config.batch_size, call),
+    }
+    smallest = dict(record["smallest"])
+    for name, values in found.items():
+        smallest[name] = {"count": values["smallest"], "share": values["smallest"] / values["whole"]}
+    whole = {name: values["whole"] for name, values in found.items()}
+    reach = dict(record["budget"])
+    if reach["reachable"] is None:
+        reach |= {"reachable": True, "reason": None}
+        try:
+            for name in latency.asked(config):
+                latency.check_reach(name, getattr(config, name), found[name]["whole"], found[name]["smallest"])
+        except budget.BudgetError as error:
+            reach |= {"reachable": False, "reason": str(error)}
+    return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
+
+
+def heading(record: dict[str, Any]) -> str:
+    """The network in a few lines: what it is and costs, how small it can become, whether the budget can be met."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in record["arguments"].items())
+    inputs = ", ".join(str(spec) for spec in record["inputs"].values())
+    least, goal, padded = record["smallest"], record["budget"], record["padded"]
+    asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
+    reached = goal["reason"] or "within reach"
+    lines = [
+        f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
+        f"{record['params']:,} parameters; traced in {record['seconds']:.2f} s",
+        f"smallest student: {least['macs']['count']:,} MACs ({least['macs']['share']:.1%}), "
+        f"{least['params']['count']:,} parameters ({least['params']['share']:.1%})",
+    ]
+    if "latency" in record:
+        lines.append(
+            f"a call with {record['batch_size']} examples: {record['latency']:.3g} ms, {record['memory']:,.0f} bytes; "
+            f"smallest student: {least['latency']['count']:.3g} ms ({least['latency']['share']:.1%}), "
+            f"{least['memory']['count']:,.0f} bytes ({least['memory']['share']:.1%})"
+        )
+    if padded["share"] > 1.005:
+        lines.append(f"padded to the widths of this {padded['platform']}: {padded['share']:.3f} times the MACs")
+    return "\n".join([*lines, f"budget of {asked}: {reached}"])
+
+
+def group_lines(network: Network) -> Table:
+    """A line for groups of one kind that are named alike: how many, units in all, what they cost together."""
+    topology = network.topology
+    macs, params = topology.total()
+    alike: dict[tuple[str, str], list[Any]] = {}
+    for group in topology.groups:
+        alike.setdefault((pattern(group.name), group.kind), []).append(group)
+    lines: Table = []
+    for (_, kind), groups in alike.items():
+        names = {group.name for group in groups}
+        keep = {g.name: np.full(g.size, float(g.name not in names)) for g in topology.groups}
+        less_macs, less_params = topology.cost(keep)
+        shares = (f"{1 - less_macs / max(macs, 1):.1%}", f"{1 - less_params / max(params, 1):.1%}")
+        units = f"{sum(g.size for g in groups):,}"
+        lines.append((common([g.name for g in groups]), kind, str(len(groups)), units, *shares))
+    return lines
+
+
+def frozen_lines(network: Network) -> Table:
+    """A line for each reason, numbers in names of layers aside: how many axes must stay for it, of which parameters."""
+    layers = layer_names(network.topology)
+    reasons: dict[str, list[str]] = {}
+    places: dict[str, dict[str, list[str]]] = {}
+    for item in network.topology.frozen:
+        reason = re.sub(r"^(as in [^:]*(:branch)?: )+", "", item.reason)
+        key, name = alike(reason, layers), item.leaf.removeprefix("params/")
+        reasons.setdefault(key, []).append(reason)
+        place = f"[{item.axis}]" if item.axis >= 0 else ""
+        places.setdefault(key, {}).setdefault(pattern(name) + place, []).append(name + place)
+    lines: Table = []
+    for key, found in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        ranked = sorted(places[key].values(), key=lambda names: -len(names))
+        shown = [f"{common(names)} ×{len(names)}" if len(names) > 1 else names[0] for names in ranked[:SHOWN]]
+        more = [f"and {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
+        lines.append((common(found), str(len(found)), ", ".join(shown + more)))
+    lines += [(f"operation {name} is not known", "", "what it touches") for name in network.topology.unknown]
+    return lines
+
+
+def layer_names(topology: Topology) -> frozenset[str]:
+    """Paths of layers, of the modules that they are in, and names of groups; no bare numbers."""
+    names = {group.name for group in topology.groups} | set(topology.excluded)
+    for leaf in topology.shapes:
+        parts = leaf.split("/")[1:]
+        names |= {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return frozenset(name for name in names if not name.isdigit())
+
+
+def alike(text: str, layers: frozenset[str]) -> str:
+    """The text with # for the numbers in names of layers, and in nothing else: no line, no shape."""
+    return re.sub(r"[^\s(),;'\"]+", lambda word: _alike(word[0], layers), text)
+
+
+def _alike(word: str, layers: frozenset[str]) -> str:
+    """One word: a layer's path, behind the name of the model's class or not, and what follows it."""
+    if re.search(r"\.\w+:\d+", word):
+        return word
+    parts = word.split("/")
+    for begin, end in itertools.product((0, 1), range(len(parts), 0, -1)):
+        if "/".join(parts[begin:end]).rstrip(":") in layers:
+            return "/".join(pattern(part) if begin <= i < end else part for i, part in enumerate(parts))
+    return word
+
+
+def pattern(name: str) -> str:
+    """A name with # for each of its numbers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def common(names: Sequence[str]) -> str:
+    """What names that differ in numbers at most have in common: # where their numbers differ."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    return "".join(part[0] if len(set(part)) == 1 else "#" for part in zip(*parts, strict=True))
+
+
+def show(titles: Sequence[str], lines: Table) -> None:
+    """Prints a table: by rich on a terminal, and as aligned text into a file or pipe."""
+    if not lines:
+        return
+    numbers = [all(re.fullmatch(r"[\d,.%]*", line[i]) for line in lines) for i in range(len(titles))]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(box=None, header_style="bold")
+        for title, number in zip(titles, numbers, strict=True):
+            table.add_column(title, justify="right" if number else "left", overflow="fold")
+        for line in lines:
+            table.add_row(*(cell.replace("[", r"\[") for cell in line))
+        Console().print()
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    for line in [("",) * len(titles), tuple(titles), *lines]:
+        cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
+        print("  ".join(cells).rstrip())

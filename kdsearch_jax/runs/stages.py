@@ -1,0 +1,267 @@
+"""The road, stage by stage: teacher → search → retrain and baselines → delivery.
+
+Each stage reads directories and writes one of its own; a stage whose result is there is not run again, and one that was
+interrupted goes on from its last checkpoint. What a stage hands on is a network directory (`checkpoint.save_network`),
+so any stage can start from files that another run wrote.
+
+With several budgets the search keeps its state at each (RUN/search/at-0.5/kept), and there is a student for each: cut
+there, retrained in RUN/at-0.5 for as long as search and retraining take in all, and delivered as RUN/student-0.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdsearch_jax import reporting
+from kdsearch_jax.distill import distiller, search_step, shrinking
+from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.steps import distill_step, supervised_step
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.budget_path import Leg
+from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.runs import budget_points, cutting, latency
+from kdsearch_jax.runs.budget_points import Point
+from kdsearch_jax.runs.delivery import compare, deliver
+from kdsearch_jax.runs.fit_stage import fit, meet, save, write, write_npz
+from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, traced
+from kdsearch_jax.runs.teacher_source import LoadedNetwork, architecture_of
+from kdsearch_jax.runs.weights import fresh
+from kdsearch_jax.storage.checkpoint_files import written_whole
+from kdsearch_jax.storage.safe_readers import check_directory
+from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.training.optimizer import make_optimizer
+from kdsearch_jax.training.preemption import boundary
+from kdsearch_jax.training.settings import StageConfig
+from kdsearch_jax.training.state import TrainState, create_state
+
+log = logging.getLogger(__name__)
+
+STAGES = ("teacher", "search", "retrain")
+
+
+def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict[str, Any] | None:
+    """The whole road; returns the table of `results.json`, or None where it stops earlier."""
+    _take_over(setup)
+    boundary("the teacher")
+    teach(setup, resume)
+    if stop_after == "teacher":
+        return None
+    boundary("the search")
+    search(setup, resume)
+    boundary("what follows the search")
+    if stop_after == "search":
+        _report(setup)
+        return None
+    experiment = setup.experiment
+    steps, points = experiment.search.steps + experiment.retrain.steps, budget_points.points(experiment)
+    for point in points:
+        begun = cutting.land(setup, point)
+        left = steps - begun if point.tail and begun is not None else experiment.retrain.steps
+        stage = dataclasses.replace(experiment.retrain, steps=left)
+        retrain(setup, point.name, point.cut(setup.search) / "network", stage, resume)
+        boundary("the student is measured")
+        _confirm(setup, point)
+    for number, name in enumerate(experiment.baselines):
+        for point in points:
+            log.info("baseline %s%s: %d steps, as many as search and retraining", name, point.tail, steps)
+            source = cutting.by_hand(setup, name, point, setup.directory / f"{name}{point.tail}" / "start")
+            stage = dataclasses.replace(experiment.retrain, steps=steps)
+            retrain(setup, f"{name}{point.tail}", source, stage, resume, number + 1)
+    if stop_after == "retrain":
+        return None
+    for point in points:
+        boundary("the export")
+        deliver(setup, point.name, point.student)
+    boundary("the table")
+    results = compare(setup)
+    boundary("the report")
+    _report(setup)
+    return results
+
+
+# --- teacher --------------------------------------------------------------------------------------------------------
+
+
+def _take_over(setup: RunSetup) -> None:
+    """Copies teacher and search of the run to start from, without checkpoints: this run's directory says it all."""
+    if setup.search_from is None:
+        return
+    for name in ("teacher", "search"):
+        if finished(setup.directory / name):
+            continue
+        meet(f"{name} is taken over")
+        if jax.process_index() == 0:
+            check_directory(setup.search_from.parent / name, links=False)
+            with written_whole(setup.directory / name) as part:
+                skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
+                shutil.copytree(setup.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
+        meet(f"{name} was taken over")
+
+
+def teach(setup: RunSetup, resume: bool) -> None:
+    """Trains the teacher, or takes the given one over into the run's directory."""
+    directory = setup.directory / "teacher"
+    if finished(directory):
+        return
+    experiment, dataset = setup.experiment, setup.dataset
+    if (given := setup.given) is not None:
+        save(directory / "network", setup, given.architecture, given.module, given.variables)
+        return
+    architecture = architecture_of(experiment, dataset)
+    module = architecture.module()
+    stage = experiment.teacher
+    tx = make_optimizer(stage)
+    state = create_state(fresh(module, architecture.called, experiment.run.seed), tx, ema=stage.ema)
+    step = supervised_step(module, tx, stage, experiment.run, setup.task)
+    state = fit(setup, state, step, stage, directory, resume, module=module)
+    save(directory / "network", setup, architecture, module, state.variables)
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+def search(setup: RunSetup, resume: bool) -> None:
+    """Searches, and cuts and proves a student for each budget; writes the stage's directory."""
+    directory = setup.search
+    if finished(directory):
+        return
+    experiment, teacher, points = setup.experiment, setup.load(setup.teacher), budget_points.points(setup.experiment)
+    network = traced(experiment, teacher.architecture, teacher.module)
+    directory.mkdir(parents=True, exist_ok=True)
+    latency.prepare(network, teacher.variables, points[0].budget, setup.task.call, directory)
+    limits = limits_of(experiment, network, search=directory)
+    write(directory / "topology.json", network.topology.to_json())
+    log.info("%s", network.topology.describe())
+    inputs = setup.task.call.bind(proof_batch(setup.dataset))
+    limits = [cutting.rehearse(network, teacher, each, inputs) for each in limits]
+    path = budget_points.path(experiment, limits, network.topology)
+    part, state = _descend(setup, network, teacher, path, resume)
+    cutting.keep(setup, part, state, teacher, points[-1])
+    write_npz(directory / "history.npz", search_step.history(network.topology, state))
+    for point in points:
+        cutting.land(setup, point, network)
+    cutting.publish(points[-1].cut(directory), directory)
+
+
+def _descend(
+    setup: RunSetup, network: Network, teacher: LoadedNetwork, path: Sequence[Leg], resume: bool
+) -> tuple[Part, TrainState]:
+    """The search's training, through all budgets, with what is alive of the network; the state at its end, in NumPy."""
+    experiment, points, stage = setup.experiment, budget_points.points(setup.experiment), setup.experiment.search
+    tx = search_step.make_transformation(stage, experiment.gates)
+    part = Part.of(network)
+    lesson = _lesson(setup, stage, teacher.module, teacher.variables, network.topology)
+    state = search_step.begin(teacher.variables, network.topology, tx, stage, experiment.gates.init, lesson.learned)
+    checkpoints = setup.search / "checkpoints"
+    while True:
+        module, topology = part.network.module, part.network.topology
+        step = search_step.search_step(
+            part.network, teacher.module, tx, lesson.task, experiment.gates, experiment.run, lesson.distiller
+        )
+        control = search_step.controller(part, path, stage, experiment.gates, experiment.run)
+        ends = {leg.end: point for leg, point in zip(path[:-1], points[:-1], strict=True)}
+
+        def between(state: TrainState, part: Part = part, control: Any = control, ends: Any = ends) -> Any:
+            if point := ends.get(int(state.step)):
+                cutting.keep(setup, part, state, teacher, point)
+            return control(state)
+
+        def variables_of(state: TrainState, topology: Any = topology) -> Any:
+            return gates_lib.fold({"params": state.params, **state.model_state}, state.extra["gates"], topology)
+
+        dead = shrinking.until(part, path, experiment.gates.shrink, stage.steps)
+        state = fit(
+            setup, state, step, stage, setup.search, resume,
+            module=module, teacher=teacher, variables_of=variables_of, constants=lesson.constants, between=between,
+            until=dead, checkpoints_in=checkpoints, dataset=lesson.dataset,
+        )  # fmt: skip
+        state = jax.tree.map(np.asarray, state)  # off the devices of other processes
+        if not dead(state):
+            return part, state
+        part, state = _shrink(setup, part, state, teacher, tx)
+        if lesson.distiller.taps:  # the layers compared have other channels now
+            variables = {"params": state.params, **state.model_state}
+            lesson = _lesson(setup, stage, part.network.module, variables, part.network.topology)
+            state = _relearning(state, lesson)
+        checkpoints = setup.search / f"checkpoints-{int(state.step)}"
+
+
+def _shrink(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, tx: Any) -> tuple[Part, TrainState]:
+    """The living part and its state, proved to be the gated network."""
+    topology = part.whole.topology
+    variables, gates, _ = shrinking.expanded(part, state, teacher.variables)
+    smaller, state = shrinking.shrink(part, state, tx)
+    folded = gates_lib.fold(
+        {"params": state.params, **state.model_state}, state.extra["gates"], smaller.network.topology
+    )
+    inputs = setup.task.call.bind(proof_batch(setup.dataset))
+    surgery.verify(part.whole, variables, gates, smaller.keep, folded, *inputs)
+    costs = [topology.cost(each.keep)[0] for each in (part, smaller)]
+    log.info("search: shrunk at step %d from %s to %s MACs", int(state.step), *(f"{cost:,}" for cost in costs))
+    return smaller, state
+
+
+# --- students -------------------------------------------------------------------------------------------------------
+
+
+def retrain(setup: RunSetup, name: str, source: Path, stage: StageConfig, resume: bool, stream: int = 0) -> None:
+    """Distils the teacher into the network of `source`; writes RUN/name."""
+    directory = setup.directory / name
+    if finished(directory):
+        return
+    experiment, teacher, student = setup.experiment, setup.load(setup.teacher), setup.load(source)
+    tx = make_optimizer(stage)
+    lesson = _lesson(setup, stage, student.module, student.variables)
+    step = distill_step(student.module, teacher.module, tx, stage, experiment.run, lesson.task, lesson.distiller)
+    state = create_state(student.variables, tx, ema=stage.ema, extra=lesson.extra)
+    state = fit(
+        setup, state, step, stage, directory, resume,
+        module=student.module, teacher=teacher, constants=lesson.constants, dataset=lesson.dataset, stream=100 + stream,
+    )  # fmt: skip
+    save(directory / "network", setup, student.architecture, student.module, state.variables)
+
+
+def _confirm(setup: RunSetup, point: Point) -> None:
+    """Measures the trained student, where the budget is of what can only be measured."""
+    if not latency.asked(point.budget):
+        return
+    directory = setup.directory / point.name
+    teacher, student = setup.load(setup.teacher), setup.load(directory / "network")
+    networks = (teacher.module, teacher.variables), (student.module, student.variables)
+    latency.confirm(*networks, point.budget, setup.task.call, directory / "measured.json")
+
+
+def _lesson(
+    setup: RunSetup, stage: StageConfig, module: Any, variables: Any, topology: Topology | None = None
+) -> distiller.Lesson:
+    """By whom and by what a student is taught in a stage; topology: in the search, that of its gates."""
+    loaded = (setup.load(setup.teacher), *setup.further)
+    teachers = [distiller.Teacher(n.module, n.variables, n.architecture.called, n.info) for n in loaded]
+    experiment = setup.experiment
+    return distiller.prepare(
+        setup.task, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,
+        variables,
+        retraining=topology is None, topology=topology, memory=setup.memory,
+    )  # fmt: skip
+
+
+def _relearning(state: TrainState, lesson: distiller.Lesson) -> TrainState:
+    """The state with what the losses learn begun anew, where its shapes are others now."""
+    old = (state.extra or {}).get("learned")
+    if lesson.learned is None or jax.tree.map(np.shape, old) == jax.tree.map(np.shape, lesson.learned):
+        return state
+    return state.replace(extra={**(state.extra or {}), "learned": lesson.learned})
+
+
+def _report(setup: RunSetup) -> None:
+    if jax.process_index() == 0:
+        reporting.write(setup.directory)
