@@ -100,7 +100,7 @@ def _draw_leads(axes: Axes, comparison: ComparisonRecord) -> None:
         if method.name in comparison.differences
     }
     shown = [lead for lead, is_shown in leads.values() if is_shown] or [lead for lead, _ in leads.values()]
-    ends = [100 * v for lead in shown for v in (*lead.per_seed, lead.mean, lead.low, lead.high) if v is not None]
+    ends = [100 * v for lead in shown for v in (*lead.per_seed, lead.mean, *(lead.interval or ()))]
     low, high = min([*ends, 0]), max([*ends, 0])
     span = max(high - low, 0.5)
     axes.set_xlim(low - 0.06 * span, high + 0.12 * span)
@@ -115,9 +115,9 @@ def _draw_leads(axes: Axes, comparison: ComparisonRecord) -> None:
 
 def _draw_lead(axes: Axes, y: int, lead: PairedDifference) -> None:
     colour = KEPT if lead.mean > 0 else PRUNED
-    if lead.low is not None and lead.high is not None:
+    if lead.interval is not None:
         style = "-" if lead.is_significant else (0, (2, 1.5))
-        axes.plot([100 * lead.low, 100 * lead.high], [y, y], color=colour, linewidth=2, linestyle=style)
+        axes.plot([100 * end for end in lead.interval], [y, y], color=colour, linewidth=2, linestyle=style)
     _draw_seeds(axes, y, lead.per_seed, lead.mean, colour)
 
 

@@ -34,8 +34,8 @@ def page_data(comparison: ComparisonRecord) -> dict[str, Any]:
         "leads": {
             "total": len(leads),
             "ahead": sum(lead.mean > 0 for lead in leads),
-            "significant": sum(lead.low is not None and lead.low > 0 for lead in leads),
-            "have_intervals": any(lead.low is not None for lead in leads),
+            "significant": sum(lead.is_significant and lead.mean > 0 for lead in leads),
+            "have_intervals": any(lead.interval for lead in leads),
             "level": min((lead.level for lead in leads), default=None),
         },
         "results": _results_table(comparison),
@@ -62,8 +62,7 @@ def _results_table(comparison: ComparisonRecord) -> ReportTable:
     for method in comparison.methods:
         lead, cell = comparison.differences.get(method.name), Cell("")
         if lead is not None:
-            has_interval = lead.low is not None and lead.high is not None
-            cell = Cell(points(lead.mean), f"{points(lead.low)} to {points(lead.high)}" if has_interval else "")
+            cell = Cell(points(lead.mean), " to ".join(map(points, lead.interval or ())))
         rows.append([Cell(method.label), _mean_cell(method, "accuracy"), cell, _mean_cell(method, "agreement")])
     header = [
         Cell("Student"), Cell("Accuracy, %"), Cell("Searched minus it", "points, interval"),

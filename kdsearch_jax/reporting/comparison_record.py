@@ -53,20 +53,19 @@ class PairedDifference:
     Args:
       per_seed: the differences.
       mean: of the differences.
-      low, high: Student's t interval of the mean, None for one seed.
+      interval: (low, high), Student's t interval of the mean, None for one seed.
       level: of the interval: 0.95.
     """
 
     per_seed: tuple[float, ...]
     mean: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
     level: float
 
     @property
     def is_significant(self) -> bool:
         """Whether the interval excludes zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,6 @@ def _number(name: str, key: str, value: Any) -> float | None:
 
 
 def _difference(entry: dict[str, Any]) -> PairedDifference:
-    low, high = (None if entry.get(key) is None else float(entry[key]) for key in ("low", "high"))
+    interval = None if entry.get("low") is None else (float(entry["low"]), float(entry["high"]))
     per_seed = tuple(float(value) for value in entry["each"])
-    return PairedDifference(per_seed, float(entry["mean"]), low, high, float(entry.get("level", 0.95)))
+    return PairedDifference(per_seed, float(entry["mean"]), interval, float(entry.get("level", 0.95)))

@@ -8,6 +8,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,9 @@ from kdsearch_jax import storage
 from kdsearch_jax.reporting import tables
 from kdsearch_jax.reporting.formatting import (
     accuracy,
-    amount,
     file_size,
     milliseconds,
     network_label,
-    time_per_example,
 )
 from kdsearch_jax.reporting.intervals import times_differ
 from kdsearch_jax.reporting.predictions import MAX_EXAMPLES, Predictions, outcome_counts, paired_difference
@@ -80,35 +79,28 @@ def _summary(run: RunRecord) -> dict[str, Any] | None:
     teacher, student = run.row("teacher"), run.row("student")
     if not student:
         return None
-    known = [name for name in ("teacher", *_BASELINES) if run.row(name).get("accuracy") is not None]
+    share = student.get("accuracy")
+    others = {name: run.row(name).get("accuracy") for name in ("teacher", *_BASELINES)}
     return {
         "macs": _share(student, teacher, "macs"),
         "params": _share(student, teacher, "params"),
-        "accuracy": student.get("accuracy"),
+        "accuracy": share,
         "differences": [
-            (_lower_label(name),
-             student["accuracy"] - run.row(name)["accuracy"])
-            for name in known
-        ]
-        if student.get("accuracy") is not None
-        else [],
+            (_lower_label(name), share - other)
+            for name, other in others.items()
+            if share is not None and other is not None
+        ],
         "tiles": _tiles(teacher, student),
-    }  # fmt: skip
+    }
 
 
 def _tiles(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(measure, student, teacher) for what was measured of both."""
-    formats = {
-        "Accuracy": ("accuracy", lambda row: accuracy(row["accuracy"])),
-        "MACs": ("macs", lambda row: amount(row["macs"])),
-        "Parameters": ("params", lambda row: amount(row["params"])),
-        "Weights": ("bytes", lambda row: file_size(row["bytes"])),
-        "Time per example": ("ms_per_image", time_per_example),
-        "Memory": ("memory", lambda row: file_size(row["memory"])),
-    }
+    measures = {"accuracy": ("Accuracy", lambda row: accuracy(row["accuracy"]))}
+    measures |= {key: (noun, partial(tables.cost_text, key)) for key, (noun, _) in tables.COSTS.items()}
     return [
-        (name, text(student), text(teacher))
-        for name, (key, text) in formats.items()
+        (noun, text(student), text(teacher))
+        for key, (noun, text) in measures.items()
         if student.get(key) is not None and teacher.get(key) is not None
     ]
 
@@ -175,9 +167,13 @@ def _counted_budgets(run: RunRecord) -> list[BudgetCheck]:
     checks = []
     for key, noun in (("macs", "MACs"), ("params", "parameters")):
         share = _share(run.row("student"), run.row("teacher"), key)
-        for budget in run.budget_shares().get(key, ()) if share is not None else ():
-            limit = f"{100 * budget:.3g}% of the teacher’s {noun}"
-            checks.append(BudgetCheck(limit, f"{100 * share:.3g}%", share <= budget * (1 + 1e-9)))
+        if share is not None:
+            checks += [
+                BudgetCheck(
+                    f"{100 * budget:.3g}% of the teacher’s {noun}", f"{100 * share:.3g}%", share <= budget * (1 + 1e-9)
+                )
+                for budget in run.budget_shares().get(key, ())
+            ]
     return checks
 
 
@@ -205,9 +201,7 @@ def _measured_budgets(run: RunRecord) -> list[BudgetCheck]:
 
 
 def _architecture(run: RunRecord) -> dict[str, Any]:
-    kept, size = (sum(values) for values in zip(*((g.kept_count, g.size) for g in run.layer_groups), strict=True)) if (
-        run.layer_groups
-    ) else (0, 0)  # fmt: skip
+    kept, size = sum(group.kept_count for group in run.layer_groups), sum(group.size for group in run.layer_groups)
     stages = kept_by_stage(run.layer_groups)
     return {
         "kept": kept / size if size else None,
@@ -343,11 +337,11 @@ def _usage(run: RunRecord) -> dict[str, Any]:
     model = str(architecture.get("model", ""))
     is_own_module = model.startswith("given:")  # a module object of the user's
     may_be_nnx = ":" in model  # not one of this package's models, which are Linen modules
+    option = ", module=net" if is_own_module else ", trust_code=True" if may_be_nnx else ""
     return {
         **usage,
         "path": shown,
-        "load_arguments": repr(shown)
-        + (", module=net" if is_own_module else ", trust_code=True" if may_be_nnx else ""),
+        "load_arguments": repr(shown) + option,
         "exists": path.is_dir(),
         "is_own_module": is_own_module,
         "may_be_nnx": may_be_nnx,

@@ -113,12 +113,17 @@ def cost_header(key: str) -> Cell:
     return Cell(COSTS[key][0], "% of teacher")
 
 
+def cost_text(key: str, row: Mapping[str, Any]) -> str:
+    """A cost that was measured, with its unit."""
+    return time_per_example(row) if key == "ms_per_image" else COSTS[key][1](row[key])
+
+
 def cost_cell(row: Mapping[str, Any], teacher: Mapping[str, Any], key: str) -> Cell:
     """A cost with its share of the teacher's as text and bar, unless two times are too noisy to compare."""
     value = row.get(key)
     if value is None:
         return Cell(None)
-    text = time_per_example(row) if key == "ms_per_image" else COSTS[key][1](value)
+    text = cost_text(key, row)
     if teacher.get(key) in (None, 0):
         return Cell(text)
     if key == "ms_per_image" and row is not teacher and not times_differ(row, teacher):
