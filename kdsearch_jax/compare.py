@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     table.write(directory, comparison)
     print(table.markdown(comparison))
     if comparison["seeds"]:
-        print(storage.shown(f"report: {reporting.write(directory)}"))
+        print(storage.shown(f"report: {reporting.write_report(directory)}"))
     return 0
 
 

@@ -33,7 +33,7 @@ from kdsearch_jax.distill import teacher_cache
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.evaluate import main as evaluate_main
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.reporting import evidence
+from kdsearch_jax.reporting.predictions import read_predictions
 from kdsearch_jax.runs import directories, provenance
 from kdsearch_jax.runs.config import Experiment, ModelConfig, to_json
 from kdsearch_jax.search.__main__ import main as search_main
@@ -492,8 +492,9 @@ def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
     results = json.loads((run / "results.json").read_text())
     assert results["examples"] == COUNTS["test"]
     assert json.loads((run / "search" / "selection.json").read_text())["proof"]["difference"] <= 1e-5
-    found = evidence.read(run / "evidence.npz")
-    np.testing.assert_array_equal(found.labels, load(crops).test.labels)
+    predictions = read_predictions(run)
+    assert predictions is not None
+    np.testing.assert_array_equal(predictions.labels, load(crops).test.labels)
     capsys.readouterr()
     assert evaluate_main([str(run / "student"), "--data-dir", str(crops.data_dir), "--batch-size", "4"]) == 0
     accuracy = {row["name"]: row["accuracy"] for row in results["rows"]}["student"]

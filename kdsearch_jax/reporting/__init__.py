@@ -1,10 +1,12 @@
-"""A run, or a comparison of methods, as one page: what was found, how well it does, how it came about, how to use it.
+"""HTML reports of a run or of a comparison: results, costs, architecture, course of the search, and usage.
 
-`write` reads a directory's files, never a network, and writes `report/index.html` (one file that loads nothing, for
-light and dark, phone and desk, eyes and screen readers) with the figures as PNG beside it. What a run lacks, since it
-was stopped or had no baseline, is left out with a sentence that says so.
+`write_report` reads the files of a directory, never a network, and writes `report/index.html`: one self-contained file
+for light and dark screens, phones, desktops and screen readers. Each figure is also written as a PNG next to it. Where
+a run has no data for a section, because it stopped early or has no baseline, the page says so.
 
     python -m kdsearch_jax.report RUN
+
+Imports `storage` only.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write(directory: str | Path) -> Path:
-    """Writes the report of a run or of a comparison and returns the path of its page, DIRECTORY/report/index.html.
+def write_report(directory: str | Path) -> Path:
+    """Writes the report of a run or of a comparison and returns the path of DIRECTORY/report/index.html.
 
-    Figures of an earlier report that this one cannot draw are removed. All is drawn before anything is written.
+    Everything is rendered before the first file is written. Figures of an earlier report that do not apply any more are
+    removed.
 
     Raises:
-      ValueError: where `directory` is neither, or one of its files is damaged; one line that names the file, if reading
-        it has shown it, and else the directory.
+      ValueError: in one line, if the directory is neither a run nor a comparison or one of its files is damaged. The
+        message names the file if reading detected the damage, otherwise the directory.
     """
-    from kdsearch_jax.reporting import drawing  # matplotlib, which --help does not need
+    from kdsearch_jax.reporting import rendering  # loads matplotlib and jinja2, which --help does not need
 
-    return drawing.write(directory)
+    return rendering.write_report(directory)

@@ -12,8 +12,8 @@ import jax
 
 from kdsearch_jax.adapters.registry import GIVEN
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.reporting import evidence
-from kdsearch_jax.reporting.intervals import times
+from kdsearch_jax.reporting.intervals import time_range
+from kdsearch_jax.reporting.predictions import write_predictions
 from kdsearch_jax.runs import budget_points, evaluation
 from kdsearch_jax.runs.fit_stage import write
 from kdsearch_jax.runs.setup import RunSetup, finished, is_plain
@@ -157,7 +157,7 @@ def _scores(setup: RunSetup, networks: Mapping[str, LoadedNetwork], student: str
     }
     if jax.process_index() == 0:
         test = dataset.test
-        evidence.write(setup.directory, "test", logits, test.labels, test.images, dataset.class_names, student=student)
+        write_predictions(setup.directory, "test", logits, test.labels, test.images, dataset.class_names, student)
     return {
         name: evaluation.score(values, dataset.test.labels, None if name == "teacher" else logits["teacher"])
         for name, values in logits.items()
@@ -177,7 +177,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines.append(
             (row["name"], *cells, f"{row['macs']:,}", f"{row['params']:,}", f"{row['bytes'] / 1e3:,.0f} kB",
-             "–".join(f"{ms:.3f}" for ms in times(row)))
+             "–".join(f"{ms:.3f}" for ms in time_range(row)))
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(

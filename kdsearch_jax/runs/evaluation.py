@@ -23,7 +23,7 @@ from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.distill import losses
 from kdsearch_jax.distill.metrics import agreement, kl_to_teacher, top_k
 from kdsearch_jax.distill.objective import Objective
-from kdsearch_jax.reporting.intervals import interval
+from kdsearch_jax.reporting.intervals import median_interval
 
 
 def predict(
@@ -281,7 +281,7 @@ def measure_latency(
     """
     turn = clock(networks, batch, call or CallSpec.of_image(tuple(input_shape)))
     times = [turn() for _ in range(repeats)]
-    return {name: interval([each[name] / batch for each in times]) for name in networks}
+    return {name: median_interval([each[name] / batch for each in times]) for name in networks}
 
 
 def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: CallSpec) -> dict[str, float]:

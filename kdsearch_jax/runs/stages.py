@@ -264,4 +264,4 @@ def _relearning(state: TrainState, lesson: distiller.Lesson) -> TrainState:
 
 def _report(setup: RunSetup) -> None:
     if jax.process_index() == 0:
-        reporting.write(setup.directory)
+        reporting.write_report(setup.directory)

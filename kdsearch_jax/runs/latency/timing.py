@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.pruning.budget import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.reporting.intervals import SPREAD, interval
+from kdsearch_jax.reporting.intervals import MAX_SPREAD, median_interval
 from kdsearch_jax.runs import evaluation
 
 UNITS = {"latency": " ms", "memory": " bytes"}
@@ -56,16 +56,16 @@ def medians(turn: Turn) -> dict[str, float]:
     begin = time.perf_counter()
     while True:
         times += [turn() for _ in range(FIRST)]
-        whole = interval([t["whole"] for t in times])[0]
-        shares = {name: interval([t[name] / t["whole"] for t in times]) for name in times[0]}
+        whole = median_interval([t["whole"] for t in times])[0]
+        shares = {name: median_interval([t[name] / t["whole"] for t in times]) for name in times[0]}
         name, (_, low, high) = max(shares.items(), key=lambda item: item[1][2] - item[1][1])
         late = len(times) >= MOST or time.perf_counter() - begin > SECONDS
-        if late and high - low > 2 * SPREAD:
+        if late and high - low > 2 * MAX_SPREAD:
             raise BudgetError(
                 f"budget.latency: timing is too noisy here: after {len(times)} turns a network ({name}) takes "
                 f"{low:.2f} to {high:.2f} of the teacher's time; leave the machine to this run, or bound the MACs"
             )
-        if late or high - low <= SPREAD / 2:
+        if late or high - low <= MAX_SPREAD / 2:
             return {name: share * whole for name, (share, _, _) in shares.items()}
 
 
@@ -84,7 +84,7 @@ def decide(turn: Turn, value: float, target: float = 1.0) -> dict[str, Any]:
     while True:
         times += [turn() for _ in range(max(FIRST, len(times)))]
         shares = [t["student"] / (value * t["teacher"] if value <= 1 else value) for t in times]
-        share, low, high = interval(shares)
+        share, low, high = median_interval(shares)
         decided = high <= target or low > target
         if decided or 2 * len(times) > MOST or time.perf_counter() - begin > SECONDS:
             break
@@ -95,7 +95,7 @@ def decide(turn: Turn, value: float, target: float = 1.0) -> dict[str, Any]:
 
 def check_noise(name: str, found: Mapping[str, Any]) -> None:
     """Raises BudgetError where an undecided interval is too wide to say anything."""
-    if found["within"] is None and (found["high"] - found["low"]) > SPREAD * found["share"]:
+    if found["within"] is None and (found["high"] - found["low"]) > MAX_SPREAD * found["share"]:
         raise BudgetError(
             f"budget.{name}: timing is too noisy here to decide: after {found['turns']} turns the student takes "
             f"{found['low']:.2f} to {found['high']:.2f} of the budget; leave the machine to this run, or bound the MACs"
