@@ -71,23 +71,23 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
-    "budget": ("BudgetError",),
-    "network": ("Network", "trace"),
-    "prox": ("accelerated_proximal_l1", "soft_threshold"),
+    "pruning.budget": ("BudgetError",),
     "pruning.budgets": ("Budget",),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
+    "pruning.network": ("Network", "trace"),
+    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
     "pruning.rules": ("Rule",),
     "pruning.search": ("GatedSearch",),
     "pruning.student": ("Student", "fold", "verify"),
-    "storage.export_formats": ("load_safetensors", "load_stablehlo"),
-    "storage.students": ("load", "save"),
+    "pruning.surgery": ("SurgeryError",),
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
-    "surgery": ("SurgeryError",),
+    "storage.export_formats": ("load_safetensors", "load_stablehlo"),
+    "storage.students": ("load", "save"),
     "tracing.topology": ("Topology",),
 }
 
@@ -95,7 +95,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives when it is first asked for."""
     if name == "losses":
-        return importlib.import_module("kdsearch_jax.losses")
+        return importlib.import_module("kdsearch_jax.distill.losses")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
