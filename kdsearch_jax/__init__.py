@@ -73,6 +73,13 @@ __all__ = [
 
 __version__ = "0.2.0"
 
+# Modules that are used by their names, as in `kd.losses.kl`.
+_MODULES = {
+    "budget": "pruning.budget",
+    "gates": "pruning.gates",
+    "losses": "distill.losses",
+    "surgery": "pruning.surgery",
+}
 _HOMES = {
     "pruning.budget": ("BudgetError",),
     "pruning.budgets": ("Budget",),
@@ -94,8 +101,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives when it is first asked for."""
-    if name == "losses":
-        return importlib.import_module("kdsearch_jax.distill.losses")
+    if name in _MODULES:
+        return importlib.import_module(f"kdsearch_jax.{_MODULES[name]}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
