@@ -3,7 +3,7 @@
 command:  python -m kdsearch_jax.search
 hardware: 2 CPU cores
 time:     under 3 minutes, from a cold start
-result:   the table in README.md
+result:   the table in docs/quick_start.md
 """
 
 from kdsearch_jax.runs.config import (

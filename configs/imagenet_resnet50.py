@@ -6,7 +6,7 @@ time:     not yet run
 result:   not yet run
 
 The teacher may be any ResNet-50 in torchvision's parameter names. The images are streamed from TFDS's `imagenet2012`,
-prepared once with file_format="array_record" (docs/training.md, "Data that do not fit"); give as many --data.workers as
+prepared once with file_format="array_record" (docs/data.md, "Streaming"); give as many --data.workers as
 this machine has cores to spare. TFDS's validation split, whose labels are public, is what is tested on.
 """
 

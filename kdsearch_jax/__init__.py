@@ -71,7 +71,7 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Modules that are used by their names, as in `kd.losses.kl`.
 _MODULES = {
@@ -82,19 +82,19 @@ _MODULES = {
 }
 _HOMES = {
     "pruning.budget": ("BudgetError",),
-    "pruning.network": ("Network", "trace"),
-    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
     "pruning.budgets": ("Budget",),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
+    "pruning.network": ("Network", "trace"),
+    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
     "pruning.rules": ("Rule",),
     "pruning.search": ("GatedSearch",),
     "pruning.student": ("Student", "fold", "verify"),
-    "storage.export_formats": ("load_safetensors", "load_stablehlo"),
-    "storage.students": ("load", "save"),
+    "pruning.surgery": ("SurgeryError",),
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
-    "pruning.surgery": ("SurgeryError",),
+    "storage.export_formats": ("load_safetensors", "load_stablehlo"),
+    "storage.students": ("load", "save"),
     "tracing.topology": ("Topology",),
 }
 

@@ -258,9 +258,9 @@ def test_the_command_starts_without_a_warning():
     assert "--model X is --model.name X" in " ".join(done.stdout.split())
 
 
-def test_the_example_in_the_readme_runs(repository, tmp_path):
+def test_the_example_of_an_own_model_runs(repository, tmp_path):
     """What stands between the markers, in a process of its own, with fewer steps."""
-    text = (repository / "README.md").read_text()
+    text = (repository / "docs" / "own_model.md").read_text()
     (code,) = re.findall(r"<!-- own model -->\n+```python\n(.*?)```", text, re.S)
     assert len(code.strip().splitlines()) <= 20
     code = code.replace("budget=0.4", "budget=0.4, search_steps=4, retrain_steps=2")

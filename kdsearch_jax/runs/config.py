@@ -180,7 +180,7 @@ def changed(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
 
 def config_directories() -> list[Path]:
     """Where named experiments lie, first come first: here, in this checkout, in the installed package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return [path for path in (Path("configs"), package.parent / "configs", package / "_configs") if path.is_dir()]
 
 
