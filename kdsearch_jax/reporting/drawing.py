@@ -23,7 +23,7 @@ from kdsearch_jax.reporting import (
     versus,
 )
 from kdsearch_jax.reporting import found as found_lib
-from kdsearch_jax.storage.files import line, write_bytes
+from kdsearch_jax.storage.files import one_line, write_bytes
 
 Files = dict[str, bytes | None]  # content by name; None: there shall be none of this name
 INDEX = "index.html"
@@ -32,12 +32,12 @@ WIDE, NARROW = 9.6, 3.7  # inches: a desk's and a phone's text width
 
 def write(directory: str | Path) -> Path:
     """As `kdsearch_jax.report.write`."""
-    place = storage.local(directory)
+    place = storage.local_copy(directory)
     try:
         files = _comparison(place) if (place / comparison.FILE).is_file() else _run(place)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(
-            f"{place}: no report can be made of what its files say ({type(error).__name__}: {line(error)}); one is "
+            f"{place}: no report can be made of what its files say ({type(error).__name__}: {one_line(error)}); one is "
             "damaged, or of another version; --traceback shows where it is read"
         ) from error
     out = place / "report"

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.storage.files import parse_json, read_object
+from kdsearch_jax.storage.files import parse_json, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is no such file."""
     if not path.is_file():
         return None
-    return read_object(path)
+    return read_json_object(path)
 
 
 def with_rows(path: Path, key: str) -> dict[str, Any] | None:

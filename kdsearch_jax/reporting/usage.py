@@ -24,7 +24,7 @@ def use(run: Run) -> str:
     """The section of a run."""
     path = student_path(run)
     here = path.is_absolute() and path.is_relative_to(Path.cwd())
-    shown = str(path.relative_to(Path.cwd())) if here else storage.shown(str(path))
+    shown = str(path.relative_to(Path.cwd())) if here else storage.display_paths(str(path))
     architecture = run.architecture or {}
     if (call := architecture.get("call")) is not None:
         lines, text = _call(shown, architecture, call)
