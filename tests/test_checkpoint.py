@@ -274,7 +274,7 @@ def no_files(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda d: flip(largest(d), largest(d).stat().st_size // 2), "bytes of 'kernel' are not those"),
+        (lambda d: flip(largest(d), largest(d).stat().st_size // 2), "'kernel'"),
         (lambda d: largest(d).write_bytes(largest(d).read_bytes()[:100]), ""),
         (lambda d: largest(d).unlink(), ""),
         (lambda d: shutil.rmtree(d / "state"), ""),

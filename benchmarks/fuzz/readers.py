@@ -248,7 +248,7 @@ def examples(name: str) -> list[bytes]:
     if name == "manifest":
         from kdsearch_jax.storage.manifest import FileRecord, Manifest
 
-        files = {"a.json": FileRecord(3, "0" * 64, None), "search/log": Entry(5, None, None)}
+        files = {"a.json": FileRecord(3, "0" * 64, None), "search/log": FileRecord(5, None, None)}
         return [Manifest(files, "writer", 7).to_json()]
     from kdsearch_jax.adapters.architecture import Architecture
     from kdsearch_jax.runs.config import to_json
