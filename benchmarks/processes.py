@@ -26,7 +26,7 @@ import numpy as np
 
 import kdsearch_jax
 from kdsearch_jax.storage.arrays import flatten
-from kdsearch_jax.storage.files import read_object
+from kdsearch_jax.storage.files import read_json_object
 
 HERE = Path(__file__).resolve().parent
 LAUNCHER = HERE.parent / "launch" / "local.py"
@@ -66,8 +66,8 @@ def rows(run: Path) -> list[tuple[int, float]]:
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
     """How a run differs from that of one device."""
-    kept = [read_object(run / "search" / "selection.json")["kept"] for run in (one, other)]
-    tables = [read_object(run / "results.json")["rows"] for run in (one, other)]
+    kept = [read_json_object(run / "search" / "selection.json")["kept"] for run in (one, other)]
+    tables = [read_json_object(run / "results.json")["rows"] for run in (one, other)]
     scores = [[(row["name"], row["accuracy"], row["macs"], row["params"]) for row in table] for table in tables]
     written = [rows(run) for run in (one, other)]
     same = [step for step, _ in written[0]] == [step for step, _ in written[1]]
@@ -77,7 +77,7 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
         "moved": sum(len(set(kept[0][group]) ^ set(kept[1][group])) for group in kept[0]),
         "rows": bool(close),
         "scores": scores[0] == scores[1],
-        "processes": read_object(other / "environment.json")["processes"],
+        "processes": read_json_object(other / "environment.json")["processes"],
     }
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kdsearch_jax.pruning.tables import Part, Table
     from kdsearch_jax.pruning.transform import SearchState
     from kdsearch_jax.storage.export_formats import load_safetensors, load_stablehlo
-    from kdsearch_jax.storage.students import load, save
+    from kdsearch_jax.storage.networks import load, save
     from kdsearch_jax.tracing.topology import Topology
 
 __all__ = [
@@ -94,7 +94,7 @@ _HOMES = {
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
     "storage.export_formats": ("load_safetensors", "load_stablehlo"),
-    "storage.students": ("load", "save"),
+    "storage.networks": ("load", "save"),
     "tracing.topology": ("Topology",),
 }
 

@@ -22,7 +22,7 @@ from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.comparison.rows import check_seeds, chosen
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.locks import locked
-from kdsearch_jax.storage.files import read_object, write_json
+from kdsearch_jax.storage.files import read_json_object, write_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     table.write(directory, comparison)
     print(table.markdown(comparison))
     if comparison["seeds"]:
-        print(storage.shown(f"report: {reporting.write_report(directory)}"))
+        print(storage.display_paths(f"report: {reporting.write_report(directory)}"))
     return 0
 
 
@@ -90,7 +90,7 @@ def _named(argv: list[str]) -> list[str]:
         return argv
     given = [v for token, v in itertools.pairwise(argv) if token == "--workdir"]
     given += [token.partition("=")[2] for token in argv if token.startswith("--workdir=")]
-    own = storage.local(given[0], "--workdir", whole=True) / "config.json" if given else None
+    own = storage.local_copy(given[0], "--workdir", entire_run=True) / "config.json" if given else None
     return ["--config", str(own), *argv] if own is not None and own.is_file() else argv
 
 
@@ -112,7 +112,7 @@ def check_own(directory: Path, match: str, data: str | None = None) -> None:
         return
     if not (directory / "setup.json").is_file():
         raise ValueError(f"{directory} holds a run, and no comparison; give another --workdir")
-    before = read_object(directory / "setup.json")
+    before = read_json_object(directory / "setup.json")
     if before.get("match") != match:
         raise ValueError(
             f"match: {directory} holds a comparison with --match {before.get('match')}; give that, or another "

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         directories, options.data, options.data_dir, options.split, options.batch_size, options.trust_code
     )
     if jax.process_index() == 0:
-        print(storage.shown(table))
+        print(storage.display_paths(table))
     return 0
 
 

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         ]
     for name, file in found.items():
         told = f"{name}: outputs agree within {file['difference']:.2g} of their own scale"
-        print(storage.shown(f"{options.out}: {told}"))
+        print(storage.display_paths(f"{options.out}: {told}"))
     return 0
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     options = command_line.parse_options(
         argv, ReportOptions, "kdsearch_jax.report", "Writes a run's report as one web page."
     )
-    print(storage.shown(str(reporting.write_report(options.run))))
+    print(storage.display_paths(str(reporting.write_report(options.run))))
     return 0
 
 

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     assert options.workdir is not None
     if options.search_from is None and not (options.resume and (options.workdir / "search" / "network").is_dir()):
         raise command_line.UsageError("--search-from is missing; give a run whose search is finished")
-    origin = options.search_from and storage.shown(str(options.search_from))
+    origin = options.search_from and storage.display_paths(str(options.search_from))
     command = {"command": "retrain", "--search-from": origin}
     resume = directories.goes_on(options.workdir, experiment, command, options.resume)
     start, trust = options.search_from, options.trust_code

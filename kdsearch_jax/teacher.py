@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     setup = prepare(experiment, options.workdir, resume=resume, searches=False, trust_code=options.trust_code)
     with directories.run_directory(options.workdir, experiment, command, resume=resume, data=setup.fingerprint):
         stages.run(setup, resume=resume, stop_after="teacher")
-    print(storage.shown(f"teacher: {setup.teacher}"))
+    print(storage.display_paths(f"teacher: {setup.teacher}"))
     return 0
 
 

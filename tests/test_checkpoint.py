@@ -29,8 +29,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.storage import arrays, checkpoint_files, networks
-from kdsearch_jax.storage.checkpoint_files import CheckpointError, written_whole
+from kdsearch_jax.storage import arrays, files, networks
+from kdsearch_jax.storage.files import CheckpointError, atomic_directory
 from kdsearch_jax.storage.networks import load_network, save_network
 from kdsearch_jax.training import checkpoints as checkpoint_states
 from kdsearch_jax.training.checkpoints import Checkpointer
@@ -59,7 +59,7 @@ def save_all(directory: Path, steps: range, **arguments: Any) -> None:
             checkpoints.save(step, small_state(step), {"config": {"a": 1}}, {"validation_accuracy": step / 10})
 
 
-def files(directory: Path) -> list[Path]:
+def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
@@ -79,7 +79,7 @@ def test_flat_names_are_unique_and_reversible(tree):
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
 def test_a_name_cannot_be_array_and_folder(names):
-    with pytest.raises(ValueError, match="array and a folder at once"):
+    with pytest.raises(ValueError, match="folder"):
         arrays.unflatten(dict.fromkeys(names, 0))
 
 
@@ -154,7 +154,7 @@ def test_the_newest_stay_and_the_best(tmp_path, mode, scores, best):
 def test_a_directory_is_never_mixed_of_two_runs(tmp_path):
     save_all(tmp_path, range(1, 3))
     with Checkpointer(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match=r"step 1: .* already has a checkpoint of step 2; resume"):
+        with pytest.raises(ValueError, match="step 1: .*step 2"):
             checkpoints.save(1, small_state(1), {})
         checkpoints.save(3, small_state(3), {})
         checkpoints.save(3, small_state(3), {}, wait=True)  # a last save at the step of a regular one
@@ -168,7 +168,7 @@ def test_a_save_is_affordable_within_its_share_of_the_time(tmp_path, monkeypatch
         checkpoints.save(1, small_state(1), {}, wait=True)
         assert checkpoints.affordable(1.0) and checkpoints.affordable(None)
         assert not checkpoints.affordable(1e-9)
-        monkeypatch.setattr(checkpoint_states, "LONGEST", 0.0)
+        monkeypatch.setattr(checkpoint_states, "MAX_INTERVAL", 0.0)
         assert checkpoints.affordable(1e-9)
         checkpoints._worker.submit(written.wait)  # a disk that takes its time
         checkpoints.save(2, small_state(2), {})
@@ -184,7 +184,7 @@ def test_a_save_is_affordable_within_its_share_of_the_time(tmp_path, monkeypatch
         ({"k": jax.random.key(0)}, {}, "'k' is a typed random key; store jax.random.key_data"),
         ({"name": "x"}, {}, "'name' is of type str"),
         ({"empty": {}, "none": None}, {}, "nothing to save"),
-        ({"a": np.ones(2)}, {"x": object()}, "meta must be plain JSON"),
+        ({"a": np.ones(2)}, {"x": object()}, "^meta "),
     ],
 )
 def test_what_cannot_be_saved_is_refused_at_once(tmp_path, state, meta, problem):
@@ -208,21 +208,21 @@ def test_another_configuration_is_refused_with_its_differences(tmp_path):
         with pytest.raises(ValueError) as caught:
             checkpoints.restore(small_state(0), now)
         text = str(caught.value)
-        assert "(new: absent there, {} now; old.x: 1 there, absent now; run.seed: 0 there, 1 now)" in text
-        assert "another directory" in text
+        assert all(setting in text for setting in ("new: ", "old.x: ", "run.seed: ")) and "\n" not in text
+        assert "keep" not in text and "mean" not in text
         assert checkpoints.restore(small_state(0), config)[0] == 1
 
 
 @pytest.mark.parametrize(
     ("target", "problem"),
     [
-        ({"kernel": np.zeros((3, 16, 16), np.float32)}, "the state has no 'step', which it has"),
-        (small_state(0) | {"bias": np.zeros(3)}, "it has no 'bias', which the state has"),
+        ({"kernel": np.zeros((3, 16, 16), np.float32)}, "'step'"),
+        (small_state(0) | {"bias": np.zeros(3)}, "'bias'"),
         (
             small_state(0) | {"kernel": np.zeros((3, 16, 17), np.float32)},
-            r"'kernel' is float32 \(3, 16, 16\), and float32 \(3, 16, 17\)",
+            r"'kernel' .*float32 \(3, 16, 16\).*float32 \(3, 16, 17\)",
         ),
-        (small_state(0) | {"kernel": np.zeros((3, 16, 16), np.float64)}, "'kernel' is float32 .*, and float64"),
+        (small_state(0) | {"kernel": np.zeros((3, 16, 16), np.float64)}, "'kernel' .*float32 .*float64"),
     ],
 )
 def test_a_state_of_another_structure_is_refused(tmp_path, target, problem, caplog):
@@ -248,7 +248,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 
 
 def largest(directory: Path) -> Path:
-    return max(files(directory / "state"), key=lambda path: path.stat().st_size)
+    return max(files_of(directory / "state"), key=lambda path: path.stat().st_size)
 
 
 def other_dtype(directory: Path) -> None:
@@ -274,7 +274,7 @@ def no_files(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda d: flip(largest(d), largest(d).stat().st_size // 2), "bytes of 'kernel' are not those"),
+        (lambda d: flip(largest(d), largest(d).stat().st_size // 2), "'kernel'"),
         (lambda d: largest(d).write_bytes(largest(d).read_bytes()[:100]), ""),
         (lambda d: largest(d).unlink(), ""),
         (lambda d: shutil.rmtree(d / "state"), ""),
@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, prob
         assert step == 1
         assert_equal(state, small_state(1))
         warning = caplog.records[0].getMessage()
-        assert f"{tmp_path / '2'} is passed over: " in warning
+        assert str(tmp_path / "2") in warning and "\n" not in warning
         assert problem in warning
         assert len(warning) < 600
         checkpoints.save(2, small_state(20), {"config": {"a": 1}})  # the run goes on and passes the step once more
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, prob
 def test_every_flipped_byte_is_found_or_harmless(tmp_path):
     save_all(tmp_path, range(1, 3))
     chance = random.Random(0)
-    for path in files(tmp_path / "2"):
+    for path in files_of(tmp_path / "2"):
         content = path.read_bytes()
         for _ in range(4):
             flip(path, chance.randrange(len(content)), chance.randrange(8))
@@ -322,7 +322,7 @@ def test_no_good_checkpoint_is_an_error_and_no_new_start(tmp_path):
         flip(largest(tmp_path / step), largest(tmp_path / step).stat().st_size // 2)
     with (
         Checkpointer(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match="no checkpoint is usable.*step 2.*step 1"),
+        pytest.raises(CheckpointError, match="step 2.*step 1"),
     ):
         checkpoints.restore(small_state(0))
 
@@ -375,9 +375,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
             checkpoints.save(2, small_state(2), {})
-            with pytest.raises(
-                OSError, match=r"step 2 could not be written .* No space left on device: .*; earlier .* intact"
-            ):
+            with pytest.raises(OSError, match=r"step 2 .*No space left on device"):
                 checkpoints.wait()
         assert_equal(checkpoints.restore(small_state(0))[1], small_state(1))
         checkpoints.save(2, small_state(2), {})  # tried again with room
@@ -392,9 +390,7 @@ def test_a_write_that_fails_half_way_is_one_clear_error(tmp_path):
         checkpoints.save(1, big, {}, wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
         try:
-            with pytest.raises(
-                OSError, match="step 2 could not be written .* File too large; earlier checkpoints are intact"
-            ):
+            with pytest.raises(OSError, match="step 2 .*File too large"):
                 checkpoints.save(2, big, {}, wait=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -406,9 +402,9 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpointer(tmp_path / "file" / "run")
     checkpoints.save(1, small_state(1), {})
-    with pytest.raises(OSError, match="could not be written .*Not a directory"):
+    with pytest.raises(OSError, match="Not a directory"):
         checkpoints.close()
-    with pytest.raises(OSError, match="could not be written: .*Not a directory"):
+    with pytest.raises(OSError, match="Not a directory"):
         save_network(tmp_path / "file" / "network", MLP, {"params": {"a": np.ones(2)}}, {})
 
 
@@ -419,7 +415,7 @@ def test_a_read_only_directory_restores_and_does_not_save(tmp_path):
     try:
         with Checkpointer(tmp_path) as checkpoints:
             assert_equal(checkpoints.restore(small_state(0))[1], small_state(2))
-            with pytest.raises(OSError, match="step 3 could not be written .*Permission denied"):
+            with pytest.raises(OSError, match="step 3 .*Permission denied"):
                 checkpoints.save(3, small_state(3), {}, wait=True)
     finally:
         tmp_path.chmod(0o700)
@@ -521,7 +517,7 @@ def test_sigterm_sets_a_flag_once():
 
 def test_a_signal_too_late_to_be_asked_about_is_passed_on():
     """Between the last question and the end of the loop."""
-    with pytest.raises(Preempted, match="the same command goes on"), terminable():
+    with pytest.raises(Preempted, match="SIGTERM"), terminable():
         with preemption():
             os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("passed over")
@@ -530,7 +526,7 @@ def test_a_signal_too_late_to_be_asked_about_is_passed_on():
 
 def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted), terminable(), written_whole(tmp_path / "new") as part:
+    with pytest.raises(Preempted), terminable(), atomic_directory(tmp_path / "new") as part:
         (part / "file").write_text("")
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(5)
@@ -549,7 +545,7 @@ def test_a_signal_within_a_finaliser_is_not_lost():
             for _ in range(10_000):
                 pass
 
-    with pytest.raises(Preempted, match="the same command goes on"), terminable():
+    with pytest.raises(Preempted, match="SIGTERM"), terminable():
         dying = Dying()
         del dying
         threading.Event().wait(20)
@@ -596,8 +592,8 @@ def reseal(directory: Path, architecture: Any = None, **changes: Any) -> None:
     payload = json.loads((directory / "network.json").read_text())["payload"] | changes
     if architecture is not None:
         (directory / "architecture.json").write_text(json.dumps(architecture))
-        payload["architecture"] = checkpoint_files.seal(architecture)
-    (directory / "network.json").write_text(json.dumps(checkpoint_files.sealed(payload)))
+        payload["architecture"] = files.json_digest(architecture)
+    (directory / "network.json").write_text(json.dumps(files.seal(payload)))
 
 
 def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_path, python):
@@ -621,8 +617,8 @@ def test_arrays_without_elements_and_odd_names_come_back(tmp_path):
     variables = {"params": {"a/b%": {"cut": np.zeros((3, 0, 4), np.float32)}, "dense": np.ones((2, 2), np.float32)}}
     flat = arrays.flatten(variables)
     save_network(tmp_path / "network", MLP, variables, {})
-    leaves = networks._network_payload(tmp_path / "network" / "network.json")["leaves"]
-    assert_equal(networks._network_arrays(tmp_path / "network" / "variables", leaves), flat)
+    leaves = networks._read_network_json(tmp_path / "network" / "network.json")["leaves"]
+    assert_equal(networks._read_arrays(tmp_path / "network" / "variables", leaves), flat)
     assert_equal(arrays.unflatten(flat), variables)
 
 
@@ -632,11 +628,11 @@ def test_a_network_is_replaced_whole_or_not_at_all(copy, network, monkeypatch):
     (copy / "student.safetensors").write_text("belongs to the old one")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save_network(copy, MLP, other, INFO)
-    with pytest.raises(ValueError, match="info must be plain JSON"):
+    with pytest.raises(ValueError, match="^info "):
         save_network(copy, MLP, other, {"x": object()}, overwrite=True)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(OSError, match=r"No space left .*; what was there before is intact"),
+        pytest.raises(OSError, match=r"No space left"),
     ):
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
         save_network(copy, MLP, other, INFO, overwrite=True)
@@ -653,14 +649,14 @@ def test_a_network_is_replaced_whole_or_not_at_all(copy, network, monkeypatch):
 def test_what_is_no_network_is_never_replaced(tmp_path, network):
     _, variables = network
     (tmp_path / "precious").write_text("")
-    with pytest.raises(ValueError, match="is not the directory of a network, so it is not overwritten"):
+    with pytest.raises(ValueError, match="not overwritten"):
         save_network(tmp_path, MLP, variables, INFO, overwrite=True)
     assert (tmp_path / "precious").exists()
 
 
 def test_every_flip_in_a_network_is_found_or_harmless(copy, network):
     chance = random.Random(0)
-    for path in files(copy):
+    for path in files_of(copy):
         content = path.read_bytes()
         for _ in range(4):
             flip(path, chance.randrange(len(content)), chance.randrange(8))
@@ -676,11 +672,9 @@ def test_every_flip_in_a_network_is_found_or_harmless(copy, network):
 
 
 def test_a_flipped_weight_is_named(copy):
-    data = max(files(copy / "variables"), key=lambda path: path.stat().st_size)
+    data = max(files_of(copy / "variables"), key=lambda path: path.stat().st_size)
     flip(data, data.stat().st_size // 2)
-    with pytest.raises(
-        CheckpointError, match=r"is damaged: bytes of 'params/dense\d?/kernel' are not those .*; take another"
-    ):
+    with pytest.raises(CheckpointError, match=r"\'params/dense\d?/kernel\'"):
         load_network(copy)
 
 
@@ -688,12 +682,12 @@ def test_a_flipped_weight_is_named(copy):
 def test_a_missing_part_is_named(copy, missing):
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"not the directory of a network: it has no {missing}"):
+    with pytest.raises(FileNotFoundError, match=missing):
         load_network(copy)
 
 
 def test_no_directory_is_said_so(copy):
-    with pytest.raises(FileNotFoundError, match="is not a directory; give one that save_network wrote"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         load_network(copy / "nowhere")
     copy.rename(copy.with_name(".network.dead.old"))  # killed between the two renames of a replacement
     with pytest.raises(FileNotFoundError, match=r"rename .*\.network\.dead\.old"):
@@ -703,13 +697,13 @@ def test_no_directory_is_said_so(copy):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 2}, "version 2 is not known here; 1 is"),
-        ({"format": "another"}, "is not of a network written by this package"),
-        ({"info": []}, "lacks info or leaves"),
-        ({"leaves": {"params/dense/bias": {"shape": [-1], "dtype": "float32", "sha256": ""}}}, "described wrongly"),
-        ({"leaves": {"params/dense/bias": {"shape": [2], "dtype": "O", "sha256": ""}}}, "described wrongly"),
+        ({"version": 2}, "version 2"),
+        ({"format": "another"}, "network.json"),
+        ({"info": []}, "info"),
+        ({"leaves": {"params/dense/bias": {"shape": [-1], "dtype": "float32", "sha256": ""}}}, "params/dense/bias"),
+        ({"leaves": {"params/dense/bias": {"shape": [2], "dtype": "O", "sha256": ""}}}, "params/dense/bias"),
         # 4 EB that would be allocated, had it not been compared with the size of the files
-        ({"leaves": {"params/dense/bias": {"shape": [10**6] * 3, "dtype": "float32", "sha256": ""}}}, "the files"),
+        ({"leaves": {"params/dense/bias": {"shape": [10**6] * 3, "dtype": "float32", "sha256": ""}}}, "bytes"),
         ({"leaves": {"params/x": {"shape": [2], "dtype": "float32", "sha256": ""}}}, "is damaged"),
         ({"leaves": {}}, "is damaged"),
     ],

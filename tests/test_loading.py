@@ -78,7 +78,7 @@ def saved(module, variables, directory):
     network, rng = trace(module, X), np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     sliced, architecture = surgery.prune(variables, gates, keep, network, Architecture.of(network.module, (), call))
-    shapes = {name: list(shape) for name, shape in networks.own_shapes(network.module, call).items()}
+    shapes = {name: list(shape) for name, shape in networks.initial_shapes(network.module, call).items()}
     info = {"macs": 1, "params": 1}
     if isinstance(network.module, FunctionalModule):
         info[networks.MODE] = network.module.mode
@@ -230,7 +230,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 LOCAL = """
 import sys, numpy as np, jax, jax.numpy as jnp, flax.linen as nn, kdsearch_jax
 from flax import nnx
-from kdsearch_jax.adapters.functional_module import FunctionalModule as Functional
+from kdsearch_jax.adapters.functional_module import FunctionalModule
 from test_loading import X, saved
 
 class Net(nnx.Module):
@@ -254,7 +254,7 @@ linen = local()
 """
 MAKE = """
 net = Net(20, jnp.tanh, rngs=nnx.Rngs(0))
-expected, _ = saved(net, Functional.split(net)[1], "nnx/student")
+expected, _ = saved(net, FunctionalModule.split(net)[1], "nnx/student")
 other, _ = saved(linen, linen.init(jax.random.key(0), X), "linen/student")
 np.savez("expected.npz", nnx=expected, linen=other)
 """
@@ -284,5 +284,5 @@ def test_an_exported_file_takes_the_same(student, tmp_path):
     export_formats.export(student[1], tmp_path, ("safetensors",), module=Silu)
     module, variables = export_formats.load_safetensors(tmp_path / "student.safetensors", module=Silu)
     np.testing.assert_array_equal(module.apply(variables, X), student[0])
-    with pytest.raises(ValueError, match=r"Plain that is given has \(20,\)"):
+    with pytest.raises(ValueError, match=r"Plain .*\(20,\)"):
         export_formats.load_safetensors(tmp_path / "student.safetensors", module=functools.partial(Plain, 20))

@@ -77,7 +77,7 @@ def foreign_network(tmp_path, monkeypatch):
     architecture = Architecture(f"{name}:Net", input_shape=SHAPE)
     variables = architecture.module().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     save_network(tmp_path / "net", architecture, variables, {})
-    (tmp_path / "net.safetensors").write_bytes(export_formats.packed(architecture, variables, {}))
+    (tmp_path / "net.safetensors").write_bytes(export_formats.to_safetensors(architecture, variables, {}))
     del sys.modules[name]
     mark.unlink()
     yield tmp_path / "net", mark
@@ -161,7 +161,7 @@ def test_msgpack_is_counted_before_it_is_read(tmp_path, content):
 def test_what_orbax_declares_is_held_against_a_limit():
     tree = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.float32), "b": jax.ShapeDtypeStruct((10**6,), jnp.float32)}
     safe_readers.check_declared(tree, 8 * 10**6)
-    with pytest.raises(files.DamagedError, match="take 8000000 bytes, and 7999999 are allowed"):
+    with pytest.raises(files.DamagedError, match="8000000 .*7999999"):
         safe_readers.check_declared(tree, 8 * 10**6 - 1)
 
 
@@ -170,13 +170,13 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "endless"):
         for read in (files.read_json, safe_readers.read_safetensors, safe_readers.read_msgpack):
-            with pytest.raises(files.DamagedError, match="is no regular file"):
+            with pytest.raises(files.DamagedError, match="regular file"):
                 read(tmp_path / name)
         with pytest.raises(FileNotFoundError, match="is not there"):
             datasets.load(DataConfig(f"npz:{tmp_path / name}"))
-        with pytest.raises(FileNotFoundError, match="is no file"):
+        with pytest.raises(FileNotFoundError, match="is not a file"):
             export_formats.load_stablehlo(tmp_path / name)
-    with pytest.raises(files.DamagedError, match=r"pipe is no regular file|endless is no regular file"):
+    with pytest.raises(files.DamagedError, match=r"(pipe|endless) is not a regular file"):
         safe_readers.check_directory(tmp_path)
 
 
@@ -218,11 +218,11 @@ def test_json_is_bounded_in_size_and_depth(tmp_path):
     path = tmp_path / "x.json"
     for content in ("[" * 100_000, "[" * 65 + "]" * 65):
         path.write_text(content)
-        with pytest.raises(files.DamagedError, match="nested more than 64"):
+        with pytest.raises(files.DamagedError, match="nested"):
             files.read_json(path)
     path.write_text("[" * 60 + "]" * 60)
     files.read_json(path)
-    with pytest.raises(files.DamagedError, match="more than 119 bytes"):
+    with pytest.raises(files.DamagedError, match="119 bytes"):
         files.read_json(path, limit=119)
 
 
@@ -281,7 +281,7 @@ def test_a_manifest_names_no_other_files(tmp_path):
     for name, whole in (("../x", False), (str(tmp_path / "x"), False)):
         record = {"files": {name: {"sha256": digest}}}
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
-        assert export_formats.is_whole(tmp_path / "out") is whole
+        assert export_formats.is_complete_export(tmp_path / "out") is whole
 
 
 def test_an_error_is_one_line_whatever_is_in_it():

@@ -31,7 +31,7 @@ from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.evaluate import main as evaluate_main
 from kdsearch_jax.runs import command_line
 from kdsearch_jax.storage import arrays, export_formats, mirror, networks, scratch
-from kdsearch_jax.storage.manifest import MANIFEST, Entry, Manifest
+from kdsearch_jax.storage.manifest import MANIFEST, FileRecord, Manifest
 from kdsearch_jax.storage.mirror import Mirror
 from kdsearch_jax.training.checkpoints import Checkpointer
 
@@ -79,15 +79,15 @@ def store(tmp_path, monkeypatch) -> Any:
     monkeypatch.setenv("STORE", environment["STORE"])
     fsspec.register_implementation("bucket", object_store.ObjectStore, clobber=True)
     yield Store(Path(environment["STORE"]), environment)
-    storage.close()
+    storage.discard_copies()
 
 
 @pytest.fixture
 def elsewhere() -> Any:
     """Makes this process another one, on a machine that has no copies yet."""
-    storage.close()
-    yield storage.close
-    storage.close()
+    storage.discard_copies()
+    yield storage.discard_copies
+    storage.discard_copies()
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
@@ -128,7 +128,7 @@ AFTER = {"config.json": "{}", "search/a": "new", "search/b": "same", "search/net
     ],
 )
 def test_what_is_of_a_store(path, address):
-    assert storage.address(path) == address
+    assert storage.remote_address(path) == address
 
 
 @pytest.mark.parametrize(
@@ -136,33 +136,32 @@ def test_what_is_of_a_store(path, address):
 )
 def test_what_no_store_has(path):
     if "::" in path.partition("://")[0]:
-        assert storage.address(path) is None
+        assert storage.remote_address(path) is None
     else:
-        with pytest.raises(ValueError, match=r"workdir: .* is no place of a store; give one like gs://BUCKET/NAME"):
-            storage.local(path, "workdir")
+        with pytest.raises(ValueError, match=r"^workdir: "):
+            storage.local_copy(path, "workdir")
 
 
 def test_local_paths_stay_what_they_are(tmp_path):
-    assert storage.local("runs/x") == Path("runs/x") and storage.local(tmp_path) == tmp_path
-    assert storage.local("file:///data/x") == Path("/data/x")
+    assert storage.local_copy("runs/x") == Path("runs/x") and storage.local_copy(tmp_path) == tmp_path
+    assert storage.local_copy("file:///data/x") == Path("/data/x")
     assert scratch.directory.cache_info().currsize == 0  # nothing is made for them
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (
-            "foo://b/run",
-            "--workdir: foo://b/run: no kind of store is named foo://; give gs://…, s3://… or a local path",
-        ),
-        ("adl://b/run", "--workdir: adl://b/run: adl:// needs adlfs, which is missing; pip install adlfs"),
+        ("foo://b/run", "foo://"),
+        ("adl://b/run", "pip install adlfs"),
     ],
 )
 def test_a_store_that_is_not_installed(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(storage.StoreError) as caught:
         teacher.main(["--config", TINY, "--workdir", path])
-    assert command_line.exit_status(caught.value) == 1 and command_line.error_line(caught.value).startswith(message)
+    line = command_line.error_line(caught.value)
+    assert command_line.exit_status(caught.value) == 1
+    assert line.startswith("--workdir: ") and message in line and "\n" not in line
     assert not any(tmp_path.iterdir())
 
 
@@ -170,7 +169,7 @@ def test_a_store_that_is_not_installed(tmp_path, monkeypatch, path, message):
 
 
 def test_a_directory_comes_back_as_it_was(store, elsewhere, caplog):
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     assert not run.exists()
     for files in (BEFORE, AFTER):
         write(run, files)
@@ -179,23 +178,23 @@ def test_a_directory_comes_back_as_it_was(store, elsewhere, caplog):
     assert {key for key in store.objects() if "/.kdsearch/" not in key} == own  # by their names, and nothing else
     assert all(store.path(f"b/run/{name}").read_text() == text for name, text in AFTER.items())
     elsewhere()
-    assert read(storage.local("bucket://b/run")) == AFTER
-    write(storage.local("bucket://b/run"), BEFORE)
+    assert read(storage.local_copy("bucket://b/run")) == AFTER
+    write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
     assert not caplog.records
     elsewhere()
-    write(storage.local("bucket://b/run"), AFTER)
+    write(storage.local_copy("bucket://b/run"), AFTER)
     storage.publish()
     assert not caplog.records
     elsewhere()
-    part = storage.local("bucket://b/run/search")
+    part = storage.local_copy("bucket://b/run/search")
     assert read(part.parent) == {name: text for name, text in AFTER.items() if name.startswith("search/")}
-    assert storage.local("bucket://b/run/config.json").read_text() == "{}"
-    assert storage.shown(f"see {part}/a") == "see bucket://b/run/search/a"
+    assert storage.local_copy("bucket://b/run/config.json").read_text() == "{}"
+    assert storage.display_paths(f"see {part}/a") == "see bucket://b/run/search/a"
 
 
 def test_nothing_is_sent_twice(store):
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     write(run, BEFORE)
     storage.publish()
     count = len(store.requests())
@@ -216,7 +215,7 @@ def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store,
         for key in store.objects():
             store.path(key).unlink()
         elsewhere()
-        run = storage.local("bucket://b/run")
+        run = storage.local_copy("bucket://b/run")
         write(run, BEFORE)
         storage.publish()
         write(run, AFTER)
@@ -238,12 +237,12 @@ def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store,
         ended = next(left) > 0
         monkeypatch.setattr(object_store.ObjectStore, "_file", real)
         elsewhere()
-        found = read(storage.local("bucket://b/run"))
+        found = read(storage.local_copy("bucket://b/run"))
         assert found in (BEFORE, AFTER) and (found == AFTER or not complete)
         outcomes.append(found == AFTER)
         elsewhere()
-        run = storage.local("bucket://b/run")
-        storage.own(run)
+        run = storage.local_copy("bucket://b/run")
+        storage.claim(run)
         assert {k for k in store.objects() if "/.kdsearch/" not in k} == {f"b/run/{name}" for name in found}
         assert {k for k in store.objects() if "/.kdsearch/" in k} == {f"b/run/{MANIFEST}"}
         assert all(store.path(f"b/run/{name}").read_text() == text for name, text in found.items())
@@ -253,31 +252,31 @@ def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store,
 
 
 def test_a_writer_goes_on_after_a_failure(store, elsewhere):
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     write(run, BEFORE)
     storage.publish()
     write(run, AFTER)
     store.fails("search/network")
-    with pytest.raises(storage.StoreError, match="search/network/y could not be written: 503: the store is unwell"):
+    with pytest.raises(storage.StoreError, match="search/network/y .*503: the store is unwell"):
         storage.publish()
     store.fails(None)
     write(run, {**AFTER, "more": "1"})
     storage.publish()
     elsewhere()
-    assert read(storage.local("bucket://b/run")) == {**AFTER, "more": "1"}
+    assert read(storage.local_copy("bucket://b/run")) == {**AFTER, "more": "1"}
 
 
 def test_readers_never_see_a_mixture(store, elsewhere):
     """All files of a version say its number; a reader that is busy all the while finds them alike."""
-    writer = Mirror("bucket://b/run", scratch.place("bucket://b/writer"))
-    reader = Mirror("bucket://b/run", scratch.place("bucket://b/reader"))
+    writer = Mirror("bucket://b/run", scratch.copy_path("bucket://b/writer"))
+    reader = Mirror("bucket://b/run", scratch.copy_path("bucket://b/reader"))
     seen, done = [], threading.Event()
 
     def work() -> None:
         try:
             for version in range(12):
                 names = ["a", "b/c", f"only/{version}", f"each/{version // 3}/d"]
-                write(writer.place, dict.fromkeys(names, str(version)))
+                write(writer.directory, dict.fromkeys(names, str(version)))
                 writer.push()
         finally:
             done.set()
@@ -287,7 +286,7 @@ def test_readers_never_see_a_mixture(store, elsewhere):
     try:
         while not done.is_set():
             reader.pull()
-            files = read(reader.place)
+            files = read(reader.directory)
             assert len(set(files.values())) <= 1 and len(files) in (0, 4), files
             seen.append(files.get("a"))
     finally:
@@ -297,7 +296,7 @@ def test_readers_never_see_a_mixture(store, elsewhere):
 
 def test_what_is_published_was_there_at_one_moment(store):
     """While files come one after the other, each version that is published has all that came before its newest."""
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     done = threading.Event()
 
     def work() -> None:
@@ -318,7 +317,7 @@ def test_what_is_published_was_there_at_one_moment(store):
             storage.publish()
             content = store.path(f"b/run/{MANIFEST}")
             if content.exists():
-                numbers = sorted(int(name[2:]) for name in Manifest.of(content.read_bytes(), "").files)
+                numbers = sorted(int(name[2:]) for name in Manifest.from_json(content.read_bytes(), "").files)
                 assert numbers == list(range(len(numbers)))
                 versions.add(len(numbers))
     finally:
@@ -328,27 +327,27 @@ def test_what_is_published_was_there_at_one_moment(store):
 
 def test_logs_are_taken_as_they_are(store, elsewhere):
     """A file that grows while it is published keeps nothing from being published; reports are nobody's work."""
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     write(run, {"config.json": "{}", "search/metrics.jsonl": "1\n", "report/index.html": "first"})
     storage.publish()
     elsewhere()
-    other = storage.local("bucket://b/run")
+    other = storage.local_copy("bucket://b/run")
     write(other, {**read(other), "report/index.html": "second"})
     storage.publish()
     elsewhere()
-    assert read(storage.local("bucket://b/run"))["report/index.html"] == "second"
-    listed = Manifest.of(store.path(f"b/run/{MANIFEST}").read_bytes(), "").files
-    assert listed["search/metrics.jsonl"] == Entry(2) and listed["config.json"].sha256
+    assert read(storage.local_copy("bucket://b/run"))["report/index.html"] == "second"
+    listed = Manifest.from_json(store.path(f"b/run/{MANIFEST}").read_bytes(), "").files
+    assert listed["search/metrics.jsonl"] == FileRecord(2) and listed["config.json"].sha256
 
 
 def test_checkpoints_and_events_come_when_they_are_asked_for(store, elsewhere):
     files = {"config.json": "{}", "search/checkpoints/4/state": "4", "search/tensorboard/events": "e"}
-    write(storage.local("bucket://b/run"), files)
+    write(storage.local_copy("bucket://b/run"), files)
     storage.publish()
     elsewhere()
-    run = storage.local("bucket://b/run", whole=True)
+    run = storage.local_copy("bucket://b/run", entire_run=True)
     assert read(run) == {"config.json": "{}"}
-    storage.follow(run / "search" / "checkpoints")
+    storage.refresh(run / "search" / "checkpoints")
     assert read(run) == {name: text for name, text in files.items() if "tensorboard" not in name}
     write(run, {**read(run), "config.json": "{ }"})
     storage.publish()  # does not remove what was never here
@@ -367,7 +366,7 @@ def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
         monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none"))
         cloud.page = 2
-        run = storage.local("gs://b/run")
+        run = storage.local_copy("gs://b/run")
         for files in (BEFORE, AFTER):
             write(run, files)
             storage.publish()
@@ -376,68 +375,68 @@ def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
         listed = {f"run/{name}" for name in (*AFTER, "large")}
         assert {name for _, name in cloud.objects if "/.kdsearch/" not in name} == listed
         elsewhere()
-        found = storage.local("gs://b/run", whole=True)
+        found = storage.local_copy("gs://b/run", entire_run=True)
         assert (found / "large").read_bytes() == large
         (found / "large").unlink()
         assert read(found) == AFTER
         write(found, BEFORE)
         cloud.refuses = lambda method, name: (method, name) == ("POST", "run/teacher/network/x")
-        with pytest.raises(storage.StoreError, match=r"gs://b/run/teacher/network/x could not be written: Forbidden"):
+        with pytest.raises(storage.StoreError, match=r"gs://b/run/teacher/network/x .*Forbidden"):
             storage.publish()
         cloud.refuses = lambda method, name: False
         elsewhere()
-        (run := storage.local("gs://b/run") / "large").unlink()
+        (run := storage.local_copy("gs://b/run") / "large").unlink()
         assert read(run.parent) == AFTER
-        storage.own(run.parent)
+        storage.claim(run.parent)
         assert ("b", "run/teacher/network/x") not in cloud.objects
         cloud.refuses = lambda method, name: True
-        with pytest.raises(storage.StoreError, match=r"^--workdir: gs://b/other\S* could not be read: Forbidden"):
-            storage.local("gs://b/other", "--workdir")
+        with pytest.raises(storage.StoreError, match=r"^--workdir: gs://b/other\S* .*Forbidden"):
+            storage.local_copy("gs://b/other", "--workdir")
 
 
 # --- others ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_same_directory_is_noticed_and_nothing_lost(store):
-    first = Mirror("bucket://b/run", scratch.place("bucket://b/first"))
-    write(first.place, BEFORE)
+    first = Mirror("bucket://b/run", scratch.copy_path("bucket://b/first"))
+    write(first.directory, BEFORE)
     first.push()
-    second = Mirror("bucket://b/run", scratch.place("bucket://b/second"))
+    second = Mirror("bucket://b/run", scratch.copy_path("bucket://b/second"))
     second.pull()
-    second.own()
-    write(second.place, AFTER)
+    second.claim()
+    write(second.directory, AFTER)
     second.push()
-    write(first.place, {**BEFORE, "search/a": "newer"})
-    with pytest.raises(storage.StoreError, match=r"bucket://b/run: another run has changed metrics.txt meanwhile"):
+    write(first.directory, {**BEFORE, "search/a": "newer"})
+    with pytest.raises(storage.StoreError, match=r"bucket://b/run: .*metrics\.txt"):
         first.push()
-    third = Mirror("bucket://b/run", scratch.place("bucket://b/third"))
+    third = Mirror("bucket://b/run", scratch.copy_path("bucket://b/third"))
     third.pull()
-    assert read(third.place) == AFTER
+    assert read(third.directory) == AFTER
 
 
 def test_changes_of_other_files_are_taken_over(store):
     """A student is exported into a run that is still at work."""
-    run = Mirror("bucket://b/run", scratch.place("bucket://b/first"))
-    write(run.place, BEFORE)
+    run = Mirror("bucket://b/run", scratch.copy_path("bucket://b/first"))
+    write(run.directory, BEFORE)
     run.push()
-    other = Mirror("bucket://b/run", scratch.place("bucket://b/second"))
+    other = Mirror("bucket://b/run", scratch.copy_path("bucket://b/second"))
     other.pull("search")
-    write(other.place, {**read(other.place), "student/file": "1"})
+    write(other.directory, {**read(other.directory), "student/file": "1"})
     other.push()
-    write(run.place, AFTER)
+    write(run.directory, AFTER)
     run.push()
-    reader = Mirror("bucket://b/run", scratch.place("bucket://b/third"))
+    reader = Mirror("bucket://b/run", scratch.copy_path("bucket://b/third"))
     reader.pull()
-    assert read(reader.place) == {**AFTER, "student/file": "1"}
+    assert read(reader.directory) == {**AFTER, "student/file": "1"}
 
 
 def test_files_that_a_user_put_there_stay(store, elsewhere):
     store.put("b/run/notes.txt", b"mine")
     store.put("b/run/search/.zarray", b"mine too")
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     assert read(run) == {"notes.txt": "mine", "search/.zarray": "mine too"}
     write(run, {**read(run), **BEFORE})
-    storage.own(run)
+    storage.claim(run)
     storage.publish()
     write(run, {**read(run), **AFTER})
     storage.publish()
@@ -445,8 +444,8 @@ def test_files_that_a_user_put_there_stay(store, elsewhere):
     assert store.path("b/run/search/.zarray").read_bytes() == b"mine too"
     store.put("b/run/teacher/later.bin", b"later")
     elsewhere()
-    assert storage.local("bucket://b/run/teacher/later.bin").read_bytes() == b"later"
-    assert storage.local("bucket://b/run/notes.txt").read_bytes() == b"mine"
+    assert storage.local_copy("bucket://b/run/teacher/later.bin").read_bytes() == b"later"
+    assert storage.local_copy("bucket://b/run/notes.txt").read_bytes() == b"mine"
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
@@ -454,29 +453,29 @@ def test_files_that_a_user_put_there_stay(store, elsewhere):
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
 def test_what_is_not_what_it_should_be_is_left_out_and_said(store, elsewhere, caplog, damage):
-    write(storage.local("bucket://b/run"), BEFORE)
+    write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
     path = store.path("b/run/search/a")
     {"flipped": lambda: path.write_bytes(b"oldd"[1:]), "cut": lambda: path.write_bytes(b""), "lost": path.unlink}[
         damage
     ]()
     elsewhere()
-    run = storage.local("bucket://b/run")
+    run = storage.local_copy("bucket://b/run")
     assert read(run) == {name: text for name, text in BEFORE.items() if name != "search/a"}
-    assert "bucket://b/run/search/a is missing or not what it should be; it is left out" in caplog.text
+    assert "bucket://b/run/search/a" in caplog.text
     write(run, {**read(run), "search/a": "made again"})
     storage.publish()
     elsewhere()
-    assert read(storage.local("bucket://b/run"))["search/a"] == "made again"
+    assert read(storage.local_copy("bucket://b/run"))["search/a"] == "made again"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a//b", "a/../../x", "", "a/.", "a\\..\\x", "a\0"])
 def test_no_file_lands_outside_of_its_directory(store, name):
-    manifest = json.loads(Manifest({"a": Entry(1, "0" * 64)}, "w", 1).to_json())
+    manifest = json.loads(Manifest({"a": FileRecord(1, "0" * 64)}, "w", 1).to_json())
     manifest["files"] = {name: manifest["files"]["a"]}
     store.put(f"b/run/{MANIFEST}", json.dumps(manifest).encode())
-    with pytest.raises(ValueError, match=r"bucket://b/run/\.kdsearch/manifest\.json is damaged: .*no name of a file"):
-        storage.local("bucket://b/run")
+    with pytest.raises(ValueError, match=r"bucket://b/run/\.kdsearch/manifest\.json"):
+        storage.local_copy("bucket://b/run")
 
 
 @pytest.mark.parametrize(
@@ -487,25 +486,25 @@ def test_no_file_lands_outside_of_its_directory(store, name):
 )  # fmt: skip
 def test_a_damaged_manifest_is_refused_in_one_line(store, content):
     store.put(f"b/run/{MANIFEST}", content)
-    with pytest.raises(ValueError, match=r"^workdir: bucket://b/run/\.kdsearch/manifest\.json is damaged: ") as caught:
-        storage.local("bucket://b/run", "workdir")
+    with pytest.raises(ValueError, match=r"^workdir: bucket://b/run/\.kdsearch/manifest\.json") as caught:
+        storage.local_copy("bucket://b/run", "workdir")
     assert "\n" not in command_line.error_line(caught.value)
 
 
 def test_objects_outside_of_every_directory_are_refused(store):
     store.put("b/run/../../etc/x", b"")
-    with pytest.raises(ValueError, match="no name of a file below a directory"):
-        storage.local("bucket://b/run")
+    with pytest.raises(ValueError, match="etc/x"):
+        storage.local_copy("bucket://b/run")
 
 
 def test_a_disk_too_small_is_said_before_anything_is_brought(store, elsewhere, monkeypatch):
-    write(storage.local("bucket://b/run"), BEFORE)
+    write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
     elsewhere()
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(mirror.shutil, "disk_usage", lambda path: usage._replace(free=3))
-    with pytest.raises(storage.StoreError, match=r"bucket://b/run: 0 MiB are to be copied .* set TMPDIR to a larger"):
-        storage.local("bucket://b/run")
+    with pytest.raises(storage.StoreError, match=r"bucket://b/run: .*TMPDIR"):
+        storage.local_copy("bucket://b/run")
 
 
 # --- copies on this machine -----------------------------------------------------------------------------------------
@@ -558,7 +557,7 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
         elsewhere()
         module, found = kdsearch_jax.load(address)
         np.testing.assert_array_equal(np.asarray(module.apply(found, images)), expected)
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         networks.save_network("bucket://b/net", architecture, variables, INFO)
     labels = np.arange(40, dtype=np.int32) % 10
     data = {"images": np.random.default_rng(2).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), "labels": labels}
@@ -579,11 +578,9 @@ def test_a_damaged_network_of_a_store_is_refused(store, elsewhere):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     elsewhere()
-    with pytest.raises(ValueError, match="^bucket://b/net is damaged"):
+    with pytest.raises(ValueError, match="^bucket://b/net "):
         kdsearch_jax.load("bucket://b/net")
-    with pytest.raises(
-        FileNotFoundError, match="^bucket://b/nothing is not a directory; give one that save_network wrote"
-    ):
+    with pytest.raises(FileNotFoundError, match="^bucket://b/nothing "):
         kdsearch_jax.load("bucket://b/nothing")
 
 
@@ -598,7 +595,7 @@ def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monke
         checkpoints.wait()
         store.fails("checkpoints/6")
         checkpoints.save(6, state(6), {"config": 1})
-        with pytest.raises(OSError, match=r"the checkpoint of step 6 could not be written .* 503: the store is unwell"):
+        with pytest.raises(OSError, match=r"step 6 .*503: the store is unwell"):
             checkpoints.wait()
         store.fails(None)
     elsewhere()
@@ -636,9 +633,9 @@ def command(python: str, workdir: str, *more: str) -> list[str]:
     return [python, "-m", "kdsearch_jax.search", "--config", TINY, "--workdir", workdir, *LONG, *more]
 
 
-def published(store: Store, key: str) -> dict[str, Entry]:
+def published(store: Store, key: str) -> dict[str, FileRecord]:
     path = store.path(f"{key}/{MANIFEST}")
-    return dict(Manifest.of(path.read_bytes(), "").files) if path.exists() else {}
+    return dict(Manifest.from_json(path.read_bytes(), "").files) if path.exists() else {}
 
 
 def same_results(run: Path, reference: Path) -> None:
@@ -686,7 +683,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_the_next(store, elsewhere, tmp_p
                           text=True, check=True)  # fmt: skip
     assert "student: bucket://b/run/student" in done.stdout and str(tmp_path) not in done.stdout + done.stderr
     assert not any((tmp_path / "last").glob("kdsearch-copies-*"))
-    same_results(storage.local("bucket://b/run"), reference)
+    same_results(storage.local_copy("bucket://b/run"), reference)
     listed = {f"b/run/{name}" for name in published(store, "b/run")}
     others = {key for key in store.objects() if key not in listed and "/.kdsearch/" not in key}
     assert all("tensorboard" in key for key in others), others  # nothing that a killed one has left
@@ -719,7 +716,7 @@ def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, refer
     expected = kdsearch_jax.load(reference / "student").variables
     found, wanted = (arrays.flatten(tree) for tree in (variables, expected))
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
-    again, first = (storage.local(address) for address in ("bucket://b/again", "bucket://b/old"))
+    again, first = (storage.local_copy(address) for address in ("bucket://b/again", "bucket://b/old"))
     left, right = (json.loads((d / "student/network.json").read_text())["payload"]["leaves"] for d in (again, first))
     assert left == right
 
@@ -750,5 +747,5 @@ def test_two_processes_share_nothing_but_the_store(store, elsewhere, tmp_path, p
     assert done.returncode == 0, done.stderr
     homes = [tmp_path / "homes" / rank for rank in "01"]
     assert all(home.is_dir() for home in homes)
-    same_results(storage.local("bucket://b/run"), tmp_path / "run")
-    assert json.loads(storage.local("bucket://b/run/environment.json").read_text())["processes"] == 2
+    same_results(storage.local_copy("bucket://b/run"), tmp_path / "run")
+    assert json.loads(storage.local_copy("bucket://b/run/environment.json").read_text())["processes"] == 2

@@ -18,7 +18,7 @@ def network(
     root: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None, then: Write | None = None
 ) -> Write:
     """A copy of the network, its two records changed by `change` and sealed anew, as an attacker would."""
-    from kdsearch_jax.storage.files import seal
+    from kdsearch_jax.storage.files import json_digest
 
     def write(box: Path) -> None:
         shutil.copytree(root / "net", box / "net")
@@ -26,9 +26,9 @@ def network(
             architecture = json.loads((box / "net/architecture.json").read_text())
             payload = json.loads((box / "net/network.json").read_text())["payload"]
             change(architecture, payload)
-            payload["architecture"] = seal(architecture)
+            payload["architecture"] = json_digest(architecture)
             (box / "net/architecture.json").write_text(json.dumps(architecture))
-            (box / "net/network.json").write_text(json.dumps({"payload": payload, "sha256": seal(payload)}))
+            (box / "net/network.json").write_text(json.dumps({"payload": payload, "sha256": json_digest(payload)}))
         if then is not None:
             then(box / "net")
 

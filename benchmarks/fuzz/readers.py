@@ -155,13 +155,13 @@ def read_network(content: bytes) -> None:
     record = _parsed(content)
     if isinstance(record, dict) and isinstance(record.get("payload"), dict):
         try:
-            from kdsearch_jax.storage.files import seal
+            from kdsearch_jax.storage.files import json_digest
 
-            content = json.dumps({"payload": record["payload"], "sha256": seal(record["payload"])}).encode()
+            content = json.dumps({"payload": record["payload"], "sha256": json_digest(record["payload"])}).encode()
         except ValueError:  # a lone surrogate
             return
     try:
-        payload = networks._network_payload(_stored(content))
+        payload = networks._read_network_json(_stored(content))
     except DamagedError:
         return
     assert all(size >= 0 for leaf in payload["leaves"].values() for size in leaf["shape"])
@@ -201,11 +201,11 @@ def read_manifest(content: bytes) -> None:
     from kdsearch_jax.storage.manifest import Manifest
 
     try:
-        found = Manifest.of(content, "it")
+        found = Manifest.from_json(content, "it")
     except DamagedError as error:
         assert len(str(error)) < 2000
         return
-    assert Manifest.of(found.to_json(), "it") == found
+    assert Manifest.from_json(found.to_json(), "it") == found
     assert all(part not in ("", ".", "..") for name in found.files for part in name.split("/"))
 
 
@@ -246,9 +246,9 @@ def examples(name: str) -> list[bytes]:
 
         return [seeds.encoded(kind, 4, mode) for kind in ("PNG", "JPEG", "GIF", "BMP") for mode in ("L", "RGB")]
     if name == "manifest":
-        from kdsearch_jax.storage.manifest import Entry, Manifest
+        from kdsearch_jax.storage.manifest import FileRecord, Manifest
 
-        files = {"a.json": Entry(3, "0" * 64, None), "search/log": Entry(5, None, None)}
+        files = {"a.json": FileRecord(3, "0" * 64, None), "search/log": FileRecord(5, None, None)}
         return [Manifest(files, "writer", 7).to_json()]
     from kdsearch_jax.adapters.architecture import Architecture
     from kdsearch_jax.runs.config import to_json

@@ -64,7 +64,7 @@ def make(root: Path) -> None:
             torch.save({key: torch.tensor(leaf) for key, leaf in flat.items()}, root / "weights.pth")
             continue
         (root / "out").mkdir()
-        (root / "out/student.safetensors").write_bytes(export_formats.packed(architecture, variables, INFO))
+        (root / "out/student.safetensors").write_bytes(export_formats.to_safetensors(architecture, variables, INFO))
     random = np.random.default_rng(0)
     labels = np.arange(40) % CLASSES
     np.savez(root / "data.npz", images=random.integers(0, 255, (40, *SHAPE), np.uint8), labels=labels)

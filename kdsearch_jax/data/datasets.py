@@ -27,7 +27,7 @@ from kdsearch_jax.data.progress import Progress
 from kdsearch_jax.data.settings import RULES, DataConfig
 from kdsearch_jax.data.streaming import Framing, Reader, Records, resized
 from kdsearch_jax.data.tfds import bad
-from kdsearch_jax.storage.files import DamagedError, line, memory, read_arrays
+from kdsearch_jax.storage.files import DamagedError, one_line, read_arrays, total_memory
 
 LARGEST = 4 * 2**30  # bytes of a split, as uint8, that may lie on every device; what is larger is streamed
 SAMPLE = 1000  # images of a streamed split on which mean and std are measured
@@ -201,13 +201,13 @@ def _npz(name: str) -> tuple[Split, Split | None, Split | None, tuple[str, ...],
 
 def _npz_arrays(name: str) -> dict[str, np.ndarray]:
     """The arrays of a file by name."""
-    path = storage.local(name.removeprefix("npz:"), "data.name")
+    path = storage.local_copy(name.removeprefix("npz:"), "data.name")
     if not path.is_file():
         raise FileNotFoundError(f"data.name: {name!r} is not there: no file {path.absolute()}")
     try:
-        return read_arrays(path, limit=memory())
+        return read_arrays(path, limit=total_memory())
     except (OSError, DamagedError) as error:
-        why = line(error).rpartition(f"{path} is damaged, or ")[2]
+        why = one_line(error).rpartition(f"{path} is damaged, or ")[2]
         raise bad(name, f"is damaged, or {why}; write it with numpy.savez") from error
 
 
@@ -215,7 +215,7 @@ def _feeds_itself(name: str) -> bool:
     """Whether a file has one entry beside the labels, and it is not images: it is the input."""
     if not name.startswith("npz:"):
         return False
-    path = storage.local(name.removeprefix("npz:"), "data.name")
+    path = storage.local_copy(name.removeprefix("npz:"), "data.name")
     if not path.is_file():  # a device may have no end
         return False
     try:

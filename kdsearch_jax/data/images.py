@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdsearch_jax.storage.files import DamagedError, line
+from kdsearch_jax.storage.files import DamagedError, one_line
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 MAX_PIXELS = 1 << 26  # ImageNet's largest has 61 million
@@ -36,7 +36,7 @@ def opened(encoded: bytes) -> Any:
     except UnidentifiedImageError:
         raise DamagedError(f"no image in the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # every plug-in of Pillow has its own
-        raise DamagedError(line(error)) from None
+        raise DamagedError(one_line(error)) from None
     if image.width * image.height > MAX_PIXELS:
         raise DamagedError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS} are decoded")
     if image.mode[0] in "IF":
@@ -49,7 +49,7 @@ def converted(image: Any, channels: int) -> Any:
     try:
         return image.convert(_MODES[channels])
     except Exception as error:
-        raise DamagedError(line(error)) from None
+        raise DamagedError(one_line(error)) from None
 
 
 def pixels(image: Any, channels: int) -> NDArray[np.uint8]:

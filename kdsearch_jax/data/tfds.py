@@ -16,7 +16,7 @@ import numpy as np
 
 from kdsearch_jax import storage
 from kdsearch_jax.data.streaming import Records
-from kdsearch_jax.storage.files import line
+from kdsearch_jax.storage.files import one_line
 
 
 def records(name: str, data_dir: str | None = None) -> tuple[Records, Records | None, Records | None, tuple[str, ...]]:
@@ -51,7 +51,7 @@ def records(name: str, data_dir: str | None = None) -> tuple[Records, Records | 
             try:
                 source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
             except Exception as error:
-                raise bad(name, f"cannot be read ({line(error)})") from error
+                raise bad(name, f"cannot be read ({one_line(error)})") from error
             found = Records(source, f"{name} {split}", image, label, channels)
             # Competitions keep the labels of their test split for themselves: TFDS writes −1.
             if len(found) and (split == "train" or found.read([0])[0][1] >= 0):
@@ -63,9 +63,9 @@ def records(name: str, data_dir: str | None = None) -> tuple[Records, Records | 
 
 def _local(directory: str, name: str) -> str:
     """Where TFDS finds a data set; out of an object store it is copied, all of it."""
-    if storage.address(directory) is None:
-        return str(storage.local(directory))
-    return str(storage.local(f"{directory}/{re.split('[/:]', name)[0]}", "data.data_dir").parent)
+    if storage.remote_address(directory) is None:
+        return str(storage.local_copy(directory))
+    return str(storage.local_copy(f"{directory}/{re.split('[/:]', name)[0]}", "data.data_dir").parent)
 
 
 def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
@@ -79,7 +79,7 @@ def _open(tfds: Any, name: str, given: dict[str, str]) -> Any:
         near = difflib.get_close_matches(name, known, n=3) or ["digits", "npz:FILE", "cifar10"]
         raise bad(name, f"is unknown; did you mean {' or '.join(near)}?") from error
     except Exception as error:
-        raise bad(name, f"cannot be opened by TFDS ({line(error)})") from error
+        raise bad(name, f"cannot be opened by TFDS ({one_line(error)})") from error
     return builder
 
 
@@ -107,7 +107,7 @@ def _prepared(tfds: Any, name: str, builder: Any, given: dict[str, str]) -> Any:
     except Exception as error:
         needed = ", and install tensorflow, for this one step only" if "tensorflow" in str(error).lower() else ""
         raise bad(
-            name, f"is not in {where} and could not be prepared ({line(error)}); run {by_hand} to see more{needed}"
+            name, f"is not in {where} and could not be prepared ({one_line(error)}); run {by_hand} to see more{needed}"
         ) from error
     return builder
 

@@ -23,7 +23,7 @@ from kdsearch_jax.reporting import (
 from kdsearch_jax.reporting.comparison_record import ComparisonRecord, read_comparison
 from kdsearch_jax.reporting.figure_style import NARROW, DrawFunction, Drawing, Layout, to_png, to_svg
 from kdsearch_jax.reporting.run_record import RunRecord, read_run
-from kdsearch_jax.storage.files import line, write_bytes
+from kdsearch_jax.storage.files import one_line, write_bytes
 
 INDEX = "index.html"
 _FILTERS = (
@@ -56,7 +56,7 @@ class PageFigure(NamedTuple):
 
 def write_report(directory: str | Path) -> Path:
     """As `kdsearch_jax.reporting.write_report`."""
-    path = storage.local(directory)
+    path = storage.local_copy(directory)
     is_comparison = (path / comparison_record.FILE).is_file()
     with _naming_directory(path):
         record = read_comparison(path) if is_comparison else read_run(path)
@@ -82,7 +82,7 @@ def _naming_directory(directory: Path, *errors: type[Exception]) -> Iterator[Non
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, jinja2.TemplateError, *errors) as error:
         raise ValueError(
-            f"{directory}: its files do not make a report ({type(error).__name__}: {line(error)}); one of them is "
+            f"{directory}: its files do not make a report ({type(error).__name__}: {one_line(error)}); one of them is "
             "damaged or from another version; --traceback shows where"
         ) from error
 

@@ -330,7 +330,7 @@ def _usage(run: RunRecord) -> dict[str, Any]:
     path = _student_path(run)
     architecture = run.architecture or {}
     call = architecture.get("call")
-    shown = storage.shown(str(path))
+    shown = storage.display_paths(str(path))
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         shown = str(path.relative_to(Path.cwd()))
     usage = _image_usage(architecture, _training_info(path)) if call is None else _call_usage(call)

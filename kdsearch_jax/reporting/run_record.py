@@ -16,7 +16,7 @@ import numpy as np
 
 from kdsearch_jax.reporting.predictions import Predictions, read_predictions
 from kdsearch_jax.reporting.unit_groups import UnitGroup, make_groups
-from kdsearch_jax.storage.files import parse_json, read_arrays, read_object, read_sealed
+from kdsearch_jax.storage.files import parse_json, read_arrays, read_json_object, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def read_search_groups(search: Path) -> tuple[UnitGroup, ...]:
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None if there is no such file."""
-    return read_object(path) if path.is_file() else None
+    return read_json_object(path) if path.is_file() else None
 
 
 def read_rows(path: Path, key: str) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ class Front:
         return delivery.table(self.results)
 
 
-@storage.named()
+@storage.addresses_in_errors()
 @without_mesh()
 def run(
     module: Any,
@@ -141,7 +141,7 @@ def run(
     experiment = changed(experiment, settings or {})
     dataset = _dataset(data, experiment)
     scratch = Path(tempfile.mkdtemp(prefix="kdsearch-")) if workdir is None else None
-    directory = storage.local(workdir or f"{scratch}/run", "workdir", whole=True)
+    directory = storage.local_copy(workdir or f"{scratch}/run", "workdir", entire_run=True)
     try:
         setup = prepare(
             experiment, directory, resume=resume, own=UserTeacher(module, variables, dataset, loss, metrics)

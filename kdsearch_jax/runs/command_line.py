@@ -109,7 +109,7 @@ def _brought(options: T, whole: bool = False) -> T:
     """The options with the paths of copies in place of addresses of an object store."""
     values = {name: getattr(options, name) for name in _names(options)}
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-    local = {name: storage.local(path, _dashed(name), whole=whole) for name, path in paths.items()}
+    local = {name: storage.local_copy(path, _dashed(name), entire_run=whole) for name, path in paths.items()}
     return dataclasses.replace(options, **local)  # type: ignore  # a record of flags
 
 
@@ -138,7 +138,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         status = INTERRUPTED
     status = FAILED if status is None else status
-    storage.close()
+    storage.discard_copies()
     if status:
         processes.leave(status)
     sys.exit(status)
@@ -164,14 +164,14 @@ def error_line(error: BaseException) -> str:
     ours = not frames or Path(__file__).parents[1] in Path(frames[-1].filename).parents
     if not ours and not isinstance(error, (OSError, ImportError)) and not hasattr(error, "exit_status"):
         text = f"{type(error).__name__}: {text} (--traceback shows where)"
-    text = storage.shown(text)
+    text = storage.display_paths(text)
     # Names out of files may hold anything, also what moves a terminal's cursor.
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return storage.shown(super().format(record))
+        return storage.display_paths(super().format(record))
 
 
 def configure_logging() -> None:
@@ -341,11 +341,11 @@ def _run_config(given: dict[str, Any]) -> str | None:
         return None
     named = [given["workdir"]] if given.get("resume") and "workdir" in given else []
     if "search-from" in given:  # a run, or its search stage
-        stage = storage.local(given["search-from"], "--search-from", whole=True)
+        stage = storage.local_copy(given["search-from"], "--search-from", entire_run=True)
         named += [str(stage), str(stage.parent)]
     if "front-from" in given:
         named.append(given["front-from"])
-    paths = (storage.local(name, whole=True) / "config.json" for name in named)
+    paths = (storage.local_copy(name, entire_run=True) / "config.json" for name in named)
     return next((str(path) for path in paths if path.is_file()), None)
 
 

@@ -222,7 +222,7 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
 
 
 def _find(name_or_path: str) -> Path:
-    path = storage.local(name_or_path, "--config")
+    path = storage.local_copy(name_or_path, "--config")
     if path.suffix in (".py", ".json") or len(path.parts) > 1:
         if not path.is_file():
             raise FileNotFoundError(f"--config {name_or_path}: no such file")

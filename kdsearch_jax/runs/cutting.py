@@ -29,8 +29,7 @@ from kdsearch_jax.runs.budget_points import Point
 from kdsearch_jax.runs.fit_stage import meet, save, write, write_npz
 from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, traced
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
-from kdsearch_jax.storage.checkpoint_files import written_whole
-from kdsearch_jax.storage.files import DamagedError, read_arrays, read_sealed
+from kdsearch_jax.storage.files import DamagedError, atomic_directory, read_arrays, read_sealed
 from kdsearch_jax.tracing.messages import apart
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.state import TrainState
@@ -180,7 +179,7 @@ def publish(source: Path, directory: Path) -> None:
     if source != directory and jax.process_index() == 0:
         for name in ("gates.npz", "selection.json", "architecture.json"):
             shutil.copy(source / name, directory / name)
-        with written_whole(directory / "network") as part:
+        with atomic_directory(directory / "network") as part:
             shutil.copytree(source / "network", part, dirs_exist_ok=True)
     meet("search published")
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def deliver(setup: RunSetup, name: str, student: str) -> None:
     """RUN/student: the network of RUN/name, `.safetensors` and StableHLO, each proved equal in a fresh process."""
     directory = setup.directory / student
-    if export_formats.is_whole(directory):
+    if export_formats.is_complete_export(directory):
         return
     found = setup.load(setup.directory / name / "network")
     if not (directory / "network.json").is_file():

@@ -29,10 +29,10 @@ from kdsearch_jax.runs.provenance import code, environment
 from kdsearch_jax.storage.files import (
     MAX_SETTINGS,
     DamagedError,
+    json_digest,
     read_json,
-    read_object,
+    read_json_object,
     read_sealed,
-    seal,
     write_json,
     write_sealed,
 )
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _FOLDERS = re.compile("(teacher|search|retrain|report|student|at|uniform|magnitude)(-.+)?")
 _FILES = ("config.json", "run.json", "environment.json", "results.json", "front.json", "evidence.npz")
 _UNFINISHED = re.compile(
-    r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<end>tmp|old)"  # written_whole
+    r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<end>tmp|old)"  # atomic_directory
     r"|\.(?P<file>.+)\.\d+\.part"  # files.write_bytes
     r"|\.export-.+"
     r"|metrics\.jsonl\.new"
@@ -111,7 +111,7 @@ def run_directory(
                     f"data: {workdir} was begun with others (fingerprint {known['data']}, now {data}); give those, or "
                     "choose another --workdir"
                 )
-            storage.own(workdir)
+            storage.claim(workdir)
             state = {"command": dict(command), "finished": False, **({"data": data} if data else {})}
             _new_run_directory(workdir, experiment, resume, state=state, extends=extends)
             if held:  # and is this run, or it would have been refused
@@ -120,7 +120,7 @@ def run_directory(
             return True
 
         first_says(begin)
-        storage.follow()
+        storage.refresh()
         check_shared(workdir, "environment.json")
         yield
         if jax.process_index() == 0:
@@ -136,13 +136,13 @@ def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = Fals
     """
 
     def begin() -> bool:
-        storage.own(workdir)
+        storage.claim(workdir)
         _new_run_directory(workdir, experiment, resume)
         storage.publish()
         return True
 
     first_says(begin)
-    storage.follow()
+    storage.refresh()
     return workdir
 
 
@@ -217,14 +217,14 @@ def _new_run_directory(
         if not extends:
             check_same(workdir, experiment)
         with contextlib.suppress(OSError, ValueError):
-            last = read_object(workdir / "environment.json")
+            last = read_json_object(workdir / "environment.json")
             earlier = last.pop("earlier", [])
             earlier = [*(earlier if isinstance(earlier, list) else []), last]
     workdir.mkdir(parents=True, exist_ok=True)
     about = {**_about(state), "code": code(experiment)}
     write_json(workdir / "environment.json", {**environment(), **about, "earlier": earlier})
     if state is not None:
-        write_sealed(workdir / "run.json", {**state, "config": seal(settings)})
+        write_sealed(workdir / "run.json", {**state, "config": json_digest(settings)})
     if extends or not path.exists():
         write_json(path, settings)  # last: without it there is no run
 
@@ -238,7 +238,7 @@ def check_same(workdir: Path, experiment: Experiment) -> None:
     path, known = workdir / "config.json", _run(workdir)
     try:
         stored = read_json(path, MAX_SETTINGS)
-        if known and known.get("config") not in (None, seal(stored)):
+        if known and known.get("config") not in (None, json_digest(stored)):
             raise DamagedError("not what the run began with, says run.json; put it back, or choose another --workdir")
         old = from_json(stored)
     except DamagedError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from kdsearch_jax import storage
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.pruning.network import count
@@ -18,7 +19,6 @@ from kdsearch_jax.runs import evaluation
 from kdsearch_jax.runs.config import to_json
 from kdsearch_jax.runs.setup import PROOF, RunSetup, is_plain
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
-from kdsearch_jax.storage import checkpoint_files as checkpoint
 from kdsearch_jax.storage.files import write_arrays, write_json, write_sealed
 from kdsearch_jax.storage.networks import BOXES, module_info, save_network
 from kdsearch_jax.tracing.topology import leaf_shapes
@@ -112,7 +112,7 @@ def save(
 
 def meet(what: str) -> None:
     """Waits for the other processes of the run, which see then what the first has written."""
-    checkpoint.meet(what)
+    storage.sync_processes(what)
 
 
 def write(path: Path, value: Any, *, seal: bool = False) -> None:

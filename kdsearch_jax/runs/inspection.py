@@ -20,7 +20,7 @@ from kdsearch_jax.pruning.settings import BOUNDS
 from kdsearch_jax.runs import evaluation, latency
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, network_directory
-from kdsearch_jax.storage.files import line
+from kdsearch_jax.storage.files import one_line
 from kdsearch_jax.tracing.topology import Topology
 
 SHOWN = 4  # names of frozen parameters to a reason
@@ -57,7 +57,9 @@ def traced(
         network = trace(module, *call.example(2), **call.keywords(module, train=False))
     except (TypeError, ValueError) as error:
         entries = ", ".join(call.to_json()["inputs"].values())
-        raise ValueError(f"the network was called with {entries} (--input-shape, --inputs): {line(error)}") from error
+        raise ValueError(
+            f"the network was called with {entries} (--input-shape, --inputs): {one_line(error)}"
+        ) from error
     seconds = time.perf_counter() - start
     gates = experiment.gates
     network = network.select(gates.kinds, gates.include, gates.exclude)

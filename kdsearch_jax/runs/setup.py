@@ -54,9 +54,8 @@ from kdsearch_jax.runs.teacher_source import (
     model_arguments,
     network_directory,
 )
-from kdsearch_jax.storage.checkpoint_files import CheckpointError
-from kdsearch_jax.storage.files import memory, read_sealed
-from kdsearch_jax.storage.networks import BOXES, own_boxes, own_shapes
+from kdsearch_jax.storage.files import CheckpointError, read_sealed, total_memory
+from kdsearch_jax.storage.networks import BOXES, initial_boxes, initial_shapes
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class RunSetup:
     def base_shapes(self, module: Any) -> dict[str, tuple[int, ...]]:
         """{path: shape} of the arrays of what a network of this run was cut from, which is the same for all."""
         if not self.shapes:
-            self.shapes.update(own_shapes(base_of(module), self.task.call))
+            self.shapes.update(initial_shapes(base_of(module), self.task.call))
         return self.shapes
 
     def load(self, directory: Path) -> LoadedNetwork:
@@ -201,7 +200,7 @@ def prepare(
     )
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
+    boxes = given.info.get(BOXES, {}) if given else described(initial_boxes(module, architecture.called))
     setup = RunSetup(experiment, dataset, directory, task, given, found, base, further, boxes)
     for note in notes:
         setup.warn(note)
@@ -272,10 +271,10 @@ def _task(
     _check_augmentation(experiment, dataset)
     variables = adapter_for(module).variables(module, call.example(2), call.keywords(module, train=False))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
-    if given is None and COPIES * size > memory():
+    if given is None and COPIES * size > total_memory():
         raise ValueError(
             f"model.arguments: to train this {architecture.model} takes {COPIES * size / 2**30:.1f} GiB for parameters "
-            f"alone; this machine has {memory() / 2**30:.1f}"
+            f"alone; this machine has {total_memory() / 2**30:.1f}"
         )
     loss, metrics = (own.loss, own.metrics) if own is not None else (None, None)
     task = task_lib.examine(

@@ -35,7 +35,7 @@ from kdsearch_jax.runs.fit_stage import fit, meet, save, write, write_npz
 from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, traced
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, architecture_of
 from kdsearch_jax.runs.weights import fresh
-from kdsearch_jax.storage.checkpoint_files import written_whole
+from kdsearch_jax.storage.files import atomic_directory
 from kdsearch_jax.storage.safe_readers import check_directory
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
@@ -100,8 +100,8 @@ def _take_over(setup: RunSetup) -> None:
             continue
         meet(f"{name} is taken over")
         if jax.process_index() == 0:
-            check_directory(setup.search_from.parent / name, links=False)
-            with written_whole(setup.directory / name) as part:
+            check_directory(setup.search_from.parent / name, allow_links=False)
+            with atomic_directory(setup.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(setup.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
         meet(f"{name} was taken over")

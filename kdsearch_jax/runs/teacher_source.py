@@ -27,8 +27,8 @@ from kdsearch_jax.models import pretrained
 from kdsearch_jax.runs import weights
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.storage import export_formats
-from kdsearch_jax.storage.files import read_object
-from kdsearch_jax.storage.networks import BOXES, load_network, own_boxes
+from kdsearch_jax.storage.files import read_json_object
+from kdsearch_jax.storage.networks import BOXES, initial_boxes, load_network
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def load_teacher(
         return given
     if source is None:
         return None
-    if export_formats.holds_student(Path(source)):
+    if export_formats.is_exported_student(Path(source)):
         given = LoadedNetwork(*export_formats.read_safetensors(source, trust_code=trust_code))
         _check_teacher(source, given, experiment, dataset)
         return given
@@ -115,7 +115,9 @@ def load_teacher(
     module = architecture.module()
     architecture.called.check(module)
     variables = weights.load(source, module, architecture.called, architecture.input_shape)
-    return LoadedNetwork(module, variables, architecture, {BOXES: described(own_boxes(module, architecture.called))})
+    return LoadedNetwork(
+        module, variables, architecture, {BOXES: described(initial_boxes(module, architecture.called))}
+    )
 
 
 def _unnamed(directory: Path, base: Any) -> Any:
@@ -123,7 +125,7 @@ def _unnamed(directory: Path, base: Any) -> Any:
     if base is None or not (directory / "architecture.json").is_file():
         return None
     name, _ = registry.describe(base)
-    described = read_object(directory / "architecture.json")
+    described = read_json_object(directory / "architecture.json")
     return base if name.startswith(registry.GIVEN) and described.get("model") == name else None
 
 
@@ -221,10 +223,10 @@ def model_arguments(experiment: Experiment, classes: int) -> dict[str, Any]:
 
 def local_teacher(source: str | None, argument: str) -> str | None:
     """The path of a copy where a teacher lies in an object store: of a run, of its teacher alone."""
-    if source is None or storage.address(source) is None:
+    if source is None or storage.remote_address(source) is None:
         return source
-    inner = storage.local(f"{source}/teacher/network", argument)
-    return str(inner.parent.parent if inner.exists() else storage.local(source, argument))
+    inner = storage.local_copy(f"{source}/teacher/network", argument)
+    return str(inner.parent.parent if inner.exists() else storage.local_copy(source, argument))
 
 
 def network_directory(path: str | None) -> Path | None:

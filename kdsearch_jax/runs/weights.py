@@ -33,8 +33,8 @@ from kdsearch_jax.adapters.devices import gathered
 from kdsearch_jax.models import pretrained
 from kdsearch_jax.pruning.network import adapter_for
 from kdsearch_jax.storage import safe_readers
-from kdsearch_jax.storage.arrays import OneByOne, unflatten
-from kdsearch_jax.storage.files import DamagedError, line, memory
+from kdsearch_jax.storage.arrays import SequentialNumpyHandler, unflatten
+from kdsearch_jax.storage.files import DamagedError, one_line, total_memory
 from kdsearch_jax.tracing.messages import nearest
 
 LISTED = 8  # entries of each side of a mismatch
@@ -56,7 +56,7 @@ def load(path: str | Path, module: Any, call: CallSpec, input_shape: tuple[int, 
       FileNotFoundError: there is nothing.
       ValueError: it cannot be read, or does not fit the module; lists both sides.
     """
-    path = storage.local(path, "teacher_from")
+    path = storage.local_copy(path, "teacher_from")
     if not path.exists():
         raise FileNotFoundError(f"teacher_from: {path} does not exist")
     if _is_torch(path):
@@ -108,11 +108,11 @@ def _read_orbax(path: Path) -> Any:
             ):
                 found: Any = store.metadata(folder).item_metadata
                 tree = getattr(found, "tree", found)
-                safe_readers.check_declared(tree, min(safe_readers.LARGEST, memory()))
+                safe_readers.check_declared(tree, min(safe_readers.LARGEST, total_memory()))
                 arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
                 return store.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments))
         except Exception as error:  # TensorStore's, Orbax's, the file system's
-            told = f"{folder} cannot be read by Orbax ({line(error)}); is it complete?"
+            told = f"{folder} cannot be read by Orbax ({one_line(error)}); is it complete?"
             raise ValueError(f"teacher_from: {told}") from error
     raise ValueError(
         f"teacher_from: {path} is no directory that is known: neither of a run or a network (network.json), nor of "
@@ -120,7 +120,7 @@ def _read_orbax(path: Path) -> Any:
     )
 
 
-class _InTurn(OneByOne):
+class _InTurn(SequentialNumpyHandler):
     """JAX's arrays as NumPy's: one after the other, and nobody asks on which devices they were."""
 
     def typestr(self) -> str:
@@ -132,7 +132,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     kinds, scalar = ocp.type_handlers, ocp.type_handlers.ScalarHandler()
     registry = kinds.create_type_handler_registry(
         (int, scalar), (float, scalar), (bytes, scalar), (np.number, scalar), (str, kinds.StringHandler()),
-        (np.ndarray, OneByOne()), (jax.Array, _InTurn()),
+        (np.ndarray, SequentialNumpyHandler()), (jax.Array, _InTurn()),
     )  # fmt: skip
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 

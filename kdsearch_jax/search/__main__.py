@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     command = {
         "command": "search",
         "--stop-after": options.stop_after,
-        "--search-from": options.search_from and storage.shown(str(options.search_from)),
+        "--search-from": options.search_from and storage.display_paths(str(options.search_from)),
         "--budgets": list(experiment.budgets) if adds else None,
     }
     if adds:
@@ -66,12 +66,12 @@ def main(argv: list[str]) -> int:
     ):
         results = stages.run(setup, resume=resume, stop_after=options.stop_after)
     if results is None:
-        where = storage.shown(str(workdir))
+        where = storage.display_paths(str(workdir))
         print(f"stopped after {options.stop_after}: {where}; --resume without --stop-after goes on")
         return 0
     print(delivery.table(results))
     students = [str(workdir / point.student) for point in budget_points.points(setup.experiment)]
-    print(storage.shown(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}"))
+    print(storage.display_paths(f"student: {', '.join(students)}\nreport:  {workdir / 'report' / 'index.html'}"))
     return 0
 
 

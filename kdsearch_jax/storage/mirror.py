@@ -1,25 +1,24 @@
-"""A directory of a store and its local copy: snapshots of the one become the other, whole.
+"""Synchronises a directory of an object store with its local copy, one complete snapshot at a time.
 
-In the store every file is an object of its own name, so that people can fetch and open it; beside them lies
-`.kdsearch/manifest.json`, which lists name, size and SHA-256 of what belongs to the directory. Publishing is a log of
-what is to be done, written first:
+In the store each file is an object of its own name, so that people can download and open it; `.kdsearch/manifest.json`
+lists the name, size and SHA-256 of every file that belongs to the directory. Publishing works like a write-ahead log:
 
     1  new files are PUT under their names, which the manifest does not list yet; changed ones under .kdsearch/staged/
-    2  the manifest is PUT: one object, so it is the old or the new (the commit)
-    3  staged objects are copied over those of the same name; staged ones, and those not listed any more, are deleted
+    2  the manifest is PUT: a single object, so readers see the old or the new one (the commit)
+    3  staged objects are copied over the objects they replace, then deleted with those that are no longer listed
 
-Killed or failing before 2, the directory is what it was; after 2, what was to be. Who reads takes an object whose
-digest is the manifest's, in place or staged; one that is neither is left out, with a warning, and then whatever needs
-it says what is missing. Names that 1 is about to use are written down before, so that leftovers can be removed, and
-nothing else.
+A kill or failure before 2 leaves the old directory; after 2, the new one. Readers accept an object, in place or staged,
+only if its digest matches the manifest; a file without such an object is left out with a warning, and whatever needs it
+says what is missing. The names that step 1 is about to create are recorded first, so that leftovers, and nothing else,
+can be deleted.
 
-What is published is what the local directory held at one moment: files are listed until two listings in a row agree and
-all that they name is uploaded. So whatever survives a local kill at any moment survives a kill here. Logs that grow all
-the time, and reports, are exempt (`loose`): nobody's work depends on them, the newest stands, and no digest is kept.
+A snapshot is what the local directory contained at one moment: files are listed until two consecutive listings agree
+and every file in them has been uploaded. Anything that survives a local kill therefore survives one here. Logs and
+reports that grow all the time are exempt (`is_growing`): nothing depends on them, and they have no digest.
 
-One process writes. A change by another since is taken over where it is of other files; of the same, this one stops:
-the run was started a second time. Stores have no "replace only if unchanged", so two commits within milliseconds of one
-another are not told apart.
+One process writes. If another process has changed other files, its change is merged; if it has changed the same files,
+this one stops, since the run was started twice. Object stores have no portable "replace only if unchanged", so two
+commits within milliseconds of each other cannot be told apart.
 """
 
 from __future__ import annotations
@@ -41,283 +40,312 @@ from typing import Any
 from kdsearch_jax.storage.bucket import Bucket, StoreError
 from kdsearch_jax.storage.files import MAX_JSON
 from kdsearch_jax.storage.manifest import (
+    CONTROL,
     MANIFEST,
-    OURS,
     STAGED,
     WRITING,
-    Entry,
+    FileRecord,
     Manifest,
-    checked,
+    check_name,
     is_below,
-    is_brought,
-    is_loose,
-    is_own,
+    is_downloaded_by_default,
+    is_growing,
+    is_permanent,
 )
 
-_AT_ONCE = 16  # transfers
-_PATIENCE = 20  # times that a reader begins anew because a writer was faster
+_PARALLEL_TRANSFERS = 16
+_MAX_READS = 20  # attempts to read a snapshot while a writer keeps replacing it
 
-Signature = tuple[int, int, int]  # inode, bytes, time of the last change
+FileState = tuple[int, int, int]  # inode, bytes, modification time in ns
 
 log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """A directory of a store, and its copy at `place`."""
+    """A directory of an object store and its local copy.
 
-    def __init__(self, address: str, place: Path):
-        self.address, self.place = address, place
+    Args:
+      address: of the directory in the store.
+      directory: of the local copy.
+
+    Attributes:
+      excluded: directories inside `directory` that are not part of it.
+    """
+
+    def __init__(self, address: str, directory: Path):
+        self.address, self.directory = address, directory
         self._bucket = Bucket(address)
         self._lock = threading.RLock()
-        self.apart: set[Path] = set()  # below `place`, and not part of it
+        self.excluded: set[Path] = set()
         self._writer, self._numbers = uuid.uuid4().hex[:12], itertools.count()
-        self._seen: Manifest | None = None  # as it was read or written last
-        self._here: dict[str, tuple[Signature, Entry]] = {}  # local files that are those of the store
-        self._brought: set[str] = set()
-        self._announced: set[str] = set()  # objects that may be there without being listed
+        self._manifest: Manifest | None = None  # as last read or written
+        self._synced: dict[str, tuple[FileState, FileRecord]] = {}  # local files whose content the store has
+        self._pulled: set[str] = set()
+        self._announced: set[str] = set()  # objects that may exist without being listed
         self._staged: set[str] = set()
-        self._settled: set[str] = set()  # staged objects that are in their places, whatever a manifest says
-        self._writes = False
+        self._settled: set[str] = set()  # staged objects that are in place, whatever a manifest says
+        self._is_writer = False
 
     # Reading
 
-    def pull(self, below: str = "", *, everything: bool = False) -> None:
-        """Brings what lies below a name, and drops what is not listed there any more; local changes stay.
+    def pull(self, below: str = "", *, include_checkpoints: bool = False) -> None:
+        """Downloads files and deletes those that are no longer listed; local changes are kept.
 
-        everything: folders too that are left out else, of checkpoints and TensorBoard.
+        Args:
+          below: the folder or file to download; "" for everything.
+          include_checkpoints: also download checkpoints and TensorBoard events.
         """
         with self._lock:
             missing: list[str] = []
-            for _ in range(_PATIENCE):
-                seen = self._look()
-                within = {
-                    n: e for n, e in seen.files.items() if is_below(n, below) and (everything or is_brought(n, below))
+            for _ in range(_MAX_READS):
+                manifest = self._read_manifest()
+                wanted = {
+                    name: record
+                    for name, record in manifest.files.items()
+                    if is_below(name, below) and (include_checkpoints or is_downloaded_by_default(name, below))
+                    if name not in self._synced or not record.same_content(self._synced[name][1])
                 }
-                wanted = {n: e for n, e in within.items() if n not in self._here or not e.like(self._here[n][1])}
-                self._check_room(wanted)
-                missing = [name for name, there in _each(self._bring, wanted.items()) if not there]
-                if not missing or self._read() == seen:
+                self._check_free_space(wanted)
+                missing = [name for name, present in _parallel(self._download, wanted.items()) if not present]
+                if not missing or self._fetch_manifest() == manifest:
                     break
             for name in missing:
-                if seen.files[name].sha256:
-                    log.warning("%s/%s is missing or not what it should be; it is left out", self.address, name)
-            for name in [name for name in self._here if is_below(name, below) and name not in seen.files]:
-                self._drop(name)
-            if not everything:
-                self._brought.add(below)
+                if manifest.files[name].sha256:
+                    log.warning("%s/%s is missing or does not match its digest; skipped", self.address, name)
+            for name in [name for name in self._synced if is_below(name, below) and name not in manifest.files]:
+                self._delete_local(name)
+            if not include_checkpoints:
+                self._pulled.add(below)
 
     def pull_again(self) -> None:
-        """Brings what changed of all that was brought before."""
-        for below in sorted(self._brought):
+        """Updates everything that was pulled before."""
+        for below in sorted(self._pulled):
             self.pull(below)
 
-    def _look(self) -> Manifest:
-        theirs = self._read()
-        self._check_others(theirs)
-        self._seen = theirs
-        return theirs
+    def _read_manifest(self) -> Manifest:
+        manifest = self._fetch_manifest()
+        self._check_other_writers(manifest)
+        self._manifest = manifest
+        return manifest
 
-    def _read(self) -> Manifest:
-        """The manifest; without one, all objects that there are, but what somebody is publishing for the first time."""
+    def _fetch_manifest(self) -> Manifest:
+        """The manifest; without one, all objects except those that a writer is about to publish for the first time."""
         if (content := self._bucket.read(MANIFEST, MAX_JSON)) is not None:
-            return Manifest.of(content, f"{self.address}/{MANIFEST}")
-        found = self._bucket.find()
-        unlisted = self._unlisted(n for n in found if n.startswith(f"{WRITING}/"))
-        if (content := self._bucket.read(MANIFEST, MAX_JSON)) is not None:  # the first came meanwhile
-            return Manifest.of(content, f"{self.address}/{MANIFEST}")
-        others = [name for name in found if name and name not in unlisted and not name.startswith(f"{OURS}/")]
-        return Manifest({checked(name): Entry(found[name]) for name in others})
+            return Manifest.from_json(content, f"{self.address}/{MANIFEST}")
+        objects = self._bucket.find()
+        unlisted = self._announced_by(name for name in objects if name.startswith(f"{WRITING}/"))
+        if (content := self._bucket.read(MANIFEST, MAX_JSON)) is not None:  # the first one was written meanwhile
+            return Manifest.from_json(content, f"{self.address}/{MANIFEST}")
+        names = [name for name in objects if name and name not in unlisted and not name.startswith(f"{CONTROL}/")]
+        return Manifest({check_name(name): FileRecord(objects[name]) for name in names})
 
-    def _unlisted(self, records: Iterable[str]) -> set[str]:
-        """What writers have written down to be there perhaps without being listed."""
+    def _announced_by(self, announcements: Iterable[str]) -> set[str]:
+        """Names of objects that writers have announced, so they may exist without being listed."""
         names: set[str] = set()
-        for record in records:
-            content = self._bucket.read(record, MAX_JSON) or b"[]"
+        for announcement in announcements:
+            content = self._bucket.read(announcement, MAX_JSON) or b"[]"
             with contextlib.suppress(ValueError, TypeError):
-                names |= {checked(name) for name in json.loads(content)}
+                names |= {check_name(name) for name in json.loads(content)}
         return names
 
-    def _bring(self, item: tuple[str, Entry]) -> tuple[str, bool]:
-        """(name, whether the file is here now)."""
-        name, entry = item
-        path = self.place / name
-        if path.exists() and (name not in self._here or _signature(path) != self._here[name][0]):
-            return name, True  # changed here
+    def _download(self, item: tuple[str, FileRecord]) -> tuple[str, bool]:
+        """Returns (name, whether the file is present locally now)."""
+        name, record = item
+        path = self.directory / name
+        if path.exists() and (name not in self._synced or _state(path) != self._synced[name][0]):
+            return name, True  # changed locally
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            for source in (name, entry.staged):
+            for source in (name, record.staged):
                 if source and self._bucket.download(source, part):
                     size, digest = _digest(part)
-                    if entry.sha256 in (None, digest):
+                    if record.sha256 in (None, digest):
                         part.replace(path)
-                        self._here[name] = _signature(path), Entry(size if entry.sha256 else entry.bytes, entry.sha256)
+                        size = size if record.sha256 else record.bytes
+                        self._synced[name] = _state(path), FileRecord(size, record.sha256)
                         return name, True
         finally:
             part.unlink(missing_ok=True)
         return name, False
 
-    def _drop(self, name: str) -> None:
-        path, (signature, _) = self.place / name, self._here.pop(name)
+    def _delete_local(self, name: str) -> None:
+        path, (state, _) = self.directory / name, self._synced.pop(name)
         with contextlib.suppress(OSError):
-            if _signature(path) == signature:
+            if _state(path) == state:
                 path.unlink()
-            for folder in path.relative_to(self.place).parents[:-1]:
-                (self.place / folder).rmdir()  # fails where something else is in it
+            for folder in path.relative_to(self.directory).parents[:-1]:
+                (self.directory / folder).rmdir()  # fails unless it is empty
 
-    def _check_room(self, wanted: Mapping[str, Entry]) -> None:
+    def _check_free_space(self, wanted: Mapping[str, FileRecord]) -> None:
         if not wanted:
             return
-        self.place.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(entry.bytes for entry in wanted.values()), shutil.disk_usage(self.place).free
+        self.directory.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(record.bytes for record in wanted.values()), shutil.disk_usage(self.directory).free
         if needed > free:
             raise StoreError(
-                f"{self.address}: {needed >> 20} MiB are to be copied to {self.place}, where {free >> 20} MiB are "
+                f"{self.address}: its copy needs {needed >> 20} MiB in {self.directory}, where {free >> 20} MiB are "
                 "free; set TMPDIR to a larger disk"
             )
 
     # Writing
 
-    def own(self) -> None:
-        """Completes what a writer that was killed had committed, and removes what it had not; for the run itself."""
+    def claim(self) -> None:
+        """Makes this process the writer: completes what a killed writer had committed and deletes what it had not."""
         with self._lock:
-            seen, self._writes = self._look(), True
+            manifest, self._is_writer = self._read_manifest(), True
             staged = set(self._bucket.find(STAGED))
-            waiting = {n: e.staged for n, e in seen.files.items() if e.staged in staged and e.staged}
-            records = list(self._bucket.find(WRITING))
-            leftover = staged | set(records) | (self._unlisted(records) - seen.files.keys())
-            self._settle(waiting, leftover)
-            self._settled |= {e.staged for e in seen.files.values() if e.staged} - staged
+            pending = {n: r.staged for n, r in manifest.files.items() if r.staged in staged and r.staged}
+            announcements = set(self._bucket.find(WRITING))
+            leftover = staged | announcements | (self._announced_by(announcements) - manifest.files.keys())
+            self._settle(pending, leftover)
+            self._settled |= {record.staged for record in manifest.files.values() if record.staged} - staged
 
     def push(self) -> None:
-        """Publishes the local directory as it is at one moment.
+        """Publishes a snapshot of the local directory, if it has changed.
 
         Raises:
-          StoreError: it could not be written, or another run has; what was there before is intact.
+          StoreError: the upload failed, or another run has written; what was published before is intact.
         """
         with self._lock:
-            if self._differs(self._listing()):
-                self._writes = True
+            if self._has_changed(self._list_local()):
+                self._is_writer = True
                 try:
                     self._push()
                 except FileNotFoundError as error:  # the bucket itself
                     raise StoreError(f"{self.address} could not be written: {error}") from error
 
     def _push(self) -> None:
-        base = self._look().files
-        sent: dict[str, tuple[Signature, Entry]] = {}
-        before: dict[str, Signature] = {}
-        gone: set[str] = set()
-        while True:
-            now = self._listing()
-            firm = {name: signature for name, signature in now.items() if not is_loose(name)}
-            known = {name: signature for name, (signature, _) in {**self._here, **sent}.items()}
-            todo = [name for name, signature in firm.items() if known.get(name) != signature]
-            if not todo and firm == before:
-                break
-            gone = self._gone(now)
-            self._announce({name for name in todo if name not in base} | gone)
-            sent |= {n: (firm[n], entry) for n, entry in _each(self._send, ((n, base.get(n)) for n in todo)) if entry}
-            before = firm
-        grown = [name for name in now if is_loose(name) and self._differs({name: now[name]}, every=False)]
-        sent |= {n: (now[n], entry) for n, entry in _each(self._send, ((n, None) for n in grown)) if entry}
-        files = {n: _unstaged(e) if e.staged in self._settled else e for n, e in base.items() if n not in gone}
-        files |= {name: entry for name, (_, entry) in sent.items() if name in now}
-        if files != dict(base):
-            self._check_others(self._read())
-            version = Manifest(files, self._writer, (self._seen or Manifest()).sequence + 1)
-            self._bucket.write(MANIFEST, version.to_json())
-            self._seen = version
-        for name in gone:
-            del self._here[name]
-        self._here |= {name: (signature, _unstaged(entry)) for name, (signature, entry) in sent.items() if name in now}
-        waiting = {
-            n: e.staged for n, (_, e) in sent.items() if e.staged and e.staged not in self._settled and n in files
-        }
-        self._settle(waiting, gone | (self._announced - files.keys()))
+        published = self._read_manifest().files
+        listing, deleted, sent = self._upload_snapshot(published)
+        growing = [n for n in listing if is_growing(n) and self._has_changed({n: listing[n]}, check_deleted=False)]
+        sent |= {n: (listing[n], r) for n, r in _parallel(self._upload, ((n, None) for n in growing)) if r}
+        sent = {name: pair for name, pair in sent.items() if name in listing}
+        files = {
+            name: _without_staged(record) if record.staged in self._settled else record
+            for name, record in published.items()
+            if name not in deleted
+        } | {name: record for name, (_, record) in sent.items()}
+        if files != dict(published):
+            self._check_other_writers(self._fetch_manifest())
+            manifest = Manifest(files, self._writer, (self._manifest or Manifest()).sequence + 1)
+            self._bucket.write(MANIFEST, manifest.to_json())
+            self._manifest = manifest
+        for name in deleted:
+            del self._synced[name]
+        self._synced |= {name: (state, _without_staged(record)) for name, (state, record) in sent.items()}
+        pending = {n: r.staged for n, (_, r) in sent.items() if r.staged and r.staged not in self._settled}
+        self._settle(pending, deleted | (self._announced - files.keys()))
 
-    def _send(self, item: tuple[str, Entry | None]) -> tuple[str, Entry | None]:
-        """Uploads a file; (name, None) where it was gone already."""
-        name, old = item
-        path = self.place / name
+    def _upload_snapshot(
+        self, published: Mapping[str, FileRecord]
+    ) -> tuple[dict[str, FileState], set[str], dict[str, tuple[FileState, FileRecord]]]:
+        """Uploads until two listings agree.
+
+        Returns:
+          The listing, the files that were deleted locally, and {name: (local state, record)} of what was uploaded.
+        """
+        sent: dict[str, tuple[FileState, FileRecord]] = {}
+        before: dict[str, FileState] = {}
+        deleted: set[str] = set()
+        while True:
+            listing = self._list_local()
+            fixed = {name: state for name, state in listing.items() if not is_growing(name)}
+            known = {name: state for name, (state, _) in {**self._synced, **sent}.items()}
+            changed = [name for name, state in fixed.items() if known.get(name) != state]
+            if not changed and fixed == before:
+                return listing, deleted, sent
+            deleted = self._deleted(listing)
+            self._announce({name for name in changed if name not in published} | deleted)
+            uploads = _parallel(self._upload, ((name, published.get(name)) for name in changed))
+            sent |= {name: (fixed[name], record) for name, record in uploads if record}
+            before = fixed
+
+    def _upload(self, item: tuple[str, FileRecord | None]) -> tuple[str, FileRecord | None]:
+        """Uploads a file, staged if it was published before; returns (name, None) if it no longer exists."""
+        name, published = item
+        path = self.directory / name
         try:
-            if is_loose(name):
+            if is_growing(name):
                 self._bucket.upload(name, path)
-                return name, Entry(path.stat().st_size)
+                return name, FileRecord(path.stat().st_size)
             size, digest = _digest(path)
-            if old is not None and old.sha256 == digest:
-                return name, old
+            if published is not None and published.sha256 == digest:
+                return name, published
             staged = None
-            if old is not None:
+            if published is not None:
                 staged = f"{STAGED}/{self._writer}-{next(self._numbers)}"
                 self._staged.add(staged)
             self._bucket.upload(staged or name, path)
-            return name, Entry(size, digest, staged)
+            return name, FileRecord(size, digest, staged)
         except (FileNotFoundError, StoreError):
             if path.exists():
                 raise
             return name, None
 
     def _announce(self, names: set[str]) -> None:
-        """Writes down what may be there without being listed."""
+        """Records which objects may soon exist without being listed."""
         if not names <= self._announced:
             self._announced |= names
             self._bucket.write(f"{WRITING}/{self._writer}", json.dumps(sorted(self._announced)).encode())
 
     def _settle(self, staged: Mapping[str, str], leftover: Iterable[str]) -> None:
-        """Puts changed files into their places, and removes objects; what fails is done by the next `own`."""
+        """Copies staged objects into place and deletes leftovers; after a failure the next `claim` does it."""
         try:
-            _each(lambda item: self._bucket.copy(item[1], item[0]), staged.items())
-            _each(self._bucket.delete, {*staged.values(), *leftover, *self._staged})
+            _parallel(lambda item: self._bucket.copy(item[1], item[0]), staged.items())
+            _parallel(self._bucket.delete, {*staged.values(), *leftover, *self._staged})
         except OSError as error:
-            log.warning("%s: written, but not tidied up: %s", self.address, error)
+            log.warning("%s: published, but temporary objects could not be cleaned up: %s", self.address, error)
             return
         self._announced, self._staged = set(), set()
         self._settled |= set(staged.values())
 
-    def _check_others(self, theirs: Manifest) -> None:
-        """Raises StoreError where another process has changed a file that is this one's as well."""
-        seen = self._seen
-        if seen is None or not self._writes or theirs.writer in (seen.writer, self._writer):
+    def _check_other_writers(self, manifest: Manifest) -> None:
+        """Raises StoreError if another process has changed a file that this one has as well."""
+        last = self._manifest
+        if last is None or not self._is_writer or manifest.writer in (last.writer, self._writer):
             return
-        names = seen.files.keys() | theirs.files.keys()
-        changed = {n for n in names if not Entry.like(seen.files.get(n, Entry(-1)), theirs.files.get(n))}
-        if clash := sorted(n for n in changed & {*self._here, *self._listing()} if not is_loose(n)):
+        names = last.files.keys() | manifest.files.keys()
+        absent = FileRecord(-1)
+        changed = {n for n in names if not last.files.get(n, absent).same_content(manifest.files.get(n))}
+        if clash := sorted(n for n in changed & {*self._synced, *self._list_local()} if not is_growing(n)):
             raise StoreError(
-                f"{self.address}: another run has changed {clash[0]} meanwhile, and goes on there; this one stops, and "
-                "nothing of it is written over"
+                f"{self.address}: another run has changed {clash[0]} and continues there; this one stops without "
+                "overwriting anything"
             )
 
-    def _differs(self, listing: Mapping[str, Signature], every: bool = True) -> bool:
-        known = {name: signature for name, (signature, _) in self._here.items()}
-        return any(known.get(n) != s for n, s in listing.items()) or (every and bool(self._gone(listing)))
+    def _has_changed(self, listing: Mapping[str, FileState], check_deleted: bool = True) -> bool:
+        known = {name: state for name, (state, _) in self._synced.items()}
+        changed = any(known.get(name) != state for name, state in listing.items())
+        return changed or (check_deleted and bool(self._deleted(listing)))
 
-    def _gone(self, listing: Mapping[str, Signature]) -> set[str]:
-        """Files that were here and are not any more."""
-        return {name for name in self._here.keys() - listing.keys() if all(map(is_own, name.split("/")))}
+    def _deleted(self, listing: Mapping[str, FileState]) -> set[str]:
+        return {name for name in self._synced.keys() - listing.keys() if all(map(is_permanent, name.split("/")))}
 
-    def _listing(self) -> dict[str, Signature]:
-        """The local files that belong to the directory: no temporary ones, no links."""
-        if self._here and not self.place.is_dir():
-            raise StoreError(f"{self.place}, the copy of {self.address}, was deleted; start again with --resume")
-        found = {}
-        for folder, folders, names in os.walk(self.place):
-            folders[:] = [name for name in folders if is_own(name) and Path(folder, name) not in self.apart]
-            for name in filter(is_own, names):
+    def _list_local(self) -> dict[str, FileState]:
+        """The local files that belong to the directory, without temporary files and links."""
+        if self._synced and not self.directory.is_dir():
+            raise StoreError(
+                f"{self.directory}, the local copy of {self.address}, was deleted; start again with --resume"
+            )
+        listing = {}
+        for folder, folders, names in os.walk(self.directory):
+            folders[:] = [name for name in folders if is_permanent(name) and Path(folder, name) not in self.excluded]
+            for name in filter(is_permanent, names):
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):
                     if not path.is_symlink():
-                        found[path.relative_to(self.place).as_posix()] = _signature(path)
-        return found
+                        listing[path.relative_to(self.directory).as_posix()] = _state(path)
+        return listing
 
 
-def _each(function: Any, items: Iterable[Any]) -> list[Any]:
-    """The function's values, several at once; raises the first error when all have ended."""
-    given = list(items)
-    if len(given) < 2:
-        return [function(item) for item in given]
-    with ThreadPoolExecutor(min(_AT_ONCE, len(given))) as pool:
-        return list(pool.map(function, given))
+def _parallel(function: Any, items: Iterable[Any]) -> list[Any]:
+    """Maps a function over items in threads; raises the first error once all have finished."""
+    items = list(items)
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(_PARALLEL_TRANSFERS, len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 def _digest(path: Path) -> tuple[int, str]:
@@ -326,10 +354,10 @@ def _digest(path: Path) -> tuple[int, str]:
         return file.tell(), digest
 
 
-def _signature(path: Path) -> Signature:
-    told = path.stat()
-    return told.st_ino, told.st_size, told.st_mtime_ns
+def _state(path: Path) -> FileState:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _unstaged(entry: Entry) -> Entry:
-    return Entry(entry.bytes, entry.sha256)
+def _without_staged(record: FileRecord) -> FileRecord:
+    return FileRecord(record.bytes, record.sha256)

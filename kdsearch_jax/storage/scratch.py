@@ -1,8 +1,8 @@
-"""The directory of this process for local copies of what lies in a store; it goes when the process ends.
+"""This process's scratch directory for copies of object-store directories; deleted when the process ends.
 
-`gs://bucket/run` has its copy at SCRATCH/gs/bucket/run, so that even a message which names the copy says what is meant.
-SCRATCH is made where Python makes temporary files (TMPDIR). A process holds a lock on its own; those of processes that
-were killed are found without one, and removed by the next.
+The copy of `gs://bucket/run` is SCRATCH/gs/bucket/run, so even a message that shows the local path tells what it is.
+SCRATCH is created where Python creates temporary files (TMPDIR). Each process holds a lock on its own; directories
+without a lock belonged to processes that were killed, and the next process deletes them.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ import time
 from pathlib import Path
 
 _PREFIX = "kdsearch-copies-"
-_YOUNG = 60.0  # seconds within which one may not have its lock yet
+_GRACE = 60.0  # seconds; a younger directory may not have its lock yet
 
 
 @functools.cache
 def directory() -> Path:
     """This process's scratch directory."""
-    _sweep()
+    _delete_abandoned()
     path = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-    _locked(path)
+    _lock(path)
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
 
-def place(address: str) -> Path:
-    """Where the copy of an address is."""
+def copy_path(address: str) -> Path:
+    """The path of the local copy of an address."""
     scheme, _, rest = address.partition("://")
     return directory() / scheme / rest
 
 
-def shown(text: str) -> str:
-    """The text with addresses in place of their copies' paths."""
+def with_addresses(text: str) -> str:
+    """The text with the paths of local copies replaced by their addresses."""
     if not directory.cache_info().currsize:
         return text
     return re.sub(re.escape(str(directory())) + r"/([a-z0-9+.-]+)/", r"\1://", text)
 
 
 def remove() -> None:
-    """Removes the scratch directory now, where there is one."""
+    """Deletes the scratch directory, if there is one."""
     if directory.cache_info().currsize:
         shutil.rmtree(directory(), ignore_errors=True)
         directory.cache_clear()
 
 
-def _locked(path: Path) -> bool:
-    """Whether this process has now locked the directory, as long as it lives (cleaners of temporary files heed it)."""
+def _lock(path: Path) -> bool:
+    """Locks a directory for the lifetime of this process (tmp cleaners respect that); False if another holds it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,10 +63,10 @@ def _locked(path: Path) -> bool:
     return True
 
 
-def _sweep() -> None:
+def _delete_abandoned() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            told = path.lstat()
-            ours = path.is_dir() and not path.is_symlink() and told.st_uid == os.getuid()
-            if ours and time.time() - told.st_mtime > _YOUNG and _locked(path):
+            status = path.lstat()
+            ours = path.is_dir() and not path.is_symlink() and status.st_uid == os.getuid()
+            if ours and time.time() - status.st_mtime > _GRACE and _lock(path):
                 shutil.rmtree(path, ignore_errors=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.storage.files import naming, parse_json
+from kdsearch_jax.storage.files import name_in_errors, parse_json
 from kdsearch_jax.training.tensorboard import Events
 
 _WINDOW = 30.0  # seconds over which the rate is measured
@@ -58,14 +58,14 @@ class MetricsWriter:
             raise ValueError(f"values: {taken.pop()!r} is written with every row; give it another name")
         now = time.time()
         line = json.dumps({"step": int(step), "time": round(now, 3), **row}, allow_nan=False)
-        with naming(self._path):
+        with name_in_errors(self._path):
             self._file.write(line + "\n")
         self._events.write(int(step), {name: value for name, value in row.items() if value is not None}, now)
 
     def close(self) -> None:
         """Writes what is pending; may be called again."""
         try:
-            with naming(self._path):  # it writes once more what did not find room
+            with name_in_errors(self._path):  # it writes once more what did not find room
                 self._file.close()
         finally:
             self._events.close()
@@ -103,6 +103,6 @@ def _drop_after(path: Path, last: int) -> None:
         if line.endswith("\n") and isinstance(step, int | float) and step <= last:
             kept.append(line)
     temporary = path.with_name(f"{path.name}.new")
-    with naming(path):
+    with name_in_errors(path):
         temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

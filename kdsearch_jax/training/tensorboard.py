@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdsearch_jax.storage.files import naming
+from kdsearch_jax.storage.files import name_in_errors
 
 _INTERVAL = 10.0  # seconds between what others can read
 
@@ -32,7 +32,7 @@ class Events:
         self._make_event = proto.Event
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        with naming(self._path):
+        with name_in_errors(self._path):
             self._records, self._flushed = RecordWriter(str(self._path)), time.monotonic()
         self._put(proto.Event(wall_time=time.time(), file_version="brain.Event:2"))
         begun = proto.SessionLog(status=proto.SessionLog.START)
@@ -50,14 +50,14 @@ class Events:
 
     def close(self) -> None:
         """Writes what is pending; may be called again."""
-        with naming(self._path):
+        with name_in_errors(self._path):
             self._records.close()
 
     def _put(self, event: Any) -> None:
-        with naming(self._path):
+        with name_in_errors(self._path):
             self._records.write(event.SerializeToString())
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()
-        with naming(self._path):
+        with name_in_errors(self._path):
             self._records.flush()

@@ -20,7 +20,7 @@ import numpy as np
 
 from kdsearch_jax.data.batches import epoch_order
 from kdsearch_jax.data.streaming.columns import Reader
-from kdsearch_jax.storage.files import cores
+from kdsearch_jax.storage.files import available_cores
 
 Place = Callable[[int], tuple[int, np.random.Generator | None]]
 
@@ -91,7 +91,7 @@ def batches(
         options = grain.MultiprocessingOptions(reader.workers, ahead)
         made = made.mp_prefetch(options, worker_init_fn=_leave_with_parent).map(_copied)
     else:
-        threads = min(_THREADS, 2 + cores(), ahead * rows)  # some wait for the disk
+        threads = min(_THREADS, 2 + available_cores(), ahead * rows)  # some wait for the disk
         made = numbers.to_iter_dataset(grain.ReadOptions(threads, ahead * rows)).batch(rows)
     if put is not None:
         made = grain.experimental.ThreadPrefetchIterDataset(made.map(put), prefetch_buffer_size=1)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdsearch_jax.data import images
-from kdsearch_jax.storage.files import DamagedError, line
+from kdsearch_jax.storage.files import DamagedError, one_line
 
 _PIECE, _PIECES = 1 << 16, 256  # bytes, and how many such of a split tell its files from others
 
@@ -89,7 +89,7 @@ class Records:
         try:
             return self.source[number]
         except Exception as error:
-            raise self._damaged(number, line(error)) from error
+            raise self._damaged(number, one_line(error)) from error
 
     def _damaged(self, number: int, why: str) -> ValueError:
         return ValueError(

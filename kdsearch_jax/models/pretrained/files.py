@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax.storage.files import memory
+from kdsearch_jax.storage.files import total_memory
 from kdsearch_jax.storage.safe_readers import check_file, read_safetensors
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th")
@@ -93,7 +93,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     for name, value in content.items():
         if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name!s:.80} is sparse, or declares more numbers than the file has")
-    if sum(4 * value.numel() for value in content.values()) > memory():
+    if sum(4 * value.numel() for value in content.values()) > total_memory():
         raise ValueError(f"{path} declares more than this machine's memory")
     # By way of float32, as NumPy lacks bfloat16; integers stay, to be refused by name.
     return {str(k): (v.float() if v.is_floating_point() else v).numpy() for k, v in content.items()}

@@ -27,7 +27,7 @@ from kdsearch_jax.runs import evaluation
 from kdsearch_jax.runs.comparison.making import place_of, results, scored
 from kdsearch_jax.runs.comparison.rows import ROWS
 from kdsearch_jax.runs.setup import RunSetup, limits_of, traced
-from kdsearch_jax.storage.files import cores, read_sealed, write_json, write_sealed, write_text
+from kdsearch_jax.storage.files import available_cores, read_sealed, write_json, write_sealed, write_text
 from kdsearch_jax.tracing.messages import apart
 
 LEVEL = 0.95
@@ -150,7 +150,7 @@ def hardware() -> str:
     """What a comparison ran on, for people."""
     kinds = [device.device_kind for device in jax.devices()]
     devices = f"{len(kinds)} × {kinds[0]}" if jax.default_backend() != "cpu" else "no accelerator"
-    return f"{devices}, {cores()} CPU cores, jax {jax.__version__}"
+    return f"{devices}, {available_cores()} CPU cores, jax {jax.__version__}"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

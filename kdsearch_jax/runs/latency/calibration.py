@@ -26,7 +26,7 @@ from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import slice_variables
 from kdsearch_jax.runs.latency.timing import UNITS, Tools, asked, medians, of_process_0
-from kdsearch_jax.storage.checkpoint_files import meet
+from kdsearch_jax.storage import sync_processes
 from kdsearch_jax.storage.files import DamagedError, read_sealed, write_sealed
 from kdsearch_jax.tracing.messages import ceiling
 from kdsearch_jax.tracing.topology import Group, Topology
@@ -52,7 +52,7 @@ def prepare(
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_sealed(path, record)
-    meet("measured")
+    sync_processes("measured")
 
 
 def bounded(limits: Limits, budget: BudgetConfig, directory: Path) -> Limits:
