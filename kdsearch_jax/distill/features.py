@@ -32,9 +32,9 @@ from kdsearch_jax.adapters.base import bound
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.tracing import program as program_lib
+from kdsearch_jax.tracing.interpreter import analyze
 from kdsearch_jax.tracing.messages import nearest
 from kdsearch_jax.tracing.topology import Topology, leaf_shapes
-from kdsearch_jax.tracing.walk import walk
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +149,11 @@ def units(module: Any, variables: Any, call: CallSpec, paths: Sequence[str], top
         return [seen[path] for path in paths]
 
     names = leaf_shapes(variables)
-    program = program_lib.flatten(jax.make_jaxpr(run)(variables, *inputs))
-    found = walk(program, names)
+    program = program_lib.flatten_jaxpr(jax.make_jaxpr(run)(variables, *inputs))
+    found = analyze(program, names)
     made = {
         number: value
-        for step in found.steps
+        for step in found.ops
         if step.program is program
         for number, value in zip(step.op.outputs, step.outs, strict=True)
     }

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters import linen, nnx
-from kdsearch_jax.adapters.architecture import cuts_of
+from kdsearch_jax.adapters.architecture import StudentModule, cuts_of
 from kdsearch_jax.adapters.base import Adapter, Layer
 from kdsearch_jax.adapters.call_spec import shaped
 from kdsearch_jax.adapters.devices import off_mesh
@@ -26,10 +26,11 @@ from kdsearch_jax.pruning import trials
 from kdsearch_jax.pruning.gates import everything
 from kdsearch_jax.pruning.restrict import restricted
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Ordered
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing.analysis import Contraction
+from kdsearch_jax.tracing.grouping import build_topology
+from kdsearch_jax.tracing.interpreter import analyze
+from kdsearch_jax.tracing.program import flatten_jaxpr
 from kdsearch_jax.tracing.topology import Topology
-from kdsearch_jax.tracing.walk import walk
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     def droppable(path: str) -> bool:
         return path in layers and layers[path].droppable
 
-    program = flatten(jaxpr)
+    program = flatten_jaxpr(jaxpr)
     paired = released = frozenset[trials.Pairing]()
     while True:
-        found = walk(program, leaves, paired)
-        topology = topology_lib.assemble(found, leaves, batch, droppable)
+        found = analyze(program, leaves, paired)
+        topology = build_topology(found, leaves, batch, droppable)
         more = trials.idle(found, topology) - released
         follows = trials.kept_groups(found, list(leaves), layers)
         network = Network(module, topology, layers, shapes, dict(kwargs), follows)
@@ -211,7 +212,7 @@ class Count:
     uncounted: tuple[str, ...]
     foldable: float = 0.0
     batch_macs: float = 0.0
-    orders: tuple[Ordered, ...] = ()
+    orders: tuple[Contraction, ...] = ()
 
 
 @off_mesh
@@ -227,14 +228,14 @@ def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tup
     library = adapter_for(module)
     variables = library.variables(module, shapes, kwargs)
     traced = library.traced(module, variables, shapes, kwargs)
-    found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))
+    found = analyze(flatten_jaxpr(traced.jaxpr), topology_lib.leaf_shapes(variables))
     macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    batch, orders = topology_lib.batch_size(shapes), tuple(found.orders)
-    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable, macs, orders)
+    batch, orders = topology_lib.batch_size(shapes), tuple(found.contractions)
+    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable_flops, macs, orders)
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:
@@ -247,7 +248,7 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     variables = library.variables(network.module, network.inputs, network.kwargs)
     jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
+    for order, _, scope in analyze(flatten_jaxpr(jaxpr), topology_lib.leaf_shapes(variables)).contractions:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:
@@ -258,4 +259,4 @@ def macs_in_order_of(network: Network, student: Count) -> int:
 
 def _inside(scope: str) -> str:
     """The scope of an operation in the module that a student runs."""
-    return scope.removeprefix("Student/")
+    return scope.removeprefix(f"{StudentModule.__name__}/")
