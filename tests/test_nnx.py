@@ -425,7 +425,7 @@ def test_fresh_variables_come_from_the_factory_and_are_cropped_for_a_student():
     kernel = one["params"]["stem"]["kernel"]
     assert (kernel == same["params"]["stem"]["kernel"]).all() and (kernel != other["params"]["stem"]["kernel"]).any()
     assert (one["batch_stats"]["norm"]["var"] == 1).all()
-    student = module.cut({"stem": {"kernel": (3, 3, 3, 4)}}, ())
+    student = module.resized({"stem": {"kernel": (3, 3, 3, 4)}}, ())
     assert student.init(jax.random.key(0))["params"]["stem"]["kernel"].shape == (3, 3, 3, 4)
     assert hash(module) == hash(FunctionalModule.make(Cnn, {"width": 6})) and module != student
 
@@ -487,9 +487,9 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match="pair: a Param that holds a dict .*one array"):
         FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
-        module.cut({"frist": {"kernel": (6, 3)}}, ())
+        module.resized({"frist": {"kernel": (6, 3)}}, ())
     with pytest.raises(ValueError, match="'first' has no array 'kernle'"):
-        module.cut({"first": {"kernle": (6, 3)}}, ())
+        module.resized({"first": {"kernle": (6, 3)}}, ())
     with pytest.raises(ValueError, match="no argument 'widht'.*did you mean 'width'"):
         Architecture("test_nnx:Mlp", {"widht": 3}).module()
 

@@ -16,7 +16,7 @@ from flax import nnx
 from proof import groups, image, prove, reasons, traced, variables_of
 
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.base import numbers_in, with_number
+from kdsearch_jax.adapters.base import integer_attributes, replace_integer
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import trace
@@ -219,17 +219,17 @@ def test_numbers_of_nnx_modules_follow_and_are_true():
 
 def test_numbers_are_found_and_replaced_wherever_they_are_held():
     held = {"a": 3, "b": (4, True, 1), "c": {"d": 5, "e": "6"}, "f": Config(), "_g": 7, "h": jnp.ones(3)}
-    found = numbers_in(held)
+    found = integer_attributes(held)
     assert found == {"a": 3, "b.0": 4, "c.d": 5, "f.layers": 4, "f.heads": 4, "f.size": 3}
     for name, number in found.items():
         attribute, _, inside = name.partition(".")
-        changed = {**held, attribute: with_number(held[attribute], inside, number + 1)}
-        assert numbers_in(changed) == {**found, name: number + 1}
-    assert numbers_in(held) == found
+        changed = {**held, attribute: replace_integer(held[attribute], inside, number + 1)}
+        assert integer_attributes(changed) == {**found, name: number + 1}
+    assert integer_attributes(held) == found
     for name in ("f.none", "b.7", "c.e", "b.1"):
         attribute, _, inside = name.partition(".")
         with pytest.raises((KeyError, IndexError, AttributeError, TypeError)):
-            with_number(held[attribute], inside, 2)
+            replace_integer(held[attribute], inside, 2)
 
 
 class Scaled(nn.Module):

@@ -231,7 +231,7 @@ class _Trials:
         for path in sorted(self.network.layers, key=distance):
             if around and distance(path)[0]:
                 break
-            for attribute, number in self.network.layers[path].numbers.items():
+            for attribute, number in self.network.layers[path].integers.items():
                 for leaf, axis, length in axes:
                     if number in (length, group.size) and (length * number) % length == 0 and number % group.size == 0:
                         found.append(Follow(path, attribute, number, length, leaf, axis))
