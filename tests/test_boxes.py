@@ -209,7 +209,7 @@ def test_what_files_say_of_boxes(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, variables, sliced)
     rules = (("embed", "data"), ("mlp", ("model", "more")), ("out", None))
     box = nn.LogicallyPartitioned(jnp.ones((2, 3)), ("embed", None), rules=rules)
-    record = json.loads(json.dumps(boxes.described({"a": box})))
+    record = json.loads(json.dumps(boxes.boxes_to_json({"a": box})))
     made = boxes.boxes_from_json(record, dict)["a"]
     assert (made.names, made.rules) == (box.names, box.rules)
     for damaged in ({"a": 3}, {"a": {"kind": "Partitioned"}}, {"a": {}}):
@@ -282,7 +282,6 @@ MESH = """
 import contextlib, jax, jax.numpy as jnp, numpy as np, flax.linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
-from kdsearch_jax import boxes
 from test_boxes import Net, NnxNet, X, check_nnx, cut, groups, initial, trace
 
 variables = {kind: initial(Net(kind, scan=True)) for kind in ("partitioned", "logical")}

@@ -74,7 +74,7 @@ class CallSpec:
         return {**mode_keywords(module, train), **(self.train if train else self.eval)}
 
     def check(self, module: Any) -> None:
-        """Raises ValueError if this lacks an argument that the module's call needs, or has one that it does not take."""
+        """Raises ValueError if the module's call needs another argument, or does not take one that is given here."""
         signature = signature_of(module)
         if signature is None:
             return

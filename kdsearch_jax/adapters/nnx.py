@@ -130,8 +130,8 @@ OnCall = Callable[[str, str, Callable[[], Any]], Any]
 def watched(module: FunctionalModule, on_call: OnCall) -> Iterator[None]:
     """Replaces every layer's call by `on_call(path, path of the caller, call)`.
 
-    NNX has no interceptors, so the layers' classes are patched, as `nnx.capture` does. Each layer stores its path, which
-    is kept by NNX transformations (`nnx.scan`, `nnx.remat`) that recreate the layer.
+    NNX has no interceptors, so the layers' classes are patched, as `nnx.capture` does. Each layer stores its path,
+    which is kept by NNX transformations (`nnx.scan`, `nnx.remat`) that recreate the layer.
     """
     active: list[Any] = []
 

@@ -173,16 +173,16 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     """
     if name.startswith(OBJECT_PREFIX):
         raise ValueError(
-            f"this network was created from a module object, {name.removeprefix(OBJECT_PREFIX)}, which a file cannot hold; "
-            "pass an equal module, or a function that creates it: kdsearch_jax.load(path, module=…)"
+            f"a file cannot hold the module of this network, {name.removeprefix(OBJECT_PREFIX)}; pass an equal module, "
+            "or a function that creates it: kdsearch_jax.load(path, module=…)"
         )
     if ":" in name:
         factory = _imported(name)
-    elif name in built_in_models():
-        factory = built_in_models()[name]
+    elif name in (models := built_in_models()):
+        factory = models[name]
     else:
         raise ValueError(
-            f"model {name!r} is unknown{_nearest(name, built_in_models())}; there are {', '.join(sorted(built_in_models()))}, "
+            f"model {name!r} is unknown{_nearest(name, models)}; there are {', '.join(sorted(models))}, "
             "and package.module:factory for your own"
         )
     _check_arguments(name, factory, arguments)

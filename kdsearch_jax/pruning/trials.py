@@ -231,7 +231,8 @@ class _Trials:
         for path in sorted(self.network.layers, key=distance):
             if around and distance(path)[0]:
                 break
-            for attribute, number in self.network.layers[path].integers.items():
+            integers = self.network.layers[path].integers
+            for attribute, number in sorted(integers.items(), key=lambda item: item[0].count(".")):
                 for leaf, axis, length in axes:
                     if number in (length, group.size) and (length * number) % length == 0 and number % group.size == 0:
                         found.append(Follow(path, attribute, number, length, leaf, axis))
@@ -253,10 +254,13 @@ class _Trials:
         return False
 
     def _needed(self, together: Sequence[str], chosen: Sequence[Follow]) -> Sequence[Follow]:
-        """Those without which the trial fails; of equals a module's own attribute, and not what its configuration says.
+        """Those without which the trial fails; a module's own attributes rather than those of its configuration.
 
         A number that need not change may be another size that happens to be equal.
         """
+        own = [each for each in chosen if "." not in each.name]
+        if 0 < len(own) < len(chosen) and self.failure(together, own) is None:
+            chosen = own
         for each in sorted(chosen, key=lambda each: -each.name.count(".")) if len(chosen) > 1 else ():
             rest = [other for other in chosen if other != each]
             if self.failure(together, rest) is None:

@@ -121,7 +121,7 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
     """The record with milliseconds and bytes of a call, and whether a budget on these can be met."""
     config, random = experiment.budget, np.random.default_rng(0)
-    shapes = adapter_for(network.module).variables(network.module, network.inputs, network.kwargs)
+    shapes = adapter_for(network.module).abstract_variables(network.module, network.inputs, network.kwargs)
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),

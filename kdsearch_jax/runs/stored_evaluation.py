@@ -65,8 +65,8 @@ def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
     module, variables, architecture, _ = network
     if not architecture.input_shape:
         raise ValueError(
-            f"{directory} is not fed images alone ({', '.join(architecture.call_spec.arguments)}), which is all that this "
-            "command shows a network; the table of its run, results.json, has what was measured"
+            f"{directory} is not fed images alone ({', '.join(architecture.call_spec.arguments)}), which is all that "
+            "this command shows a network; the table of its run, results.json, has what was measured"
         )
     found, expected = dataset.test.images.shape[1:], tuple(architecture.input_shape)
     if found != expected:

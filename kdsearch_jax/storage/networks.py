@@ -114,7 +114,8 @@ def load_network(
 ) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
     """What `save_network` wrote: (module, variables, architecture, info), every array compared with its digest.
 
-    module: the base model, for a network of a module object that could not be named in a file; see `registry.as_module`.
+    module: the base model, for a network of a module object that could not be named in a file, see
+      `registry.as_module`.
     trust_code: a network of `package.module:factory` may import that package, that is, run its code.
 
     Raises:
