@@ -234,7 +234,7 @@ def test_numbers_are_found_and_replaced_wherever_they_are_held():
             replace_integer(held[attribute], inside, 2)
 
 
-class Attention(nn.Module):
+class ConfiguredAttention(nn.Module):
     """As in GPT-2: `setup` copies sizes of the configuration to the module, whose call reads the copies."""
 
     config: Any
@@ -254,7 +254,7 @@ def test_a_module_follows_its_own_attributes_rather_than_its_configuration():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(3, name="out")(Attention(SimpleNamespace(width=24, heads=4), name="attention")(x))
+            return nn.Dense(3, name="out")(ConfiguredAttention(SimpleNamespace(width=24, heads=4), name="attention")(x))
 
     found = proved(Model(), image(5, 6))
     assert sizes(found)["attention/qkv"] == 4
