@@ -209,12 +209,12 @@ def test_what_files_say_of_boxes(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, variables, sliced)
     rules = (("embed", "data"), ("mlp", ("model", "more")), ("out", None))
     box = nn.LogicallyPartitioned(jnp.ones((2, 3)), ("embed", None), rules=rules)
-    record = json.loads(json.dumps(boxes.described({"a": box})))
-    made = boxes.made(record, dict)["a"]
+    record = json.loads(json.dumps(boxes.boxes_to_json({"a": box})))
+    made = boxes.boxes_from_json(record, dict)["a"]
     assert (made.names, made.rules) == (box.names, box.rules)
     for damaged in ({"a": 3}, {"a": {"kind": "Partitioned"}}, {"a": {}}):
         with pytest.raises(ValueError, match="boxes: 'a'"):
-            boxes.made(damaged, dict)
+            boxes.boxes_from_json(damaged, dict)
 
 
 def test_searched_with_boxes(tmp_path):

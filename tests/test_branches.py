@@ -8,7 +8,7 @@ import pytest
 from proof import groups, image, network, norm, out, pooled, prove, reasons, traced, variables_of
 
 from kdsearch_jax.pruning import gates, surgery
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing.program import flatten_jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -178,7 +178,7 @@ def test_branches(module, names, left):
     keep = gates.everything(found.topology)
     keep |= {group.name: np.zeros(1, bool) for group in found.topology.groups if group.kind == "branches"}
     student, left_over = found.student(keep), surgery.slice_variables(variables, found, keep)
-    program = flatten(jax.make_jaxpr(student.apply)(left_over, x))
+    program = flatten_jaxpr(jax.make_jaxpr(student.apply)(left_over, x))
     assert sum(op.name in ("dot_general", "conv_general_dilated") for op in program.ops) == left
 
 

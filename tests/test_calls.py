@@ -40,7 +40,7 @@ def test_a_random_layer_is_named():
     def net(m, x):
         return out(nn.Dropout(0.5, deterministic=False, name="drop")(nn.relu(nn.Dense(6, name="a")(x))))
 
-    with pytest.raises(ValueError, match="layer 'drop' is random while the network is traced.*deterministic=True"):
+    with pytest.raises(ValueError, match="layer 'drop' .*deterministic=True"):
         trace(net, image(12))
 
 
@@ -96,5 +96,5 @@ def test_unusual_modules_work(module):
 
 
 def test_a_network_without_parameters_cannot_be_pruned():
-    with pytest.raises(ValueError, match="nothing in this network can be pruned .it has no parameters"):
+    with pytest.raises(ValueError, match="it has no parameters"):
         trace(network(lambda m, x: jax.nn.relu(x)), image(12))

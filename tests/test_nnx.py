@@ -425,7 +425,7 @@ def test_fresh_variables_come_from_the_factory_and_are_cropped_for_a_student():
     kernel = one["params"]["stem"]["kernel"]
     assert (kernel == same["params"]["stem"]["kernel"]).all() and (kernel != other["params"]["stem"]["kernel"]).any()
     assert (one["batch_stats"]["norm"]["var"] == 1).all()
-    student = module.cut({"stem": {"kernel": (3, 3, 3, 4)}}, ())
+    student = module.resized({"stem": {"kernel": (3, 3, 3, 4)}}, ())
     assert student.init(jax.random.key(0))["params"]["stem"]["kernel"].shape == (3, 3, 3, 4)
     assert hash(module) == hash(FunctionalModule.make(Cnn, {"width": 6})) and module != student
 
@@ -478,29 +478,29 @@ class Holds(nnx.Module):
 def test_bad_input_says_what_to_do():
     module, variables = FunctionalModule.split(Mlp(rngs=nnx.Rngs(0)))
     x = image(6)
-    with pytest.raises(ValueError, match="draws random numbers in inference mode .*deterministic"):
+    with pytest.raises(ValueError, match="deterministic"):
         trace(AlwaysRandom(rngs=nnx.Rngs(0)), x)
-    with pytest.raises(ValueError, match="given as an instance.*package.module:factory"):
+    with pytest.raises(ValueError, match="init: .*package.module:factory"):
         module.init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"variables: params/first/bias has shape None, \(12,\) is expected by Mlp"):
         module.apply({"params": {"first": {"kernel": variables["params"]["first"]["kernel"]}}}, x)
     with pytest.raises(ValueError, match="pair: a Param that holds a dict .*one array"):
         FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
-        module.cut({"frist": {"kernel": (6, 3)}}, ())
+        module.resized({"frist": {"kernel": (6, 3)}}, ())
     with pytest.raises(ValueError, match="'first' has no array 'kernle'"):
-        module.cut({"first": {"kernle": (6, 3)}}, ())
+        module.resized({"first": {"kernle": (6, 3)}}, ())
     with pytest.raises(ValueError, match="no argument 'widht'.*did you mean 'width'"):
         Architecture("test_nnx:Mlp", {"widht": 3}).module()
 
 
-# --- the road -------------------------------------------------------------------------------------------------------
+# --- a whole run ---------------------------------------------------------------------------------------------------
 
 SMALL = ["--config", str(Path(__file__).parent / "tiny.py"), "--model.name", "test_nnx:Cnn"]
 
 
 @pytest.mark.slow
-def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
+def test_a_whole_run_by_command(tmp_path, monkeypatch, python):
     from kdsearch_jax.search.__main__ import main
 
     monkeypatch.chdir(tmp_path)
@@ -519,7 +519,7 @@ def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
     assert done.returncode == 0 and done.stdout.split() == ["Cnn", "10"], done.stderr
 
 
-def test_the_whole_road_by_python_call(tmp_path):
+def test_a_whole_run_by_python_call(tmp_path):
     rng = np.random.default_rng(0)
     data = {"x": rng.normal(size=(64, 6)).astype(np.float32), "labels": rng.integers(0, 5, 64)}
     model = Mlp(50, rngs=nnx.Rngs(0))

@@ -18,8 +18,8 @@ from proof import groups, image, prove, random_keep, reasons, traced, variables_
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import count, trace
-from kdsearch_jax.tracing import contractions
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing import einsum
+from kdsearch_jax.tracing.program import flatten_jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -408,9 +408,9 @@ def test_an_einsum_is_one_operation_in_any_order(equation):
     found = set()
     for path in orders(len(operands)):
         closed = jax.make_jaxpr(lambda *xs, path=path: jnp.einsum(equation, *xs, optimize=path))(*operands)
-        (op,) = flatten(closed).ops
-        assert op.name == contractions.NAME
-        found.add(op.params["network"])
+        (op,) = flatten_jaxpr(closed).ops
+        assert op.name == einsum.NAME
+        found.add(op.params["equation"])
         dots = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "dot_general"]
         macs = 0
         for eqn in dots:
@@ -434,8 +434,8 @@ def test_different_sums_are_different_operations():
     x = image(3, 3)[0]
     networks = set()
     for equation in ("ab,bc,cd->ad", "ab,bc,cd->da", "ab,bc,dc->ad", "ba,bc,cd->ad", "ab,bc,ca->a", "ab,ab,ab->ab"):
-        (op,) = flatten(jax.make_jaxpr(lambda *xs, e=equation: jnp.einsum(e, *xs))(x, 2 * x, 3 * x)).ops
-        networks.add(op.params["network"])
+        (op,) = flatten_jaxpr(jax.make_jaxpr(lambda *xs, e=equation: jnp.einsum(e, *xs))(x, 2 * x, 3 * x)).ops
+        networks.add(op.params["equation"])
     assert len(networks) == 6
 
 

@@ -16,8 +16,9 @@ from kdsearch_jax.pruning import budget
 from kdsearch_jax.pruning.budget import FLOOR, BudgetError, BudgetWarning, Estimate, Limits, exact
 from kdsearch_jax.pruning.budget.pieces import Pieces
 from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import apart, ceiling
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.topology import Group, Topology
 
 SEEDS = st.integers(0, 10**6)
 

@@ -218,7 +218,7 @@ def test_nothing_to_prune_says_why():
 
 
 def test_inputs_need_a_batch():
-    with pytest.raises(ValueError, match="the first input must be an array with a leading batch axis"):
+    with pytest.raises(ValueError, match="inputs: .*batch axis"):
         trace(nn.Dense(3))
 
 

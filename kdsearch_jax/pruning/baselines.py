@@ -25,8 +25,9 @@ from flax import traverse_util
 
 from kdsearch_jax.pruning import budget as budget_lib
 from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection
+from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import apart, nearest
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.topology import Group, Topology
 
 Keep = dict[str, np.ndarray]  # {group: (size,) bool}
 Rule = Callable[[Topology, Any, Limits, np.random.Generator], Keep]

@@ -24,7 +24,8 @@ from jax import Array
 
 from kdsearch_jax.pruning.budget.estimate import Estimate
 from kdsearch_jax.pruning.tables import Table
-from kdsearch_jax.tracing.topology import Cost, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Topology
 
 _DENSE = 1 << 22  # entries of a matrix of class counts up to which it is kept dense
 _ONE_HOT = 1 << 18  # entries of a one-hot matrix up to which units are counted by a product

@@ -17,7 +17,8 @@ import numpy as np
 from kdsearch_jax.pruning import budget as budget_lib
 from kdsearch_jax.pruning.budget import FLOOR, BudgetWarning, Limits, Selection
 from kdsearch_jax.pruning.budget.estimate import within
-from kdsearch_jax.tracing.topology import Cost, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Topology
 
 Keep = dict[str, np.ndarray]
 

@@ -16,20 +16,21 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters import linen, nnx
-from kdsearch_jax.adapters.architecture import StudentModule, cuts_of
-from kdsearch_jax.adapters.base import Adapter, Layer
-from kdsearch_jax.adapters.call_spec import shaped
+from kdsearch_jax.adapters.architecture import StudentModule, pruned_sizes
+from kdsearch_jax.adapters.base import Adapter, LayerInfo
+from kdsearch_jax.adapters.call_spec import input_spec
 from kdsearch_jax.adapters.devices import off_mesh
 from kdsearch_jax.adapters.functional_module import FunctionalModule
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.pruning import trials
 from kdsearch_jax.pruning.gates import everything
 from kdsearch_jax.pruning.restrict import restricted
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Ordered
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing.analysis import Contraction
+from kdsearch_jax.tracing.grouping import build_topology
+from kdsearch_jax.tracing.interpreter import analyze
+from kdsearch_jax.tracing.program import flatten_jaxpr
 from kdsearch_jax.tracing.topology import Topology
-from kdsearch_jax.tracing.walk import walk
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Network:
 
     module: Any
     topology: Topology
-    layers: dict[str, Layer]
+    layers: dict[str, LayerInfo]
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     follows: tuple[trials.Follow, ...] = ()
@@ -67,7 +68,7 @@ class Network:
             shapes = self.topology.sliced_shapes(keep)
             for each in self.follows:
                 layers.setdefault(each.path, {})[each.name] = each.value(shapes)
-        before, gone = cuts_of(self.module)
+        before, gone = pruned_sizes(self.module)
         layers = {path: {**before.get(path, {}), **layers.get(path, {})} for path in {**before, **layers}}
         return layers, tuple(sorted({*gone, *dropped}))
 
@@ -85,7 +86,7 @@ class Network:
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
-        return adapter_for(self.module).cut(self.module, *self.resized(keep))
+        return adapter_for(self.module).resized(self.module, *self.resized(keep))
 
     def select(self, kinds: Sequence[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Network:
         """The network with only these groups free; see `Topology.select`."""
@@ -114,18 +115,18 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
         return found
     library, shapes = adapter_for(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
-    variables = library.variables(module, shapes, kwargs)
+    variables = library.abstract_variables(module, shapes, kwargs)
     leaves = topology_lib.leaf_shapes(variables)
-    layers, jaxpr = library.layers(module, variables, shapes, kwargs)
+    layers, jaxpr = library.trace_layers(module, variables, shapes, kwargs)
 
     def droppable(path: str) -> bool:
         return path in layers and layers[path].droppable
 
-    program = flatten(jaxpr)
+    program = flatten_jaxpr(jaxpr)
     paired = released = frozenset[trials.Pairing]()
     while True:
-        found = walk(program, leaves, paired)
-        topology = topology_lib.assemble(found, leaves, batch, droppable)
+        found = analyze(program, leaves, paired)
+        topology = build_topology(found, leaves, batch, droppable)
         more = trials.idle(found, topology) - released
         follows = trials.kept_groups(found, list(leaves), layers)
         network = Network(module, topology, layers, shapes, dict(kwargs), follows)
@@ -143,11 +144,11 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
     Layers that return zeros have no parameters by which their sizes could be followed. None where there are no such
     layers, or where the branches that they ended are not found.
     """
-    layers, dropped = cuts_of(module)
+    layers, dropped = pruned_sizes(module)
     if not dropped:
         return None
     try:
-        whole = trace(adapter_for(module).cut(module, layers, ()), *inputs, **kwargs)
+        whole = trace(adapter_for(module).resized(module, layers, ()), *inputs, **kwargs)
     except ValueError:
         return None
     keep = everything(whole.topology)
@@ -163,15 +164,15 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
 @off_mesh
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the variables that the module's own code makes."""
-    return topology_lib.leaf_shapes(adapter_for(module).variables(module, _shapes(inputs), kwargs))
+    return topology_lib.leaf_shapes(adapter_for(module).abstract_variables(module, _shapes(inputs), kwargs))
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: shaped(x.shape, x.dtype), inputs)
+    return jax.tree.map(lambda x: input_spec(x.shape, x.dtype), inputs)
 
 
 def resized(
-    layers: Mapping[str, Layer], topology: Topology, keep: Mapping[str, Any]
+    layers: Mapping[str, LayerInfo], topology: Topology, keep: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """(sizes by layer, dropped layers); no sizes where nothing is cut.
 
@@ -211,7 +212,7 @@ class Count:
     uncounted: tuple[str, ...]
     foldable: float = 0.0
     batch_macs: float = 0.0
-    orders: tuple[Ordered, ...] = ()
+    orders: tuple[Contraction, ...] = ()
 
 
 @off_mesh
@@ -221,20 +222,20 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     return _counted(module, structure, tuple(leaves), tuple(sorted(kwargs.items())))
 
 
-@remembered(8)
+@memoize(8)
 def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Count:
     kwargs, shapes = dict(keywords), jax.tree.unflatten(structure, leaves)
     library = adapter_for(module)
-    variables = library.variables(module, shapes, kwargs)
+    variables = library.abstract_variables(module, shapes, kwargs)
     traced = library.traced(module, variables, shapes, kwargs)
-    found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))
+    found = analyze(flatten_jaxpr(traced.jaxpr), topology_lib.leaf_shapes(variables))
     macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    batch, orders = topology_lib.batch_size(shapes), tuple(found.orders)
-    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable, macs, orders)
+    batch, orders = topology_lib.batch_size(shapes), tuple(found.contractions)
+    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable_flops, macs, orders)
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:
@@ -244,10 +245,10 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     network's order, so a student for which JAX finds a better one costs less than its candidate did.
     """
     library = adapter_for(network.module)
-    variables = library.variables(network.module, network.inputs, network.kwargs)
+    variables = library.abstract_variables(network.module, network.inputs, network.kwargs)
     jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
+    for order, _, scope in analyze(flatten_jaxpr(jaxpr), topology_lib.leaf_shapes(variables)).contractions:
         products.setdefault(_inside(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:

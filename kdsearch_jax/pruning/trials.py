@@ -2,11 +2,12 @@
 
 The walk reads a network at one set of sizes. Its author may have written a size down: `reshape(b, n, 4, 16)`,
 `self.heads`, `split(x, 2)`. So the student's code is traced with units removed and compared with what the walk foresaw
-(`tracing.sizes`). Where a set of groups fails, the ones at fault are found by bisection, and for each of them, in turn:
+(`tracing.size_check`). Where a set of groups fails, the ones at fault are found by bisection, and for each of them, in
+turn:
 
 1. *Follow.* A whole number that one of the user's modules holds is set to the group's new size (`Follow`).
 2. *Pair.* Parts that the code treats alike, such as the halves of `split(x, 2)`, are joined index by index, so that
-   they stay equally long (`tracing.findings.Site`). The walk then has to be repeated.
+   they stay equally long (`tracing.analysis.SplitSite`). The walk then has to be repeated.
 3. *Freeze.* The group stays whole, with the error of the trial that it failed by itself.
 
 Nothing is computed: every trial is an abstract trace.
@@ -23,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from kdsearch_jax.tracing import sizes as sizes_lib
+from kdsearch_jax.tracing import size_check
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Site, Tie, Walk
-from kdsearch_jax.tracing.program import flatten, line_of
+from kdsearch_jax.tracing.analysis import Analysis, AxisTie, SplitSite
+from kdsearch_jax.tracing.interpreter import reanalyze
+from kdsearch_jax.tracing.program import flatten_jaxpr, line_of
 from kdsearch_jax.tracing.topology import Group, Topology
-from kdsearch_jax.tracing.walk import again
 
 if TYPE_CHECKING:
     from kdsearch_jax.pruning.network import Network
 
-Pairing = Site | Tie
+Pairing = SplitSite | AxisTie
 
 _SMALL = 12  # units; a smaller group has no room for the cuts of `_units_left`
 _CANDIDATES = 8  # numbers to try for one group, and as many sets of them
@@ -72,7 +73,7 @@ class Verdict:
     release: frozenset[Pairing] = frozenset()
 
 
-def judge(network: Network, found: Walk, variables: Any, released: Collection[Pairing]) -> Verdict:
+def judge(network: Network, found: Analysis, variables: Any, released: Collection[Pairing]) -> Verdict:
     """Finds the groups that the network's code cannot shrink.
 
     Args:
@@ -160,7 +161,7 @@ def _follow_alike(trials: _Trials, name: str, free: Sequence[str]) -> None:
 class _Trials:
     """Trials of one network. follows: the numbers that follow a group by now; owner: {follow: group}."""
 
-    def __init__(self, network: Network, found: Walk, variables: Any):
+    def __init__(self, network: Network, found: Analysis, variables: Any):
         self.network, self.found, self.variables = network, found, variables
         self.topology = network.topology
         self.groups = {group.name: group for group in self.topology.groups}
@@ -182,10 +183,10 @@ class _Trials:
         if not masks:
             return None
         network = replace(self.network, follows=(*self.network.follows, *self.follows, *extra))
-        left = sizes_lib.labels_left(self.found, masks, list(self.topology.shapes))
+        left = size_check.remaining_labels(self.found, masks, list(self.topology.shapes))
         return _unforeseen(network, self.found, keep, left, _sliced(self.topology, self.variables, keep))
 
-    def sites(self, name: str) -> set[Site]:
+    def sites(self, name: str) -> set[SplitSite]:
         """Where parts of a group's axes are treated alike."""
         component = self.found.components()
         own = np.zeros(int(component.max()) + 1, bool)
@@ -193,9 +194,9 @@ class _Trials:
             if member.units is not None:
                 axis = self.found.labels.axes_of(list(self.topology.shapes).index(member.leaf))[member.axis]
                 own[component[axis[member.units >= 0]]] = True
-        return {site for site, parts in self.found.sites.items() if any(own[component[p]].any() for p in parts)}
+        return {site for site, parts in self.found.split_sites.items() if any(own[component[p]].any() for p in parts)}
 
-    def ties(self, name: str, free: Sequence[str]) -> set[Tie]:
+    def ties(self, name: str, free: Sequence[str]) -> set[AxisTie]:
         """What would keep a group as large as others that fail too and are served by the same number in the code."""
         group = self.groups[name]
         own = {(each.path, each.name) for each in self.candidates(name, around=True)}
@@ -209,7 +210,7 @@ class _Trials:
         ]
         axes = [[a for a in _axes(self.groups[n], self.topology) if a[2] == group.size][:1] for n in (name, *mates)]
         first, *others = axes
-        return {Tie(*first[0][:2], *other[0][:2]) for other in others if first and other}
+        return {AxisTie(*first[0][:2], *other[0][:2]) for other in others if first and other}
 
     def candidates(self, name: str, around: bool = False) -> list[Follow]:
         """Numbers that may be sizes of a group: those of the modules around its layers, the innermost first.
@@ -230,7 +231,8 @@ class _Trials:
         for path in sorted(self.network.layers, key=distance):
             if around and distance(path)[0]:
                 break
-            for attribute, number in self.network.layers[path].numbers.items():
+            integers = self.network.layers[path].integers
+            for attribute, number in sorted(integers.items(), key=lambda item: item[0].count(".")):
                 for leaf, axis, length in axes:
                     if number in (length, group.size) and (length * number) % length == 0 and number % group.size == 0:
                         found.append(Follow(path, attribute, number, length, leaf, axis))
@@ -252,10 +254,13 @@ class _Trials:
         return False
 
     def _needed(self, together: Sequence[str], chosen: Sequence[Follow]) -> Sequence[Follow]:
-        """Those without which the trial fails; of equals a module's own attribute, and not what its configuration says.
+        """Those without which the trial fails; a module's own attributes rather than those of its configuration.
 
         A number that need not change may be another size that happens to be equal.
         """
+        own = [each for each in chosen if "." not in each.name]
+        if 0 < len(own) < len(chosen) and self.failure(together, own) is None:
+            chosen = own
         for each in sorted(chosen, key=lambda each: -each.name.count(".")) if len(chosen) > 1 else ():
             rest = [other for other in chosen if other != each]
             if self.failure(together, rest) is None:
@@ -272,13 +277,13 @@ class _Trials:
         self.owner[follow] = name
 
 
-def alike(sites: Collection[Site], found: Walk) -> set[Pairing]:
+def alike(sites: Collection[SplitSite], found: Analysis) -> set[Pairing]:
     """All sites of the lines of code that `sites` are on; those of unknown lines, by their modules' names."""
     lines = {_pattern(site.line) if ":" not in site.line else site.line for site in sites}
-    return {s for s in found.sites if (_pattern(s.line) if ":" not in s.line else s.line) in lines}
+    return {s for s in found.split_sites if (_pattern(s.line) if ":" not in s.line else s.line) in lines}
 
 
-def idle(found: Walk, topology: Topology) -> frozenset[Site]:
+def idle(found: Analysis, topology: Topology) -> frozenset[SplitSite]:
     """Sites of grouped convolutions none of whose channels are in any group, as where two groups are joined whole."""
     names = list(topology.shapes)
     free = np.zeros(len(found.labels.leaf), bool)
@@ -296,13 +301,13 @@ def idle(found: Walk, topology: Topology) -> frozenset[Site]:
         labels = np.concatenate([np.ravel(part) for part in parts])
         return not alive[component[labels]].any() and bool((why[labels] < 0).any())
 
-    return frozenset(site for site, parts in found.sites.items() if site not in found.paired and stuck(parts))
+    return frozenset(site for site, parts in found.split_sites.items() if site not in found.paired and stuck(parts))
 
 
-def kept_groups(found: Walk, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[Follow, ...]:
+def kept_groups(found: Analysis, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[Follow, ...]:
     """Layers whose convolution loses channels of every group keep the number of their groups."""
     result = []
-    for leaf, groups in found.within.items():
+    for leaf, groups in found.kept_groups.items():
         path = names[leaf].split("/", 1)[1].rpartition("/")[0]
         if path in layers and layers[path].grouped:
             result.append(Follow(path, "feature_group_count", groups))
@@ -335,7 +340,7 @@ def _units_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
     return keep
 
 
-def _unforeseen(network: Network, found: Walk, keep: Any, left: np.ndarray, variables: Any) -> str | None:
+def _unforeseen(network: Network, found: Analysis, keep: Any, left: np.ndarray, variables: Any) -> str | None:
     """Why the module's code does not do at these sizes what the walk foresaw; None where it does."""
     try:
         student = network.student(keep)
@@ -345,8 +350,8 @@ def _unforeseen(network: Network, found: Walk, keep: Any, left: np.ndarray, vari
         frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
         line = line_of(frames[::-1])
         return f"the model's code needs this size{f', at {line}' if line else ''} ({message[:120]})"
-    return sizes_lib.difference(
-        found, again(flatten(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
+    return size_check.find_mismatch(
+        found, reanalyze(flatten_jaxpr(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
     )
 
 

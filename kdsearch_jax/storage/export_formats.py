@@ -20,10 +20,10 @@ import safetensors.numpy
 
 from kdsearch_jax import storage
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.convolution.dispatch import fast_convolutions
-from kdsearch_jax.adapters.memoize import remembered
-from kdsearch_jax.adapters.registry import GIVEN, check_trust
+from kdsearch_jax.adapters.memoize import memoize
+from kdsearch_jax.adapters.registry import OBJECT_PREFIX, check_trust
 from kdsearch_jax.pruning import equality
 from kdsearch_jax.pruning.equality import TOLERANCE, Measured
 from kdsearch_jax.storage import safe_readers
@@ -280,20 +280,20 @@ def _expected_outputs(module: Any, variables: Any, architecture: Architecture) -
     return expected
 
 
-@remembered(2)
+@memoize(2)
 def _compiled(module: Any, architecture_json: str) -> Any:
     """(variables, *inputs) → {name: array}, compiled once for equal modules."""
     architecture = Architecture.from_json(json.loads(architecture_json))
 
     def function(variables: Any, *inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, {})
+        args, keywords = call_arguments(inputs, {})
         return _by_index(_inference(module, variables, architecture)(*args, **keywords))
 
     return jax.jit(function)
 
 
 def _inputs(architecture: Architecture, size: int) -> tuple[Any, ...]:
-    return architecture.called.random(size, np.random.default_rng(size))
+    return architecture.call_spec.random(size, np.random.default_rng(size))
 
 
 def _by_index(outputs: Any) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> ExpectedOutputs:
 
 def _inference(module: Any, variables: Any, architecture: Architecture) -> Callable[..., Any]:
     """The network in inference mode as a function of its inputs."""
-    static = architecture.called.keywords(module, train=False)
+    static = architecture.call_spec.keywords(module, train=False)
     return lambda *args, **keywords: _builtin_outputs(module.apply(variables, *args, **keywords, **static))
 
 
@@ -347,7 +347,7 @@ def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., dict[
     exported = _deserialize(path)
 
     def call(*inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, {})
+        args, keywords = call_arguments(inputs, {})
         return _by_index(exported.call(*args, **keywords))
 
     return call
@@ -384,7 +384,7 @@ def _sort_metadata(content: bytes) -> bytes:
 
 def _to_stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
-    args, keywords = bound(architecture.called.example(batch), {})
+    args, keywords = call_arguments(architecture.call_spec.example(batch), {})
     function = jax.jit(_inference(module, variables, architecture))
     try:
         with fast_convolutions(portable=True), _without_call_stacks():
@@ -428,9 +428,11 @@ def _check_in_subprocess(
 def _manifest(
     folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
-    takes_images = architecture.call is None
-    trust = ", trust_code=True" if ":" in architecture.model and not architecture.model.startswith(GIVEN) else ""
-    inputs = "images" if takes_images else ", ".join(architecture.called.arguments)
+    takes_images = architecture.custom_call is None
+    trust = (
+        ", trust_code=True" if ":" in architecture.model and not architecture.model.startswith(OBJECT_PREFIX) else ""
+    )
+    inputs = "images" if takes_images else ", ".join(architecture.call_spec.arguments)
     outputs = "logits" if takes_images else "outputs"
     image = {"shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"}
     files = {
@@ -444,7 +446,7 @@ def _manifest(
         for format, difference in differences.items()
     }
     return {
-        "input": image if takes_images else architecture.called.to_json()["inputs"],
+        "input": image if takes_images else architecture.call_spec.to_json()["inputs"],
         "output": {"dtype": "float32", "what": "logits (batch, classes)" if takes_images else "as the network's"},
         "architecture": architecture.to_json(),
         "info": {name: value for name, value in info.items() if name != BASE},

@@ -22,11 +22,11 @@ import orbax.checkpoint as ocp
 from kdsearch_jax import storage
 from kdsearch_jax.adapters import boxes as boxes_lib
 from kdsearch_jax.adapters.apply import apply_eval
-from kdsearch_jax.adapters.architecture import Architecture, base_of
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.architecture import Architecture, base_module
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.call_spec import DTYPE, CallSpec, class_of
 from kdsearch_jax.adapters.functional_module import FunctionalModule
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.adapters.registry import check_trust
 from kdsearch_jax.models import MODELS
 from kdsearch_jax.pruning.student import Student
@@ -127,7 +127,7 @@ def save_network(
     target = storage.local_copy(directory, "directory").absolute()
     arrays = {name: to_host(name, leaf) for name, leaf in flatten(boxes_lib.unboxed(variables)).items()}
     if boxes := boxes_lib.boxes_of(variables):
-        info = {**info, BOXES: boxes_lib.described(boxes)}
+        info = {**info, BOXES: boxes_lib.boxes_to_json(boxes)}
     if not any(array.size for array in arrays.values()):
         raise ValueError("variables contain no array with elements; there is nothing to save")
     architecture_json = architecture.to_json()
@@ -225,7 +225,7 @@ def module_info(
     info = {MODE: module.mode} if isinstance(module, FunctionalModule) and module.mode else {}
     if architecture.model in MODELS:
         return info
-    found = initial_shapes(base_of(module), architecture.called) if shapes is None else shapes()
+    found = initial_shapes(base_module(module), architecture.call_spec) if shapes is None else shapes()
     return info | {BASE: {name: list(shape) for name, shape in found.items()}}
 
 
@@ -238,7 +238,7 @@ def restore_boxes(module: Any, variables: Any, architecture: Architecture, info:
     record = info.get(BOXES)
     if not isinstance(record, dict) or not record:
         return variables
-    boxes, problem = attempt(boxes_lib.made, record, lambda: initial_boxes(module, architecture.called))
+    boxes, problem = attempt(boxes_lib.boxes_from_json, record, lambda: initial_boxes(module, architecture.call_spec))
     if boxes is None:
         raise CheckpointError(f"the network's info is damaged: {problem}")
     return boxes_lib.boxed(variables, boxes)
@@ -261,7 +261,7 @@ def _abstract_variables(module: Any, call: CallSpec) -> Any:
     static = call.keywords(module, train=False)
 
     def init(rngs: Any, *inputs: Any) -> Any:
-        args, keywords = bound(inputs, static)
+        args, keywords = call_arguments(inputs, static)
         return module.init(rngs, *args, **keywords)
 
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
@@ -273,7 +273,7 @@ def _build(architecture: Architecture, source: Path, base: Any, info: Mapping[st
     if module is None:
         raise ValueError(f"{source}: the architecture's module cannot be built: {problem}")
     if base is not None and isinstance(expected := info.get(BASE), dict):
-        _check_base(base_of(module), architecture, expected, source)
+        _check_base(base_module(module), architecture, expected, source)
     if isinstance(module, FunctionalModule) and (mode := info.get(MODE)) in ("train", "eval"):
         module = module.in_mode(mode)
     return module
@@ -282,7 +282,7 @@ def _build(architecture: Architecture, source: Path, base: Any, info: Mapping[st
 def _check_base(base: Any, architecture: Architecture, expected: Mapping[str, Any], source: Path) -> None:
     """Raises ValueError if the base model has other shapes than the one the network was made from."""
     kind = class_of(base).__name__
-    shapes, problem = attempt(initial_shapes, base, architecture.called)
+    shapes, problem = attempt(initial_shapes, base, architecture.call_spec)
     if shapes is None:
         raise ValueError(f"{source}: the given {kind} cannot be called as this network is: {problem}")
     for name in [*expected, *shapes]:
@@ -305,13 +305,15 @@ def _check_runs(module: Any, architecture: Architecture, variables: Mapping[str,
         raise ValueError(f"{source}: the arrays do not fit the architecture ({kind}): {problem}")
 
 
-@remembered(8)
+@memoize(8)
 def _abstract_outputs(module: Any, architecture_json: str, structure: Any, kinds: tuple[tuple[Any, Any], ...]) -> Any:
     """Shapes of the module's outputs with variables of this structure; raises whatever the module raises."""
     architecture = Architecture.from_json(json.loads(architecture_json))
     variables = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
-    run = partial(apply_eval, module, call=architecture.call)
-    return jax.eval_shape(lambda variables, *inputs: run(variables, inputs), variables, *architecture.called.example(1))
+    run = partial(apply_eval, module, call_spec=architecture.custom_call)
+    return jax.eval_shape(
+        lambda variables, *inputs: run(variables, inputs), variables, *architecture.call_spec.example(1)
+    )
 
 
 def _orbax() -> ocp.Checkpointer:

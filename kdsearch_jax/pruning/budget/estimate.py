@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import sparse
 
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Group, Topology
 
 
 @dataclass(frozen=True)

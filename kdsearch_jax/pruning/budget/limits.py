@@ -14,8 +14,9 @@ import numpy as np
 from kdsearch_jax.pruning import hardware
 from kdsearch_jax.pruning.budget.estimate import Estimate
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
+from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import apart, ceiling
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.topology import Group, Topology
 
 FLOOR = 0.98
 
