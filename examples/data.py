@@ -1,5 +1,6 @@
-"""What the examples train on: the digits that come with scikit-learn, 8×8 pixels, and a teacher for them."""
+"""What the examples share: scikit-learn's digits (8×8 pixels), a small Linen model for them, and losses."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,19 @@ import optax
 from sklearn.datasets import load_digits
 
 
+class MLP(nn.Module):
+    """Two hidden layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        x = nn.relu(nn.Dense(64, name="dense1")(x))
+        x = nn.relu(nn.Dense(64, name="dense2")(x))
+        return nn.Dense(10, name="dense")(x)
+
+
 def batches(steps: int, size: int = 64, seed: int = 0):
-    """{"x": (size, 8, 8, 1) float32, "y": (size,)} for each step, at random."""
+    """A random batch {"x": (size, 8, 8, 1) float32, "y": (size,) int32} for each step."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) / 16.0).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -29,5 +41,5 @@ def kl(logits, target):
 
 
 def accuracy(logits, batch):
-    """Share of right answers."""
+    """Fraction of correct predictions."""
     return float((jnp.argmax(logits, -1) == batch["y"]).mean())

@@ -1,8 +1,8 @@
-"""A distillation trainer that knows nothing of pruning, used for a search: `python examples/distillation_trainer.py`.
+"""A search with a distillation trainer that knows nothing about pruning: `python examples/distillation_trainer.py`.
 
-`Trainer` stands for anybody's: it takes a student as a function of parameters, a teacher and an optax transformation.
-A search needs no change in it: its parameters are those of the search, its function folds the gates, its optimiser is
-`search.optimizer(…)`, with clipping, schedule and accumulation around or inside of it as ever.
+`Trainer` stands for any existing trainer: it takes a student as a function of parameters, a teacher and an optax
+transformation. It needs no change for a search. Its parameters are the search's, its student function folds the
+gates, and its optimiser is `search.optimizer(…)`, with clipping, schedules and accumulation around it or inside it.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,18 @@ import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax.adapters import registry
 
 
 @dataclass
 class Trainer:
-    """student: (params, x) → logits; teacher: x → logits."""
+    """A minimal trainer; student: (params, x) → logits, teacher: x → logits."""
 
     student: Callable[[Any, Any], Any]
     teacher: Callable[[Any], Any]
     tx: optax.GradientTransformation
 
     def fit(self, params: Any, batches: Any) -> tuple[Any, Any]:
-        """(params, state of the optimiser) after all batches."""
+        """Returns the parameters and the optimiser state after all batches."""
         state = self.tx.init(params)
 
         @jax.jit
@@ -42,7 +41,7 @@ class Trainer:
 
 
 def main(steps: int = 300):
-    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = data.MLP()
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
 
@@ -62,7 +61,7 @@ def main(steps: int = 300):
     target = model.apply(variables, example["x"])
     kept = float(data.kl(student.module.apply(student.variables, example["x"]), target))
     macs = student.macs / network.topology.total()[0]
-    print(f"{macs:.3f} of the MACs at a KL of {kept:.5f} to the teacher")
+    print(f"{macs:.3f} of the MACs, KL to the teacher {kept:.5f}")
     return student, macs
 
 

@@ -1,19 +1,35 @@
-"""The search in an ordinary Linen loop with BatchNorm: `python examples/linen_loop.py` (a laptop, half a minute).
+"""The search in an ordinary Linen loop with BatchNorm: `python examples/linen_loop.py` (half a minute on a laptop).
 
-`params` are {"params": weights, "gates": …}. Statistics stay where a Linen user has them, beside the parameters, and
-are handed to `search.fold` and `search.finish`.
+`params` is {"params": weights, "gates": …}. Batch statistics stay a separate collection, as in any Linen loop, and
+are passed to `search.fold` and `search.finish`.
 """
 
 import data
+import flax.linen as nn
 import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax.adapters import registry
+
+
+class CNN(nn.Module):
+    """Two convolutions and a residual block, with BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = self.unit(x, 8, "conv1", train)
+        x = self.unit(x, 16, "conv2", train)
+        x = nn.relu(x + nn.Conv(16, (3, 3), name="conv4")(self.unit(x, 16, "conv3", train)))
+        return nn.Dense(10, name="dense")(x.mean((1, 2)))
+
+    def unit(self, x, features, name, train):
+        """Convolution, BatchNorm, relu."""
+        x = nn.Conv(features, (3, 3), use_bias=False, name=name)(x)
+        return nn.relu(nn.BatchNorm(use_running_average=not train, name=f"{name}_norm")(x))
 
 
 def main(steps: int = 300):
-    model = registry.build("small_cnn", {"num_classes": 10, "width": 8})
+    model = CNN()
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1], train=False)
 

@@ -1,7 +1,7 @@
-"""The search in an ordinary NNX loop: `python examples/nnx_loop.py` (a laptop, half a minute).
+"""The search in an ordinary NNX loop: `python examples/nnx_loop.py` (half a minute on a laptop).
 
-`search.init(model)` is the model with gates, an nnx.Module like any other: nnx.Optimizer, nnx.jit, nnx.grad and
-BatchNorm work as ever. `search.finish` gives back a module of the model's own class.
+`search.init(model)` is the model with gates, an ordinary nnx.Module: nnx.Optimizer, nnx.jit, nnx.grad and BatchNorm
+work as usual. `search.finish` returns a module of the model's own class.
 """
 
 import data
@@ -28,7 +28,7 @@ class Net(nnx.Module):
 
 
 def train(model, optimizer, steps, loss_of):
-    """An ordinary loop, for the teacher and for the search alike."""
+    """An ordinary loop, used for the teacher and for the search."""
 
     @nnx.jit
     def step(model, optimizer, batch):
@@ -55,9 +55,7 @@ def main(steps: int = 300):
     student.module.eval()
     right = data.accuracy(model(x["x"]), x), data.accuracy(student.module(x["x"]), x)
     macs = student.macs / network.topology.total()[0]
-    print(
-        f"{macs:.3f} of the MACs; accuracy {right[0]:.3f} before, {right[1]:.3f} after; {type(student.module).__name__}"
-    )
+    print(f"{macs:.3f} of the MACs; accuracy: teacher {right[0]:.3f}, student {right[1]:.3f}")
     return student, macs
 
 

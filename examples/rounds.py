@@ -1,7 +1,7 @@
 """Several rounds of pruning and fine-tuning: `python examples/rounds.py`.
 
-Each round traces the student of the one before, as a model like any other, prunes it at once by the Fisher information
-of the loss, and trains what is left.
+Each round traces the previous student like any other model, prunes it in one shot by the Fisher information of the
+loss, and fine-tunes the result.
 """
 
 import data
@@ -9,11 +9,10 @@ import jax
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax.adapters import registry
 
 
 def main(rounds: int = 3, steps: int = 100):
-    module = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    module = data.MLP()
     example = next(data.batches(1, 256, seed=1))
     variables = module.init(jax.random.key(0), example["x"][:1])
     variables = train(module, variables, steps)
@@ -34,7 +33,7 @@ def main(rounds: int = 3, steps: int = 100):
 
 
 def train(module, variables, steps):
-    """Plain training of a module's parameters."""
+    """Trains a module's parameters."""
     tx = optax.adamw(3e-3)
 
     @jax.jit

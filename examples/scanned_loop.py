@@ -1,4 +1,4 @@
-"""The whole search as one call of the device, inside `jax.lax.scan`: `python examples/scanned_loop.py`."""
+"""The whole search in one compiled call, inside `jax.lax.scan`: `python examples/scanned_loop.py`."""
 
 import data
 import jax
@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import optax
 
 import kdsearch_jax as kd
-from kdsearch_jax.adapters import registry
 
 
 def main(steps: int = 200):
-    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = data.MLP()
     example = next(data.batches(1, 256, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
     search = kd.GatedSearch(kd.trace(model, example["x"]), kd.Budget(params=0.4), steps=steps)

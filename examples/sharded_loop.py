@@ -1,8 +1,8 @@
 """The search on several devices: `JAX_NUM_CPU_DEVICES=8 python examples/sharded_loop.py`.
 
-Twice the same: by `jax.jit` over a mesh, where the compiler shares out the work, and by `jax.shard_map`, where the loop
-does. Gates and the search's state are small and lie whole on every device; weights may be sharded as ever. Inside of
-`shard_map` gradients must be averaged over the devices before the update, as for any optimiser.
+The same search twice: with `jax.jit` over a mesh, where the compiler partitions the work, and with `jax.shard_map`,
+where the loop does. Gates and the search's state are small and replicated; weights may be sharded as usual. Inside
+`shard_map`, average the gradients over the devices before the update, as for any optimiser.
 """
 
 import data
@@ -13,11 +13,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kdsearch_jax as kd
-from kdsearch_jax.adapters import registry
 
 
 def main(steps: int = 60):
-    model = registry.build("mlp", {"num_classes": 10, "hidden": [64, 64]})
+    model = data.MLP()
     example = next(data.batches(1, 64, seed=1))
     variables = model.init(jax.random.key(0), example["x"][:1])
     search = kd.GatedSearch(kd.trace(model, example["x"]), kd.Budget(macs=0.5), steps=steps, every=5)
@@ -27,7 +26,7 @@ def main(steps: int = 60):
 
     def step(params, state, batch, average=lambda value: value):
         def loss(params):
-            # Inside of shard_map the mean of the loss is taken here, so that its gradient is the mean's.
+            # Inside shard_map the loss is averaged here, so that its gradient is that of the mean.
             return average(data.cross_entropy(model.apply(search.fold(params), batch["x"]), batch))
 
         updates, state = tx.update(jax.grad(loss)(params), state, params)
