@@ -7,7 +7,7 @@ what is decided from noisy times. Process 0 measures; all processes use its numb
 
 from kdsearch_jax.runs.latency.calibration import FILE, bounded, calibrate, check_reach, cut, prepare, with_measured
 from kdsearch_jax.runs.latency.landing import compare, confirm, land
-from kdsearch_jax.runs.latency.timing import Tools, asked, decide, interval, medians
+from kdsearch_jax.runs.latency.timing import Tools, asked, decide, medians
 
 __all__ = [
     "FILE",
@@ -20,7 +20,6 @@ __all__ = [
     "confirm",
     "cut",
     "decide",
-    "interval",
     "land",
     "medians",
     "prepare",
