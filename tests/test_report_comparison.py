@@ -1,4 +1,4 @@
-"""The pages of a comparison and of a front: what they say, and that they say no more than the numbers do."""
+"""The pages of a comparison and of a run with several budgets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_report import Page, _write, browse, make_run
+from test_report import Page, _write, browse, make_run, page_text
 
 from kdsearch_jax import reporting
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.reporting import comparison, comparison_page, curves, fronts, look, page, record, versus
+from kdsearch_jax.reporting.comparison_figures import accuracy_floor, ranking
+from kdsearch_jax.reporting.comparison_record import read_comparison
+from kdsearch_jax.reporting.figure_style import NARROW, Layout
+from kdsearch_jax.reporting.rendering import render_page
+from kdsearch_jax.reporting.result_figures import budget_sweep, training
+from kdsearch_jax.reporting.run_record import read_run
 from kdsearch_jax.runs import latency
 
 MEANS = {"searched": 88.2, "uniform": 87.0, "magnitude": 87.9, "slimming": 86.9, "scratch": 38.2}
@@ -50,47 +55,45 @@ def difference(ours: dict, row: dict) -> dict:
     return {**found, "std": each.std(ddof=1), "low": low, "high": high}
 
 
-def shown(directory: Path) -> str:
-    return Page(comparison_page.page(comparison.read(directory), {})).text.replace("\u00a0", " ").replace("−", "-")
+def comparison_text(directory: Path) -> str:
+    return Page(render_page(read_comparison(directory), {})).text.replace("\u00a0", " ").replace("−", "-")
 
 
-def test_the_page_says_who_wins_and_how_surely(tmp_path: Path) -> None:
-    made = make_comparison(tmp_path)
-    text = shown(tmp_path)
-    ours, best = made["rows"][0]["accuracy"], made["differences"][1]
-    assert best["name"] == "magnitude"
-    assert f"The searched student has {100 * np.mean(ours):.2f} ± {100 * np.std(ours, ddof=1):.2f}% accuracy" in text
-    assert f"“magnitude (L1 norm)” with {100 * np.mean(made['rows'][2]['accuracy']):.2f}" in text
-    assert f"interval {100 * best['low']:+.2f} to {100 * best['high']:+.2f}" in text
-    assert ("does not exclude that they are equal" in text) == (best["low"] < 0 < best["high"])
-    sure = sum(d["low"] > 0 for d in made["differences"])
-    ahead = sum(d["mean"] > 0 for d in made["differences"])
-    assert f"Ahead of {ahead} of 4 others on average, of {sure} with an interval above zero" in text
-    assert "fewer layers no network of <these> blocks has 50% of the MACs" in text
-    assert "95% for each row by itself, not for all" in text
+def test_the_page_reports_leads_and_their_intervals(tmp_path: Path) -> None:
+    record = make_comparison(tmp_path)
+    text = comparison_text(tmp_path)
+    searched, lead = record["rows"][0]["accuracy"], record["differences"][1]
+    assert lead["name"] == "magnitude"
+    assert f"{100 * np.mean(searched):.2f}% ± {100 * np.std(searched, ddof=1):.2f}" in text
+    assert f"“magnitude (L1 norm)” with {100 * np.mean(record['rows'][2]['accuracy']):.2f}" in text
+    assert f"95% interval {100 * lead['low']:+.2f} to {100 * lead['high']:+.2f}" in text
+    assert ("may be chance" in text) == (lead["low"] < 0 < lead["high"])
+    significant = sum(d["low"] > 0 for d in record["differences"])
+    ahead = sum(d["mean"] > 0 for d in record["differences"])
+    assert f"ahead of {ahead} of 4" in text and f"of {significant} with an interval above zero" in text
+    assert "fewer layers: no network of <these> blocks has 50% of the MACs" in text
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     make_comparison(tmp_path, (0,))
-    text = shown(tmp_path)
-    assert "with one seed, so that nothing can be said of chance" in text and "±" not in text.split("Results")[0]
-    assert "interval above zero" not in text
+    text = comparison_text(tmp_path)
+    assert "one seed" in text and "±" not in text and "interval" not in text.split("Accuracy of the students")[0]
 
 
 def test_a_comparison_that_has_begun(tmp_path: Path) -> None:
-    made = make_comparison(tmp_path)
-    _write(tmp_path / "comparison.json", {**made, "rows": made["rows"][1:2], "differences": []})
-    assert "The searched student is not there yet" in shown(tmp_path)
-    _write(tmp_path / "comparison.json", {**made, "rows": [], "differences": []})
-    assert "No student has been measured yet" in shown(tmp_path)
-    assert not list(reporting.write(tmp_path).parent.glob("*.png"))
+    record = make_comparison(tmp_path)
+    _write(tmp_path / "comparison.json", {**record, "rows": record["rows"][1:2], "differences": []})
+    assert "not available yet" in comparison_text(tmp_path)
+    _write(tmp_path / "comparison.json", {**record, "rows": [], "differences": []})
+    assert "No student has been evaluated" in comparison_text(tmp_path)
+    assert not list(reporting.write_report(tmp_path).parent.glob("*.png"))
 
 
-def test_a_row_far_off_does_not_squash_the_others(tmp_path: Path) -> None:
+def test_a_method_far_below_does_not_compress_the_others(tmp_path: Path) -> None:
     make_comparison(tmp_path)
-    found = comparison.read(tmp_path)
-    assert 80 < versus.floor(found.rows) < 88
-    figure = versus.ranking(found, look.Look())
+    record = read_comparison(tmp_path)
+    assert 80 < accuracy_floor(record.methods) < 88
+    figure = ranking(record, Layout())
     low, high = figure.axes[0].get_xlim()
     assert low > 85 and high > 91.7 and any("38." in text.get_text() for text in figure.axes[0].texts)
 
@@ -103,8 +106,8 @@ def test_a_damaged_comparison_is_named(tmp_path: Path, change: dict) -> None:
     made = make_comparison(tmp_path)
     row = {key: value for key, value in {**made["rows"][1], **change}.items() if value is not None}
     _write(tmp_path / "comparison.json", {**made, "rows": [row]})
-    with pytest.raises(ValueError, match=r"comparison\.json is damaged") as error:
-        reporting.write(tmp_path)
+    with pytest.raises(ValueError, match=r"comparison\.json") as error:
+        reporting.write_report(tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
 
 
@@ -116,24 +119,24 @@ def test_architectures_of_all_seeds_and_links(tmp_path: Path) -> None:
         kept.append(len(json.loads((run / "search/selection.json").read_text())["kept"]["stage3/block1/conv1"]))
     (tmp_path / "seed-0/searched/report").mkdir()
     (tmp_path / "seed-0/searched/report/index.html").write_text("")
-    source = comparison_page.page(comparison.read(tmp_path), {})
+    source = render_page(read_comparison(tmp_path), {})
     assert f"stage3/block1/conv1 64 {kept[0]} {kept[1]}" in Page(source).text
     assert {"href": "../seed-0/searched/report/index.html"} in Page(source).all("a")
 
 
 def test_a_browser_shows_a_comparison(tmp_path: Path) -> None:
     make_comparison(tmp_path)
-    index = reporting.write(tmp_path)
+    index = reporting.write_report(tmp_path)
     assert {path.stem for path in index.parent.glob("*.png")} == {"ranking", "tradeoff"}
     frames, console = browse(index.read_text("utf-8"), True)
     assert console == [] and all(len(frame["drawn"]) == 2 for frame in frames)
     assert all(frame["needs"] <= frame["inner"] and frame["unreachable"] == frame["faint"] == [] for frame in frames)
 
 
-# --- the front --------------------------------------------------------------------------------------------------------
+# --- several budgets --------------------------------------------------------------------------------------------------
 
 
-def make_front(run: Path) -> list[dict]:
+def make_sweep(run: Path) -> list[dict]:
     def point(name: str, share: float, accuracy: float) -> dict:
         costs = {key: round(TEACHER[key] * share, 4) for key in ("macs", "params", "bytes", "ms_per_image")}
         return {"name": name, "method": name.split("-")[0], "budget": {"macs": share}, "accuracy": accuracy,
@@ -149,33 +152,33 @@ def make_front(run: Path) -> list[dict]:
     return points
 
 
-def test_the_front_of_one_search(tmp_path: Path) -> None:
+def test_students_of_several_budgets(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
-    make_front(run)
-    found = record.read(run)
-    assert fronts.figure(found, look.Look(3.7)) is not None
-    text = Page(reporting.write(run).read_text("utf-8")).text.replace("−", "-")
-    assert "One search gave 2 students of the teacher: accuracy 91.55% at 70% of the MACs, 89.21% at 30%" in text
-    assert "At 30% of the MACs, -2.52 points" in text
+    make_sweep(run)
+    record = read_run(run)
+    assert budget_sweep(record, Layout(NARROW)) is not None
+    text = Page(reporting.write_report(run).read_text("utf-8")).text.replace("−", "-")
+    assert "2 students: 91.55% accuracy at 70% of the" in text and "and 89.21% at 30%" in text
+    assert "At 30% of the MACs, accuracy changes by -2.52 points" in text
     assert "Student at 0.7 70% of MACs 91.55% 28.4 M 70%" in text and "Uniform at 0.7 70% of MACs 91.01%" in text
     kept = json.loads((run / "search/selection.json").read_text())["kept"]["stage3/block1/conv1"]
-    share = next(g.macs_share for g in found.groups if g.name == "stage3/block1/conv1")
+    share = next(g.macs_share for g in record.groups if g.name == "stage3/block1/conv1")
     assert f"stage3/block1/conv1 channels {len(kept)} 64 {100 * share:.1f}% 50" in text
-    assert "run/student-0.3" in text and "This run stopped" not in text
+    assert "run/student-0.3" in text and "stopped" not in text
 
 
-def test_a_student_of_a_front_is_drawn_from_where_it_was_cut(tmp_path: Path) -> None:
+def test_retraining_is_drawn_from_the_step_of_the_cut(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
-    make_front(run)
+    make_sweep(run)
     (run / "at-0.7").mkdir()
     (run / "at-0.7" / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n')
-    figure = curves.search(record.read(run), look.Look())
+    figure = training(read_run(run), Layout())
     assert figure is not None
     lines = {line.get_label(): list(line.get_xdata()) for axes in figure.get_figure().axes for line in axes.lines}
     assert lines["student at 0.7"] == [234 + 10, 234 + 20]
 
 
-def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:
+def test_budgets_on_time_and_memory_are_checked(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
     tools = latency.Tools(
         clock=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
@@ -183,6 +186,7 @@ def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:
     )
     asked = BudgetConfig(None, latency=0.5, memory=2e6)
     latency.confirm((None, None), (None, None), asked, CallSpec.of_image(()), run / "retrain" / "measured.json", tools)
-    text = Page(page.page(record.read(run), {})).text
-    assert "Asked: at most 2 ms of time a call of 64 examples (the teacher: 4 ms); got 1.9 ms: met." in text
-    assert "Asked: at most 2 MB of memory a call of 64 examples (the teacher: 3 MB); got 1 MB: met." in text
+    text = page_text(run)
+    for limit, teacher, reached in (("2 ms of time", "4 ms", "1.9 ms"), ("2 MB of memory", "3 MB", "1 MB")):
+        assert f"at most {limit} per call with 64 examples (teacher: {teacher})" in text
+        assert f"The student needs {reached}: met" in text

@@ -110,7 +110,7 @@ def _draw_leads(axes: Axes, comparison: ComparisonRecord) -> None:
             _draw_lead(axes, y, lead)
         else:
             _note_at_edge(axes, y, 1, f"{100 * lead.mean:+.1f} ▸")
-    panel_title(axes, "Searched minus this method, points")
+    panel_title(axes, "Lead of the search, points")
 
 
 def _draw_lead(axes: Axes, y: int, lead: PairedDifference) -> None:

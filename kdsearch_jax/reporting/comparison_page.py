@@ -65,7 +65,7 @@ def _results_table(comparison: ComparisonRecord) -> ReportTable:
             cell = Cell(points(lead.mean), " to ".join(map(points, lead.interval or ())))
         rows.append([Cell(method.label), _mean_cell(method, "accuracy"), cell, _mean_cell(method, "agreement")])
     header = [
-        Cell("Student"), Cell("Accuracy, %"), Cell("Searched minus it", "points, interval"),
+        Cell("Student"), Cell("Accuracy, %"), Cell("Lead of the search", "points, interval"),
         Cell("Agreement with teacher, %"),
     ]  # fmt: skip
     return ReportTable("Accuracy of the students", header, rows)

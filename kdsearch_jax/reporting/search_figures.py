@@ -158,7 +158,7 @@ def _timeline_strips(run: RunRecord, layout: Layout, groups: tuple[UnitGroup, ..
     entries: list[tuple[str, dict[str, Any]]] = [("kept", {"facecolor": KEPT})]
     entries.append(("pruned during the search", {"facecolor": PRUNED}))
     if any(steps.at_end.any() for _, steps in pruned):
-        entries.append(("pruned by the final selection", _HATCHED))
+        entries.append(("pruned at the end", _HATCHED))
     patch_legend(canvas, layout, entries)
     return canvas
 

@@ -209,7 +209,7 @@ def pruned_units_table(run: RunRecord, groups: Sequence[UnitGroup]) -> ReportTab
             continue
         rows += [_cells(group.name, f"step {step}", number_ranges(units)) for step, units in steps.units_by_step()]
         if steps.at_end.any():
-            rows.append(_cells(group.name, "final selection", number_ranges(steps.at_end.nonzero()[0].tolist())))
+            rows.append(_cells(group.name, "the end", number_ranges(steps.at_end.nonzero()[0].tolist())))
     caption = "Pruned units by step; units are numbered from 0 as in the teacher"
     return ReportTable(caption, _cells("Group", "Pruned at", "Units"), rows, is_numeric=False)
 
