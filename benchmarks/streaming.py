@@ -146,7 +146,7 @@ def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8
         split = load(dataclasses.replace(config, workers=workers))
 
         def turn() -> float:
-            with closing(device_feed.make(split, 4 * batch, mesh, 10**6)) as feed:
+            with closing(device_feed.training_feed(split, 4 * batch, mesh, 10**6)) as feed:
                 list(feed.take(0, 4 + 4 * workers, 0))
                 start = time.perf_counter()
                 list(feed.take(4 + 4 * workers, 12, 0))
@@ -172,7 +172,7 @@ def speed(directory: Path, depth: int, workers: int, rounds: int, batch: int = 8
         for name, turn in turns.items():
             seen[name].append(turn())
     rates = {name: statistics.median(each[1:]) for name, each in seen.items()}
-    with closing(device_feed.make(dataset, batch, mesh, 10**6)) as feed:
+    with closing(device_feed.training_feed(dataset, batch, mesh, 10**6)) as feed:
         update(feed.take(0, 2, 0), feed.resident)  # compiles
         waited, start = feed.waited, time.perf_counter()
         update(feed.take(2, 4, 0), feed.resident)
@@ -228,7 +228,7 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
     state = devices.donatable_copy(create_state(variables, tx), mesh)
     dispatch, variables = make_dispatch(step, mesh, config, 0, scanned=False), devices.replicate(variables, mesh)
     updates, seen = len(dataset.train) // batch, []
-    with closing(device_feed.make(dataset, batch, mesh, 10**6)) as feed:
+    with closing(device_feed.training_feed(dataset, batch, mesh, 10**6)) as feed:
         for update in range(updates):
             state, _, _ = dispatch(state, feed.take(update, 1, 0), feed.resident, variables)
             everyone = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
@@ -323,7 +323,7 @@ def share(directory: Path, out: Path) -> None:
     """Writes the rows of some batches that this process is given."""
     config = DataConfig("pictures", str(directory), image_size=64, framing="crop")
     mesh, rows = devices.data_mesh(), {}
-    with closing(device_feed.make(load(config), 12, mesh, 100)) as feed:
+    with closing(device_feed.training_feed(load(config), 12, mesh, 100)) as feed:
         for number, batch in enumerate(feed.take(3, 5, 1)):
             for entry, leaf in batch.items():
                 for shard in leaf.addressable_shards:
@@ -366,7 +366,7 @@ def main() -> int:
     parser.add_argument("--share", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.share:
-        if place := kdsearch_processes.find({}, os.environ):
+        if place := kdsearch_processes.detect({}, os.environ):
             kdsearch_processes.join(place, 120)
         share(*options.share)
         return 0

@@ -34,7 +34,7 @@ from kdsearch_jax.storage.files import CheckpointError, atomic_directory
 from kdsearch_jax.storage.networks import load_network, save_network
 from kdsearch_jax.training import checkpoints as checkpoint_states
 from kdsearch_jax.training.checkpoints import Checkpointer
-from kdsearch_jax.training.preemption import Preempted, preemption, terminable
+from kdsearch_jax.training.preemption import Preempted, catch_sigterm, raise_on_sigterm
 
 Pair = namedtuple("Pair", "first second")
 
@@ -458,10 +458,10 @@ index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdsearch_jax.training.checkpoints import Checkpointer
-from kdsearch_jax.training.preemption import preemption
+from kdsearch_jax.training.preemption import catch_sigterm
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 state = lambda k: {"a": jax.make_array_from_callback((4,), sharding, lambda i: np.arange(4.0, dtype=np.float32)[i] * k)}
-with preemption() as stop, Checkpointer(directory) as checkpoints:
+with catch_sigterm() as stop, Checkpointer(directory) as checkpoints:
     assert checkpoints.restore(state(0)) is None
     for step in range(1, 5):
         checkpoints.save(step, state(step), {}, {"validation_accuracy": -step})
@@ -503,9 +503,9 @@ def test_two_processes_save_together_and_stop_together(tmp_path, python):
 
 def test_sigterm_sets_a_flag_once():
     before = signal.getsignal(signal.SIGTERM)
-    with preemption() as outer:
+    with catch_sigterm() as outer:
         assert not outer.requested
-        with preemption() as stop:
+        with catch_sigterm() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.requested
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
@@ -517,8 +517,8 @@ def test_sigterm_sets_a_flag_once():
 
 def test_a_signal_too_late_to_be_asked_about_is_passed_on():
     """Between the last question and the end of the loop."""
-    with pytest.raises(Preempted, match="SIGTERM"), terminable():
-        with preemption():
+    with pytest.raises(Preempted, match="SIGTERM"), raise_on_sigterm():
+        with catch_sigterm():
             os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("passed over")
     assert Preempted.exit_status == 143 and not issubclass(Preempted, Exception)
@@ -526,7 +526,7 @@ def test_a_signal_too_late_to_be_asked_about_is_passed_on():
 
 def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted), terminable(), atomic_directory(tmp_path / "new") as part:
+    with pytest.raises(Preempted), raise_on_sigterm(), atomic_directory(tmp_path / "new") as part:
         (part / "file").write_text("")
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(5)
@@ -545,7 +545,7 @@ def test_a_signal_within_a_finaliser_is_not_lost():
             for _ in range(10_000):
                 pass
 
-    with pytest.raises(Preempted, match="SIGTERM"), terminable():
+    with pytest.raises(Preempted, match="SIGTERM"), raise_on_sigterm():
         dying = Dying()
         del dying
         threading.Event().wait(20)
@@ -557,7 +557,7 @@ def test_other_threads_leave_the_signal_alone():
     seen = []
 
     def ask() -> None:
-        with preemption() as stop:
+        with catch_sigterm() as stop:
             seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=ask)

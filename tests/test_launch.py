@@ -331,12 +331,12 @@ class TestGke:
 
     def test_gpu_processes_find_each_other(self, cloud):
         """What the manifest sets is what `processes` reads."""
-        from kdsearch_jax.training.processes import Place, find
+        from kdsearch_jax.training.processes import ProcessSpec, detect
 
         pod, _, _ = manifest(cloud, "gpu")
         variables = {entry["name"]: entry.get("value", "1") for entry in pod["containers"][0]["env"]}
-        place = find({}, {**variables, "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
-        assert place == Place("one-node-0-0.one:8482", 2, 1, "the environment")
+        place = detect({}, {**variables, "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+        assert place == ProcessSpec("one-node-0-0.one:8482", 2, 1, "the environment")
 
 
 def manifest(cloud: Cloud, kind: str, *more: str):

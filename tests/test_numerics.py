@@ -189,11 +189,11 @@ def test_a_jump_that_is_let_pass_is_told_once(tmp_path, plain, caplog):
 
 
 def test_detours_of_detours():
-    guard = rollback.Guard(GUARDED)
+    guard = rollback.LossSpikeGuard(GUARDED)
     assert not any(guard.jumps(1.0 + 0.1 * i) for i in range(9)) and guard.jumps(4.9) and guard.jumps(np.nan)
     memory = guard.memory
     guard.back(memory, 4, 10)
-    again = rollback.Guard(GUARDED, guard.memory[rollback.KEY])
+    again = rollback.LossSpikeGuard(GUARDED, guard.memory[rollback.KEY])
     again.back(again.memory, 6, 8)
     seeds = [again.seed(5, step) for step in range(3, 12)]
     assert seeds[0] == seeds[7] == seeds[8] == 5 and len({*seeds}) == 3
@@ -202,5 +202,5 @@ def test_detours_of_detours():
 
 
 def test_a_loss_below_zero_has_its_spikes_too():
-    guard = rollback.Guard(GUARDED)
+    guard = rollback.LossSpikeGuard(GUARDED)
     assert not any(guard.jumps(-1.0 - 0.1 * i) for i in range(9)) and not guard.jumps(0.5) and guard.jumps(3.0)

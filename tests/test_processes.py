@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from kdsearch_jax.training.processes import Place, find
+from kdsearch_jax.training.processes import ProcessSpec, detect
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 FLAGS = {"coordinator": "b:2", "num_processes": "4", "process_id": "0"}
@@ -22,29 +22,33 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 @pytest.mark.parametrize(
     ("flags", "environment", "place"),
     [
-        ({}, {}, Place()),  # only JAX can tell a Cloud TPU VM
-        (FLAGS, {}, Place("b:2", 4, 0, "the command line")),
-        ({}, JAX, Place("a:1", 3, 2, "the environment")),
-        ({"process_id": "1"}, JAX, Place("a:1", 3, 1, "the command line")),
+        ({}, {}, ProcessSpec()),  # only JAX can tell a Cloud TPU VM
+        (FLAGS, {}, ProcessSpec("b:2", 4, 0, "the command line")),
+        ({}, JAX, ProcessSpec("a:1", 3, 2, "the environment")),
+        ({"process_id": "1"}, JAX, ProcessSpec("a:1", 3, 1, "the command line")),
         ({"num_processes": "1"}, {**SLURM, "SLURM_NTASKS": "4"}, None),
         ({}, {**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
-        ({"coordinator": "[::1]:8482"}, JAX, Place("[::1]:8482", 3, 2, "the command line")),
-        ({}, {**SLURM, "SLURM_NTASKS": "4"}, Place(None, 4, 1, "Slurm")),
+        ({"coordinator": "[::1]:8482"}, JAX, ProcessSpec("[::1]:8482", 3, 2, "the command line")),
+        ({}, {**SLURM, "SLURM_NTASKS": "4"}, ProcessSpec(None, 4, 1, "Slurm")),
         ({}, {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Place()),  # a batch script is no task
-        ({"coordinator": "b:2"}, {**SLURM, "SLURM_NTASKS": "4"}, Place("b:2", 4, 1, "the command line")),
-        ({}, {**OMPI, "OMPI_COMM_WORLD_SIZE": "2"}, Place(None, 2, 1, "Open MPI")),
+        (
+            {},
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            ProcessSpec(),
+        ),  # a batch script is no task
+        ({"coordinator": "b:2"}, {**SLURM, "SLURM_NTASKS": "4"}, ProcessSpec("b:2", 4, 1, "the command line")),
+        ({}, {**OMPI, "OMPI_COMM_WORLD_SIZE": "2"}, ProcessSpec(None, 2, 1, "Open MPI")),
         ({}, {**OMPI, "OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({}, {"PMI_SIZE": "2", "PMI_RANK": "0"}, Place(None, 2, 0, "MPI")),
+        ({}, {"PMI_SIZE": "2", "PMI_RANK": "0"}, ProcessSpec(None, 2, 0, "MPI")),
         ({}, POD, None),
-        ({}, {**POD, "JOB_COMPLETION_INDEX": "0"}, Place()),
-        ({}, {**POD, "JOB_COMPLETION_INDEX": "2"}, Place(launcher="a Job of Kubernetes")),
-        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "localhost"}, Place()),
-        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "a,b"}, Place(launcher="a TPU slice")),
+        ({}, {**POD, "JOB_COMPLETION_INDEX": "0"}, ProcessSpec()),
+        ({}, {**POD, "JOB_COMPLETION_INDEX": "2"}, ProcessSpec(launcher="a Kubernetes Job")),
+        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "localhost"}, ProcessSpec()),
+        ({}, {**POD, "TPU_WORKER_HOSTNAMES": "a,b"}, ProcessSpec(launcher="a TPU slice")),
     ],
 )
 def test_a_place(flags, environment, place):
-    assert find(flags, environment) == place
+    assert detect(flags, environment) == place
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_a_place(flags, environment, place):
 )  # fmt: skip
 def test_an_impossible_place(flags, environment, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        find(flags, environment)
+        detect(flags, environment)
     assert "\n" not in str(refusal.value)
 
 
@@ -144,7 +148,7 @@ def main(argv):
     import jax
     options = cli.parse_options(argv, cli.Options, "x", "What it does.")
     for stage in range(1200):
-        preemption.boundary(f"stage {stage}")
+        preemption.check_preemption(f"stage {stage}")
         Path(f"ready-{jax.process_index()}").touch()
         time.sleep(0.05)
     return 0

@@ -28,7 +28,7 @@ from kdsearch_jax.data.batches import batch_indices
 from kdsearch_jax.data.datasets import load
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.data.settings import DataConfig
-from kdsearch_jax.data.streaming import Framing, InOrder, Order, framing, reader_of, resized
+from kdsearch_jax.data.streaming import Framing, Order, SequentialOrder, framing, reader_of, resize
 from kdsearch_jax.distill import teacher_cache
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.evaluate import main as evaluate_main
@@ -110,7 +110,7 @@ def feed_of():
     made = []
 
     def make(dataset: Dataset, steps: int = 100, size: int = BATCH) -> device_feed.Feed:
-        made.append(device_feed.make(dataset, size, data_mesh(), steps))
+        made.append(device_feed.training_feed(dataset, size, data_mesh(), steps))
         return made[-1]
 
     yield make
@@ -240,7 +240,7 @@ def test_evaluation_sees_every_example_once(settings, size):
     for entries in (("images", "labels"), ("images",)):
         found, counted = {entry: [] for entry in entries}, 0
         arrays = {entry: streamed.arrays[entry] for entry in entries}
-        for indices, weights, batch in device_feed.in_order(arrays, size, sharding):
+        for indices, weights, batch in device_feed.evaluation_batches(arrays, size, sharding):
             assert set(batch) == set(entries) and len(indices) == len(weights) == size
             counted += int(weights.sum())
             for entry in entries:
@@ -297,7 +297,7 @@ def test_processes_see_parts_of_the_batch_of_one(processes, each, update, random
 
     assert seen(lambda held: Order(3, examples, size, held)) == trained.tolist()
     last = looked_at[-1]  # fills the batch up
-    assert seen(lambda held: InOrder(last, size, held)) == [*looked_at[:-1], 0]
+    assert seen(lambda held: SequentialOrder(last, size, held)) == [*looked_at[:-1], 0]
 
 
 def test_a_batch_is_put_together_from_its_rows():
@@ -343,7 +343,7 @@ def test_evaluation_sees_what_resizing_the_shorter_side_and_cutting_out_the_midd
     whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
     left, top = ((side - 16) / 2 for side in whole.size)
     expected = np.asarray(whole.crop((round(left), round(top), round(left) + 16, round(top) + 16)), np.float64)
-    found = resized(image, 16, framing.middle_box(width, height)).astype(np.float64)
+    found = resize(image, 16, framing.central_box(width, height)).astype(np.float64)
     assert np.abs(found - expected).mean() < 8 and np.abs(found - np.roll(expected, 4, 1)).mean() > 20
 
 
@@ -352,7 +352,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(crops):
     records, cut = reader_of(load(crops).train.arrays).records, Framing("crop", 16)
     content = picture(2, 1024, 768)
     fast = cut.image(records, content, 0)
-    slow = resized(Image.open(io.BytesIO(content)), 16, framing.middle_box(1024, 768))
+    slow = resize(Image.open(io.BytesIO(content)), 16, framing.central_box(1024, 768))
     assert fast.shape == slow.shape == (16, 16, 3)
     assert np.abs(fast.astype(int) - slow.astype(int)).max() <= 8
     opened = records.opened(content, 0)
@@ -363,8 +363,8 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(crops):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_are_resized_each_by_itself(channels):
     image = np.random.default_rng(0).integers(0, 256, (20, 30, channels), dtype=np.uint8)
-    alone = [resized(image[..., c : c + 1], 9) for c in range(channels)]
-    np.testing.assert_array_equal(resized(image, 9), np.concatenate(alone, -1))
+    alone = [resize(image[..., c : c + 1], 9) for c in range(channels)]
+    np.testing.assert_array_equal(resize(image, 9), np.concatenate(alone, -1))
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

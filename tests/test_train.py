@@ -279,7 +279,7 @@ def test_average_is_its_formula_and_forgets_the_first_values():
     values = [jnp.full(3, v) for v in (1.0, 2.0, 4.0)]
     average, expected = {"w": jnp.zeros(3), "n": jnp.zeros((), jnp.int32)}, 0.0
     for i, value in enumerate(values):
-        average = training_state.averaged(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
+        average = training_state.update_average(average, {"w": value, "n": jnp.int32(i)}, 0.15, jnp.int32(i))
         rate = min(0.15, (1 + i) / (10 + i))
         expected = rate * expected + (1 - rate) * float(value[0])
     np.testing.assert_allclose(average["w"], expected, rtol=1e-6)

@@ -184,10 +184,10 @@ def decode_image(content: bytes) -> None:
     from kdsearch_jax.storage.files import DamagedError
 
     try:
-        found = images.opened(content)
+        found = images.open_image(content)
         if found.width * found.height > 1 << 20:  # allowed, and too slow to be tried a million times
             return
-        array = images.pixels(found, 3)
+        array = images.to_array(found, 3)
     except DamagedError:
         return
     assert array.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Data sets as splits of arrays, batches, augmentation, streaming, and their way to the devices.
+"""Data sets as splits of arrays; batches, augmentation, streaming, and transfer to the devices.
 
 Imports `adapters` and `storage`.
 """

@@ -1,4 +1,4 @@
-"""How far a long task is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long task: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WINDOW = 30.0  # seconds over which the rate is measured
 
 
 class Progress:
-    """How far, how fast, how long still, and the latest metrics; a context manager.
+    """Shows steps done, rate, remaining time and the latest metrics; a context manager.
 
-    On a terminal a bar that redraws itself; elsewhere (a file, a batch system) plain lines, at most one in `interval`
-    seconds, and a last one.
+    On a terminal a rich progress bar; elsewhere (files, batch systems) plain lines, at most one per `interval` seconds
+    and a final one. The rate is that of the last 30 seconds.
 
     Args:
-      description: what goes on, such as "search".
-      total_steps, start_step: where it ends, and where it begins when resumed.
-      unit: what a step is, in the plural.
-      stream: where to write; None is standard error.
+      description: of the task, such as "search".
+      total_steps, start_step: where the task ends, and where it starts after being resumed.
+      unit: of a step, in the plural.
+      stream: where to write; None for standard error.
       interval: seconds between plain lines.
-      clock: seconds from anywhere.
+      clock: returns seconds.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        """Itself, with the bar drawn."""
+        """Draws the bar and returns itself."""
         if self._stream is None:
             self._stream = sys.stderr
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -57,7 +57,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The last line; the bar stays as it is."""
+        """Writes the last line, or leaves the bar on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -65,7 +65,7 @@ class Progress:
             self._show()
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """`step` steps are done in all, the latest metrics are `values`: {name: number or None}."""
+        """Reports the number of steps done and the latest metrics, {name: number or None}."""
         now = self._clock()
         self._values, self._unshown = values, True
         self._points.append((now, step))
@@ -83,7 +83,7 @@ class Progress:
         self._shown_at, self._unshown = self._points[-1][0], False
 
     def _status(self) -> str:
-        """`12.3 steps/s · 0:41 left · loss 0.532`; when done, the time that it took instead."""
+        """`12.3 steps/s · 0:41 left · loss 0.532`; at the end, the time it took instead."""
         (start, first), (end, step) = self._points[0], self._points[-1]
         parts = []
         if step >= self._total:
@@ -95,7 +95,7 @@ class Progress:
         return " · ".join([*parts, *(f"{name} {_short(value)}" for name, value in self._values.items())])
 
     def _make_bar(self, stream: TextIO) -> Any:
-        # Imported here, for a run in a batch system never needs it.
+        # Not at the top: a run in a batch system never needs it.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
@@ -108,7 +108,7 @@ class Progress:
 
 
 def _short(value: Any) -> str:
-    """Three or four digits of a number."""
+    """A number with three or four digits."""
     if value is None:
         return "none"
     value = float(value)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
 from kdsearch_jax.data import streaming
-from kdsearch_jax.data.batches import padded_batches, prepared
+from kdsearch_jax.data.batches import padded_batches, preprocess
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill.settings import DistillConfig
@@ -58,7 +58,7 @@ def cached(
     mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
 
     def run(variables: Any, arrays: Any) -> Any:
-        return function(variables, prepared(arrays, mean, std))
+        return function(variables, preprocess(arrays, mean, std))
 
     def batch(indices: np.ndarray) -> Any:
         return place(train[indices].arrays, NamedSharding(mesh, PartitionSpec("data")))

@@ -23,7 +23,7 @@ from kdsearch_jax.adapters.call_spec import class_of, signature_of
 from kdsearch_jax.adapters.devices import without_mesh
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.data import datasets as data_lib
-from kdsearch_jax.data.examples import Dataset, only_input, own
+from kdsearch_jax.data.examples import Dataset, from_arrays, sole_input
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.pruning.settings import BudgetConfig
@@ -214,7 +214,7 @@ def _dataset(data: Any, experiment: Experiment) -> Dataset:
     config = experiment.data
     if isinstance(data, str):
         return data_lib.load(config, 0)
-    return own(
+    return from_arrays(
         data, "arrays", validation=config.validation, mean=config.mean, std=config.std, train_limit=config.train_limit
     )
 
@@ -232,7 +232,7 @@ def _inputs(inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module:
     entries = data["train"] if isinstance(data.get("train"), Mapping) else data
     if "images" in entries:
         return None
-    if (only := only_input(map(str, entries))) is not None:
+    if (only := sole_input(map(str, entries))) is not None:
         return (only,)
     signature = signature_of(module)
     parameters = {} if signature is None else signature.parameters

@@ -29,7 +29,7 @@ from kdsearch_jax.runs.config import SETTINGS, Experiment, ModelConfig, check, l
 from kdsearch_jax.storage.files import parse_json
 from kdsearch_jax.tracing.messages import nearest
 from kdsearch_jax.training import processes
-from kdsearch_jax.training.preemption import Preempted, terminable
+from kdsearch_jax.training.preemption import Preempted, raise_on_sigterm
 
 T = TypeVar("T")
 R = TypeVar("R", bound="RunOptions")
@@ -123,7 +123,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         if not {"-h", "--help"} & set(argv):
             join_processes(argv)
-        with terminable():
+        with raise_on_sigterm():
             status = main(argv)
             storage.publish()
     except (Exception, Preempted) as error:
@@ -140,7 +140,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     status = FAILED if status is None else status
     storage.discard_copies()
     if status:
-        processes.leave(status)
+        processes.exit_after_failure(status)
     sys.exit(status)
 
 
@@ -205,7 +205,7 @@ def join_processes(argv: list[str]) -> None:
         timeout = given.pop("join_timeout", str(Options.join_timeout))
         if not timeout.isascii() or not timeout.isdigit() or not int(timeout):
             raise UsageError(f"--join-timeout: {timeout!r} is not possible; give seconds, at least 1")
-        place = processes.find(given, os.environ)
+        place = processes.detect(given, os.environ)
     if place is not None:
         processes.join(place, int(timeout))
 

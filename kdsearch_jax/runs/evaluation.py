@@ -17,8 +17,8 @@ from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
 from kdsearch_jax.adapters.memoize import memoize
-from kdsearch_jax.data.batches import is_image, normalise, prepared
-from kdsearch_jax.data.device_feed import in_order
+from kdsearch_jax.data.batches import is_image, normalise, preprocess
+from kdsearch_jax.data.device_feed import evaluation_batches
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.distill import losses
 from kdsearch_jax.distill.metrics import agreement, kl_to_teacher, top_k
@@ -62,7 +62,7 @@ def predict(
     called = None if call is None else json.dumps(call.to_json())
     forward, spread = _forward(module, mesh, called), NamedSharding(mesh, PartitionSpec("data"))
     found = []
-    for indices, weights, batch in in_order({"images": images}, size, spread):
+    for indices, weights, batch in evaluation_batches({"images": images}, size, spread):
         logits = np.asarray(forward(*constants, batch["images"]))
         found.append((indices[weights > 0], logits[weights > 0]))
     logits = np.empty((len(images), found[0][1].shape[-1]), np.float32)
@@ -175,7 +175,7 @@ def measurer(
 
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for indices, weights, arrays in in_order(split.arrays, size, spread):
+        for indices, weights, arrays in evaluation_batches(split.arrays, size, spread):
             found, real = of(arrays), int(weights.sum())
             if real < size and any(np.ndim(value) == 0 for value in found.values()):  # padding is part of such a number
                 shared = real // mesh.size * mesh.size
@@ -205,11 +205,11 @@ def inference(module: Any, called: str) -> Any:
 
 
 def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, Any]:
-    """`batches.prepared`, compiled where there is anything to do."""
+    """`batches.preprocess`, compiled where there is anything to do."""
     return _normalised(arrays, mean, std) if any(is_image(*each) for each in arrays.items()) else arrays
 
 
-_normalised = jax.jit(prepared)
+_normalised = jax.jit(preprocess)
 
 
 @memoize(4)

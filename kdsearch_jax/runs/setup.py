@@ -29,7 +29,7 @@ from kdsearch_jax.adapters.boxes import boxes_to_json
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.memoize import RecentValues, memoize
 from kdsearch_jax.data import datasets as data_lib
-from kdsearch_jax.data.batches import is_image, prepared
+from kdsearch_jax.data.batches import is_image, preprocess
 from kdsearch_jax.data.examples import SPLITS, Dataset
 from kdsearch_jax.distill import distiller
 from kdsearch_jax.distill import objective as task_lib
@@ -249,7 +249,7 @@ def limits_of(
 def proof_batch(dataset: Dataset) -> dict[str, Any]:
     """Real examples as networks see them; repeated where there are fewer than PROOF."""
     rows = jax.tree.map(lambda x: jnp.asarray(np.resize(x[:PROOF], (PROOF, *x.shape[1:]))), dataset.validation.arrays)
-    return prepared(rows, np.asarray(dataset.mean), np.asarray(dataset.std))
+    return preprocess(rows, np.asarray(dataset.mean), np.asarray(dataset.std))
 
 
 def finished(directory: Path) -> bool:

@@ -39,7 +39,7 @@ from kdsearch_jax.storage.files import atomic_directory
 from kdsearch_jax.storage.safe_readers import check_directory
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
-from kdsearch_jax.training.preemption import boundary
+from kdsearch_jax.training.preemption import check_preemption
 from kdsearch_jax.training.settings import StageConfig
 from kdsearch_jax.training.state import TrainState, create_state
 
@@ -51,13 +51,13 @@ STAGES = ("teacher", "search", "retrain")
 def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict[str, Any] | None:
     """The whole road; returns the table of `results.json`, or None where it stops earlier."""
     _take_over(setup)
-    boundary("the teacher")
+    check_preemption("the teacher")
     teach(setup, resume)
     if stop_after == "teacher":
         return None
-    boundary("the search")
+    check_preemption("the search")
     search(setup, resume)
-    boundary("what follows the search")
+    check_preemption("what follows the search")
     if stop_after == "search":
         _report(setup)
         return None
@@ -68,7 +68,7 @@ def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict
         left = steps - begun if point.tail and begun is not None else experiment.retrain.steps
         stage = dataclasses.replace(experiment.retrain, steps=left)
         retrain(setup, point.name, point.cut(setup.search) / "network", stage, resume)
-        boundary("the student is measured")
+        check_preemption("the student is measured")
         _confirm(setup, point)
     for number, name in enumerate(experiment.baselines):
         for point in points:
@@ -79,11 +79,11 @@ def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict
     if stop_after == "retrain":
         return None
     for point in points:
-        boundary("the export")
+        check_preemption("the export")
         deliver(setup, point.name, point.student)
-    boundary("the table")
+    check_preemption("the table")
     results = compare(setup)
-    boundary("the report")
+    check_preemption("the report")
     _report(setup)
     return results
 

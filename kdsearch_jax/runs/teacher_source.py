@@ -21,7 +21,7 @@ from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.adapters.boxes import boxes_of, boxes_to_json
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.data.batches import is_image
-from kdsearch_jax.data.examples import Dataset, only_input
+from kdsearch_jax.data.examples import Dataset, sole_input
 from kdsearch_jax.distill import objective as task_lib
 from kdsearch_jax.models import pretrained
 from kdsearch_jax.runs import weights
@@ -193,7 +193,7 @@ def call_of(experiment: Experiment, dataset: Dataset) -> tuple[CallSpec | None, 
       ValueError: the data have no such entry.
     """
     model, arrays = experiment.model, dataset.train.arrays
-    arguments = experiment.data.inputs or (only_input(arrays) or "images",)
+    arguments = experiment.data.inputs or (sole_input(arrays) or "images",)
     entries = [argument.rpartition("=")[2] for argument in arguments]
     for entry in entries:
         if entry not in arrays:

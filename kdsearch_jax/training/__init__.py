@@ -1,4 +1,4 @@
-"""A training loop for any update function: state, optimiser, checkpoints, metrics, preemption, many processes.
+"""A training loop for any update function: state, optimiser, checkpoints, metrics, preemption, several processes.
 
-Imports `data`, `storage` and `adapters`; knows nothing of pruning or distillation.
+Imports `data`, `storage` and `adapters`; independent of pruning and distillation.
 """

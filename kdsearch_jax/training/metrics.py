@@ -1,11 +1,4 @@
-"""What a run says about itself: numbers on disk, a bar on the screen, and the quantities that are measured.
-
-`MetricsWriter` keeps one line of JSON a row (metrics.jsonl) and the same numbers as TensorBoard events; `Progress`
-tells people how far it is and how long it will take. Both live on the host, between two calls of the compiled step, and
-cost microseconds there.
-
-The functions at the end are per example and jittable; whoever calls them takes the mean, over the examples that count.
-"""
+"""Metrics on disk: one line of JSON per row (metrics.jsonl), and the same numbers as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from kdsearch_jax.storage.files import name_in_errors, parse_json
-from kdsearch_jax.training.tensorboard import Events
-
-_WINDOW = 30.0  # seconds over which the rate is measured
+from kdsearch_jax.training.tensorboard import EventWriter
 
 
 class MetricsWriter:
     """Appends rows to DIRECTORY/metrics.jsonl and DIRECTORY/tensorboard/.
 
-    Row: {"step": int, "time": seconds since 1970, name: number or null, …}. NaN and infinity become null, which is JSON
-    where they are not. A row is on disk as soon as `write` returns; TensorBoard's events follow within seconds.
+    A row is {"step": int, "time": seconds since 1970, name: number or null, …}. NaN and infinity, which JSON lacks,
+    become null. A row is on disk when `write` returns; TensorBoard events follow within seconds.
 
     Args:
-      directory: is made where it does not exist.
-      start_step: the step that a resumed run goes on from. Rows of later steps, which will be written again, are
-        dropped, and so is a last line that a killed process left unfinished; 0 begins anew.
+      directory: created if it does not exist.
+      start_step: the step a resumed run continues from. Rows of later steps, which will be written again, are deleted,
+        and so is an incomplete last line of a killed process; 0 deletes all rows.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
@@ -41,21 +32,21 @@ class MetricsWriter:
         self._path = directory / "metrics.jsonl"
         _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._events = Events(directory / "tensorboard", start_step)
+        self._events = EventWriter(directory / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row.
+        """Writes one row.
 
         Args:
-          step: updates done.
-          values: {name: number}; Python, NumPy or 0-dimensional JAX numbers (a JAX one waits for the device), or None.
+          step: number of updates done.
+          values: {name: number or None}, of Python, NumPy or scalar JAX numbers (which wait for the device).
 
         Raises:
-          ValueError: a name that every row has, or a value that is no number.
+          ValueError: a name is "step" or "time", or a value is not a number.
         """
         row = {name: _number(name, value) for name, value in values.items()}
         if taken := row.keys() & {"step", "time"}:
-            raise ValueError(f"values: {taken.pop()!r} is written with every row; give it another name")
+            raise ValueError(f"values: {taken.pop()!r} is reserved; use another name")
         now = time.time()
         line = json.dumps({"step": int(step), "time": round(now, 3), **row}, allow_nan=False)
         with name_in_errors(self._path):
@@ -63,19 +54,19 @@ class MetricsWriter:
         self._events.write(int(step), {name: value for name, value in row.items() if value is not None}, now)
 
     def close(self) -> None:
-        """Writes what is pending; may be called again."""
+        """Writes what is pending; may be called repeatedly."""
         try:
-            with name_in_errors(self._path):  # it writes once more what did not find room
+            with name_in_errors(self._path):  # retries a write that the disk had no room for
                 self._file.close()
         finally:
             self._events.close()
 
     def __enter__(self) -> MetricsWriter:
-        """Itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes, whatever happened."""
+        """Closes."""
         self.close()
 
 
@@ -85,12 +76,12 @@ def _number(name: str, value: Any) -> float | int | None:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"values: {name!r} is {value!r}; give one number") from error
+        raise ValueError(f"values: {name!r} is {value!r}; give a number") from error
     return number if math.isfinite(number) else None
 
 
 def _drop_after(path: Path, last: int) -> None:
-    """Leaves the rows up to step `last`; none for 0. A crash meanwhile leaves the old file."""
+    """Keeps the rows up to step `last` (none for 0), atomically."""
     if not path.exists():
         return
     kept = []

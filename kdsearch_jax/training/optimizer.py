@@ -1,4 +1,4 @@
-"""The optimiser of a stage: its schedule, its weight decay, and what its settings may be."""
+"""The optimiser of a training stage: schedule, weight decay, and the checks of its settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CHOICES = {"optimizer": ("sgd", "adamw"), "schedule": ("cosine", "step", "consta
 
 
 def make_schedule(stage: StageConfig) -> optax.Schedule:
-    """Learning rate of update 0, 1, …: linear warm-up to `learning_rate` at update `warmup` − 1, then the schedule.
+    """The learning rate by update: linear warm-up to `learning_rate` at update `warmup` − 1, then the schedule.
 
-    `cosine` ends at 0 after the last update; `step` is multiplied by `decay` at each of `boundaries` (shares of all
-    `steps`); `constant` stays.
+    `cosine` reaches 0 after the last update; `step` multiplies the rate by `decay` at each of `boundaries` (fractions
+    of `steps`); `constant` keeps it.
 
     Raises:
       ValueError: a setting is out of range.
@@ -39,10 +39,10 @@ def make_schedule(stage: StageConfig) -> optax.Schedule:
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """The optimiser of a stage: clip the global norm, add weight decay, step with the scheduled rate.
+    """The optimiser of a stage: clips the global norm, adds weight decay, and steps at the scheduled rate.
 
-    Weight decay is on kernels only: leaves of two axes or more that are not named `bias` or `scale`. For `sgd` it is
-    part of the gradient, before Nesterov's momentum; for `adamw` it is decoupled (Loshchilov and Hutter 2019).
+    Weight decay applies to kernels only: leaves with two or more axes that are not named `bias` or `scale`. For `sgd`
+    it is part of the gradient, before Nesterov momentum; for `adamw` it is decoupled (Loshchilov and Hutter 2019).
 
     Raises:
       ValueError: a setting is out of range.
@@ -51,36 +51,41 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     if stage.clip is not None:
         parts.append(optax.clip_by_global_norm(stage.clip))
     if stage.optimizer == "sgd":
-        parts.append(optax.add_decayed_weights(stage.weight_decay, mask=is_kernel))
+        parts.append(optax.add_decayed_weights(stage.weight_decay, mask=weight_decay_mask))
         parts.append(optax.sgd(schedule, stage.momentum, nesterov=stage.momentum > 0))
     else:
-        parts.append(optax.adamw(schedule, b1=stage.momentum, weight_decay=stage.weight_decay, mask=is_kernel))
+        parts.append(optax.adamw(schedule, b1=stage.momentum, weight_decay=stage.weight_decay, mask=weight_decay_mask))
     return optax.chain(*parts)
 
 
-def is_kernel(params: Any) -> Any:
-    """Per leaf of `params`: whether weight decay acts on it."""
+def weight_decay_mask(params: Any) -> Any:
+    """Whether weight decay applies, for each leaf of `params`."""
 
-    def kernel(path: Any, leaf: Array) -> bool:
+    def is_kernel(path: Any, leaf: Array) -> bool:
         return leaf.ndim >= 2 and getattr(path[-1], "key", None) not in ("bias", "scale")
 
-    return jax.tree_util.tree_map_with_path(kernel, params)
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
-def check_record(record: StageConfig | RunConfig, prefix: str) -> None:
-    """Raises ValueError for a setting out of range, by the rules of `kdsearch_jax.training.settings`."""
+def check_settings(config: StageConfig | RunConfig, prefix: str) -> None:
+    """Raises ValueError for a setting that violates the rules in `kdsearch_jax.training.settings`.
+
+    Args:
+      config: the settings.
+      prefix: of the rules that apply: "*." for a stage, "run." for the run.
+    """
     for setting, known in CHOICES.items():
-        if (value := getattr(record, setting, known[0])) not in known:
+        if (value := getattr(config, setting, known[0])) not in known:
             raise ValueError(f"{setting}: {value!r} is unknown; {nearest(value, known)}")
     for pattern, (holds, requirement) in RULES.items():
         setting = pattern.removeprefix(prefix)
-        value = getattr(record, setting, None) if setting != pattern else None
+        value = getattr(config, setting, None) if setting != pattern else None
         if value is not None and not holds(value):
-            raise ValueError(f"{setting}: {value!r} is not possible; {requirement}")
+            raise ValueError(f"{setting}: {value!r} is invalid; {requirement}")
 
 
 def check_stage(stage: StageConfig) -> None:
     """Raises ValueError for a setting of the stage that is out of range."""
-    check_record(stage, "*.")
+    check_settings(stage, "*.")
     if stage.warmup >= max(stage.steps, 1):
-        raise ValueError(f"warmup: {stage.warmup} is not possible; give fewer updates than steps, {stage.steps}")
+        raise ValueError(f"warmup: {stage.warmup} is invalid; give fewer updates than steps, {stage.steps}")

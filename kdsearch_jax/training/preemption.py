@@ -1,9 +1,9 @@
-"""SIGTERM: the machine is about to be taken away, and the run shall end cleanly before it is.
+"""SIGTERM: the machine is about to be taken away, and the run must end cleanly before that.
 
-A run is in a training loop, which asks `Preemption.requested` after every call, saves and leaves; or anywhere else,
-where all that is worth saving is on disk already: there, within `terminable`, an exception ends it, so that temporary
-files go and locks are released. With several processes JAX's own service takes the signal, and all must learn of it
-together: in training as above, elsewhere at the boundaries between stages (`boundary`).
+A training loop checks `Preemption.requested` after each call, saves and leaves. Everywhere else all results are on disk
+already: there, inside `raise_on_sigterm`, an exception ends the run, so that temporary files are deleted and locks
+released. With several processes JAX's preemption service takes the signal and all processes must learn of it together:
+in training as above, elsewhere at the boundaries between stages (`check_preemption`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from kdsearch_jax.training import processes
 
-_asked = itertools.count(1 << 30)
+_sync_points = itertools.count(1 << 30)
 
 
 class Preempted(BaseException):
-    """SIGTERM came. No `Exception`, as KeyboardInterrupt is none: who handles errors shall not take it for one.
+    """SIGTERM was received. Like KeyboardInterrupt not an `Exception`, so that error handlers do not catch it.
 
-    A command ends with the status of a process that SIGTERM has ended.
+    A command then ends with the exit status of a process that SIGTERM has ended.
     """
 
     exit_status = 143
@@ -36,86 +36,88 @@ class Preemption:
     """Whether the machine is about to be taken away."""
 
     def __init__(self) -> None:
-        self._signalled = self._told = False
+        self._signalled = self._reported = False
 
     @property
     def requested(self) -> bool:
-        """Whether to save and leave. With several processes all must ask equally often, and all get the same answer."""
-        if not self._signalled and processes.joined():
+        """Whether to save and leave. Several processes must check equally often, and all get the same answer."""
+        if not self._signalled and processes.is_distributed():
             from jax.experimental import multihost_utils
 
-            self._signalled = bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
-        self._told = self._signalled
+            self._signalled = bool(multihost_utils.reached_preemption_sync_point(next(_sync_points)))
+        self._reported = self._signalled
         return self._signalled
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Preemption]:
-    """Within this context a first SIGTERM only sets `.requested`; a second one ends the process as ever.
+def catch_sigterm() -> Iterator[Preemption]:
+    """Inside this context the first SIGTERM only sets `.requested`; a second one ends the process.
 
-    A signal that came too late to be asked about is passed on at the end. Takes the signal in the main thread only;
-    elsewhere `.requested` stays False. With several processes JAX's own service takes it, and `.requested` turns true
+    A signal that nobody has checked for is raised again at the end. Only the main thread can catch it; elsewhere
+    `.requested` stays False. With several processes JAX's preemption service catches it, and `.requested` becomes True
     in all of them at once.
     """
-    flag = Preemption()
+    preemption = Preemption()
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        flag._signalled = True
+        preemption._signalled = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    with _handled(handle):
-        yield flag
-    if flag._signalled and not flag._told:
+    with _sigterm_handler(handle):
+        yield preemption
+    if preemption._signalled and not preemption._reported:
         signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Within this context a first SIGTERM raises Preempted, a second one ends the process as ever."""
+def raise_on_sigterm() -> Iterator[None]:
+    """Inside this context the first SIGTERM raises Preempted; a second one ends the process."""
     before = sys.unraisablehook
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.unraisablehook = lost
-        raise Preempted("stopped by SIGTERM; the same command goes on")
+        sys.unraisablehook = send_again
+        raise Preempted("stopped by SIGTERM; the same command resumes the run")
 
-    def lost(unraisable: Any) -> None:
-        # The signal came within a callback of the garbage collector, JAX has one, or a finaliser: Python drops what is
-        # raised there. It is sent once more.
+    def send_again(unraisable: Any) -> None:
+        # Python drops exceptions raised in finalisers and in callbacks of the garbage collector, of which JAX has one.
         if not isinstance(unraisable.exc_value, Preempted):
             before(unraisable)
             return
         signal.signal(signal.SIGTERM, handle)
-        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
 
     try:
-        with _handled(handle):
+        with _sigterm_handler(handle):
             yield
     finally:
-        if sys.unraisablehook is lost:
+        if sys.unraisablehook is send_again:
             sys.unraisablehook = before
 
 
-def boundary(name: str) -> None:
-    """Raises Preempted in all of several processes where one was sent SIGTERM; all call it equally often.
+def check_preemption(stage: str) -> None:
+    """Raises Preempted in all of several processes if one of them received SIGTERM; all must call it equally often.
 
-    A single process is told by `terminable`, and need not ask.
+    A single process gets the exception from `raise_on_sigterm`.
+
+    Args:
+      stage: what comes next, for the message.
     """
-    if processes.joined() and Preemption().requested:
-        raise Preempted(f"stopped by SIGTERM before {name}; the same command goes on")
+    if processes.is_distributed() and Preemption().requested:
+        raise Preempted(f"stopped by SIGTERM before {stage}; the same command resumes the run")
 
 
 @contextlib.contextmanager
-def _handled(handle: object) -> Iterator[None]:
-    """SIGTERM handled so, where it is for this thread to say, and not for JAX's service of several processes."""
-    if threading.current_thread() is not threading.main_thread() or processes.joined():
+def _sigterm_handler(handler: object) -> Iterator[None]:
+    """Installs a handler, unless this is not the main thread or JAX's preemption service takes the signal."""
+    if threading.current_thread() is not threading.main_thread() or processes.is_distributed():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, handle)  # type: ignore  # a function of (number, frame)
+    previous = signal.signal(signal.SIGTERM, handler)  # type: ignore  # a function of (number, frame)
     try:
         yield
     finally:
-        # None: the handler before was not set by Python, and cannot be put back.
+        # None: the previous handler was not installed from Python and cannot be restored.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -1,11 +1,11 @@
-"""A run of several processes: this one's place among them, how it joins the others, how it leaves when it has failed.
+"""Runs of several processes: which process this is, how it joins the others, and how it exits after a failure.
 
-A place comes, in this order, from flags (`--coordinator HOST:PORT --num-processes N --process-id I`), from variables
-(JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or from whatever started the process: JAX itself finds
-Cloud TPU VMs, TPUs on GKE, Slurm, Open MPI, and Jobs of Kubernetes (with the package `kubernetes`).
+The answer comes, in this order, from flags (`--coordinator HOST:PORT --num-processes N --process-id I`), environment
+variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or the launcher: JAX itself detects Cloud TPU
+VMs, TPUs on GKE, Slurm, Open MPI, and Kubernetes Jobs (with the package `kubernetes`).
 
-Who was started alone, in a Slurm step of one task for example, joins nobody. Who was started as one of many and cannot
-join them fails: several processes that each believe to be the only one would write over each other's files.
+A process that was started alone, for example in a Slurm step of one task, joins nobody. One that was started with
+others and cannot join them fails, since several processes that each work alone would overwrite each other's files.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ FLAGS = {
     "process_id": "JAX_PROCESS_ID",
 }
 
-# Launchers and the variables, in each process, of how many there are and which this is.
+# Launchers, with the variables for the number of processes and the rank of this one.
 _LAUNCHERS = (
     ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("Slurm", "SLURM_NTASKS", "SLURM_PROCID"),
-    ("MPI", "PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI; JAX does not know them
+    ("MPI", "PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI; JAX does not detect them
 )
-_SLURM_STEP = "SLURM_STEP_NODELIST"  # only what srun starts has it: a batch script or a shell of salloc is no task
+_SLURM_STEP = "SLURM_STEP_NODELIST"  # only set by srun: a batch script or an salloc shell is not a task
 _TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_PROCESS_ADDRESSES_PATH")
-_LONGER = (
-    60  # seconds that JAX waits beyond our own limit: where its own ends, it aborts the process with a stack trace
-)
+_EXTRA_TIMEOUT = 60  # seconds that JAX waits longer than we do: at its own limit it aborts with a stack trace
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among others; what is None, JAX finds out.
+class ProcessSpec:
+    """This process among several; JAX detects what is None.
 
-    coordinator: "host:port" where process 0 listens.
-    count: how many processes, at least 2.
-    rank: which of them this is, from 0.
-    launcher: who says that there are others; None where that is only possible.
+    Attributes:
+      coordinator: "host:port" where process 0 listens.
+      count: number of processes, at least 2.
+      rank: of this process, from 0.
+      launcher: what says that there are other processes; None if that is only a possibility.
     """
 
     coordinator: str | None = None
@@ -56,13 +55,15 @@ class Place:
     launcher: str | None = None
 
 
-def find(flags: Mapping[str, str], environment: Mapping[str, str]) -> Place | None:
-    """This process's place; None where it is alone.
+def detect(flags: Mapping[str, str], environment: Mapping[str, str]) -> ProcessSpec | None:
+    """Detects the other processes of the run; returns None if this one is alone.
 
-    flags: those given of `FLAGS`, as text; each wins over its variable.
+    Args:
+      flags: the flags of `FLAGS` that were given, as text; each takes precedence over its variable.
+      environment: the environment variables.
 
     Raises:
-      ValueError: a value is impossible, or there are other processes and no way to find them.
+      ValueError: a value is invalid, or there are other processes but not enough settings to join them.
     """
     given = {
         k: flags[k] if k in flags else environment[v] for k, v in FLAGS.items() if k in flags or environment.get(v)
@@ -71,14 +72,14 @@ def find(flags: Mapping[str, str], environment: Mapping[str, str]) -> Place | No
     count = _number(given, names, "num_processes", 1)
     rank = _number(given, names, "process_id", 0)
     if count is not None and rank is not None and rank >= count:
-        raise ValueError(f"{names['process_id']}: {rank} is not possible with {count} processes; they count from 0")
+        raise ValueError(f"{names['process_id']}: {rank} is invalid with {count} processes; ranks start at 0")
     if count == 1:
         return None
-    launcher, started, number = _started(environment)
+    launcher, started, number = _launcher(environment)
     if not given:
         if launcher is None:
-            return Place(launcher=_told(environment)) if _may_be_found(environment) else None
-        return None if started == 1 else Place(count=started, rank=number, launcher=launcher)
+            return ProcessSpec(launcher=_known_to_be_several(environment)) if _jax_may_detect(environment) else None
+        return None if started == 1 else ProcessSpec(count=started, rank=number, launcher=launcher)
     if launcher is not None:
         count, rank = started if count is None else count, number if rank is None else rank
     if count == 1:
@@ -87,13 +88,13 @@ def find(flags: Mapping[str, str], environment: Mapping[str, str]) -> Place | No
     if missing := [f"--{k.replace('_', '-')} (or {FLAGS[k]})" for k, value in wanted.items() if value is None]:
         raise ValueError(
             f"{', '.join(sorted(names[k] for k in given))} given, but not {' and '.join(missing)}; "
-            "a run of several processes needs all three, one of a single process none"
+            "a run of several processes needs all three, a single process none"
         )
     address = given["coordinator"]
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"{names['coordinator']}: {address!r} is not possible; give HOST:PORT of process 0")
-    return Place(address, count, rank, "the command line" if flags else launcher or "the environment")
+        raise ValueError(f"{names['coordinator']}: {address!r} is invalid; give HOST:PORT of process 0")
+    return ProcessSpec(address, count, rank, "the command line" if flags else launcher or "the environment")
 
 
 def _number(given: Mapping[str, str], names: Mapping[str, str], key: str, least: int) -> int | None:
@@ -101,12 +102,12 @@ def _number(given: Mapping[str, str], names: Mapping[str, str], key: str, least:
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise ValueError(f"{names[key]}: {text!r} is not possible; give a number, at least {least}")
+        raise ValueError(f"{names[key]}: {text!r} is invalid; give an integer of at least {least}")
     return int(text)
 
 
-def _started(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
-    """(launcher, number of processes, number of this one) where a launcher has started it; (None, 1, 0) elsewhere."""
+def _launcher(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
+    """(launcher, number of processes, rank of this one); (None, 1, 0) without a launcher."""
     for launcher, size, rank in _LAUNCHERS:
         if launcher == "Slurm" and _SLURM_STEP not in environment:
             continue
@@ -115,34 +116,38 @@ def _started(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
     return None, 1, 0
 
 
-def _may_be_found(environment: Mapping[str, str]) -> bool:
-    """Whether JAX should look for others: not in a pod of Kubernetes that no Job counts, where it would fail."""
+def _jax_may_detect(environment: Mapping[str, str]) -> bool:
+    """Whether JAX should look for others: not in a Kubernetes pod without a Job index, where it would fail."""
     within = "KUBERNETES_SERVICE_HOST" in environment
     return not within or "JOB_COMPLETION_INDEX" in environment or any(name in environment for name in _TPU_HOSTS)
 
 
-def _told(environment: Mapping[str, str]) -> str | None:
-    """Who says that there are other processes, without saying how many."""
+def _known_to_be_several(environment: Mapping[str, str]) -> str | None:
+    """What says that there are other processes, without their number."""
     if any("," in environment.get(name, "") for name in _TPU_HOSTS):
         return "a TPU slice"
-    # The first of a Job may be its only one.
-    return "a Job of Kubernetes" if environment.get("JOB_COMPLETION_INDEX", "0") != "0" else None
+    # Index 0 of a Job may be its only one.
+    return "a Kubernetes Job" if environment.get("JOB_COMPLETION_INDEX", "0") != "0" else None
 
 
-def join(place: Place, timeout: int) -> None:
-    """Joins the others, within `timeout` seconds; before anything else is done with JAX.
+def join(spec: ProcessSpec, timeout: int) -> None:
+    """Joins the other processes; to be called before anything else is done with JAX.
 
-    Where they do not come in time the process ends with status 1 and one line on stderr that says what is missing. It
-    cannot be an exception: JAX would abort the process first.
+    If they do not come together in time, the process exits with status 1 and one line on stderr that says what is
+    missing. It cannot raise: JAX would abort the process first.
+
+    Args:
+      spec: what `detect` returned.
+      timeout: in seconds.
 
     Raises:
-      ValueError: whoever started this process said that there are others, and JAX does not find them. Where nobody
-        said so, and there are none, it returns.
+      ValueError: the launcher says that there are other processes, but JAX does not find them. Without such a launcher
+        the process continues alone.
     """
     import jax
 
     def give_up() -> None:
-        print(f"error: {_missing(place, timeout)}", file=sys.stderr, flush=True)
+        print(f"error: {_missing(spec, timeout)}", file=sys.stderr, flush=True)
         os._exit(1)
 
     limit = threading.Timer(timeout, give_up)
@@ -150,53 +155,53 @@ def join(place: Place, timeout: int) -> None:
     limit.start()
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.count if place.coordinator else None,  # JAX knows how a launcher that it has found counts
-            place.rank if place.coordinator else None,
-            initialization_timeout=timeout + _LONGER,
-            shutdown_timeout_seconds=3600,  # the first process writes student and report when the others are done
+            spec.coordinator,
+            spec.count if spec.coordinator else None,  # JAX reads the number from a launcher that it detects
+            spec.rank if spec.coordinator else None,
+            initialization_timeout=timeout + _EXTRA_TIMEOUT,
+            shutdown_timeout_seconds=3600,  # process 0 writes student and report after the others have finished
         )
     except Exception as error:
         reason = " ".join(str(error).split())
-        if place.launcher is not None:
+        if spec.launcher is not None:
             raise ValueError(
-                f"this is one of several processes of {place.launcher}, but JAX cannot join them ({reason}); give "
+                f"this is one of several processes of {spec.launcher}, but JAX cannot join them ({reason}); give "
                 "--coordinator HOST:PORT of process 0, or --num-processes 1 to run alone"
             ) from error
-        if "coordinator_address" not in reason:  # which says that no cluster was found
-            log.warning("running alone, as JAX could not find out whether there are other processes (%s)", reason)
+        if "coordinator_address" not in reason:  # in the message when no cluster was detected
+            log.warning("running alone: JAX could not determine whether there are other processes (%s)", reason)
     finally:
         limit.cancel()
 
 
-def _missing(place: Place, timeout: int) -> str:
-    """Why the others did not come, as far as it can be seen from here."""
+def _missing(spec: ProcessSpec, timeout: int) -> str:
+    """Why the others did not come together, as far as this process can tell."""
     waited = f"the processes of this run have not come together within {timeout} s"
-    if place.coordinator is None or place.count is None:
-        who = f"all {place.count or ''} processes of {place.launcher or 'this cluster'}".replace("  ", " ")
-        return f"{waited}: see that {who} run, and reach each other"
-    host, _, port = place.coordinator.rpartition(":")
+    if spec.coordinator is None or spec.count is None:
+        who = f"all {spec.count or ''} processes of {spec.launcher or 'this cluster'}".replace("  ", " ")
+        return f"{waited}: check that {who} are running and can reach each other"
+    host, _, port = spec.coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 2).close()
     except OSError as error:
-        if place.rank == 0:
-            return f"{waited}: this is process 0, and {place.coordinator} is not an address of this machine ({error})"
-        return f"{waited}: process 0 does not answer at {place.coordinator} ({error}); start it, and open this port"
-    others = f"not each of 0 to {place.count - 1} is running (this is {place.rank})"
-    return f"{waited}: process 0 answers at {place.coordinator}, but {others}"
+        if spec.rank == 0:
+            return f"{waited}: this is process 0, and {spec.coordinator} is not an address of this machine ({error})"
+        return f"{waited}: process 0 does not answer at {spec.coordinator} ({error}); start it, and open this port"
+    others = f"not each of 0 to {spec.count - 1} is running (this is {spec.rank})"
+    return f"{waited}: process 0 answers at {spec.coordinator}, but {others}"
 
 
-def joined() -> bool:
-    """Whether this process has joined others. Imports nothing: who has not imported JAX has joined nobody."""
+def is_distributed() -> bool:
+    """Whether this process has joined others. Does not import JAX: without it, it cannot have joined any."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(status: int, patience: float = 5.0) -> None:
-    """Ends a process that has failed; returns at once where it has joined nobody.
+def exit_after_failure(status: int, patience: float = 5.0) -> None:
+    """Exits a failed process of several; returns at once in a single process.
 
-    An ordinary exit waits for the others, who may be waiting for this one, for minutes. Here those who fail together
-    leave together, and one that fails alone leaves after `patience` seconds, so that its launcher sees it and ends all.
+    An ordinary exit waits minutes for the other processes, which may be waiting for this one. Here processes that fail
+    together exit together, and one that fails alone exits after `patience` seconds, so that its launcher ends the rest.
     """
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():

@@ -1,9 +1,8 @@
-"""Going back when the loss jumps: to the last checkpoint, and past the batches that did it by another shuffle.
+"""Rolling back when the loss jumps: to the last checkpoint, and past the offending batches in another order.
 
-A loss that is not finite, or more than `run.spike` times its running median, takes training back to its last good
-checkpoint. The updates between are done once more with batches drawn in another order, at most `run.rollbacks` times.
-All that decides is in the checkpoints (the losses remembered, the detours taken), so a run that is interrupted anywhere
-goes the same way when it goes on.
+If a loss is not finite, or more than `run.spike` times its running median, training returns to the last intact
+checkpoint. The updates since then are repeated with batches in another order, at most `run.rollbacks` times. Everything
+this depends on is in the checkpoints (recent losses, earlier rollbacks), so an interrupted run takes the same path.
 """
 
 from __future__ import annotations
@@ -15,57 +14,56 @@ import numpy as np
 
 from kdsearch_jax.training.settings import RunConfig
 
-KEY = "rollback"  # in the meta of a checkpoint
-_WINDOW = 32  # calls whose mean losses are remembered
-_LEAST = 4  # before so many there is no median to speak of
-_APART = 40  # bits between the seed of a stage and those of its detours
+META_KEY = "rollback"  # in a checkpoint's meta
+_WINDOW = 32  # calls whose mean losses are kept
+_MIN_LOSSES = 4  # needed for a median
+_SEED_SHIFT = 40  # bits between the seed of a stage and those of its rollbacks
 
 
-class Guard:
-    """Losses seen and detours taken.
+class LossSpikeGuard:
+    """Detects loss spikes and counts rollbacks.
 
     Args:
-      run: `spike` and `rollbacks`; without the first, nothing is ever a spike.
-      memory: what `memory` gave.
+      run: its `spike` and `rollbacks`; without `spike` nothing is ever a spike.
+      stored: what `to_meta` stored under META_KEY.
     """
 
-    def __init__(self, run: RunConfig, memory: Mapping[str, Any] | None = None):
+    def __init__(self, run: RunConfig, stored: Mapping[str, Any] | None = None):
         self.active = run.spike is not None
-        self._factor, self._most = run.spike or np.inf, run.rollbacks
-        self._losses: list[float] = list((memory or {}).get("losses", ()))
-        self._detours: list[list[int]] = [list(each) for each in (memory or {}).get("detours", ())]
+        self._factor, self._max_rollbacks = run.spike or np.inf, run.rollbacks
+        self._losses: list[float] = list((stored or {}).get("losses", ()))
+        self._rollbacks: list[list[int]] = [list(updates) for updates in (stored or {}).get("detours", ())]
+
+    def to_meta(self) -> dict[str, Any]:
+        """The entry of a checkpoint's meta."""
+        return {META_KEY: {"losses": self._losses, "detours": self._rollbacks}} if self.active else {}
 
     @property
-    def memory(self) -> dict[str, Any]:
-        """As JSON, for the meta of a checkpoint."""
-        return {KEY: {"losses": self._losses, "detours": self._detours}} if self.active else {}
+    def exhausted(self) -> bool:
+        """Whether no further rollback is allowed."""
+        return not self.active or len(self._rollbacks) >= self._max_rollbacks
 
-    @property
-    def spent(self) -> bool:
-        """Whether there is no going back any more."""
-        return not self.active or len(self._detours) >= self._most
-
-    def jumps(self, loss: float) -> bool:
-        """Whether the mean loss of a call is out of proportion; else it is remembered."""
+    def is_spike(self, loss: float) -> bool:
+        """Whether the mean loss of a call is a spike; otherwise it enters the running median."""
         if not self.active:
             return False
-        usual = float(np.median(self._losses)) if len(self._losses) >= _LEAST else np.inf
-        if not np.isfinite(loss) or loss > usual + (self._factor - 1) * abs(usual):  # a loss may be below 0
+        median = float(np.median(self._losses)) if len(self._losses) >= _MIN_LOSSES else np.inf
+        if not np.isfinite(loss) or loss > median + (self._factor - 1) * abs(median):  # a loss may be negative
             return True
         self._losses = [*self._losses, loss][-_WINDOW:]
         return False
 
-    def back(self, stored: Mapping[str, Any], first: int, last: int) -> dict[str, int]:
-        """Takes the updates `first`, …, `last` − 1 by another way, from what a checkpoint of `first` remembers.
+    def roll_back(self, stored: Mapping[str, Any], first: int, last: int) -> dict[str, int]:
+        """Records that the updates `first`, …, `last` − 1 are repeated from a checkpoint with this meta.
 
         Returns:
-          what to note with the next metrics.
+          Metrics to write with the next row.
         """
-        self._losses = list(stored.get(KEY, {}).get("losses", ()))
-        self._detours = [*self._detours, [first, last]]
-        return {"rollbacks": len(self._detours), "rollback_from": last}
+        self._losses = list(stored.get(META_KEY, {}).get("losses", ()))
+        self._rollbacks = [*self._rollbacks, [first, last]]
+        return {"rollbacks": len(self._rollbacks), "rollback_from": last}
 
-    def seed(self, seed: int, step: int) -> int:
-        """Of the batches of a call that begins with update `step`."""
-        taken = [number for number, (first, last) in enumerate(self._detours, 1) if first <= step < last]
-        return seed + (taken[-1] << _APART) if taken else seed
+    def batch_seed(self, seed: int, step: int) -> int:
+        """The seed of the batches of a call that begins at update `step`."""
+        number = max((n for n, (first, last) in enumerate(self._rollbacks, 1) if first <= step < last), default=0)
+        return seed + (number << _SEED_SHIFT)

@@ -1,7 +1,7 @@
-"""One update: the state that training changes, and what an update does to it.
+"""The training state, and what one update does to it.
 
-A `Step` is a pure function (state, batch, key, constants) → (state, metrics). Two are here, supervised and distilling;
-the search has its own (`kdsearch_jax.distill.search_step`).
+A `Step` is a pure function (state, batch, key, constants) → (state, metrics). Supervised and distilling steps are in
+`kdsearch_jax.distill.steps`, the search's in `kdsearch_jax.distill.search_step`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from flax.core import unfreeze
 from jax import Array
 
 Batch = dict[str, Any]  # {entry: pytree of arrays (batch, …)}; images are normalised
-Metrics = dict[str, Array]  # scalars; "loss" must be among them
+Metrics = dict[str, Array]  # scalars, one of them "loss"
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training changes; what is not in here is not in a checkpoint.
+    """Everything that training changes and checkpoints contain.
 
     Attributes:
       step: int32 scalar, updates done.
       params: the trained parameters, float32 whatever the precision of the computation.
-      model_state: the module's other collections, {"batch_stats": …}; {} where it has none.
+      model_state: the module's other collections, {"batch_stats": …}; {} if it has none.
       opt_state: the optimiser's state.
       ema: averaged {"params": …, **model_state}, or None.
-      extra: whatever else a `Step` or `between` carries along: gates, importance, a controller's memory; or None.
+      extra: further state of a `Step` or of `between`, or None.
     """
 
     step: Array
@@ -41,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What to evaluate and to keep: the averaged variables where there are such, else the current ones."""
+        """The variables to evaluate and keep: the averaged ones if there are any, otherwise the current ones."""
         return {"params": self.params, **self.model_state} if self.ema is None else self.ema
 
 
@@ -51,7 +51,7 @@ Step = Callable[[TrainState, Batch, Array, Any], tuple[TrainState, Metrics]]
 def create_state(
     variables: Any, tx: optax.GradientTransformation, *, ema: float | None = None, extra: Any = None
 ) -> TrainState:
-    """The state before the first update of a network's `variables`, {"params": …, "batch_stats": …}."""
+    """The initial state for a network's `variables`, {"params": …, "batch_stats": …}."""
     model_state = {name: leaves for name, leaves in unfreeze(variables).items() if name != "params" and leaves}
     params = unfreeze(variables)["params"]
     average = None if ema is None else {"params": params, **model_state}
@@ -61,19 +61,24 @@ def create_state(
 def update(
     state: TrainState, gradient: Any, model_state: Any, tx: optax.GradientTransformation, ema: float | None
 ) -> TrainState:
-    """The state after one update of the parameters by their `gradient`; `extra` is left alone."""
+    """Applies the gradient of the parameters; `extra` is unchanged.
+
+    Args:
+      model_state: the new one.
+      ema: decay of the averaged variables, or None.
+    """
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.ema
     if ema is not None:
-        average = averaged(state.ema, {"params": params, **model_state}, ema, state.step)
+        average = update_average(state.ema, {"params": params, **model_state}, ema, state.step)
     return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=average)
 
 
-def averaged(average: Any, variables: Any, decay: float, step: Array) -> Any:
+def update_average(average: Any, variables: Any, decay: float, step: Array) -> Any:
     """a ← d·a + (1 − d)·v with d = min(decay, (1 + step)/(10 + step)), so that the first values are soon forgotten.
 
-    Statistics are averaged as parameters are; leaves that are no floats are taken over.
+    Statistics are averaged like parameters; leaves that are not floating point are copied.
     """
     count = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + count) / (10 + count))

@@ -1,18 +1,29 @@
-"""Examples that are read from disk when they are needed, for data sets that do not fit.
+"""Examples that are read from disk when they are needed, for data sets that do not fit in memory.
 
-    Records   a split of a TFDS data set in array_record form: any example by its number
-    Framing   how an encoded image becomes an array of a fixed size, by chance in training
-    Reader    both: a number → {"images", "labels"}
-    Column    an entry of a split, that stands where else an array does
-    batches   grain: decoded by threads or processes, ahead of who asks
+    Records   a split of a TFDS data set in array_record format: random access to its examples
+    Framing   how an encoded image becomes an array of a fixed size, randomly in training
+    Reader    both: index → {"images", "labels"}
+    Column    an entry of a split, in place of an array
+    batches   a grain data set: decoded ahead by threads or processes
 
-Which example is where in training is a pure function of seed and update (`Order`), and so is the chance in its framing:
-nothing has to be remembered to go on from any update, and several processes see what one would.
+The position of each example in training is a pure function of seed and update (`ShuffledOrder`), and so is the
+randomness of its framing: training can continue from any update without stored state, and several processes see what a
+single one would.
 """
 
 from kdsearch_jax.data.streaming.columns import Column, Reader, reader_of
-from kdsearch_jax.data.streaming.framing import Framing, resized
-from kdsearch_jax.data.streaming.pipeline import InOrder, Order, batches
+from kdsearch_jax.data.streaming.framing import Framing, resize
+from kdsearch_jax.data.streaming.pipeline import SequentialOrder, ShuffledOrder, batches
 from kdsearch_jax.data.streaming.records import Records
 
-__all__ = ["Column", "Framing", "InOrder", "Order", "Reader", "Records", "batches", "reader_of", "resized"]
+__all__ = [
+    "Column",
+    "Framing",
+    "Reader",
+    "Records",
+    "SequentialOrder",
+    "ShuffledOrder",
+    "batches",
+    "reader_of",
+    "resize",
+]

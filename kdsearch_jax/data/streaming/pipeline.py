@@ -1,10 +1,10 @@
-"""Batches ahead of who asks for them: grain reads and decodes, in threads of this process or in processes of its own.
+"""Batches of streamed examples, read and decoded ahead by grain, in threads or in processes.
 
-A place is a function from the number of a row, counted over all batches that this process makes, to the example that
-belongs there, and to its chance. So any batch can be had without those before it, and grain needs no state to go on.
+An order maps the number of a row, counted over all batches of this process, to an example and its random generator. Any
+batch can therefore be computed without the ones before it, and grain needs no stored state to continue.
 
-Threads share Python's lock, which Pillow gives back while it decodes and resizes: some four to ten cores' worth. Beyond
-that, processes; each makes whole batches in turn, so their number changes nothing but the time.
+Threads share the GIL, which Pillow releases while it decodes and resizes: enough for four to ten cores. Beyond that,
+use processes; each makes whole batches in turn, so their number affects nothing but the speed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from kdsearch_jax.data.batches import epoch_order
 from kdsearch_jax.data.streaming.columns import Reader
 from kdsearch_jax.storage.files import available_cores
 
-Place = Callable[[int], tuple[int, np.random.Generator | None]]
+RowOrder = Callable[[int], tuple[int, np.random.Generator | None]]  # row → (index of its example, its randomness)
 
-_FRAMES = 0xF4A3E  # a stream of its own
-_THREADS = 32
-_GRACE = 60  # seconds that a process goes on after SIGTERM
+_FRAMING_STREAM = 0xF4A3E  # keeps the randomness of framing apart
+_MAX_THREADS = 32
+_GRACE = 60  # seconds that a decoding process continues after SIGTERM
 
 
 @dataclass(frozen=True)
-class Order:
-    """Where examples are in training: those of `batch_indices`, of which this process makes the rows `rows`.
+class ShuffledOrder:
+    """The training order, equal to `batch_indices`; this process makes the rows `rows` of each batch.
 
-    The chance of an example depends on seed, epoch and the example alone.
+    The randomness of an example depends only on seed, epoch and the example.
     """
 
     seed: int
@@ -42,16 +42,16 @@ class Order:
     rows: tuple[int, ...]
 
     def __call__(self, number: int) -> tuple[int, np.random.Generator]:
-        """The example in row `number` of this process, and its chance."""
+        """The example in row `number` of this process, and its random generator."""
         update, row = divmod(number, len(self.rows))
         epoch, batch = divmod(update, self.examples // self.batch_size)
         example = int(epoch_order(self.seed, epoch, self.examples)[batch * self.batch_size + self.rows[row]])
-        return example, np.random.default_rng([self.seed, epoch, example, _FRAMES])
+        return example, np.random.default_rng([self.seed, epoch, example, _FRAMING_STREAM])
 
 
 @dataclass(frozen=True)
-class InOrder:
-    """Every example once, in order, as `padded_batches` has them; this process makes the rows `rows`."""
+class SequentialOrder:
+    """Every example once, in order, equal to `padded_batches`; this process makes the rows `rows` of each batch."""
 
     examples: int
     batch_size: int
@@ -65,56 +65,60 @@ class InOrder:
 
 
 @dataclass(frozen=True)
-class _Example:
+class _ReadRow:
     reader: Reader
-    place: Place
+    order: RowOrder
 
     def __call__(self, number: Any) -> dict[str, np.ndarray]:
-        index, random = self.place(int(number))
+        index, random = self.order(int(number))
         return self.reader(index, random)
 
 
 def batches(
-    reader: Reader, place: Place, rows: int, first: int, stop: int, put: Callable[[Any], Any] | None = None
+    reader: Reader, order: RowOrder, rows: int, first: int, stop: int, put: Callable[[Any], Any] | None = None
 ) -> Any:
-    """A grain dataset of the batches `first`, …, `stop − 1`, of `rows` examples each; close its iterator.
+    """A grain data set of the batches `first`, …, `stop − 1`; close its iterator after use.
 
-    put: what is done with each batch, in a thread of its own and one batch ahead: it brings them to the devices.
+    Args:
+      reader: reads an example.
+      order: maps rows to examples.
+      rows: number of rows per batch in this process.
+      put: called with each batch, in a thread and one batch ahead, to send it to the devices.
     """
     import grain
 
-    ahead, process = max(1, reader.prefetch), reader.workers > 0
-    numbers = grain.MapDataset.range(first * rows, stop * rows).map(_Example(reader, place))
-    if process:
+    ahead = max(1, reader.prefetch)
+    numbers = grain.MapDataset.range(first * rows, stop * rows).map(_ReadRow(reader, order))
+    if reader.workers > 0:
         _parse_flags()
-        made = numbers.batch(rows).to_iter_dataset(grain.ReadOptions(1, 1))
+        dataset = numbers.batch(rows).to_iter_dataset(grain.ReadOptions(1, 1))
         options = grain.MultiprocessingOptions(reader.workers, ahead)
-        made = made.mp_prefetch(options, worker_init_fn=_leave_with_parent).map(_copied)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_exit_with_parent).map(_copy)
     else:
-        threads = min(_THREADS, 2 + available_cores(), ahead * rows)  # some wait for the disk
-        made = numbers.to_iter_dataset(grain.ReadOptions(threads, ahead * rows)).batch(rows)
+        threads = min(_MAX_THREADS, 2 + available_cores(), ahead * rows)  # some of them wait for the disk
+        dataset = numbers.to_iter_dataset(grain.ReadOptions(threads, ahead * rows)).batch(rows)
     if put is not None:
-        made = grain.experimental.ThreadPrefetchIterDataset(made.map(put), prefetch_buffer_size=1)
-    return made
+        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset.map(put), prefetch_buffer_size=1)
+    return dataset
 
 
-def _copied(batch: Any) -> Any:
-    """Out of the memory shared with the process that made it, which goes back to it."""
+def _copy(batch: Any) -> Any:
+    """Copies a batch out of the memory that is shared with a decoding process, and returned to it."""
     return {entry: np.array(leaf) for entry, leaf in batch.items()}
 
 
 def _parse_flags() -> None:
-    """grain hands its command line flags on to its processes, and nobody else has parsed them here."""
+    """Marks absl's flags as parsed: grain passes them on to its processes, and nothing else here uses absl."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
-def _leave_with_parent(index: int, count: int) -> None:
-    """In a process that decodes: ends it when the one that asked is gone, however that ended, and not before.
+def _exit_with_parent(index: int, count: int) -> None:
+    """Runs in a decoding process: exits when the training process is gone, for whatever reason, and not before.
 
-    A scheduler that takes a machine away tells all processes, but the one that trains goes on for a moment, to save.
+    A scheduler sends SIGTERM to all processes, but the training process still needs batches while it saves.
     """
     import multiprocessing
 
@@ -128,9 +132,9 @@ def _leave_with_parent(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def leave_later(*_: Any) -> None:
+    def exit_later(*_: Any) -> None:
         timer = threading.Timer(_GRACE, os._exit, (1,))
         timer.daemon = True
         timer.start()
 
-    signal.signal(signal.SIGTERM, leave_later)
+    signal.signal(signal.SIGTERM, exit_later)

@@ -1,6 +1,6 @@
-"""A split of a TFDS data set in array_record form: any example by its number, as it was written.
+"""A split of a TFDS data set in array_record format, with random access to its encoded examples.
 
-Every record carries a hash, which array_record checks when it is read: a flipped byte is never seen as a pixel.
+array_record checks the hash of each record that it reads, so a flipped byte never becomes a pixel.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from kdsearch_jax.data import images
 from kdsearch_jax.storage.files import DamagedError, one_line
 
-_PIECE, _PIECES = 1 << 16, 256  # bytes, and how many such of a split tell its files from others
+_SAMPLE_BYTES, _SAMPLES = 1 << 16, 256  # of a split's files, for its fingerprint
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Some or all records of a split; pickles, for processes that decode.
+    """Some or all records of a split; can be pickled for decoding processes.
 
-    source: what TFDS's `as_data_source` gave, its images not decoded; what: for messages; image, label: names of the
-    two features; classes: their number, below which labels must be, or None not to look; chosen: numbers of the records
-    within the split, in the order in which they count here; None: all.
+    source: what TFDS's `as_data_source` returned, with encoded images; what: for messages; image, label: names of the
+    two features; classes: their number, to check labels, or None; chosen: numbers of the selected records within the
+    split, in order; None for all.
     """
 
     source: Any
@@ -46,46 +46,46 @@ class Records:
         return len(self.source) if self.chosen is None else len(self.chosen)
 
     def __getitem__(self, indices: NDArray[np.integer]) -> Records:
-        """Those at `indices`, none of them read."""
+        """The records at `indices`, without reading them."""
         return dataclasses.replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
 
     @cached_property
     def identity(self) -> str:
-        """What tells these records from others: name and version, the files' sizes and samples of them, which ones.
+        """A fingerprint of the records: name and version, sizes and samples of the files, and the selection.
 
-        Up to 16 MiB of a split are read: all of a small one; of a large one pieces at equal distances, so that files
-        prepared anew from other examples are noticed, and a byte changed in place most likely not.
+        At most 16 MiB of a split are read: all of a small one, and samples at equal distances of a large one, which
+        detects files prepared from other examples, but most likely not a byte changed in place.
         """
         info, chosen = self.source.dataset_info, None if self.chosen is None else self.chosen.tobytes()
         split = info.splits[self.source.split]
-        told = f"{info.full_name} {self.source.split} {split.shard_lengths} {split.num_bytes}"
-        return f"{told} {_sampled(map(Path, split.filepaths))} {zlib.crc32(chosen or b'')}"
+        name = f"{info.full_name} {self.source.split} {split.shard_lengths} {split.num_bytes}"
+        return f"{name} {_sample_digest(map(Path, split.filepaths))} {zlib.crc32(chosen or b'')}"
 
     def number(self, index: int) -> int:
-        """The number within the split of a record here."""
+        """The number within the split of a selected record."""
         return int(index if self.chosen is None else self.chosen[index])
 
     def read(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        """(encoded image, label) of each; ValueError names a record that cannot be read, and its file."""
+        """Reads (encoded image, label) of each record; ValueError names a damaged record and its file."""
         numbers = [self.number(index) for index in indices]
-        found = []
-        if len(numbers) > 1:  # of which array_record makes a pool of threads at every call
-            with contextlib.suppress(Exception):  # it has many: one by one below, to name the record
-                found = self.source.__getitems__(numbers)
-        found = found or [self._one(number) for number in numbers]
+        examples = []
+        if len(numbers) > 1:  # otherwise array_record would start a thread pool for a single record
+            with contextlib.suppress(Exception):  # read one by one below, to name the record
+                examples = self.source.__getitems__(numbers)
+        examples = examples or [self._read_one(number) for number in numbers]
         pairs = []
-        for number, example in zip(numbers, found, strict=True):
+        for number, example in zip(numbers, examples, strict=True):
             image, label = example[self.image], example[self.label]
-            if not isinstance(image, bytes) or label is None:  # of a file that was cut off, some records read as empty
+            if not isinstance(image, bytes) or label is None:  # of a truncated file, some records read as empty
                 raise self._damaged(number, "an empty record")
             pairs.append((image, label := int(label)))
             if self.classes is not None and not 0 <= label < self.classes:
                 raise ValueError(
-                    f"data.name: {self.what} has label {label} at example {number}, but {self.classes} classes"
+                    f"data.name: {self.what} has label {label} at example {number}, but only {self.classes} classes"
                 )
         return pairs
 
-    def _one(self, number: int) -> dict[str, Any]:
+    def _read_one(self, number: int) -> dict[str, Any]:
         try:
             return self.source[number]
         except Exception as error:
@@ -105,19 +105,19 @@ class Records:
         except (AttributeError, KeyError, IndexError):
             return "its files"
 
-    def opened(self, encoded: bytes, index: int) -> Any:
-        """An image as Pillow has it, within bounds and not decoded yet."""
-        return self._told(index, images.opened, encoded)
+    def open_image(self, encoded: bytes, index: int) -> Any:
+        """Opens an image without decoding it; as the two below, ValueError names the record."""
+        return self._name_in_errors(index, images.open_image, encoded)
 
-    def converted(self, image: Any, index: int) -> Any:
-        """What `opened` gave, decoded, in Pillow's mode for this number of channels."""
-        return self._told(index, images.converted, image, self.channels)
+    def convert(self, image: Any, index: int) -> Any:
+        """Decodes an opened image to a Pillow image with this split's number of channels."""
+        return self._name_in_errors(index, images.convert, image, self.channels)
 
-    def pixels(self, image: Any, index: int) -> NDArray[np.uint8]:
-        """What `opened` gave, decoded: (height, width, channels)."""
-        return self._told(index, images.pixels, image, self.channels)
+    def to_array(self, image: Any, index: int) -> NDArray[np.uint8]:
+        """Decodes an opened image to (height, width, channels)."""
+        return self._name_in_errors(index, images.to_array, image, self.channels)
 
-    def _told(self, index: int, function: Any, *arguments: Any) -> Any:
+    def _name_in_errors(self, index: int, function: Any, *arguments: Any) -> Any:
         try:
             return function(*arguments)
         except DamagedError as error:
@@ -127,18 +127,18 @@ class Records:
             ) from error
 
 
-def _sampled(paths: Iterable[Path]) -> str:
-    """A digest of the files' sizes, and of pieces of them; one that cannot be read will be named when it is needed."""
+def _sample_digest(paths: Iterable[Path]) -> str:
+    """A digest of the files' sizes and of samples of them; unreadable files are skipped and reported when needed."""
     digest, sizes = hashlib.sha256(), {}
     for path in paths:
         with contextlib.suppress(OSError):
             sizes[path] = path.stat().st_size
     digest.update(str([*sizes.values()]).encode())
-    apart, before = max(_PIECE, -(-sum(sizes.values()) // _PIECES)), 0
+    distance, before = max(_SAMPLE_BYTES, -(-sum(sizes.values()) // _SAMPLES)), 0
     for path, size in sizes.items():
         with contextlib.suppress(OSError), path.open("rb") as file:
-            for start in range(-before % apart, size, apart):
+            for start in range(-before % distance, size, distance):
                 file.seek(start)
-                digest.update(file.read(_PIECE))
+                digest.update(file.read(_SAMPLE_BYTES))
         before += size
     return digest.hexdigest()[:16]
