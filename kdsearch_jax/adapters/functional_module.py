@@ -120,7 +120,7 @@ class FunctionalModule:
 
     def __repr__(self) -> str:
         count = sum(not leaf.random for leaf in self.leaves)
-        return f"<{self.kind.__name__} as a function of its {count} arrays{', cut' if self.base else ''}>"
+        return f"<{self.kind.__name__} as a function of its {count} arrays{', pruned' if self.base else ''}>"
 
     def __hash__(self) -> int:
         return hash((self.kind, self.leaves, self.dropped))  # not of all that is compared: hashed at every `nnx.jit`

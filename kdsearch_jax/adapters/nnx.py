@@ -17,7 +17,7 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from kdsearch_jax.adapters.base import LayerInfo, LayerSizes, Shapes, Sizes, call_arguments, integer_attributes
+from kdsearch_jax.adapters.base import LayerInfo, LayerSizes, Shapes, Sizes, apply_function, integer_attributes
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.adapters.nnx_leaves import path_name
 from kdsearch_jax.tracing.program import Program, flatten_jaxpr
@@ -31,12 +31,12 @@ def abstract_variables(module: FunctionalModule, inputs: Sequence[Any], kwargs: 
 
 def jaxpr(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operations of `module.apply`."""
-    return jax.make_jaxpr(_call(module, kwargs))(variables, *inputs)
+    return jax.make_jaxpr(apply_function(module, kwargs))(variables, *inputs)
 
 
 def traced(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The traced call, to be lowered."""
-    return jax.jit(_call(module, kwargs)).trace(variables, *inputs)
+    return jax.jit(apply_function(module, kwargs)).trace(variables, *inputs)
 
 
 def trace_layers(
@@ -91,16 +91,8 @@ def layer_outputs(
         return result
 
     with watched(module, record):
-        _call(module, kwargs)(variables, *inputs)
+        apply_function(module, kwargs)(variables, *inputs)
     return seen
-
-
-def _call(module: FunctionalModule, kwargs: Mapping[str, Any]) -> Any:
-    def call(variables: Any, *inputs: Any) -> Any:
-        args, keywords = call_arguments(inputs, kwargs)
-        return module.apply(variables, *args, **keywords)
-
-    return call
 
 
 def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
