@@ -72,9 +72,9 @@ def trace_layers(
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
         layer, path = context.module, "/".join(context.module.path)
         if isinstance(layer, StudentModule):
-            for below, own in layer.layers.items():
+            for below, student_sizes in layer.layers.items():
                 name = "/".join(filter(None, [path, below]))
-                sizes[name] = {**own, **sizes.get(name, {})}  # the outermost student has the last word
+                sizes[name] = {**student_sizes, **sizes.get(name, {})}  # the outermost student has the last word
             return call(*args, **call_kwargs)
         result = call(*args, **call_kwargs)
         if context.method_name == "__call__":

@@ -97,8 +97,8 @@ def layer_outputs(
 
 def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
     """The shapes of a layer's own arrays, by their names in it."""
-    own = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
-    return {name: shape for name, shape in own.items() if shape}
+    shapes = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 def _integers(node: Any) -> dict[str, int]:
@@ -146,13 +146,13 @@ def watched(module: FunctionalModule, on_call: OnCall) -> Iterator[None]:
         return call
 
     kinds = {type(node) for node in _modules(module.skeleton()).values() if callable(node)}
-    own = {kind: vars(kind).get("__call__") for kind in kinds}
+    originals = {kind: vars(kind).get("__call__") for kind in kinds}
     try:
         for kind in kinds:
             kind.__call__ = watching(kind.__call__)  # type: ignore[method-assign]
         yield
     finally:
-        for kind, original in own.items():
+        for kind, original in originals.items():
             if original is None:
                 del kind.__call__
             else:
