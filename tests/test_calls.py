@@ -1,4 +1,4 @@
-"""Modules that are called wrongly, or that return and write unusual things: each works, or says what to do."""
+"""Wrong calls, and modules with unusual outputs or variables: each works, or the error says what to do."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Trained(nn.Module):
-    """A network that has to be told whether it is in training."""
+    """A network with a required training switch."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -46,7 +46,7 @@ def test_a_random_layer_is_named():
 
 @network
 def several(m, x):
-    """No batch axis, whole numbers, a truth, a name and nothing."""
+    """Outputs without a batch axis, an integer, a boolean, a string and None."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     y = out(x)
     return {"mean": y.mean(), "class": y.argmax(-1), "sure": y.max(-1) > 1, "name": "net", "none": None, "logits": y}
@@ -54,7 +54,7 @@ def several(m, x):
 
 @network
 def writes_and_sows(m, x):
-    """What is sown is not among the variables that a call reads."""
+    """Sown values are not among the variables that a call reads."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     m.sow("intermediates", "hidden", x)
     m.sow("losses", "size", jnp.square(x).mean())

@@ -1,4 +1,4 @@
-"""NNX modules: found, cut and proved like Linen's; what comes back is a module of the user's own class."""
+"""NNX modules are traced, pruned and proved like Linen modules; a student is a module of the user's own class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Mlp(nnx.Module):
-    """A dropout between, as in training code that never heard of us."""
+    """With dropout, as in ordinary training code."""
 
     def __init__(self, width: int = 12, rate: float = 0.5, num_classes: int = 5, *, rngs: nnx.Rngs):
         self.first = nnx.Linear(6, width, rngs=rngs)
@@ -113,7 +113,7 @@ class Grouped(nnx.Module):
 
 
 class Adapted(nnx.Module):
-    """Low-rank adapters, general layers, arrays that are no Variables, and a parameter of its own."""
+    """Low-rank adapters, general layers, arrays that are no Variables, and a bare parameter."""
 
     def __init__(self, rngs):
         self.lora = nnx.LoRALinear(6, 10, lora_rank=3, rngs=rngs)
@@ -258,7 +258,7 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, tuple[str, int]]]] = {
 
 @functools.cache
 def trained(make: Any, seed: int = 0) -> tuple[FunctionalModule, Any]:
-    """A module as a training run would leave it: no parameter is 0, no statistic is as at the start."""
+    """A module as after training: no parameter is 0, and statistics differ from their initial values."""
     module, rng = FunctionalModule.make(make, {}), np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, jax.random.key(0))
 
@@ -282,7 +282,7 @@ def test_the_student_computes_what_the_gated_network_does(name):
 
 @functools.cache
 def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModule, Any]:
-    """(the whole, a random student, its variables) of one of the networks above."""
+    """(the network, a random student, its variables) of one of the networks above."""
     make, x, _ = NETWORKS[name]
     module, variables = trained(make)
     network, rng = trace(module, x), np.random.default_rng(1)
@@ -292,7 +292,7 @@ def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModul
 
 
 def fresh(layer: Any) -> Any:
-    """A layer of the same class, made anew with the sizes that `layer` says of itself."""
+    """A new layer of the same class with the sizes in the attributes of `layer`."""
     rngs, kind = nnx.Rngs(0), type(layer)
     if kind in (nnx.Linear, nnx.LinearGeneral, nnx.LoRALinear, nnx.Conv, nnx.ConvTranspose):
         more = {"kernel_size": layer.kernel_size} if hasattr(layer, "kernel_size") else {}
@@ -314,7 +314,7 @@ def fresh(layer: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["cnn", "grouped", "adapted", "recurrent", "tokens"])
 def test_a_cut_layer_tells_its_true_sizes(name):
-    """Made anew by what it says of itself, it has arrays of the very same shapes."""
+    """A layer created from a student's attributes has arrays of the same shapes."""
     _, student, sliced = cut(name)
     seen = 0
     for _, layer in nnx.iter_graph(student.bind(sliced)):
@@ -337,7 +337,7 @@ def test_an_attention_layer_tells_its_true_sizes():
 
 
 def test_what_comes_back_is_a_module_of_the_users_class():
-    """It computes what `apply` does, its statistics move when it trains, and it takes gradients as any other."""
+    """It computes what `apply` does, updates its statistics in training, and can be differentiated."""
     _, student, sliced = cut("cnn", "one")
     x, module = NETWORKS["cnn"][1], student.bind(sliced)
     assert type(module) is Cnn
@@ -448,7 +448,7 @@ def test_a_student_is_cut_again():
 
 
 class Fixed(nnx.Module):
-    """A size that is written into the code."""
+    """A hard-coded size."""
 
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
@@ -488,7 +488,7 @@ def test_bad_input_says_what_to_do():
         FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
         module.resized({"frist": {"kernel": (6, 3)}}, ())
-    with pytest.raises(ValueError, match="'first' has no array 'kernle'"):
+    with pytest.raises(ValueError, match="'first' .*'kernle'"):
         module.resized({"first": {"kernle": (6, 3)}}, ())
     with pytest.raises(ValueError, match="no argument 'widht'.*did you mean 'width'"):
         Architecture("test_nnx:Mlp", {"widht": 3}).module()

@@ -17,7 +17,7 @@ from kdsearch_jax.pruning.budget import FLOOR, BudgetError, BudgetWarning, Estim
 from kdsearch_jax.pruning.budget.pieces import Pieces
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.tracing.cost import Cost
-from kdsearch_jax.tracing.messages import apart, ceiling
+from kdsearch_jax.tracing.messages import format_distinct, round_up
 from kdsearch_jax.tracing.topology import Group, Topology
 
 SEEDS = st.integers(0, 10**6)
@@ -209,10 +209,10 @@ def test_the_warning_is_one_and_the_error_only_where_nothing_fits():
 
 @given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=4))
 def test_numbers_that_differ_are_told_apart_in_their_order(values):
-    texts = apart(*values)
+    texts = format_distinct(*values)
     for (a, x), (b, y) in itertools.combinations(zip(values, texts, strict=True), 2):
         assert (a == b) == (x == y) and (a < b) == (float(x) < float(y))
-    up = ceiling(values[0])
+    up = round_up(values[0])
     assert values[0] <= float(up) * (1 + 1e-15) and float(up) <= values[0] * 1.0011
 
 

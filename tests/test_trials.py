@@ -1,7 +1,6 @@
-"""Trial cuts: what the model's own code can shrink, and what has to follow.
+"""Trials: what the model's own code can shrink, and which of its numbers must follow.
 
-Small networks, each in the way an author would write it, with the groups that must be found and proof that random cuts
-are exact.
+Small networks as authors write them, with the groups that must be found, and proof that random students are exact.
 """
 
 import dataclasses
@@ -71,7 +70,7 @@ HOWS = ["slice", "split", "input", "dynamic", "taken", "top", "kept", "weight"]
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_an_operand_of_size_1_freezes_nobody(how):
+def test_an_operand_of_size_1_freezes_nothing(how):
     found = proved(Weighed(how), image(5, 7))
     assert sizes(found).items() >= {"a": 12, "b": 9}.items()
 
@@ -337,7 +336,7 @@ def test_parts_are_paired_index_by_index(how):
 
 
 class Concatenated(nn.Module):
-    """Two layers side by side, read in as many groups; they may be shuffled, and the convolution written by hand."""
+    """Two concatenated layers, read by a convolution in two groups, which is a layer or written by hand."""
 
     how: str
 

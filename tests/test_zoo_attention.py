@@ -1,4 +1,4 @@
-"""ConvNeXt, MLP-Mixer, DeiT, Swin and ViT: published sizes, what can be pruned of them, and Swin's windows."""
+"""ConvNeXt, MLP-Mixer, DeiT, Swin and ViT: published sizes, what can be pruned, and Swin's windows."""
 
 import math
 from functools import cache
@@ -135,14 +135,14 @@ def test_windows_are_squares_of_neighbours_and_come_back(size):
 
 
 def test_relative_positions_number_the_offsets():
-    """Equal numbers for equal distances, from the upper left (0) to the lower right, the middle for no distance."""
+    """Equal offsets have equal numbers, from the upper left (0) to the lower right; no offset has the middle number."""
     places = relative_positions(2)
     np.testing.assert_array_equal(places, [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]])
 
 
 @pytest.mark.parametrize(("height", "width", "size", "shift"), [(4, 4, 2, 1), (8, 12, 4, 2), (6, 9, 3, 1)])
 def test_only_old_neighbours_in_a_shifted_window_attend_to_each_other(height, width, size, shift):
-    """After the roll, pixels share a region if and only if they were less than a window's side apart before it."""
+    """After the shift, pixels share a region if and only if they were less than a window apart before it."""
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     places = np.stack([rows, columns], -1).astype(np.float32)[None]
     windows = np.asarray(split_windows(jnp.roll(places, (-shift, -shift), (1, 2)), size))[0]
@@ -152,7 +152,7 @@ def test_only_old_neighbours_in_a_shifted_window_attend_to_each_other(height, wi
 
 
 def test_a_shifted_block_moves_with_the_image():
-    """Moving an image by whole windows moves what comes out of the inner ones: nothing but the border is special."""
+    """Translating an image by whole windows translates the output of the inner windows; only the border is special."""
     block = WindowAttention(heads=2, window=4, shifted=True)
     image = proof.image(16, 16, 6, batch=1)
     variables = proof.variables_of(block, image)

@@ -1,4 +1,4 @@
-"""ResNeXt, DenseNet, MobileNets, EfficientNet and U-Net: published sizes, the common call, and cuts that are exact."""
+"""ResNeXt, DenseNet, MobileNets, EfficientNet and U-Net: published sizes, the common call, and exact students."""
 
 import math
 

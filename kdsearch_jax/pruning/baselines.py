@@ -26,7 +26,7 @@ from flax import traverse_util
 from kdsearch_jax.pruning import budget as budget_lib
 from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection
 from kdsearch_jax.tracing.cost import Cost
-from kdsearch_jax.tracing.messages import apart, nearest
+from kdsearch_jax.tracing.messages import format_distinct, nearest
 from kdsearch_jax.tracing.topology import Group, Topology
 
 Keep = dict[str, np.ndarray]  # {group: (size,) bool}
@@ -49,7 +49,8 @@ def note(name: str, topology: Topology, limits: Limits, kept: Mapping[str, np.nd
     pressure = limits.pressure(topology, topology.flatten(kept).astype(float))
     if pressure >= FLOOR:
         return ""
-    return f"baselines: the student {name} costs {apart(pressure, FLOOR)[0]} of the budget; none by this rule is nearer"
+    cost = format_distinct(pressure, FLOOR)[0]
+    return f"baselines: the student {name} costs {cost} of the budget; none by this rule is nearer"
 
 
 def check(topology: Topology, limits: Limits) -> None:
@@ -93,7 +94,7 @@ def layers(topology: Topology, variables: Any, limits: Limits, rng: np.random.Ge
     within = [(pressure, gone) for pressure, gone in pressures if pressure <= 1.0]
     if not within:
         least = min(pressure for pressure, _ in pressures)
-        cost = apart(least, 1.0, digits=2)[0]
+        cost = format_distinct(least, 1.0, digits=2)[0]
         raise BudgetError(f"without any of its residual branches the network still costs {cost} of the budget")
     fewest = min(len(gone) for _, gone in within)
     _, gone = max((pressure, gone) for pressure, gone in within if len(gone) == fewest)

@@ -15,7 +15,7 @@ from kdsearch_jax.pruning import hardware
 from kdsearch_jax.pruning.budget.estimate import Estimate
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.tracing.cost import Cost
-from kdsearch_jax.tracing.messages import apart, ceiling
+from kdsearch_jax.tracing.messages import format_distinct, round_up
 from kdsearch_jax.tracing.topology import Group, Topology
 
 FLOOR = 0.98
@@ -136,7 +136,7 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
         if (bound := getattr(limits, name)) and cost > bound:
             raise BudgetError(
                 f"budget.{name}: {getattr(config, name)} is out of reach: with {_width(round_to)} a layer the student "
-                f"still costs {cost:,} of the teacher's {total[name]:,}; give at least {ceiling(cost / total[name])}, "
+                f"still costs {cost:,} of the teacher's {total[name]:,}; give at least {round_up(cost / total[name])}, "
                 "or free more gates.kinds"
             )
     return limits
@@ -158,7 +158,7 @@ def bound_of(name: str, value: float | None, whole: float, unit: str = "") -> fl
         raise BudgetError(f"budget.{name}: {value!r} must be above 0; 0.5 is half of the teacher's, {number}")
     bound = value * whole if value <= 1 else float(value)
     if bound >= whole:
-        own = f"{whole:,}" if isinstance(whole, int) else apart(whole, bound)[0]
+        own = f"{whole:,}" if isinstance(whole, int) else format_distinct(whole, bound)[0]
         raise BudgetError(f"budget.{name}: {value} is not below the teacher's {own}{unit}; nothing is to be removed")
     return bound
 

@@ -86,46 +86,46 @@ def _conv(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
         ctx.freeze(x.axes[i], "a batch or window axis of")
     for i in k_spec[2:]:
         ctx.analysis.freeze(kernel.axes[i], "a convolution's window")
-    channels, made, read = x.axes[x_spec[1]], kernel.axes[k_spec[0]], kernel.axes[k_spec[1]]
+    channels, outputs, inputs = x.axes[x_spec[1]], kernel.axes[k_spec[0]], kernel.axes[k_spec[1]]
     groups = p["feature_group_count"]
     if p["batch_group_count"] != 1:
-        for axis in (channels, made, read):
+        for axis in (channels, outputs, inputs):
             ctx.freeze(axis, "batch groups in")
     elif groups == 1:
         _contract(ctx, x, kernel, x_spec[1], k_spec[1])
     else:
-        made = _grouped(ctx, channels, made, kernel, k_spec[1], groups)
+        outputs = _grouped(ctx, channels, outputs, kernel, k_spec[1], groups)
     if groups == 1:
-        ctx.analysis.mark("channels", made)
+        ctx.analysis.mark("channels", outputs)
     dilated = any(d != 1 for d in p["lhs_dilation"])
     positions = math.prod(
         (ctx.shape(0) if dilated else ctx.out_shape())[i] for i in (x_spec if dilated else o_spec)[2:]
     )
     window = math.prod(ctx.shape(1)[i] for i in k_spec[2:])
     batch = ctx.shape(0)[x_spec[0]] // p["batch_group_count"]
-    sizes = [_size(read, ctx.shape(1)[k_spec[1]]), _size(made, ctx.shape(1)[k_spec[0]])]
+    sizes = [_size(inputs, ctx.shape(1)[k_spec[1]]), _size(outputs, ctx.shape(1)[k_spec[0]])]
     _add_term(ctx, float(positions * window * batch), sizes, _leaves(ctx, kernel))
     ctx.count(2.0 * _in_bounds(ctx) * batch * ctx.shape(1)[k_spec[1]] * ctx.shape(1)[k_spec[0]])
     axes: list[Axis] = [FIXED] * len(o_spec)
-    axes[o_spec[1]] = made
+    axes[o_spec[1]] = outputs
     return [combine(ins, axes, False)]
 
 
-def _grouped(ctx: RuleContext, channels: Axis, made: Axis, kernel: AbstractValue, read: int, groups: int) -> Axis:
+def _grouped(ctx: RuleContext, channels: Axis, outputs: Axis, kernel: AbstractValue, read: int, groups: int) -> Axis:
     """Couples a grouped convolution: it loses whole groups or, if its site is paired, the same channels of every group.
 
     Args:
-      channels: the input's channels. made: the kernel's output axis. read: the kernel axis of a group's inputs.
+      channels: the input's channels. outputs: the kernel's output axis. read: the kernel axis of a group's inputs.
 
     Returns:
       the channels of the output.
     """
     inputs = kernel.axes[read]
-    if not isinstance(channels, np.ndarray) or not isinstance(made, np.ndarray):
-        for axis in (channels, made, inputs):
+    if not isinstance(channels, np.ndarray) or not isinstance(outputs, np.ndarray):
+        for axis in (channels, outputs, inputs):
             ctx.freeze(axis, "joined to an axis of fixed size in")
-        return made
-    blocks, outs = channels.reshape(groups, -1), made.reshape(groups, -1)
+        return outputs
+    blocks, outs = channels.reshape(groups, -1), outputs.reshape(groups, -1)
     if (
         isinstance(inputs, np.ndarray)
         and ctx.analysis.is_stored(kernel, inputs)
@@ -134,15 +134,15 @@ def _grouped(ctx: RuleContext, channels: Axis, made: Axis, kernel: AbstractValue
         ctx.analysis.join(outs, np.broadcast_to(outs[:1], outs.shape))
         ctx.analysis.join(inputs, blocks[0])
         ctx.analysis.contracted.append(inputs)
-        ctx.analysis.kept_groups.update(dict.fromkeys(np.unique(ctx.analysis.labels.leaf[made]).tolist(), groups))
-        ctx.analysis.mark("channels", made)
-        return made
+        ctx.analysis.kept_groups.update(dict.fromkeys(np.unique(ctx.analysis.labels.leaf[outputs]).tolist(), groups))
+        ctx.analysis.mark("channels", outputs)
+        return outputs
     ctx.freeze(inputs, "the inputs of each group of")
     for block in (blocks, outs):
         ctx.analysis.join(block, np.broadcast_to(outs[:, :1], block.shape))
     if blocks.shape[1] > 1:
-        ctx.analysis.mark("groups", made)
-    return made
+        ctx.analysis.mark("groups", outputs)
+    return outputs
 
 
 def _in_bounds(ctx: RuleContext) -> int:
@@ -188,9 +188,9 @@ def _ragged_dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValu
         if b.weight and j not in (*right, *batch_right, *groups):
             ctx.analysis.mark("neurons", b.axes[j])
     summed = [_size(a.axes[i], ctx.shape(0)[i]) for i in left]
-    made = [_size(axis, n) for axis, n in zip(axes, ctx.out_shape(), strict=True)]
+    outputs = [_size(axis, n) for axis, n in zip(axes, ctx.out_shape(), strict=True)]
     groups_in_result = math.prod(ctx.out_shape()[: len(set(left) & set(divided))])
-    _add_term(ctx, 1.0 / groups_in_result, [*made, *summed], _leaves(ctx, a, b))
+    _add_term(ctx, 1.0 / groups_in_result, [*outputs, *summed], _leaves(ctx, a, b))
     ctx.analysis.uncounted.add(ctx.op.name)
     return [combine(ins, axes, all(v.linear for v in ins[:2] if v.weight))]
 
