@@ -191,9 +191,7 @@ def describe_callable(function: Any) -> str | None:
     return f"{registry.GIVEN}{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
-def parse_inputs(
-    inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module: Any
-) -> tuple[str, ...] | None:
+def parse_inputs(inputs: Sequence[str] | Mapping[str, str] | None, data: Any, module: Any) -> tuple[str, ...] | None:
     """The setting `data.inputs` from the argument `inputs` of `kdsearch_jax.search`, or from the names of the entries.
 
     Raises:

@@ -105,6 +105,6 @@ def _digest(content: bytes) -> np.ndarray:
 
 
 def _differing(rows: np.ndarray) -> str:
-    """"process 1" or "processes 1, 3": those that differ from the first; "" if none does."""
+    """ "process 1" or "processes 1, 3": those that differ from the first; "" if none does."""
     others = np.flatnonzero((rows != rows[0]).any(-1)).tolist()
     return f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))}" if others else ""

@@ -26,8 +26,8 @@ from kdsearch_jax.pruning.budget import Limits
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
-from kdsearch_jax.runs.stage_training import save_run_network, write_run_arrays, write_run_json
 from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
+from kdsearch_jax.runs.stage_training import save_run_network, write_run_arrays, write_run_json
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
 from kdsearch_jax.storage.checkpoint_files import meet, written_whole
 from kdsearch_jax.storage.files import DamagedError, read_arrays, read_sealed
@@ -61,14 +61,20 @@ def keep(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork,
     variables, gates, importance = shrinking.expanded(part, state, teacher.variables)
     directory.mkdir(parents=True, exist_ok=True)
     units = {f"gate/{name}": gate for name, gate in gates.items()}
-    write_run_arrays(directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()})
-    save_run_network(directory / "network", setup, teacher.architecture, teacher.module, variables, step=int(state.step))
+    write_run_arrays(
+        directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()}
+    )
+    save_run_network(
+        directory / "network", setup, teacher.architecture, teacher.module, variables, step=int(state.step)
+    )
 
 
 def check(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     """Raises ValueError where a budget cannot be met from what the search has kept."""
     network = setup.trace_teacher()
-    for point, limits in zip(points, resolve_limits(setup.experiment, network, points, setup.search_directory), strict=True):
+    for point, limits in zip(
+        points, resolve_limits(setup.experiment, network, points, setup.search_directory), strict=True
+    ):
         _, _, gates, importance = nearest(setup, point, network.topology, limits)
         search_step.landing(network.topology, limits, gates, importance)
 
@@ -98,8 +104,8 @@ def nearest(
     if not above:
         told = f"the largest costs {apart(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
         raise ValueError(
-            f"budgets: {point.suffix[1:] or 'the budget'} is above all states that {setup.search_directory} has kept ({told}); "
-            "search anew with it"
+            f"budgets: {point.suffix[1:] or 'the budget'} is above all states that {setup.search_directory} has kept "
+            f"({told}); search anew with it"
         )
     place = min(above, key=lambda place: costs[place])
     return place, setup.load(place / "network"), *_units(place, topology)
@@ -129,7 +135,10 @@ def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) ->
     if not cut:
         teacher = setup.load(setup.teacher_directory)
         network = network or setup.trace_teacher()
-        topology, limits = network.topology, resolve_limits(setup.experiment, network, [point], setup.search_directory)[0]
+        topology, limits = (
+            network.topology,
+            resolve_limits(setup.experiment, network, [point], setup.search_directory)[0],
+        )
         place, loaded, gates, importance = nearest(setup, point, topology, limits)
         chosen, cost = latency.land(
             lambda bounds: search_step.landing(topology, bounds, gates, importance),
@@ -184,7 +193,9 @@ def publish(source: Path, directory: Path) -> None:
     meet("search published")
 
 
-def by_hand(setup: RunSetup, rule: str, point: BudgetPoint, directory: Path, rng: np.random.Generator | None = None) -> Path:
+def by_hand(
+    setup: RunSetup, rule: str, point: BudgetPoint, directory: Path, rng: np.random.Generator | None = None
+) -> Path:
     """Cuts the student of a rule of `baselines` from the teacher itself, gates all 1, and proves it; done once.
 
     Returns:

@@ -109,8 +109,8 @@ def run_directory(
             known = _read_state(workdir) if resume else None
             if known and data and known.get("data", data) != data:
                 raise ValueError(
-                    f"data: {workdir} was begun with other data (fingerprint {known['data']}, now {data}); give those, or "
-                    "choose another --workdir"
+                    f"data: {workdir} was begun with other data (fingerprint {known['data']}, now {data}); give those, "
+                    "or choose another --workdir"
                 )
             storage.own(workdir)
             state = {"command": dict(command), "finished": False, **({"data": data} if data else {})}
@@ -195,8 +195,8 @@ def _should_resume(workdir: Path, experiment: Experiment, command: Mapping[str, 
     check_same_experiment(workdir, experiment)
     if known["command"] != (now := json.loads(json.dumps(command))):
         raise ValueError(
-            f"{workdir} already holds a run of another command ({_describe(known['command'])}, not {_describe(now)}); add "
-            "--resume to continue it with this one, or choose another --workdir"
+            f"{workdir} already holds a run of another command ({_describe(known['command'])}, not {_describe(now)}); "
+            "add --resume to continue it with this one, or choose another --workdir"
         )
     log.info("%s: resuming this run", workdir)
     return True
@@ -213,9 +213,7 @@ def _write_settings(
     path, earlier, settings = workdir / "config.json", [], to_json(experiment)
     if path.exists():
         if not resume:
-            raise ValueError(
-                f"{workdir} already holds a run; add --resume to continue it, or choose another --workdir"
-            )
+            raise ValueError(f"{workdir} already holds a run; add --resume to continue it, or choose another --workdir")
         if not extends:
             check_same_experiment(workdir, experiment)
         with contextlib.suppress(OSError, ValueError):
@@ -238,7 +236,9 @@ def check_same_experiment(workdir: Path, experiment: Experiment) -> None:
     try:
         stored = read_json(path, MAX_SETTINGS)
         if known and known.get("config") not in (None, seal(stored)):
-            raise DamagedError("changed since the run began, according to run.json; restore it, or choose another --workdir")
+            raise DamagedError(
+                "changed since the run began, according to run.json; restore it, or choose another --workdir"
+            )
         old = from_json(stored)
     except DamagedError as error:
         raise DamagedError(f"{path}: {error}") from None

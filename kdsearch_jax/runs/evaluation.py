@@ -24,7 +24,7 @@ _LOGITS = " logits"  # no metric has this name
 
 
 class EvaluatedNetwork(NamedTuple):
-    """A network, how it is called, and the normalisation of its images: one number per channel, for values in [0, 1]."""
+    """A network, how it is called, and the mean and std per channel that normalise its images in [0, 1]."""
 
     module: Any
     variables: Any

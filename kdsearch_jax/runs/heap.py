@@ -1,8 +1,8 @@
 """Keeps freed memory in the process during training on CPUs.
 
-XLA:CPU allocates the temporary arrays of a step again for every step. By default glibc maps blocks of that size from the
-kernel and unmaps them when they are freed, so every step touches hundreds of megabytes of new pages: 15% to 20% of the
-time of a ResNet-20's step.
+XLA:CPU allocates the temporary arrays of a step again for every step. By default glibc maps blocks of that size from
+the kernel and unmaps them when they are freed, so every step touches hundreds of megabytes of new pages: 15% to 20% of
+the time of a ResNet-20's step.
 """
 
 from __future__ import annotations

@@ -67,13 +67,13 @@ def environment() -> dict[str, Any]:
     ]
     return {
         "versions": versions(),
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": git_revision(Path(__file__).parents[1]),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "backend": jax.default_backend(),
-        "runtime": jax.extend.backend.get_backend().platform_version,  # the version of CUDA and its driver, or of libtpu
+        "runtime": jax.extend.backend.get_backend().platform_version,  # of CUDA and its driver, or of libtpu
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
         "variables": {name: os.environ[name] for name in names},

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def export_student(setup: RunSetup, name: str, student: str) -> None:
-    """Writes RUN/student: the network of RUN/name, also as safetensors and StableHLO, each verified in a new process."""
+    """Writes RUN/student: the network of RUN/name, with safetensors and StableHLO verified in a new process."""
     directory = setup.directory / student
     if export_formats.is_whole(directory):
         return
@@ -138,7 +138,7 @@ def _test_scores(
         batch_size=setup.experiment.run.eval_batch_size, teacher="teacher", keep_logits=keep_logits,
     )  # fmt: skip
     if keep_logits and jax.process_index() == 0:
-        logits = {name: evaluation.logits for name, evaluation in evaluations.items()}
+        logits = {name: e.logits for name, e in evaluations.items() if e.logits is not None}
         test = dataset.test
         evidence.write(
             setup.directory, "test", logits, test.labels, test.images, dataset.class_names, student=main_student

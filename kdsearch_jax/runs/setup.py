@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.architecture import Architecture, base_of
 from kdsearch_jax.adapters.boxes import described
@@ -357,7 +356,5 @@ def _finished_search(path: Path, experiment: Experiment, directory: Path) -> Pat
         )
     own_search = directory / "search"
     if own_search.is_dir() and not is_finished(own_search):
-        raise ValueError(
-            f"search_from: {directory} has begun its own search; leave it out, or give another --workdir"
-        )
+        raise ValueError(f"search_from: {directory} has begun its own search; leave it out, or give another --workdir")
     return stage

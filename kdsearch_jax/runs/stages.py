@@ -31,8 +31,8 @@ from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.runs import budget_points, cutting, latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.results import export_student, write_results
-from kdsearch_jax.runs.stage_training import save_run_network, train_stage, write_run_arrays, write_run_json
 from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
+from kdsearch_jax.runs.stage_training import save_run_network, train_stage, write_run_arrays, write_run_json
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, model_architecture
 from kdsearch_jax.runs.teacher_weights import init_variables
 from kdsearch_jax.storage.checkpoint_files import meet, written_whole
@@ -134,7 +134,11 @@ def search(setup: RunSetup, resume: bool) -> None:
     directory = setup.search_directory
     if is_finished(directory):
         return
-    experiment, teacher, points = setup.experiment, setup.load(setup.teacher_directory), budget_points.points(setup.experiment)
+    experiment, teacher, points = (
+        setup.experiment,
+        setup.load(setup.teacher_directory),
+        budget_points.points(setup.experiment),
+    )
     network = setup.trace_teacher()
     directory.mkdir(parents=True, exist_ok=True)
     latency.calibrate_once(network, teacher.variables, points[0].budget, setup.objective.call, directory)

@@ -6,8 +6,8 @@
     .msgpack                `flax.serialization.to_bytes`
     .pth, .pt, .th          PyTorch (see `kdsearch_jax.models.pretrained`)
 
-The tree may be {"params": …, "batch_stats": …}, the parameters alone, a train state that contains them, or an NNX state.
-It must have every array of the module in the right shape; optimiser states and other arrays are ignored. If an array is
+The tree may be {"params": …, "batch_stats": …}, the parameters alone, a train state that contains them, or an NNX
+state. It must have every array of the module in the right shape; optimiser states and other arrays are ignored. If an array is
 missing, the error lists what the module needs and what the file has. No code from a file is executed.
 """
 
@@ -44,9 +44,7 @@ _ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "_shardin
 log = logging.getLogger(__name__)
 
 
-def load_weights(
-    path: str | Path, module: Any, call: CallSpec, input_shape: tuple[int, ...] = ()
-) -> dict[str, Any]:
+def load_weights(path: str | Path, module: Any, call: CallSpec, input_shape: tuple[int, ...] = ()) -> dict[str, Any]:
     """Reads the variables of `module` from `path`.
 
     Args:

@@ -74,8 +74,8 @@ def add_measured(limits: Limits, budget: BudgetConfig, directory: Path) -> Limit
         return with_measured(limits, budget, record)
     except (OSError, KeyError, TypeError, DamagedError) as error:
         raise BudgetError(
-            f"budget.{measured_bounds(budget)[0]}: {directory / FILE} lacks its measurement ({error!r:.100}); delete the "
-            "search and run it again"
+            f"budget.{measured_bounds(budget)[0]}: {directory / FILE} lacks its measurement ({error!r:.100}); delete "
+            "the search and run it again"
         ) from error
 
 
@@ -83,8 +83,8 @@ def with_measured(limits: Limits, budget: BudgetConfig, record: Mapping[str, Any
     """Adds the bounds of a calibration's record to the limits."""
     if record["batch_size"] != budget.batch_size:
         raise BudgetError(
-            f"budget.batch_size: {budget.batch_size} differs from the {record['batch_size']} that this search has measured; "
-            "give that, or search again"
+            f"budget.batch_size: {budget.batch_size} differs from the {record['batch_size']} that this search has "
+            "measured; give that, or search again"
         )
     found = []
     for name in measured_bounds(budget):
@@ -206,7 +206,9 @@ def fit(name: str, topology: Topology, keeps: Mapping[str, np.ndarray], values: 
     scale = np.maximum(columns.max(0), 1e-30)
     weights = nnls(columns / scale, saved)[0] / scale
     if not (weights > 0).any():
-        raise BudgetError(f"budget.{name}: removing units does not change it; allow more gates.kinds, or bound the MACs")
+        raise BudgetError(
+            f"budget.{name}: removing units does not change it; allow more gates.kinds, or bound the MACs"
+        )
     units = {g: w * price for each, w in zip(basis[2:], weights[2:], strict=True) for g, price in each.units.items()}
     return Estimate(
         name,

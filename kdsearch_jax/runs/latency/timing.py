@@ -93,5 +93,5 @@ def check_noise(name: str, found: Mapping[str, Any]) -> None:
     if found["within"] is None and (found["high"] - found["low"]) > SPREAD * found["share"]:
         raise BudgetError(
             f"budget.{name}: timing is too noisy here to decide: after {found['turns']} turns the student takes "
-            f"{found['low']:.2f} to {found['high']:.2f} of the budget; free the machine of other work, or bound the MACs"
+            f"{found['low']:.2f} to {found['high']:.2f} of the budget; free the machine of other work, or bound MACs"
         )
