@@ -7,8 +7,8 @@
     .pth, .pt, .th          PyTorch (see `kdsearch_jax.models.pretrained`)
 
 The tree may be {"params": …, "batch_stats": …}, the parameters alone, a train state that contains them, or an NNX
-state. It must have every array of the module in the right shape; optimiser states and other arrays are ignored. If an array is
-missing, the error lists what the module needs and what the file has. No code from a file is executed.
+state. It must have every array of the module in the right shape; optimiser states and other arrays are ignored. If an
+array is missing, the error lists what the module needs and what the file has. No code from a file is executed.
 """
 
 from __future__ import annotations
