@@ -89,7 +89,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
     from kdsearch_jax.distill.objective import classification
     from kdsearch_jax.distill.settings import DistillConfig
     from kdsearch_jax.distill.steps import distill_step
-    from kdsearch_jax.runs import evaluation
+    from kdsearch_jax.runs import measurement
     from kdsearch_jax.training import loop, optimizer
     from kdsearch_jax.training.settings import RunConfig, StageConfig
     from kdsearch_jax.training.state import create_state
@@ -129,7 +129,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
 
     def inference(name: str, batch: int) -> CallSpec:
         module, variables = both[name]
-        run, arguments = evaluation.executable(module, variables, batch, CallSpec.of_image((32, 32, 3)))
+        run, arguments = measurement.compile_inference(module, variables, batch, CallSpec.of_image((32, 32, 3)))
         return lambda: float(np.asarray(run(*arguments)).std())
 
     jax.block_until_ready(constants)

@@ -141,8 +141,8 @@ def going_on(run: Path) -> Read:
 
     def read() -> Any:
         experiment = load_experiment(str(run / "config.json"))
-        directories.goes_on(run, experiment, {"command": "search"}, True)
-        directories.check_same(run, experiment)
+        directories.should_resume(run, experiment, {"command": "search"}, True)
+        directories.check_same_experiment(run, experiment)
         return experiment
 
     return read

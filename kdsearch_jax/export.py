@@ -23,7 +23,6 @@ import tyro
 
 from kdsearch_jax import export, storage
 from kdsearch_jax.runs import command_line
-from kdsearch_jax.storage import export_formats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,8 @@ def main(argv: list[str]) -> int:
     options = command_line.parse_options(
         argv, ExportOptions, "kdsearch_jax.export", (export.__doc__ or "").split("\n\n")[0]
     )
+    from kdsearch_jax.storage import export_formats  # imports JAX, which --help does not need
+
     if options.check:
         files = export_formats.check(options.network, options.out, options.formats, trust_code=options.trust_code)
     else:

@@ -109,7 +109,7 @@ def test_measures_on_request_and_says_what_that_means_for_a_budget(capsys):
         return
     assert record["budget"]["reachable"] and record["batch_size"] == 8 and record["latency"] > 0
     assert 0 < record["smallest"]["memory"]["count"] < record["memory"]
-    assert "a call with 8 examples" in inspection.heading(record)
+    assert "a call with 8 examples" in inspection.summary(record)
 
 
 def test_the_smallest_student_has_whole_multiples(capsys):

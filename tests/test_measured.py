@@ -17,8 +17,8 @@ from kdsearch_jax.pruning.budget import BudgetError, Estimate
 from kdsearch_jax.pruning.budget.estimate import within
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.runs import evaluation, latency
-from kdsearch_jax.runs.latency import Tools, calibration, landing, timing
+from kdsearch_jax.runs import latency, measurement
+from kdsearch_jax.runs.latency import Instruments, calibration, landing, timing
 
 NETWORKS = {
     "mlp": ("mlp", {"hidden": [24, 40]}, (4, 4, 1)),
@@ -28,7 +28,7 @@ NETWORKS = {
 
 
 @cache
-def given(name: str):
+def traced_model(name: str):
     """(network, variables, call) of one of NETWORKS."""
     model, arguments, shape = NETWORKS[name]
     module = registry.build(model, {"num_classes": 10, **arguments})
@@ -46,7 +46,7 @@ def size(network) -> float:
     return float(sum(leaf.size for leaf in jax.tree.leaves(network[1])))
 
 
-def device(milliseconds, noise=0.0, own=0.0, seed=0) -> Tools:
+def device(milliseconds, noise=0.0, own=0.0, seed=0) -> Instruments:
     """A device on which a network takes `milliseconds(size)`, times what a turn suffers, and each call of its own."""
     random = np.random.default_rng(seed)
 
@@ -57,16 +57,16 @@ def device(milliseconds, noise=0.0, own=0.0, seed=0) -> Tools:
 
         return turn
 
-    return Tools(clock, lambda networks, batch, call: {n: 4 * size(x) + 1000 for n, x in networks.items()})
+    return Instruments(clock, lambda networks, batch, call: {n: 4 * size(x) + 1000 for n, x in networks.items()})
 
 
 def straight(parameters: float) -> float:
     return 0.2 + 1e-3 * parameters
 
 
-def chosen(name: str, tools: Tools, seed=0, **asked):
+def chosen(name: str, tools: Instruments, seed=0, **asked):
     """(network, budget, limits, what lands)."""
-    network, variables, call = given(name)
+    network, variables, call = traced_model(name)
     config = BudgetConfig(**{"macs": None, **asked})
     record = json.loads(json.dumps(latency.calibrate(network, variables, config, call, tools)))
     limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
@@ -89,7 +89,7 @@ def chosen(name: str, tools: Tools, seed=0, **asked):
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_what_is_linear_is_known_exactly(name):
     """Parameters of a network are among what an estimate is made of, statistics are a number for each unit."""
-    network, variables, call = given(name)
+    network, variables, call = traced_model(name)
     topology, random = network.topology, np.random.default_rng(0)
     record = latency.calibrate(network, variables, BudgetConfig(None, latency=0.5), call, device(straight))
     estimate = Estimate(**record["estimates"]["latency"])
@@ -103,7 +103,7 @@ def test_what_is_linear_is_known_exactly(name):
 
 
 def test_prices_are_what_the_next_unit_adds_and_a_branch_takes_all_that_is_in_it():
-    topology = given("resnet")[0].topology
+    topology = traced_model("resnet")[0].topology
     random = np.random.default_rng(1)
     units = {g.name: random.uniform(0.1, 1.0) for g in topology.groups}
     estimate = Estimate("latency", 100.0, macs=1e-6, params=1e-4, units=units, inside=within(topology))
@@ -127,7 +127,7 @@ def test_prices_are_what_the_next_unit_adds_and_a_branch_takes_all_that_is_in_it
 
 
 def test_few_networks_are_measured_and_every_group_is_in_one_class():
-    topology = given("resnet56")[0].topology
+    topology = traced_model("resnet56")[0].topology
     names = [group.name for groups in calibration.classes(topology) for group in groups]
     assert sorted(names) == sorted(group.name for group in topology.groups)
     keeps = calibration.designs(topology)
@@ -148,7 +148,7 @@ def test_few_networks_are_measured_and_every_group_is_in_one_class():
 )
 def test_the_student_is_within_the_budget_as_measured_and_uses_it(name, truth):
     network, _, _, (keep, found) = chosen(name, device(truth, noise=0.5, own=0.005), latency=0.7)
-    _, variables, _ = given(name)
+    _, variables, _ = traced_model(name)
     time = truth(size(calibration.cut(network, variables, network.topology.flatten(keep).astype(float))))
     share = time / (0.7 * truth(size((None, variables))))
     assert 0.85 <= share <= 1.0
@@ -170,7 +170,7 @@ def test_all_bounds_hold_at_once():
 
 
 def test_milliseconds_are_milliseconds():
-    _, variables, _ = given("mlp")
+    _, variables, _ = traced_model("mlp")
     whole = 20.0 + straight(size((None, variables)))
     _, _, limits, (_, found) = chosen("mlp", device(lambda n: 20.0 + straight(n)), latency=whole - 0.5)
     assert limits.measured[0][1] == whole - 0.5 and found["latency"]["student"] <= whole - 0.5
@@ -191,7 +191,7 @@ def test_less_than_the_smallest_student_takes_is_refused_with_what_that_is():
 
 def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes():
     """Measured at calibration and at the landing by devices that do not agree."""
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     config = BudgetConfig(None, latency=0.5)
     record = latency.calibrate(network, variables, config, call, device(straight))
     limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
@@ -204,7 +204,7 @@ def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes()
 
 
 def test_where_the_model_is_wrong_about_all_but_the_smallest_student_that_is_taken():
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     config = BudgetConfig(None, latency=0.9, round_to=8)
     record = latency.calibrate(network, variables, config, call, device(straight))
     limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
@@ -251,7 +251,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 
 def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
     monkeypatch.setattr(timing, "MOST", 30)
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     config = BudgetConfig(None, latency=0.5)
     with pytest.raises(BudgetError, match=r"too noisy here: after \d+ turns a network \(.*\) takes 0\.\d+ to"):
         latency.calibrate(network, variables, config, call, device(straight, own=3.0))
@@ -265,25 +265,25 @@ def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
 
 
 def test_a_search_is_calibrated_once_and_reads_the_same_again(tmp_path):
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     config, limits = BudgetConfig(0.6, latency=0.7), budget.resolve(BudgetConfig(0.6), network.topology)
-    latency.prepare(network, variables, config, call, tmp_path, device(straight))
-    first = latency.bounded(limits, config, tmp_path)
-    latency.prepare(network, variables, config, call, tmp_path, device(lambda n: 7.0 * straight(n)))
-    assert latency.bounded(limits, config, tmp_path) == first and first.names == ("macs", "latency")
+    latency.calibrate_once(network, variables, config, call, tmp_path, device(straight))
+    first = latency.add_measured(limits, config, tmp_path)
+    latency.calibrate_once(network, variables, config, call, tmp_path, device(lambda n: 7.0 * straight(n)))
+    assert latency.add_measured(limits, config, tmp_path) == first and first.names == ("macs", "latency")
     with pytest.raises(BudgetError, match=r"budget\.batch_size: 8 is not the 64 that this search has measured"):
-        latency.bounded(limits, BudgetConfig(0.6, latency=0.7, batch_size=8), tmp_path)
+        latency.add_measured(limits, BudgetConfig(0.6, latency=0.7, batch_size=8), tmp_path)
     with pytest.raises(BudgetError, match=r"budget\.memory: .*measured\.json does not tell what was measured"):
-        latency.bounded(limits, BudgetConfig(0.6, memory=0.7), tmp_path)
+        latency.add_measured(limits, BudgetConfig(0.6, memory=0.7), tmp_path)
     (tmp_path / "measured.json").write_text("{")
     with pytest.raises(BudgetError, match="search anew"):
-        latency.bounded(limits, config, tmp_path)
-    latency.prepare(network, variables, BudgetConfig(), call, tmp_path / "none", device(straight))
-    assert not (tmp_path / "none").exists() and latency.bounded(limits, BudgetConfig(), tmp_path) is limits
+        latency.add_measured(limits, config, tmp_path)
+    latency.calibrate_once(network, variables, BudgetConfig(), call, tmp_path / "none", device(straight))
+    assert not (tmp_path / "none").exists() and latency.add_measured(limits, BudgetConfig(), tmp_path) is limits
 
 
 def test_the_final_student_is_within_or_the_run_fails(tmp_path):
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     teacher = (network.module, variables)
     student = calibration.cut(network, variables, budget.smallest(network.topology))
     share = straight(size(student)) / straight(size(teacher))
@@ -305,14 +305,14 @@ def test_the_final_student_is_within_or_the_run_fails(tmp_path):
 
 
 def test_memory_is_at_least_what_goes_in_and_comes_out_and_falls_with_the_network():
-    network, variables, call = given("mlp")
+    network, variables, call = traced_model("mlp")
     student = calibration.cut(network, variables, budget.smallest(network.topology))
     networks = {"teacher": (network.module, variables), "student": student}
-    found = evaluation.measure_memory(networks, 8, call)
-    assert found == evaluation.measure_memory(networks, 8, call)
+    found = measurement.measure_memory(networks, 8, call)
+    assert found == measurement.measure_memory(networks, 8, call)
     for name, each in networks.items():
         assert found[name] >= 4 * (size(each) + 8 * 16 + 8 * 10)
-    assert found["student"] < found["teacher"] < evaluation.measure_memory(networks, 64, call)["teacher"]
+    assert found["student"] < found["teacher"] < measurement.measure_memory(networks, 64, call)["teacher"]
 
 
 def test_on_this_machine_the_student_is_within_or_the_error_says_why(monkeypatch):
@@ -320,7 +320,7 @@ def test_on_this_machine_the_student_is_within_or_the_error_says_why(monkeypatch
     monkeypatch.setattr(timing, "SECONDS", 3.0)
     monkeypatch.setattr(landing, "TRIES", 2)
     try:
-        _, _, _, (keep, found) = chosen("mlp", Tools(), macs=0.5, latency=0.97, memory=0.8, batch_size=32)
+        _, _, _, (keep, found) = chosen("mlp", Instruments(), macs=0.5, latency=0.97, memory=0.8, batch_size=32)
     except BudgetError as error:
         assert "budget" in str(error) and any(w in str(error) for w in ("noisy", "out of reach", "nearest", "nothing"))
         return

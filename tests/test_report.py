@@ -19,7 +19,7 @@ import pytest
 from kdsearch_jax import reporting
 from kdsearch_jax.report import main
 from kdsearch_jax.reporting import deaths, evidence, figures, found, look, merging, page, record
-from kdsearch_jax.runs import config, delivery
+from kdsearch_jax.runs import config, results as results_lib
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = np.arange(0, 401, 4)
@@ -253,7 +253,7 @@ def test_a_time_that_scatters_is_no_finding(small: Path) -> None:
     said = text(small)
     assert "It costs 48% of the MACs" in said and "of the time" not in said
     assert "0.1 ms to 0.35 ms not told apart 0.4 ms not told apart" in said
-    table = delivery.table(results)
+    table = results_lib.format_table(results)
     assert "0.100–0.350" in table and "0.410" in table and "0.400" in table
 
 

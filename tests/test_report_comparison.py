@@ -177,12 +177,14 @@ def test_a_student_of_a_front_is_drawn_from_where_it_was_cut(tmp_path: Path) -> 
 
 def test_bounds_on_time_and_memory_have_their_verdict(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
-    tools = latency.Tools(
-        clock=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
+    instruments = latency.Instruments(
+        timer=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
         memory=lambda *_: {"teacher": 3e6, "student": 1e6},
     )
     asked = BudgetConfig(None, latency=0.5, memory=2e6)
-    latency.confirm((None, None), (None, None), asked, CallSpec.of_image(()), run / "retrain" / "measured.json", tools)
+    latency.confirm(
+        (None, None), (None, None), asked, CallSpec.of_image(()), run / "retrain" / "measured.json", instruments
+    )
     text = Page(page.page(record.read(run), {})).text
     assert "Asked: at most 2 ms of time a call of 64 examples (the teacher: 4 ms); got 1.9 ms: met." in text
     assert "Asked: at most 2 MB of memory a call of 64 examples (the teacher: 3 MB); got 1 MB: met." in text

@@ -26,7 +26,7 @@ SEARCH = {"command": "search", "--stop-after": None}
 def begin(workdir, experiment=None, command=SEARCH, resume=False, data="d", fails=True):
     """A command that begins in `workdir`, or goes on there; fails: it is interrupted."""
     experiment = experiment or Experiment()
-    going = directories.goes_on(workdir, experiment, command, resume)
+    going = directories.should_resume(workdir, experiment, command, resume)
     with (
         contextlib.suppress(ZeroDivisionError),
         directories.run_directory(workdir, experiment, command, resume=going, data=data),

@@ -24,8 +24,9 @@ from kdsearch_jax.evaluate import main as evaluate_main
 from kdsearch_jax.export import main as export_main
 from kdsearch_jax.models.pretrained import matching, torchvision
 from kdsearch_jax.report import main as report_main
-from kdsearch_jax.runs import command_line, delivery
+from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.config import load_experiment
+from kdsearch_jax.runs.results import format_table
 from kdsearch_jax.search.__main__ import main as search_main
 from kdsearch_jax.storage import arrays, networks
 
@@ -118,7 +119,7 @@ def test_the_table_compares_students_of_equal_cost(run):
         if name != "teacher":
             assert 0.98 * 0.6 * 30_112 <= row["macs"] <= 0.6 * 30_112
             assert 0 <= row["agreement"] <= 1 and row["kl"] >= 0 and row["steps"] == 20
-    table = delivery.table(results).splitlines()
+    table = format_table(results).splitlines()
     assert [line.split()[0] for line in table[1:]] == list(rows) and len(set(map(len, table))) == 1
 
 
