@@ -19,7 +19,8 @@ import pytest
 from kdsearch_jax import reporting
 from kdsearch_jax.report import main
 from kdsearch_jax.reporting import deaths, evidence, figures, found, look, merging, page, record
-from kdsearch_jax.runs import config, results as results_lib
+from kdsearch_jax.runs import config
+from kdsearch_jax.runs import results as results_lib
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = np.arange(0, 401, 4)
