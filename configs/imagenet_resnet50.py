@@ -1,13 +1,13 @@
-"""ImageNet, ResNet-50 (4.1 G MACs at 224x224) to half of its MACs.
+"""ImageNet, ResNet-50 (4.1 G MACs at 224x224) at half of its MACs.
 
 command:  python -m kdsearch_jax.search --config imagenet_resnet50 --teacher-from resnet50.safetensors
-hardware: a TPU v4-8 or eight GPUs, and some 10 CPU cores for each 4,000 images a second
+hardware: a TPU v4-8 or eight GPUs, and about 10 CPU cores per 4,000 images a second
 time:     not yet run
 result:   not yet run
 
 The teacher may be any ResNet-50 in torchvision's parameter names. The images are streamed from TFDS's `imagenet2012`,
-prepared once with file_format="array_record" (docs/training.md, "Data that do not fit"); give as many --data.workers as
-this machine has cores to spare. TFDS's validation split, whose labels are public, is what is tested on.
+prepared once with file_format="array_record" (docs/training.md, "Data that do not fit"); set --data.workers to the
+number of spare CPU cores. The test split is TFDS's validation split, whose labels are public.
 """
 
 from kdsearch_jax.runs.config import (
@@ -26,7 +26,7 @@ EPOCH = 1_268_355 // 1024  # updates; a hundredth of the training images is held
 
 def experiment(quick: bool = False) -> Experiment:
     """Full schedule: 10 epochs of search, 100 of retraining; the quick variant is a narrow ResNet-18 at 32x32."""
-    made = Experiment(
+    config = Experiment(
         name="imagenet_resnet50",
         model=ModelConfig("resnet", {"depth": 50}),
         data=DataConfig(
@@ -52,4 +52,4 @@ def experiment(quick: bool = False) -> Experiment:
             precision="bf16", steps_per_dispatch=10, checkpoint_every=EPOCH, evaluate_every=EPOCH, eval_batch_size=1024
         ),
     )
-    return shorten(made, depth=18, stem="small", width=16) if quick else made
+    return shorten(config, depth=18, stem="small", width=16) if quick else config
