@@ -143,11 +143,11 @@ def _metrics(objective: Objective, mesh: Mesh, keep_logits: bool) -> Any:
     """The jitted function (outputs, teacher's outputs or None, batch) → {metric: values}, whole on every process."""
 
     def metrics(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
-        found = objective.figures(outputs, batch, target)
+        values = objective.figures(outputs, batch, target)
         if objective.classes and (logits := objective.logits(outputs)).ndim == 2:
-            found["accuracy_top5"] = top_k(logits, batch["labels"], 5)
+            values["accuracy_top5"] = top_k(logits, batch["labels"], 5)
             if keep_logits:
-                found[_LOGITS] = logits.astype(np.float32)
-        return found
+                values[_LOGITS] = logits.astype(np.float32)
+        return values
 
     return jax.jit(metrics, out_shardings=NamedSharding(mesh, PartitionSpec()))

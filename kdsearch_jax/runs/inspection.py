@@ -131,20 +131,20 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
         "whole": (network.module, drawn),
         "smallest": latency.cut(network, drawn, budget.smallest(network.topology)),
     }
-    found = {
+    costs = {
         "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),
         "memory": measurement.measure_memory(networks, config.batch_size, call),
     }
     smallest = dict(record["smallest"])
-    for name, values in found.items():
+    for name, values in costs.items():
         smallest[name] = {"count": values["smallest"], "share": values["smallest"] / values["whole"]}
-    whole = {name: values["whole"] for name, values in found.items()}
+    whole = {name: values["whole"] for name, values in costs.items()}
     reach = dict(record["budget"])
     if reach["reachable"] is None:
         reach |= {"reachable": True, "reason": None}
         try:
             for name in latency.measured_bounds(config):
-                latency.check_reach(name, getattr(config, name), found[name]["whole"], found[name]["smallest"])
+                latency.check_reach(name, getattr(config, name), costs[name]["whole"], costs[name]["smallest"])
         except budget.BudgetError as error:
             reach |= {"reachable": False, "reason": str(error)}
     return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
@@ -155,7 +155,7 @@ def summary(record: dict[str, Any]) -> str:
     arguments = ", ".join(f"{key}={value!r}" for key, value in record["arguments"].items())
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
     least, goal, padded = record["smallest"], record["budget"], record["padded"]
-    asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
+    bounds = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
     reached = goal["reason"] or "within reach"
     lines = [
         f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
@@ -171,7 +171,7 @@ def summary(record: dict[str, Any]) -> str:
         )
     if padded["share"] > 1.005:
         lines.append(f"padding to the widths of this {padded['platform']}: {padded['share']:.3f} times the MACs")
-    return "\n".join([*lines, f"budget of {asked}: {reached}"])
+    return "\n".join([*lines, f"budget of {bounds}: {reached}"])
 
 
 def group_lines(network: Network) -> Table:
@@ -204,11 +204,11 @@ def frozen_lines(network: Network) -> Table:
         place = f"[{item.axis}]" if item.axis >= 0 else ""
         places.setdefault(key, {}).setdefault(pattern(name) + place, []).append(name + place)
     lines: Table = []
-    for key, found in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+    for key, same_reasons in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
         ranked = sorted(places[key].values(), key=lambda names: -len(names))
         shown = [f"{common(names)} ×{len(names)}" if len(names) > 1 else names[0] for names in ranked[:SHOWN]]
         more = [f"and {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
-        lines.append((common(found), str(len(found)), ", ".join(shown + more)))
+        lines.append((common(same_reasons), str(len(same_reasons)), ", ".join(shown + more)))
     lines += [(f"operation {name} is not supported", "", "everything it touches") for name in network.topology.unknown]
     return lines
 

@@ -79,11 +79,11 @@ def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch_size: int, cal
     Raises:
       ValueError: this backend does not report memory.
     """
-    found = {}
+    total = {}
     for name, (module, variables) in networks.items():
         analysis = compile_inference(module, variables, batch_size, call)[0].memory_analysis()
         if analysis is None:
             raise ValueError(f"memory: the backend {jax.default_backend()!r} does not report what a program takes")
         sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
-        found[name] = float(sum(sizes) - analysis.alias_size_in_bytes)
-    return found
+        total[name] = float(sum(sizes) - analysis.alias_size_in_bytes)
+    return total

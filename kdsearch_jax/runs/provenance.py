@@ -40,22 +40,22 @@ def fingerprint(arrays: Any) -> str:
 
 def versions() -> dict[str, str]:
     """{package: version} of Python and of the installed packages that affect numbers and data."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def code(experiment: Experiment) -> dict[str, str]:
     """{module: digest of its file} of the imported user modules that the experiment names."""
     named = (experiment.model.name, experiment.distill.loss, experiment.distill.metrics)
-    found = {}
+    digests = {}
     for name in sorted({text.partition(":")[0] for text in named if text and ":" in text}):
         with contextlib.suppress(OSError):
             if file := getattr(sys.modules.get(name), "__file__", None):
-                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    return found
+                digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return digests
 
 
 def environment() -> dict[str, Any]:

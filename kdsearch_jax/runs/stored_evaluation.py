@@ -72,10 +72,10 @@ def _check_fits(directory: Path, network: LoadedNetwork, dataset: Dataset) -> No
             f"{directory} does not take a single image ({', '.join(call.arguments)}), and this command evaluates image "
             "classifiers only; see results.json of its run for what was measured"
         )
-    found, expected = dataset.test.images.shape[1:], tuple(network.architecture.input_shape)
-    if found != expected:
+    actual, expected = dataset.test.images.shape[1:], tuple(network.architecture.input_shape)
+    if actual != expected:
         raise ValueError(
-            f"{directory} takes images {expected}, those of {dataset.name} are {found}; give another --data"
+            f"{directory} takes images {expected}, those of {dataset.name} are {actual}; give another --data"
         )
     outputs = jax.eval_shape(
         lambda v, *inputs: apply_eval(network.module, v, inputs, call=call), network.variables, *call.example(1)

@@ -122,12 +122,12 @@ def _from_user(experiment: Experiment, dataset: Dataset, user_teacher: UserTeach
 
 def _from_huggingface(experiment: Experiment, dataset: Dataset, path: str) -> LoadedNetwork:
     """The teacher of a Hugging Face directory, which also names the model."""
-    found = pretrained.from_huggingface(path)
+    source = pretrained.from_huggingface(path)
     call, image_shape = call_spec_for(experiment, dataset)
-    architecture = Architecture(found.model, found.arguments, input_shape=image_shape, call=call)
-    log.info("the teacher is the %s of %s", found.model, path)
-    info = {"mean": list(found.mean), "std": list(found.std)} if found.mean and found.std else {}
-    return LoadedNetwork(found.module(), found.variables, architecture, info)
+    architecture = Architecture(source.model, source.arguments, input_shape=image_shape, call=call)
+    log.info("the teacher is the %s of %s", source.model, path)
+    info = {"mean": list(source.mean), "std": list(source.std)} if source.mean and source.std else {}
+    return LoadedNetwork(source.module(), source.variables, architecture, info)
 
 
 def _from_weights(experiment: Experiment, dataset: Dataset, path: str) -> LoadedNetwork:

@@ -227,18 +227,18 @@ def _by_collection(part: dict[str, Any], needed: Mapping[tuple[str, ...], Any]) 
     return {next((p for p in needed if p[1:] == path), ("params", *path)): leaf for path, leaf in flat.items()}
 
 
-def _same(found: Any, leaf: Any) -> bool:
-    return found is not None and hasattr(found, "shape") and tuple(found.shape) == tuple(leaf.shape)
+def _same(array: Any, leaf: Any) -> bool:
+    return array is not None and hasattr(array, "shape") and tuple(array.shape) == tuple(leaf.shape)
 
 
-def _mismatch(source: str, needed: Mapping[Any, Any], found: Mapping[Any, Any], wrong: list[Any]) -> str:
+def _mismatch(source: str, needed: Mapping[Any, Any], best: Mapping[Any, Any], wrong: list[Any]) -> str:
     """An error message that lists both sides of a mismatch."""
 
     def listed(lines: list[str]) -> str:
         more = f", and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
         return ", ".join(lines[:LISTED]) + more if lines else "nothing"
 
-    have = {"/".join(path): tuple(getattr(leaf, "shape", ())) for path, leaf in found.items()}
+    have = {"/".join(path): tuple(getattr(leaf, "shape", ())) for path, leaf in best.items()}
     lacks = [f"{'/'.join(path)} {tuple(needed[path].shape)}" for path in wrong]
     spare = [f"{path} {shape}" for path, shape in have.items() if path not in {"/".join(p) for p in needed}]
     other = [f"{'/'.join(p)} {have['/'.join(p)]}" for p in wrong if "/".join(p) in have]

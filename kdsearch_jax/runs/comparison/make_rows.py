@@ -62,8 +62,8 @@ def row_setup(setup: RunSetup, name: str, seed: int, budget: BudgetConfig) -> Ro
     run = dataclasses.replace(setup.experiment.run, seed=seed)
     experiment = dataclasses.replace(setup.experiment, run=run, budget=budget)
     settings = {field.name: getattr(setup, field.name) for field in dataclasses.fields(RunSetup)}
-    own = {"experiment": experiment, "directory": setup.directory / f"seed-{seed}" / name, "search_from": None}
-    return RowSetup(**{**settings, **own}, comparison_directory=setup.directory)
+    changes = {"experiment": experiment, "directory": setup.directory / f"seed-{seed}" / name, "search_from": None}
+    return RowSetup(**{**settings, **changes}, comparison_directory=setup.directory)
 
 
 def matched_budget(setup: RunSetup, match: str) -> BudgetConfig:
@@ -226,9 +226,9 @@ def _spent(directory: Path) -> float:
 
 def read_results(directory: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """{row: {seed: result}} of all finished rows, in the order of the table."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    results: dict[str, dict[int, dict[str, Any]]] = {}
     for name in ROWS:
         paths = {int(p.parts[-3].removeprefix("seed-")): p for p in directory.glob(f"seed-*/{name}/result.json")}
         if paths:
-            found[name] = {seed: read_sealed(paths[seed]) for seed in sorted(paths)}
-    return found
+            results[name] = {seed: read_sealed(paths[seed]) for seed in sorted(paths)}
+    return results

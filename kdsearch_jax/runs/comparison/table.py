@@ -38,10 +38,10 @@ BATCH = 128  # images per timed call
 
 def collect(setup: RunSetup, budget: BudgetConfig, match: str, *, latency: bool = True) -> dict[str, Any]:
     """The content of `comparison.json`, from all finished rows in the comparison's directory."""
-    found = read_results(setup.directory)
-    times = _latency(setup, found, budget) if latency else {}
+    results = read_results(setup.directory)
+    times = _latency(setup, results, budget) if latency else {}
     experiment, dataset = setup.experiment, setup.dataset
-    rows = [_row(name, found[name], times) for name in found]
+    rows = [_row(name, results[name], times) for name in results]
     _note_unused_budget(setup, budget, rows)
     seeds = sorted({seed for row in rows for seed in row.get("seeds", ())})
     return {
@@ -100,11 +100,11 @@ def _teacher(setup: RunSetup) -> dict[str, Any]:
     return read_sealed(path)
 
 
-def _latency(setup: RunSetup, found: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
+def _latency(setup: RunSetup, results: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
     """{"teacher" or "seed-S/ROW": milliseconds per image}; measured again if the set of students has changed."""
     path = setup.directory / "latency.json"
     places = {"teacher": setup.teacher_directory}
-    for name, by_seed in found.items():
+    for name, by_seed in results.items():
         for seed, result in by_seed.items():
             if "why" not in result:
                 places[f"seed-{seed}/{name}"] = row_setup(setup, name, seed, budget).directory / "retrain" / "network"
@@ -122,21 +122,21 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Accuracy of the searched student minus that of each other row, paired by common seeds."""
     whole = {row["name"]: dict(zip(row["seeds"], row["accuracy"], strict=True)) for row in rows if "why" not in row}
     ours = whole.pop("searched", {})
-    found = []
+    paired = []
     for name, theirs in whole.items():
         seeds = [seed for seed in ours if seed in theirs]
         if seeds:
-            each = [ours[seed] - theirs[seed] for seed in seeds]
-            found.append({"name": name, "metric": "accuracy", "seeds": seeds, "each": each, **interval(each)})
-    return found
+            values = [ours[seed] - theirs[seed] for seed in seeds]
+            paired.append({"name": name, "metric": "accuracy", "seeds": seeds, "each": values, **interval(values)})
+    return paired
 
 
-def interval(each: Sequence[float], level: float = LEVEL) -> dict[str, float | None]:
+def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float | None]:
     """{"mean", "std", "low", "high", "level"} of a sample; all but the mean and level are None for a single value."""
-    mean, n = statistics.fmean(each), len(each)
+    mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return {"mean": mean, "std": None, "low": None, "high": None, "level": level}
-    std = statistics.stdev(each)
+    std = statistics.stdev(values)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / np.sqrt(n)
     return {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "level": level}
 
@@ -183,9 +183,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         ("teacher", f"{100 * teacher['accuracy']:.2f}", "", "", "", *cost, _time([teacher["ms_per_image"]], None))
     )
     by_name = {each["name"]: each for each in comparison["differences"]}
-    made = [row for row in comparison["rows"] if "why" not in row]
+    finished = [row for row in comparison["rows"] if "why" not in row]
     notes = []
-    for row in sorted(made, key=lambda row: -statistics.fmean(row["accuracy"])):
+    for row in sorted(finished, key=lambda row: -statistics.fmean(row["accuracy"])):
         label = f"**{row['label']}**" if row["name"] == "searched" else row["label"]
         if "note" in row or len(row["seeds"]) < len(comparison["seeds"]):
             seeds = "" if row["seeds"] == comparison["seeds"] else f"seeds {' '.join(map(str, row['seeds']))} only"
@@ -210,8 +210,8 @@ def _about(comparison: Mapping[str, Any]) -> str:
     examples = f"{comparison['dataset']}, {comparison['examples']:,} images of the {comparison['split']} split"
     spread = f"mean ± standard deviation over seeds {seeds}, differences paired by seed"
     steps = f"Each student: {comparison['steps']:,} updates, including those of the search"
-    made = f"{comparison['hardware']}; {minutes:,.1f} minutes in total."
-    return f"{examples}; {spread}. {steps}. Budget: {bounds}.\n\n    {comparison['command']}\n\n{made}"
+    effort = f"{comparison['hardware']}; {minutes:,.1f} minutes in total."
+    return f"{examples}; {spread}. {steps}. Budget: {bounds}.\n\n    {comparison['command']}\n\n{effort}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -223,11 +223,13 @@ def _spread(values: Sequence[float], scale: float, digits: int) -> str:
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _difference(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
         return ""
-    mean = f"{100 * found['mean']:+.2f}"
-    return mean if found["low"] is None else f"{mean} ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
+    mean = f"{100 * difference['mean']:+.2f}"
+    if difference["low"] is None:
+        return mean
+    return f"{mean} ({100 * difference['low']:+.2f} to {100 * difference['high']:+.2f})"
 
 
 def _time(values: Sequence[float | None], teacher: float | None) -> str:

@@ -86,11 +86,11 @@ def with_measured(limits: Limits, budget: BudgetConfig, record: Mapping[str, Any
             f"budget.batch_size: {budget.batch_size} differs from the {record['batch_size']} that this search has "
             "measured; give that, or search again"
         )
-    found = []
+    measured = []
     for name in measured_bounds(budget):
         bound = check_reach(name, getattr(budget, name), record["whole"][name], record["smallest"][name])
-        found.append((Estimate(**record["estimates"][name]), bound))
-    return dataclasses.replace(limits, measured=tuple(found))
+        measured.append((Estimate(**record["estimates"][name]), bound))
+    return dataclasses.replace(limits, measured=tuple(measured))
 
 
 def check_reach(name: str, value: float, whole: float, least: float) -> float:
@@ -122,16 +122,16 @@ def calibrate(
         values["latency"] = medians(instruments.timer(networks, budget.batch_size, call))
     if budget.memory is not None:
         values["memory"] = instruments.memory(networks, budget.batch_size, call)
-    estimates = {name: fit(name, topology, keeps, found) for name, found in values.items()}
+    estimates = {name: fit(name, topology, keeps, measured) for name, measured in values.items()}
     for name, estimate in estimates.items():
         errors = [abs(estimate.total(topology, keep) / values[name][at] - 1) for at, keep in keeps.items()]
         log.info("%s: %.4g%s; the model is within %.0f%%", name, values[name]["whole"], UNITS[name], 100 * max(errors))
     return {
         "batch_size": budget.batch_size,
         "device": jax.local_devices()[0].device_kind,
-        "whole": {name: found["whole"] for name, found in values.items()},
-        "smallest": {name: min(found.values()) for name, found in values.items()},
-        "values": {name: dict(found) for name, found in values.items()},
+        "whole": {name: measured["whole"] for name, measured in values.items()},
+        "smallest": {name: min(measured.values()) for name, measured in values.items()},
+        "values": {name: dict(measured) for name, measured in values.items()},
         "estimates": {
             name: {key: getattr(each, key) for key in ("name", "whole", "macs", "params", "units", "inside")}
             for name, each in estimates.items()
@@ -153,11 +153,13 @@ def classes(topology: Topology) -> list[tuple[Group, ...]]:
     alike: dict[Any, list[Group]] = {}
     for group in topology.groups:
         alike.setdefault((group.kind, group.size, f"{prices[group.name]:.9g}"), []).append(group)
-    found = sorted(alike.values(), key=lambda groups: (groups[0].kind, prices[groups[0].name] * groups[0].size))
-    if len(found) > CLASSES:
-        ends = np.linspace(0, len(found), CLASSES + 1).round().astype(int)
-        found = [list(itertools.chain(*found[a:b])) for a, b in itertools.pairwise(ends)]
-    return [tuple(groups) for groups in found]
+    groups_by_cost = sorted(
+        alike.values(), key=lambda groups: (groups[0].kind, prices[groups[0].name] * groups[0].size)
+    )
+    if len(groups_by_cost) > CLASSES:
+        ends = np.linspace(0, len(groups_by_cost), CLASSES + 1).round().astype(int)
+        groups_by_cost = [list(itertools.chain(*groups_by_cost[a:b])) for a, b in itertools.pairwise(ends)]
+    return [tuple(groups) for groups in groups_by_cost]
 
 
 def _shares(topology: Topology) -> dict[str, float]:
@@ -176,15 +178,15 @@ def designs(topology: Topology) -> dict[str, np.ndarray]:
         }
         return topology.flatten(left).astype(float)
 
-    found = {"whole": np.ones(topology.units)}
+    masks = {"whole": np.ones(topology.units)}
     for number, groups in enumerate(classes(topology)):
         # Removes half of each group, and every second branch as a whole.
         branches = [g.name for g in groups if g.kind == "branches"]
         left = {g.name: 0.5 for g in groups} | dict.fromkeys(branches, 1.0) | dict.fromkeys(branches[::2], 0.0)
-        found[f"class{number}"] = keep(lambda g, left=left: left.get(g.name, 1.0))
+        masks[f"class{number}"] = keep(lambda g, left=left: left.get(g.name, 1.0))
     for share in (0.75, 0.5, 0.25):
-        found[f"all at {share}"] = keep(lambda g, share=share: 1.0 if g.kind == "branches" else share)
-    return {**found, "smallest": budget_lib.smallest(topology)}
+        masks[f"all at {share}"] = keep(lambda g, share=share: 1.0 if g.kind == "branches" else share)
+    return {**masks, "smallest": budget_lib.smallest(topology)}
 
 
 def fit(name: str, topology: Topology, keeps: Mapping[str, np.ndarray], values: Mapping[str, float]) -> Estimate:

@@ -52,17 +52,17 @@ def compare(
     instruments, networks = instruments or Instruments(), {"teacher": teacher, "student": student}
 
     def measure() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        verdicts: dict[str, Any] = {}
         for name in measured_bounds(budget):
             value = float(getattr(budget, name))
             if name == "latency":
-                found[name] = decide(instruments.timer(networks, budget.batch_size, call), value, 1.0 - margin)
+                verdicts[name] = decide(instruments.timer(networks, budget.batch_size, call), value, 1.0 - margin)
                 continue
             sizes = instruments.memory(networks, budget.batch_size, call)
             share = sizes["student"] / (value * sizes["teacher"] if value <= 1 else value)
             verdict = {"budget": value, "share": share, "low": share, "high": share, "turns": 1}
-            found[name] = {**sizes, **verdict, "within": share <= 1.0}
-        return found
+            verdicts[name] = {**sizes, **verdict, "within": share <= 1.0}
+        return verdicts
 
     return broadcast_json(measure)
 
@@ -103,30 +103,32 @@ def land(
         bounds = tuple((estimate, bound * scale[estimate.name]) for estimate, bound in limits.measured)
         tightened = dataclasses.replace(limits, measured=bounds)
         try:
-            chosen = choose(tightened)
+            selection = choose(tightened)
         except BudgetError:  # nothing fits by the model; measure the smallest student
             break
-        found = measure(chosen.keep)
-        for name, each in found.items():
-            log.info("selection: %s is %.3f of the budget, at a bound of %.3f", name, each["share"], scale[name])
-        flat = network.topology.flatten(chosen.keep).astype(float)
+        verdicts = measure(selection.keep)
+        for name, verdict in verdicts.items():
+            log.info("selection: %s is %.3f of the budget, at a bound of %.3f", name, verdict["share"], scale[name])
+        flat = network.topology.flatten(selection.keep).astype(float)
         used = dict(zip(tightened.names, tightened.pressures(network.topology, flat), strict=True))
-        over = [name for name, each in found.items() if not each["within"]]
+        over = [name for name, verdict in verdicts.items() if not verdict["within"]]
         if over:
             for name in over:
-                check_noise(name, found[name])
+                check_noise(name, verdicts[name])
                 beyond_at[name] = min(beyond_at[name], scale[name])
                 # Units may be coarse: a bound that this student still meets would select it again.
-                step = scale[name] * min(0.97, AIM / found[name]["share"], used[name] * (1 - 1e-6))
+                step = scale[name] * min(0.97, AIM / verdicts[name]["share"], used[name] * (1 - 1e-6))
                 scale[name] = step if best is None else (within_at[name] + beyond_at[name]) / 2
             continue
-        best, within_at = (chosen, found), dict(scale)
-        more = {n: scale[n] * AIM / found[n]["share"] for n in scale if used[n] >= FLOOR and found[n]["share"] < ROOM}
-        more = {n: min(s, (scale[n] + beyond_at[n]) / 2) for n, s in more.items()}
-        more = {n: s for n, s in more.items() if s > 1.02 * scale[n]}
-        if not more:
+        best, within_at = (selection, verdicts), dict(scale)
+        looser = {
+            n: scale[n] * AIM / verdicts[n]["share"] for n in scale if used[n] >= FLOOR and verdicts[n]["share"] < ROOM
+        }
+        looser = {n: min(s, (scale[n] + beyond_at[n]) / 2) for n, s in looser.items()}
+        looser = {n: s for n, s in looser.items() if s > 1.02 * scale[n]}
+        if not looser:
             break
-        scale |= more
+        scale |= looser
     return best or _smallest(limits, network, measure)
 
 
@@ -137,14 +139,14 @@ def _smallest(
     topology = network.topology
     flat = smallest(topology, limits.round_to)
     keep = {name: units > 0 for name, units in topology.unflatten(flat).items()}
-    found = measure(keep)
-    shares = ", ".join(f"{name} {apart(each['share'], 1.0)[0]} of the budget" for name, each in found.items())
-    for name, each in found.items():
-        check_noise(name, each)
-    if not all(each["within"] for each in found.values()):
+    verdicts = measure(keep)
+    shares = ", ".join(f"{name} {apart(verdict['share'], 1.0)[0]} of the budget" for name, verdict in verdicts.items())
+    for name, verdict in verdicts.items():
+        check_noise(name, verdict)
+    if not all(verdict["within"] for verdict in verdicts.values()):
         raise BudgetError(f"budget: even the smallest student exceeds it as measured: {shares}; give more")
     note = f"budget: as measured, no student is closer to it than the smallest one: {shares}"
-    return Selection(keep, limits.pressure(topology, flat), note, exact=False), found
+    return Selection(keep, limits.pressure(topology, flat), note, exact=False), verdicts
 
 
 def confirm(
@@ -162,17 +164,17 @@ def confirm(
     """
     if not measured_bounds(budget) or path.is_file():
         return
-    found = compare(teacher, student, budget, call, instruments)
-    for name, each in found.items():
-        share, low, high, _ = apart(each["share"], each["low"], each["high"], 1.0)
-        taken = f"{each['student']:,.4g}{UNITS[name]} a call, {share} of the budget (95% interval {low} to {high}"
-        if each["within"]:
+    verdicts = compare(teacher, student, budget, call, instruments)
+    for name, verdict in verdicts.items():
+        share, low, high, _ = apart(verdict["share"], verdict["low"], verdict["high"], 1.0)
+        taken = f"{verdict['student']:,.4g}{UNITS[name]} a call, {share} of the budget (95% interval {low} to {high}"
+        if verdict["within"]:
             log.info("%s: %s)", name, taken)
             continue
-        check_noise(name, each)
+        check_noise(name, verdict)
         raise BudgetError(
-            f"budget.{name}: the student takes {taken}, {each['turns']} turns); --resume measures again; "
+            f"budget.{name}: the student takes {taken}, {verdict['turns']} turns); --resume measures again; "
             "a search for a smaller budget leaves more room"
         )
     if jax.process_index() == 0:
-        write_sealed(path, {"batch_size": budget.batch_size, **found})
+        write_sealed(path, {"batch_size": budget.batch_size, **verdicts})

@@ -88,10 +88,10 @@ def decide(turn: Turn, value: float, target: float = 1.0) -> dict[str, Any]:
     return {**medians_ms, **verdict, "within": bool(high <= target) if decided else None}
 
 
-def check_noise(name: str, found: Mapping[str, Any]) -> None:
+def check_noise(name: str, verdict: Mapping[str, Any]) -> None:
     """Raises BudgetError if an undecided interval is too wide to say anything."""
-    if found["within"] is None and (found["high"] - found["low"]) > SPREAD * found["share"]:
+    if verdict["within"] is None and (verdict["high"] - verdict["low"]) > SPREAD * verdict["share"]:
         raise BudgetError(
-            f"budget.{name}: timing is too noisy here to decide: after {found['turns']} turns the student takes "
-            f"{found['low']:.2f} to {found['high']:.2f} of the budget; free the machine of other work, or bound MACs"
+            f"budget.{name}: timing is too noisy here to decide: after {verdict['turns']} turns the student "
+            f"takes {verdict['low']:.2f} to {verdict['high']:.2f} of the budget; free the machine, or bound the MACs"
         )
