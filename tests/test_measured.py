@@ -98,7 +98,7 @@ def test_what_is_linear_is_known_exactly(name):
         keep = {g.name: random.uniform(size=g.size) < 0.6 for g in topology.groups}
         keep |= {g.name: keep[g.name] | (np.arange(g.size) == 0) for g in topology.groups if g.name not in branches}
         flat = topology.flatten(keep).astype(float)
-        truth = straight(size(calibration.cut(network, variables, flat)))
+        truth = straight(size(calibration.sliced_student(network, variables, flat)))
         assert estimate.total(topology, flat) == pytest.approx(truth, rel=0.02)
 
 
@@ -149,7 +149,7 @@ def test_few_networks_are_measured_and_every_group_is_in_one_class():
 def test_the_student_is_within_the_budget_as_measured_and_uses_it(name, truth):
     network, _, _, (keep, found) = chosen(name, device(truth, noise=0.5, own=0.005), latency=0.7)
     _, variables, _ = traced_model(name)
-    time = truth(size(calibration.cut(network, variables, network.topology.flatten(keep).astype(float))))
+    time = truth(size(calibration.sliced_student(network, variables, network.topology.flatten(keep).astype(float))))
     share = time / (0.7 * truth(size((None, variables))))
     assert 0.85 <= share <= 1.0
     assert found["latency"]["within"] and found["latency"]["share"] == pytest.approx(share, rel=0.01)
@@ -209,7 +209,7 @@ def test_where_the_model_is_wrong_about_all_but_the_smallest_student_that_is_tak
     record = latency.calibrate(network, variables, config, call, device(straight))
     limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
     flat = budget.smallest(network.topology, 8)
-    least, ones = size(calibration.cut(network, variables, flat)), np.ones(network.topology.units)
+    least, ones = size(calibration.sliced_student(network, variables, flat)), np.ones(network.topology.units)
     found, cost = latency.land(
         lambda bounds: budget.choose(network.topology, bounds, ones),
         limits, network, variables, config, call, device(lambda n: 1.0 if n <= least else 2.0 + 1e-6 * n),
@@ -285,7 +285,7 @@ def test_a_search_is_calibrated_once_and_reads_the_same_again(tmp_path):
 def test_the_final_student_is_within_or_the_run_fails(tmp_path):
     network, variables, call = traced_model("mlp")
     teacher = (network.module, variables)
-    student = calibration.cut(network, variables, budget.smallest(network.topology))
+    student = calibration.sliced_student(network, variables, budget.smallest(network.topology))
     share = straight(size(student)) / straight(size(teacher))
     path = tmp_path / "measured.json"
     with pytest.raises(BudgetError, match=r"the student takes [\d.]+ ms a call, 1\.25\d of the budget .*--resume"):
@@ -306,7 +306,7 @@ def test_the_final_student_is_within_or_the_run_fails(tmp_path):
 
 def test_memory_is_at_least_what_goes_in_and_comes_out_and_falls_with_the_network():
     network, variables, call = traced_model("mlp")
-    student = calibration.cut(network, variables, budget.smallest(network.topology))
+    student = calibration.sliced_student(network, variables, budget.smallest(network.topology))
     networks = {"teacher": (network.module, variables), "student": student}
     found = measurement.measure_memory(networks, 8, call)
     assert found == measurement.measure_memory(networks, 8, call)

@@ -129,7 +129,7 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),
-        "smallest": latency.cut(network, drawn, budget.smallest(network.topology)),
+        "smallest": latency.sliced_student(network, drawn, budget.smallest(network.topology)),
     }
     costs = {
         "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),

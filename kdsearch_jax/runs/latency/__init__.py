@@ -11,10 +11,10 @@ from kdsearch_jax.runs.latency.calibration import (
     calibrate,
     calibrate_once,
     check_reach,
-    cut,
+    sliced_student,
     with_measured,
 )
-from kdsearch_jax.runs.latency.landing import compare, confirm, land
+from kdsearch_jax.runs.latency.landing import compare_costs, confirm, land
 from kdsearch_jax.runs.latency.timing import Instruments, decide, interval, measured_bounds, medians
 
 __all__ = [
@@ -24,13 +24,13 @@ __all__ = [
     "calibrate",
     "calibrate_once",
     "check_reach",
-    "compare",
+    "compare_costs",
     "confirm",
-    "cut",
     "decide",
     "interval",
     "land",
     "measured_bounds",
     "medians",
+    "sliced_student",
     "with_measured",
 ]

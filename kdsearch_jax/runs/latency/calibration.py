@@ -116,13 +116,13 @@ def calibrate(
     instruments, topology = instruments or Instruments(), network.topology
     keeps = designs(topology)
     log.info("measuring %s of %d networks to fit a cost model", " and ".join(measured_bounds(budget)), len(keeps))
-    networks = {name: cut(network, variables, keep) for name, keep in keeps.items()}
+    networks = {name: sliced_student(network, variables, keep) for name, keep in keeps.items()}
     values: dict[str, Mapping[str, float]] = {}
     if budget.latency is not None:
         values["latency"] = medians(instruments.timer(networks, budget.batch_size, call))
     if budget.memory is not None:
         values["memory"] = instruments.memory(networks, budget.batch_size, call)
-    estimates = {name: fit(name, topology, keeps, measured) for name, measured in values.items()}
+    estimates = {name: fit_estimate(name, topology, keeps, measured) for name, measured in values.items()}
     for name, estimate in estimates.items():
         errors = [abs(estimate.total(topology, keep) / values[name][at] - 1) for at, keep in keeps.items()]
         log.info("%s: %.4g%s; the model is within %.0f%%", name, values[name]["whole"], UNITS[name], 100 * max(errors))
@@ -139,7 +139,7 @@ def calibrate(
     }
 
 
-def cut(network: Network, variables: Any, keep: np.ndarray) -> tuple[Any, Any]:
+def sliced_student(network: Network, variables: Any, keep: np.ndarray) -> tuple[Any, Any]:
     """(module, variables) of the student with the units of the flat mask `keep`."""
     if keep.all():
         return network.module, variables
@@ -189,7 +189,9 @@ def designs(topology: Topology) -> dict[str, np.ndarray]:
     return {**masks, "smallest": budget_lib.smallest(topology)}
 
 
-def fit(name: str, topology: Topology, keeps: Mapping[str, np.ndarray], values: Mapping[str, float]) -> Estimate:
+def fit_estimate(
+    name: str, topology: Topology, keeps: Mapping[str, np.ndarray], values: Mapping[str, float]
+) -> Estimate:
     """The estimate whose savings fit the measured ones best, with all prices ≥ 0 (least squares).
 
     Raises:

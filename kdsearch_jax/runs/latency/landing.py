@@ -21,7 +21,7 @@ from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection, s
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.coordination import broadcast_json
-from kdsearch_jax.runs.latency.calibration import cut
+from kdsearch_jax.runs.latency.calibration import sliced_student
 from kdsearch_jax.runs.latency.timing import UNITS, Instruments, check_noise, decide, measured_bounds
 from kdsearch_jax.storage.files import write_sealed
 from kdsearch_jax.tracing.messages import apart
@@ -32,7 +32,7 @@ MARGIN, AIM, ROOM = 0.02, 0.97, 0.93  # shares of a budget: left free; aimed at;
 TRIES = 8
 
 
-def compare(
+def compare_costs(
     teacher: tuple[Any, Any],
     student: tuple[Any, Any],
     budget: BudgetConfig,
@@ -83,7 +83,7 @@ def land(
       network, variables: the teacher's.
 
     Returns:
-      (selection, result of `compare`); the result is {} if nothing is measured.
+      (selection, result of `compare_costs`); the result is {} if nothing is measured.
 
     Raises:
       BudgetError: even the smallest student exceeds the budget, or timing is too noisy.
@@ -93,7 +93,9 @@ def land(
 
     def measure(keep: Mapping[str, np.ndarray]) -> dict[str, Any]:
         flat = network.topology.flatten(keep).astype(float)
-        return compare((network.module, variables), cut(network, variables, flat), budget, call, instruments, MARGIN)
+        return compare_costs(
+            (network.module, variables), sliced_student(network, variables, flat), budget, call, instruments, MARGIN
+        )
 
     scale = dict.fromkeys((estimate.name for estimate, _ in limits.measured), 1.0)
     within_at: dict[str, float] = dict(scale)
@@ -164,7 +166,7 @@ def confirm(
     """
     if not measured_bounds(budget) or path.is_file():
         return
-    verdicts = compare(teacher, student, budget, call, instruments)
+    verdicts = compare_costs(teacher, student, budget, call, instruments)
     for name, verdict in verdicts.items():
         share, low, high, _ = apart(verdict["share"], verdict["low"], verdict["high"], 1.0)
         taken = f"{verdict['student']:,.4g}{UNITS[name]} a call, {share} of the budget (95% interval {low} to {high}"
