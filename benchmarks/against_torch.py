@@ -3,11 +3,11 @@
 python benchmarks/against_torch.py [--rounds 15] [--cores 1 2] [--batches 64 128] [--networks whole half]
                                    [--what step inference] [--weights resnet20.safetensors]
 
-Needs PyTorch (`pip install torch`). The teacher is a CIFAR ResNet-20 with option A
-shortcuts, the student either the same network ("whole") or one at half of the MACs ("half"), whose units were drawn at
-random over all layers, so that it has the odd widths that a search gives. Both sides do the same step: normalise uint8
-images, teacher in inference mode, student in training mode, KL of the softened logits, SGD with Nesterov's momentum.
-Here it is the training loop's own compiled update; PyTorch has `channels_last` and as many threads as cores.
+Needs PyTorch (`pip install torch`). The teacher is a CIFAR ResNet-20 with option A shortcuts, the student either the
+same network ("whole") or one at half of the MACs ("half"), whose units were drawn at random over all layers, so that it
+has the odd widths that a search gives. Both sides do the same step: normalise uint8 images, teacher in inference mode,
+student in training mode, KL of the softened logits, SGD with Nesterov's momentum. Here it is the training loop's own
+compiled update; PyTorch has `channels_last` and as many threads as cores.
 
 Each side is a process bound to the cores; they alternate, `--seconds` each, so that other load on the machine affects
 both alike. Printed per configuration: the median over rounds of the milliseconds per call, the median ratio of

@@ -4,8 +4,8 @@ python benchmarks/scaling.py [--devices 8] [--batch 1024] [--size 224] [--steps 
 
 Counts, by compiling the loop's updates for an abstract batch on virtual CPU devices (nothing is computed): the
 collectives of the compiled program by kind, number, bytes and replica groups; XLA's count of operations and bytes; and,
-from the jaxpr, the bytes that convolutions, products and reductions over activations read and write, which is the memory
-traffic that remains if everything elementwise is fused into them.
+from the jaxpr, the bytes that convolutions, products and reductions over activations read and write, which is the
+memory traffic that remains if everything elementwise is fused into them.
 
 Estimates, from these counts and the vendors' peaks in `MACHINES`, each times an assumed `EFFICIENCY`: the time of a
 step by matrix unit, memory, communication and input, for each machine and batch size. docs/scaling.md has the results
