@@ -1,19 +1,19 @@
-"""A distillation step and inference on this CPU: this package over PyTorch, the same networks, interleaved in one run.
+"""Compares a distillation step and inference with PyTorch on this CPU, on the same networks, interleaved in one run.
 
 python benchmarks/against_torch.py [--rounds 15] [--cores 1 2] [--batches 64 128] [--networks whole half]
                                    [--what step inference] [--weights resnet20.safetensors]
 
-Needs PyTorch (`pip install torch`), which nothing else here does. The teacher is a CIFAR ResNet-20 with option A
-shortcuts, the student either the same network ("whole") or one at half of the MACs ("half"), whose units were drawn at
-random over all layers, so that it has the odd widths that a search gives. Both sides do the same step: normalise uint8
-images, teacher in inference mode, student in training mode, KL of the softened logits, SGD with Nesterov's momentum.
-Here it is the training loop's own compiled update; PyTorch has `channels_last` and as many threads as cores.
+Needs PyTorch (`pip install torch`). The teacher is a CIFAR ResNet-20 with option A shortcuts, the student either the
+same network ("whole") or one at half of the MACs ("half"), whose units were drawn at random over all layers, so that it
+has the odd widths that a search gives. Both sides do the same step: normalise uint8 images, teacher in inference mode,
+student in training mode, KL of the softened logits, SGD with Nesterov's momentum. Here it is the training loop's own
+compiled update; PyTorch has `channels_last` and as many threads as cores.
 
-Each side is a process of its own that is bound to the cores; they take turns, `--seconds` each, so that whatever else
-the machine does meets both alike. Printed per configuration: the median over rounds of the milliseconds a call, and the
-median of the ratios of neighbouring turns with their middle half, and the median ratio of the processors' time, which
-the work of others disturbs less. Losses of both sides are compared first. Where others use the cores as well, set
-OMP_WAIT_POLICY=passive: PyTorch's threads wait for each other actively otherwise.
+Each side is a process bound to the cores; they alternate, `--seconds` each, so that other load on the machine affects
+both alike. Printed per configuration: the median over rounds of the milliseconds per call, the median ratio of
+neighbouring turns with its interquartile range, and the median ratio of processor time, which other load disturbs less.
+Losses of both sides are compared first. If the cores are shared, set OMP_WAIT_POLICY=passive, because PyTorch's threads
+spin otherwise.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
     from kdsearch_jax.distill.objective import classification
     from kdsearch_jax.distill.settings import DistillConfig
     from kdsearch_jax.distill.steps import distill_step
-    from kdsearch_jax.runs import evaluation
+    from kdsearch_jax.runs import measurement
     from kdsearch_jax.training import loop, optimizer
     from kdsearch_jax.training.settings import RunConfig, StageConfig
     from kdsearch_jax.training.state import create_state
@@ -129,7 +129,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
 
     def inference(name: str, batch: int) -> CallSpec:
         module, variables = both[name]
-        run, arguments = evaluation.executable(module, variables, batch, CallSpec.of_image((32, 32, 3)))
+        run, arguments = measurement.compile_inference(module, variables, batch, CallSpec.of_image((32, 32, 3)))
         return lambda: float(np.asarray(run(*arguments)).std())
 
     jax.block_until_ready(constants)

@@ -1,13 +1,13 @@
-"""Runs that are killed at random moments, and go on by the same command: `python -m benchmarks.chaos --roads 9`.
+"""Kills runs at random moments and resumes them with the same command: `python -m benchmarks.chaos --roads 9`.
 
-A road (teacher, search, cut, retraining, export, table and report) of a tiny network, this file being its experiment,
-is begun by the command and killed in every stage, at a moment drawn at random, by SIGKILL with all its children or by
-SIGTERM; each time the same command is given again, the last time until it ends by itself. In the end the directory must
-hold exactly the files of an undisturbed run, with the same networks, gates, history, choice and metrics, bit by bit.
-With `--kills 1` each road is killed once only, one stage after the other.
+Each "road" is a whole run of a tiny network (teacher, search, cut, retraining, export, table and report) whose
+experiment is this file. It is killed in every stage at a random moment, by SIGKILL with all its children or by SIGTERM;
+each time the same command is given again, until it finishes. In the end the directory must contain exactly the files of
+an undisturbed run, with the same networks, gates, history, selection and metrics, bit for bit. With `--kills 1` each
+run is killed only once, one stage after another.
 
-Processes are forked from this one, which has imported everything and computed nothing; what XLA has compiled is kept in
-the scratch directory. So a start takes seconds, most of them spent in the stages themselves.
+Processes are forked from this one, which has imported everything and computed nothing, and XLA's compilations are
+cached in the scratch directory, so a start takes seconds.
 """
 
 from __future__ import annotations

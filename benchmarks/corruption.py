@@ -1,9 +1,9 @@
-"""Damage on disk is found, or does no harm: `python -m benchmarks.corruption --cases 300`.
+"""Checks that damage on disk is detected or harmless: `python -m benchmarks.corruption --cases 300`.
 
-A tiny run is made (the experiment of benchmarks/chaos.py), and one of its files after the other is damaged: a bit is
-flipped, its end cut off, or the file deleted. Then whatever reads it in earnest reads it. Each case must end in an
-error of one line, in an older checkpoint with exactly its own arrays, or in the very same values and logits as before;
-everything is put back afterwards. A traceback, or other values without a word, ends the benchmark.
+Makes a tiny run (the experiment of benchmarks/chaos.py) and damages one of its files at a time: flips a bit, truncates
+it, or deletes it. Then the code that normally reads the file reads it. Each case must end in an error of one line, in
+an older checkpoint with exactly its own arrays, or in the same values and logits as before. The file is restored
+afterwards. A traceback, or different values without an error, fails the benchmark.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def going_on(run: Path) -> Read:
 
     def read() -> Any:
         experiment = load_experiment(str(run / "config.json"))
-        directories.goes_on(run, experiment, {"command": "search"}, True)
-        directories.check_same(run, experiment)
+        directories.should_resume(run, experiment, {"command": "search"}, True)
+        directories.check_same_experiment(run, experiment)
         return experiment
 
     return read

@@ -1,11 +1,11 @@
-"""Runs whose disk fills up at random moments, and that go on by the same command once there is room again.
+"""Fills the disk of runs at random moments and resumes them once there is room again.
 
-    unshare -rm python -m benchmarks.disk_full --roads 3     (`unshare`: to mount a file system, without rights)
+    unshare -rm python -m benchmarks.disk_full --roads 3     (`unshare` allows mounting a file system without root)
 
-The road of benchmarks/chaos.py, on a file system of its own. In every stage, at a moment drawn at random, all of that
-but a few bytes is taken, and kept taken. The command must end with a status above 0 and one line that begins with
-"error:", no traceback; every network that is there must be whole. Then there is room again, and the same command is
-given. In the end the directory must hold exactly what an undisturbed run leaves, bit by bit.
+Uses the runs of benchmarks/chaos.py on their own file system. In every stage, at a random moment, all but a few bytes
+are taken. The command must exit with a non-zero status and one line that begins with "error:", without a traceback, and
+every network on disk must be complete. Then the space is freed and the same command is given. In the end the directory
+must contain exactly what an undisturbed run leaves, bit for bit.
 """
 
 from __future__ import annotations

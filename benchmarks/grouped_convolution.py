@@ -1,13 +1,12 @@
-"""What `kdsearch_jax.adapters.convolution.dispatch` gains on this machine's CPU over XLA's own grouped and depthwise
-convolutions.
+"""Compares `kdsearch_jax.adapters.convolution.dispatch` with XLA's grouped and depthwise convolutions on this CPU.
 
 python benchmarks/grouped_convolution.py [--rounds 5] [--batch 8] [--only NAME]
 
-Each case is compiled both ways, in float32, and the two take turns, so that whatever else the machine does meets both
-alike; printed are the shortest times in milliseconds, forward and forward with both gradients, their ratios, and the
-seconds that compilation took. XLA's gradients of some cases take half a minute a call: a call beyond `--patience`
-seconds is not repeated. `network` is one SGD step of a MobileNetV2-like network with batch normalisation, unmodified
-and inside `fast_convolutions`.
+Each case is compiled both ways in float32, and the two alternate so that other load on the machine affects both alike.
+Prints the shortest times in milliseconds (forward, and forward with both gradients), their ratios, and the seconds that
+compilation took. Some of XLA's gradients take half a minute per call; a call longer than `--patience` seconds is not
+repeated. `network` is one SGD step of an unmodified MobileNetV2-like network with batch normalisation, with and without
+`fast_convolutions`.
 """
 
 from __future__ import annotations

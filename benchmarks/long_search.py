@@ -1,22 +1,18 @@
-"""A long search: its memory stays flat, and what it tells and keeps costs next to no time.
+"""Checks that a long search uses constant memory, and measures the overhead of metrics and checkpoints.
 
-python benchmarks/long_search.py memory [--steps 20000]     a small network, metrics and checkpoints as by default
+python benchmarks/long_search.py memory [--steps 20000]     a small network, default metrics and checkpoints
 python benchmarks/long_search.py ratio [--batch 4]          a ResNet whose steps take some milliseconds
-python benchmarks/long_search.py parts [--depth 20]         what a row of metrics and a checkpoint cost by themselves
+python benchmarks/long_search.py parts [--depth 20]         the cost of a single row of metrics and of a checkpoint
 
 `memory` prints the resident memory of the process and the arrays on its devices after every twentieth of the search.
 
-`ratio` runs one search by `train.fit`, with metrics, progress and checkpoints as by default. After each of its blocks,
-of `checkpoint_every` updates, a quarter as many run without all that, by the same compiled call and with the same
-controller, on a state of its own; blocks end halfway between two checkpoints that may fall due, so that whatever one
-does behind the scenes is its block's own. Both kinds take turns in one process. Printed: an update of all blocks, over
-an update of all that runs without, in time by the clock and in processor time of all threads, which other work on the
-machine changes little; which checkpoints there were, without those that were left out; and the milliseconds of an
-update of each block, of which the first has also what a process needs for its first save. As the clock that spaces
-checkpoints goes on in both kinds of block, there are up to a quarter more than in a search by itself.
-
-`parts` writes rows and checkpoints of a search's state one by one: what the loop waits for (processor time of its
-thread) and what goes on behind (of the others).
+`ratio` runs one search by `training.loop.fit` with default metrics, progress and checkpoints. After each block of
+`checkpoint_every` updates, a quarter as many run without them, by the same compiled call and controller on a separate
+state; blocks end halfway between two possible checkpoints, so that a checkpoint's background work stays in its block.
+Prints the time of an update in the blocks over that of an update without, by the clock and in processor time of all
+threads, which other load changes little; which checkpoints were written and which skipped; and the milliseconds per
+update of each block, the first of which includes a process's first save. As the clock that spaces checkpoints runs in
+both kinds of block, there are up to a quarter more checkpoints than in a search on its own.
 """
 
 from __future__ import annotations

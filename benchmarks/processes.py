@@ -1,13 +1,12 @@
-"""The same run by 1, 2 and 4 processes of 2 devices each and by a single device: equal students, equal parameters.
+"""Compares the same run on 1, 2 and 4 processes of 2 devices each with a run on a single device.
 
 python benchmarks/processes.py [--processes 1 2 4] [--devices 2] [--workdir DIR] [-- options of the search]
 
-A single device goes the whole road of `benchmarks/smooth_digits.py`: teacher, 50 updates of search, cut, 50 of
-retraining, 100 of the uniform student, delivery. The others, started by launch/local.py, go it from the same teacher,
-with the same global batch. Compared with the first: the units that are kept, exactly; of every network that a run
-leaves the largest difference of a parameter or statistic, at most 1e-5; scores and counts of results.json; the rows of
-the metrics, of which each is there once, as one process writes. Prints a table as Markdown; status 1 where anything
-differs. With --workdir the same command goes on after an interruption.
+A single device runs `benchmarks/smooth_digits.py`: teacher, 50 updates of search, cut, 50 of retraining, 100 of the
+uniform student, export. The others, started by launch/local.py, start from the same teacher with the same global batch.
+Compared with the first: the kept units, which must be equal; the largest difference of a parameter or statistic of
+every network, at most 1e-5; scores and counts in results.json; and the rows of the metrics, each of which must occur
+once. Prints a Markdown table; exits with status 1 if anything differs. With --workdir an interrupted benchmark resumes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""What two savings save: teachers' outputs computed once, and a search that goes on without what has died.
+"""Measures two savings: caching teachers' outputs, and searching without pruned units.
 
 python benchmarks/savings.py [--depth 20] [--batch 64] [--rounds 9] [--left 0.7 0.5 0.3]
 
-On random images of CIFAR-10's shape, from a ResNet, by the loop's own compiled calls of `STEPS` updates:
+On random images of CIFAR-10's shape, with a ResNet and the loop's compiled calls of `STEPS` updates:
 
-    retraining   a student of half the MACs, with the teacher in every update, and with its outputs cached
-    search       the search's update when `--left` of the MACs are alive: of the whole network, and of what is left
-                 (`kdsearch_jax.distill.shrinking`); the teacher, which does not shrink, and the controller are part
-                 of both
+    retraining   a student with half of the MACs, with the teacher in every update and with its outputs cached
+    search       an update when `--left` of the MACs remain: of the whole network, and of the shrunk one
+                 (`kdsearch_jax.distill.shrinking`); both include the teacher, which does not shrink, and the controller
 
-The two of a pair take turns in one process (A B B A …). Printed: the median ratio of neighbours, by the clock and in
-processor time of all threads, which other work on the machine does not change; what the saving costs once, in updates
-without it: the pass that fills the cache; cutting and proving what is left; compiling its update.
+The two of a pair alternate in one process (A B B A …). Prints the median ratio of neighbours, by the clock and in
+processor time of all threads, which other load changes little; and what each saving costs once, in updates without it:
+the pass that fills the cache, cutting and verifying the shrunk network, compiling its update.
 
-Asserted on the way: after `EQUAL` updates the same parameters with and without the cache, to 1e-5 (of their scale, if
+Also asserts that after `EQUAL` updates the parameters with and without the cache agree to 1e-5 (of their scale, if
 that is above 1); after `STEPS` the same gates in the whole network and in what was left of it, to 1e-5. Printed: how
 many units have died after `EQUAL`, and how many not in both, for α, a power of 8, enlarges differences of rounding.
 """

@@ -1,15 +1,15 @@
-"""What a step of ResNet-50 on ImageNet asks of chips: arithmetic, memory, exchange, input; and what bounds it where.
+"""Estimates what a step of ResNet-50 on ImageNet needs from accelerators, and which resource limits it.
 
 python benchmarks/scaling.py [--devices 8] [--batch 1024] [--size 224] [--steps search distill] [--out FILE]
 
-Counted, by compiling the loop's own updates for an abstract batch over virtual CPU devices (no image is made, nothing
-runs): the collectives in the compiled program, by kind, number, bytes and replica groups; XLA's count of operations and
-of bytes; and, from the jaxpr, the bytes that convolutions, products and reductions over activations read and write,
-which is what is left of memory traffic where everything elementwise is fused into them.
+Counts, by compiling the loop's updates for an abstract batch on virtual CPU devices (nothing is computed): the
+collectives of the compiled program by kind, number, bytes and replica groups; XLA's count of operations and bytes; and,
+from the jaxpr, the bytes that convolutions, products and reductions over activations read and write, which is the
+memory traffic that remains if everything elementwise is fused into them.
 
-Reckoned, from these counts and the vendors' peaks in `MACHINES`, each times the share `EFFICIENCY` that is assumed: the
-time of a step by the matrix unit, by memory, by exchange and by input, for each machine and batch. docs/scaling.md has
-the outcome and says what is assumed. Nothing of it was measured on such a machine.
+Estimates, from these counts and the vendors' peaks in `MACHINES`, each times an assumed `EFFICIENCY`: the time of a
+step by matrix unit, memory, communication and input, for each machine and batch size. docs/scaling.md has the results
+and the assumptions. Nothing was measured on such a machine.
 """
 
 from __future__ import annotations

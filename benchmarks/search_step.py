@@ -1,11 +1,10 @@
-"""What a search step costs, over a plain distillation step of the same network: the ratio should be at most 1.05.
+"""Compares a search step with a plain distillation step of the same network: the ratio should be at most 1.05.
 
 python benchmarks/search_step.py [--depth 20] [--batch 128] [--rounds 15] [--steps 4]
 
-Both distil a network into itself on random images, by the loop's own compiled calls, which take turns (A B A B …), so
-that whatever else the machine does meets both alike. The search's time has the host's part in it as well: the
-controller that moves λ2 once a call. Prints the median of both and the ratio of the medians, and the median of the
-ratios of neighbours.
+Both distil a network into itself on random images, with the training loop's compiled calls, which alternate so that
+other load on the machine affects both alike. The search's time includes its host part, the controller that moves λ2
+once per call. Prints both medians and their ratio, and the median ratio of neighbours.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""A small experiment on the digits that is not chaotic: what `benchmarks/processes.py` runs.
+"""A small experiment on the digits that is not chaotic, for `benchmarks/processes.py`.
 
 command:  python benchmarks/processes.py
 
-Several devices add up a batch in another order than one, which changes last digits; how far two runs part from there is
-the network's doing. Where the input of a relu is 0 but for rounding, its slope is 0 in one run and 1 in the other, and
-black pixels take thousands of inputs across 0 together: parameters of the network of `digits` part by 5e-4 in 50
-updates of search. So the network here has silu, whose slope has no steps. And where α = (cost / importance)^s, with
-s = 8 as by default, gates repeat the rounding of importances eightfold and more: 3e-5 at most over 8 devices, and 5e-6
-with the s = 2 that is taken here. Which units go was the same in all of these runs.
+Several devices add up a batch in another order than a single one, which changes the last digits; how far two runs then
+diverge depends on the network. Where the input of a ReLU is 0 up to rounding, its slope is 0 in one run and 1 in the
+other, and black pixels take thousands of inputs across 0 together: parameters of the `digits` network differ by 5e-4
+after 50 updates of search. This network therefore uses silu, whose slope is continuous. With α = (cost / importance)^s
+and the default s = 8, gates amplify the rounding of importances at least eightfold: 3e-5 at most over 8 devices,
+against 5e-6 with the s = 2 used here. All of these runs kept the same units.
 """
 
 import dataclasses

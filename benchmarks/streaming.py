@@ -1,19 +1,19 @@
-"""Streamed data: as fast as a step needs, in flat memory, resumed bit by bit, the same on several processes.
+"""Streamed data: fast enough for a step, in constant memory, resumed bit for bit, equal on several processes.
 
 python benchmarks/streaming.py [--images 2000] [--parts speed memory resume processes] [--kills 3] [--workdir DIR]
 
 Writes a data set of JPEGs as TFDS writes ImageNet (array_record), of sizes around 300x300 and about 50 kB each, then:
 
     speed       images a second of the feed at 224x224, random crops, by threads and by --workers processes, and of a
-                distillation step of a ResNet-50 at 224x224; they take turns, so that whatever else the machine does
-                meets all alike. Also the share of training that waits for data
+                distillation step of a ResNet-50 at 224x224; they alternate, so that other load on the machine
+                affects all alike. Also the share of training that waits for data
     memory      resident memory over an epoch of training, after its first tenth and at its end
-    resume      the whole road, killed (kill -9) at random moments and begun again by the same command: every network
-                and every metric bit by bit that of an undisturbed run
-    processes   what each of two processes is given is its half of the batch that one is given, bit by bit; after 20
+    resume      a whole run, killed (kill -9) at random moments and resumed by the same command: every network and
+                every metric equals that of an undisturbed run bit for bit
+    processes   each of two processes gets its half of the batch that a single one gets, bit for bit; after 20
                 updates of the teacher, parameters within 1e-5
 
-Prints one JSON object; status 1 where something does not hold.
+Prints one JSON object; exits with status 1 if a check fails.
 """
 
 from __future__ import annotations

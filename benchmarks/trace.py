@@ -1,6 +1,6 @@
-"""How long tracing and surgery of large networks take on this machine's CPU: `python benchmarks/trace.py`.
+"""Measures tracing and surgery of large networks on this CPU: `python benchmarks/trace.py`.
 
-Seconds of CPU time, the least of five. What surgery must copy (the kept parameters) is timed by itself.
+Prints seconds of CPU time, the least of five. Copying the kept parameters is timed separately.
 """
 
 from __future__ import annotations

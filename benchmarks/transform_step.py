@@ -1,7 +1,7 @@
-"""What the search costs in a real step: `python benchmarks/transform_step.py` (ResNet-20, batch 128).
+"""Measures what the search adds to a real step: `python benchmarks/transform_step.py` (ResNet-20, batch 128).
 
-The same network and loss, updated by optax.sgd alone and by `GatedSearch.optimizer(optax.sgd)` with `fold` in the loss;
-the two take turns, and the ratio is taken turn by turn, since other work on a machine slows both.
+The same network and loss, updated by optax.sgd alone and by `GatedSearch.optimizer(optax.sgd)` with `fold` in the loss.
+The two alternate, and the ratio is taken turn by turn, because other load on the machine slows both.
 """
 
 from __future__ import annotations

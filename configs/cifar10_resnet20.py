@@ -1,4 +1,4 @@
-"""CIFAR-10, ResNet-20 (option A shortcuts, 41 M MACs) to half of its MACs.
+"""CIFAR-10, ResNet-20 (option A shortcuts, 41 M MACs) at half of its MACs.
 
 command:  python -m kdsearch_jax.search --config cifar10_resnet20 --teacher-from resnet20.safetensors
 short:    cifar10_resnet20_short.py
@@ -7,7 +7,7 @@ time:     not yet run
 result:   not yet run
 
 Without --teacher-from it trains the teacher itself (200 epochs). The normalisation is that of the published PyTorch
-weights of this network, whose teacher can be given as it is.
+weights of this network, which can be used as the teacher.
 """
 
 from kdsearch_jax.runs.config import (
@@ -26,7 +26,7 @@ EPOCH = 48_000 // 128  # updates; 2,000 of the 50,000 training images are held o
 
 def experiment(quick: bool = False) -> Experiment:
     """Full schedule: 60 epochs of search, 300 of retraining by distillation alone."""
-    made = Experiment(
+    config = Experiment(
         name="cifar10_resnet20",
         model=ModelConfig("cifar_resnet", {"depth": 20, "shortcut": "A"}),
         data=DataConfig(
@@ -45,4 +45,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform", "magnitude"),
         run=RunConfig(steps_per_dispatch=25, checkpoint_every=10 * EPOCH, evaluate_every=5 * EPOCH),
     )
-    return shorten(made) if quick else made
+    return shorten(config) if quick else config

@@ -25,7 +25,7 @@ EPOCH = 48_000 // 128  # updates; 2,000 of the 50,000 training images are held o
 
 def experiment(quick: bool = False) -> Experiment:
     """Full schedule: 60 epochs of search, 300 of retraining; the quick variant is a ResNet-14."""
-    made = Experiment(
+    config = Experiment(
         name="cifar10_resnet56",
         model=ModelConfig("cifar_resnet", {"depth": 56, "shortcut": "A"}),
         data=DataConfig(
@@ -44,4 +44,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform", "magnitude"),
         run=RunConfig(steps_per_dispatch=25, checkpoint_every=10 * EPOCH, evaluate_every=5 * EPOCH),
     )
-    return shorten(made, depth=14) if quick else made
+    return shorten(config, depth=14) if quick else config

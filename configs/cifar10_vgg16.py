@@ -22,7 +22,7 @@ EPOCH = 48_000 // 128  # updates; 2,000 of the 50,000 training images are held o
 
 def experiment(quick: bool = False) -> Experiment:
     """Full schedule: 60 epochs of search, 300 of retraining; the quick variant is a narrow VGG-8."""
-    made = Experiment(
+    config = Experiment(
         name="cifar10_vgg16",
         model=ModelConfig("vgg", {"depth": 16}),
         data=DataConfig(
@@ -41,4 +41,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform", "magnitude"),
         run=RunConfig(steps_per_dispatch=25, checkpoint_every=10 * EPOCH, evaluate_every=5 * EPOCH),
     )
-    return shorten(made, depth=8, width=16) if quick else made
+    return shorten(config, depth=8, width=16) if quick else config

@@ -1,4 +1,4 @@
-"""The bundled digits (1797 images of 8x8 pixels): a small CNN to half of its MACs. The default of every command.
+"""The bundled digits (1797 images of 8x8 pixels): a small CNN at half of its MACs. The default of every command.
 
 command:  python -m kdsearch_jax.search
 hardware: 2 CPU cores
@@ -19,7 +19,7 @@ from kdsearch_jax.runs.config import (
 
 def experiment(quick: bool = False) -> Experiment:
     """Teacher, search and retraining take seconds each."""
-    made = Experiment(
+    config = Experiment(
         name="digits",
         model=ModelConfig("small_cnn", {"width": 16}),
         data=DataConfig("digits", crop=1),
@@ -30,4 +30,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform",),
         run=RunConfig(steps_per_dispatch=20),
     )
-    return shorten(made) if quick else made
+    return shorten(config) if quick else config

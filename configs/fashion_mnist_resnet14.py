@@ -1,12 +1,12 @@
-"""Fashion-MNIST (28x28 grey images of clothes, 10 classes), a ResNet-14 to 0.3 of its MACs in minutes on a CPU.
+"""Fashion-MNIST (28x28 grey images of clothes, 10 classes), a ResNet-14 at 0.3 of its MACs in minutes on a CPU.
 
 command:  python -m kdsearch_jax.compare --config fashion_mnist_resnet14 --seeds 0 1 2
 hardware: one CPU core
-time:     1 to 3 minutes a student on a busy machine
+time:     1 to 3 minutes per student on a busy machine
 result:   90.37 ± 0.17% searched, 88.69 ± 0.08% uniform, 88.95 ± 0.12% magnitude, 3 to 10 seeds (docs/results.md)
 
-The data are those of TFDS, `fashion_mnist`, or any file with the same arrays, `--data.name npz:fashion.npz`. From the
-four files that Fashion-MNIST is distributed as, one is made by
+The data come from TFDS (`fashion_mnist`) or from a file with the same arrays (`--data.name npz:fashion.npz`). To create
+that file from the four files of Fashion-MNIST:
 
     python - <<EOF
     import gzip, numpy as np
@@ -18,7 +18,7 @@ four files that Fashion-MNIST is distributed as, one is made by
     np.savez_compressed("fashion.npz", **arrays)
     EOF
 
-The teacher is trained here. 5,000 of the 60,000 training images are held out. Students get 390 updates in all.
+The run trains the teacher. 5,000 of the 60,000 training images are held out. Students get 390 updates in total.
 """
 
 from kdsearch_jax.runs.config import (
@@ -35,7 +35,7 @@ from kdsearch_jax.runs.config import (
 
 def experiment(quick: bool = False) -> Experiment:
     """A teacher of a few epochs, and the short schedule of `cifar10_resnet20_short`."""
-    made = Experiment(
+    config = Experiment(
         name="fashion_mnist_resnet14",
         model=ModelConfig("cifar_resnet", {"depth": 14, "width": 16, "shortcut": "A"}),
         data=DataConfig("fashion_mnist", validation=1 / 12, flip=True),
@@ -47,4 +47,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform", "magnitude"),
         run=RunConfig(steps_per_dispatch=6, checkpoint_every=10_000, evaluate_every=10_000),
     )
-    return shorten(made, depth=8) if quick else made
+    return shorten(config, depth=8) if quick else config

@@ -1,12 +1,12 @@
-"""A model or data of one's own: what `--model package.module:factory` and `--data npz:FILE` start from.
+"""Defaults for your own model or data, `--model package.module:factory` and `--data npz:FILE`.
 
 command:  python -m kdsearch_jax.search --model mypkg.models:make_net --teacher ckpt/ --data npz:mine.npz
 hardware: any
-time:     as the model takes
-result:   of one's own
+time:     depends on the model
+result:   depends on the model
 
-Nothing about the data is assumed: images are neither cropped nor mirrored; gradients are clipped. Steps and rates are
-those of a short run on a small data set; a real one wants more (`--search.steps`, `--retrain.steps`).
+Assumes nothing about the data: no crops, no flips, and clipped gradients. Steps and learning rates suit a short run on
+a small data set; a real one needs more (`--search.steps`, `--retrain.steps`).
 """
 
 from kdsearch_jax.runs.config import (
@@ -22,7 +22,7 @@ from kdsearch_jax.runs.config import (
 
 def experiment(quick: bool = False) -> Experiment:
     """400 updates of search, 400 of retraining, at a low rate."""
-    made = Experiment(
+    config = Experiment(
         name="own",
         model=ModelConfig("small_cnn", {}),
         data=DataConfig("digits"),
@@ -33,4 +33,4 @@ def experiment(quick: bool = False) -> Experiment:
         baselines=("uniform",),
         run=RunConfig(steps_per_dispatch=20),
     )
-    return shorten(made) if quick else made
+    return shorten(config) if quick else config

@@ -1,13 +1,9 @@
-"""What a network is worth: predictions on a split, each example exactly once, and time per image.
+"""Evaluates an image classifier on a data set: `python -m kdsearch_jax.evaluate NETWORK_DIR [--teacher DIR]`.
 
-    python -m kdsearch_jax.evaluate NETWORK_DIR [--teacher DIR] [--data NAME]
-
-`predict` runs the network over all devices; the last batch is padded to the size of the others, so that there is one
-compilation, and what was padded is dropped. `score` compares logits with labels, and with a teacher's logits. Images
-are normalised as the network was trained, by the numbers stored with it, whatever data it is shown.
+Images are normalised as in the network's training, with the numbers stored beside it, whatever the data set is.
 """
 
-# No `from __future__ import annotations` here: the command line is read off the types.
+# No `from __future__ import annotations` here: tyro reads the types at run time.
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,28 +22,26 @@ class EvaluateOptions(command_line.Options):
     network: tyro.conf.Positional[Path] = field(kw_only=True)
     """A network's directory (RUN/student, RUN/teacher/network, …)."""
     teacher: Path | None = None
-    """A network's directory to compare with: divergence and agreement."""
+    """The directory of a network to compare with, by KL divergence and agreement."""
     data: str | None = None
-    """digits, npz:FILE or a TFDS name; the data set that the network was trained on if left out."""
+    """digits, npz:FILE or a TFDS name; by default the data set that the network was trained on."""
     data_dir: str | None = None
-    """Where TFDS keeps its data."""
+    """The data directory of TFDS."""
     split: Literal["test", "validation", "train"] = "test"
-    """Which examples."""
+    """The examples to evaluate on."""
     batch_size: int = 500
-    """Images a call, over all devices."""
+    """Images per call, over all devices."""
 
 
 def main(argv: list[str]) -> int:
-    """Prints the accuracy of a network, and of its teacher if one is given, on a split of a data set."""
-    options = command_line.parse_options(
-        argv, EvaluateOptions, "kdsearch_jax.evaluate", "Accuracy of a network on a data set, each example once."
-    )
+    """Prints the metrics of a network, and of its teacher if one is given."""
+    options = command_line.parse_options(argv, EvaluateOptions, "kdsearch_jax.evaluate", __doc__ or "")
     import jax
 
     from kdsearch_jax.runs import stored_evaluation
 
     directories = {"network": options.network, **({"teacher": options.teacher} if options.teacher else {})}
-    table = stored_evaluation.compared(
+    table = stored_evaluation.evaluation_table(
         directories, options.data, options.data_dir, options.split, options.batch_size, options.trust_code
     )
     if jax.process_index() == 0:

@@ -1,18 +1,18 @@
-"""What of a network can be pruned, and why the rest can not: no data, no parameters, a trace alone.
+"""Shows which parts of a network can be pruned, and why the others cannot. Needs neither data nor parameters.
 
     python -m kdsearch_jax.inspect --model vit
     python -m kdsearch_jax.inspect --model mypkg.models:make_net --input-shape 224 224 3 [--json]
     python -m kdsearch_jax.inspect --model mypkg.models:Encoder --inputs int32[128] mask=bool[128]
     python -m kdsearch_jax.inspect --model vit --measure --budget.batch-size 8
-    python -m kdsearch_jax.inspect --teacher RUN/student      a network that was saved
+    python -m kdsearch_jax.inspect --teacher RUN/student      a saved network
 
-Groups that are named alike but for numbers share a line: what they cost together, where all of them could be emptied.
-What is frozen is listed by reason. The smallest student keeps one unit of each group (one multiple of budget.round_to)
-and no residual branch. `--measure` builds both with random parameters and measures time and memory of a call on this
-device; whether a budget on these can be met is known only then.
+Groups whose names differ only in numbers share a line, with the cost that removing all of them would save. Frozen axes
+are listed by reason. The smallest student keeps one unit of each group (or budget.round_to units) and no residual
+branch. `--measure` builds both with random parameters and measures latency and memory of a call on this device, which
+decides whether budgets on these can be met.
 """
 
-# No `from __future__ import annotations` here: the command line is read off the types.
+# No `from __future__ import annotations` here: tyro reads the types at run time.
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from kdsearch_jax import inspect
 from kdsearch_jax.runs import command_line
 
-# Shape and classes of data sets that need not be read to be known; others are taken for ImageNet.
+# Image shape and number of classes of well-known data sets; others default to ImageNet.
 KNOWN = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
@@ -32,39 +32,39 @@ IMAGENET = ((224, 224, 3), 1000)
 
 @dataclass(frozen=True)
 class InspectOptions(command_line.RunOptions):
-    """What the network is called with, and how the answer is printed."""
+    """The inputs of the network and the output format."""
 
     input_shape: tuple[int, ...] | None = None
-    """One example of the only input, without the batch axis; if left out that of the data set, or else 224 224 3."""
+    """Shape of one example of the only input, without the batch axis; by default the data set's, or 224 224 3."""
     input_dtype: str = "float32"
-    """Its type."""
+    """Type of the only input."""
     inputs: tuple[str, ...] = ()
-    """Several inputs instead, as `float32[224,224,3]`, or `mask=bool[16]` for one that is given by keyword."""
+    """Several inputs instead, such as `float32[224,224,3]`, or `mask=bool[16]` for a keyword argument."""
     measure: bool = False
-    """Measure time and memory of a call as well, of the network and of the smallest student."""
+    """Also measure latency and memory of the network and of the smallest student."""
     json: bool = False
-    """One JSON object, with a record for every group and everything frozen."""
+    """Print one JSON object with every group and every frozen axis."""
 
 
 def main(argv: list[str]) -> int:
-    """Traces the network that the command line names, and prints what was found."""
+    """Traces the network that the command line names and prints its groups."""
     options, experiment = command_line.parse(argv, InspectOptions, "kdsearch_jax.inspect", inspect.__doc__ or "")
     from kdsearch_jax.runs import inspection  # jax and flax, which --help does not need
 
-    chosen = any(token.startswith(("--config", "--data", "--workdir", "--resume")) for token in argv)
-    own = any(token.startswith("--model") for token in argv) and not chosen
-    shape, classes = IMAGENET if own else KNOWN.get(experiment.data.name, IMAGENET)
+    names_data = any(token.startswith(("--config", "--data", "--workdir", "--resume")) for token in argv)
+    names_model = any(token.startswith("--model") for token in argv)
+    shape, classes = IMAGENET if names_model and not names_data else KNOWN.get(experiment.data.name, IMAGENET)
     if experiment.data.image_size:
         shape = (experiment.data.image_size,) * 2 + shape[2:]
     shape = options.input_shape or shape
-    call = inspection.described(options.inputs, shape, options.input_dtype, experiment.model.eval_kwargs)
-    network, record = inspection.traced(experiment, call, classes, options.measure, options.trust_code)
+    call = inspection.parse_call(options.inputs, shape, options.input_dtype, experiment.model.eval_kwargs)
+    network, record = inspection.inspect_network(experiment, call, classes, options.measure, options.trust_code)
     if options.json:
         print(json.dumps(record, indent=1))
         return 0
-    print(inspection.heading(record))
-    inspection.show(("group", "kind", "groups", "units", "MACs", "parameters"), inspection.group_lines(network))
-    inspection.show(("frozen because", "axes", "of"), inspection.frozen_lines(network))
+    print(inspection.summary(record))
+    inspection.print_table(("group", "kind", "groups", "units", "MACs", "parameters"), inspection.group_lines(network))
+    inspection.print_table(("frozen because", "axes", "of"), inspection.frozen_lines(network))
     return 0
 
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share. Sourced by them; does nothing by itself.
+# Functions shared by the launch scripts, which source this file.
 dry_run=${dry_run:-no}
 
 die() { # die MESSAGE: one line on stderr, status 2
@@ -7,7 +7,7 @@ die() { # die MESSAGE: one line on stderr, status 2
   exit 2
 }
 
-quoted() { # quoted WORD...: the words as a shell reads them back
+quoted() { # quoted WORD...: the words quoted for a shell
   local line
   printf -v line '%q ' "$@"
   printf '%s' "${line% }"
@@ -21,7 +21,7 @@ run() { # run COMMAND...: runs it, or with --dry-run prints it
   fi
 }
 
-need() { # need NAME VALUE: refuses an empty value
+need() { # need NAME VALUE: fails if the value is empty
   [ -n "$2" ] || die "$1 is missing; --help shows what is needed"
 }
 
@@ -32,10 +32,10 @@ value() { # value FLAG REST...: the value that follows a flag
 
 check_name() { # check_name NAME: what Google Cloud and Kubernetes both accept
   [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    die "name '$1' is not possible; give lower-case letters, digits and -, from a letter, at most 40"
+    die "name '$1' is not possible; use lower-case letters, digits and -, starting with a letter, at most 40"
 }
 
-help_if_asked() { # help_if_asked ARGUMENT...: prints `usage` and ends; status 2 where there is no argument
+help_if_asked() { # help_if_asked ARGUMENT...: prints `usage` and exits, with status 2 if there is no argument
   [ $# -gt 0 ] || { usage >&2; exit 2; }
   case $1 in -h | --help) usage; exit 0 ;; esac
   case " $* " in *" -- "*) ;; *" --help "* | *" -h "*) usage; exit 0 ;; esac # after -- it is the run's

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run as a JobSet on a GKE cluster with TPU or GPU nodes, by kubectl. `launch/gke.sh --help` tells how.
+# A run as a JobSet on a GKE cluster with TPU or GPU nodes, by kubectl; see `launch/gke.sh --help`.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -88,7 +88,7 @@ manifest() {
   content=${content//__IMAGE__/"$image"}
   content=${content//__BUCKET__/"$bucket"}
   content=${content//__ACCOUNT__/"$service_account"}
-  content=${content//__ARGUMENTS__/"[$arguments]"} # last: what it puts in is not looked at again
+  content=${content//__ARGUMENTS__/"[$arguments]"} # last, because the inserted text must not be substituted again
   printf '%s\n' "$content"
 }
 

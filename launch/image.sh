@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The container image of this checkout, by docker. `launch/image.sh --help` tells how.
+# The container image of this checkout, by docker; see `launch/image.sh --help`.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh

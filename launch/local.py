@@ -2,10 +2,10 @@
 
     python launch/local.py -n 2 -- python -m kdsearch_jax.search --workdir runs/two
 
-A bare `python` is the interpreter that runs this file. What process 0 prints is shown as it is; the others print into
-launch-1.log and so on. SIGINT, SIGTERM and SIGHUP are passed on, so that every process can end in its own way, and save
-on SIGTERM; a second one ends them all. When one fails, the others get a moment to end by themselves, then everything
-that is left is killed, and the status is that of the first failure (128 + signal where a signal ended it).
+A bare `python` is the interpreter that runs this file. The output of process 0 is shown; the others write to
+launch-1.log and so on. SIGINT, SIGTERM and SIGHUP are forwarded, so that every process can shut down cleanly and save
+on SIGTERM; a second signal kills all of them. When one fails, the others get a grace period before they are killed, and
+the status is that of the first failure (128 + signal if a signal ended it).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SHOWN = 20  # lines of the log of a process that failed
 
 @contextlib.contextmanager
 def reserved_port(tries: int = 200) -> Iterator[int]:
-    """A TCP port of this machine that is free, and that no other launcher takes while this one has it.
+    """Reserves a free TCP port of this machine among concurrent launchers.
 
-    The coordinator itself has to open it, so it cannot be kept open here. It is taken from below the range from which
-    the operating system serves others, and the UDP port of the same number, which nobody needs, stands for it.
+    The coordinator must open the port itself, so it cannot stay open here. It is chosen below the range of ephemeral
+    ports, and holding the UDP port of the same number marks it as taken.
     """
     for _ in range(tries):
         port = random.randrange(15000, 32000)
@@ -50,7 +50,7 @@ def reserved_port(tries: int = 200) -> Iterator[int]:
 
 
 class Processes:
-    """The processes of a run; on leaving the context nothing of them is left."""
+    """The processes of a run. Leaving the context kills whatever is still running."""
 
     def __init__(self, command: list[str], count: int, devices: int | None, logs: Path, grace: float):
         self.command, self.count, self.devices, self.logs, self.grace = command, count, devices, logs, grace
@@ -59,13 +59,13 @@ class Processes:
         self._stack = ExitStack()
 
     def __enter__(self) -> Processes:
-        """Itself, nothing started."""
+        """Forwards signals; starts nothing yet."""
         for number in PASSED_ON:
             self._stack.callback(signal.signal, number, signal.signal(number, self._pass_on))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kills what is left, with all that it has started."""
+        """Kills the remaining processes and their children."""
         for process in self.running:
             _kill(process)
             process.wait()
@@ -80,11 +80,11 @@ class Processes:
                 process.send_signal(number)
 
     def start(self) -> None:
-        """Starts all; fewer where a signal comes meanwhile."""
+        """Starts all processes, or fewer if a signal arrives in the meantime."""
         port = self._stack.enter_context(reserved_port())
         address = f"127.0.0.1:{port}"
         common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.count)}
-        common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # JAX alone would listen to the whole network
+        common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # by default JAX listens on all interfaces
         if self.devices is not None:
             common["JAX_NUM_CPU_DEVICES"] = str(self.devices)
         for rank in range(self.count):
@@ -98,7 +98,7 @@ class Processes:
                 stdout=output,
                 stderr=subprocess.STDOUT if rank else None,
                 preexec_fn=_end_with_launcher if sys.platform == "linux" else None,
-                start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on once
+                start_new_session=True,  # Ctrl-C reaches only the launcher, which forwards it once
             )
             self.running.append(process)
             if self.signals:
@@ -106,14 +106,14 @@ class Processes:
                 return
 
     def log(self, rank: int) -> Path:
-        """Where process `rank` prints."""
+        """The log file of process `rank`."""
         return self.logs / f"launch-{rank}.log"
 
     def wait(self) -> int:
-        """Waits for all, or for the first failure; returns its status, 0 where there is none."""
+        """Waits for all processes or the first failure; returns its status, 0 if there is none."""
         while True:
             states = {rank: process.poll() for rank, process in enumerate(self.running)}
-            # Of two that ended since the last look: one that a signal ended is rather the consequence.
+            # If two ended since the last check, the one ended by a signal is more likely the consequence.
             failed = sorted((state < 0, rank) for rank, state in states.items() if state)
             if failed:
                 rank = failed[0][1]
@@ -124,7 +124,7 @@ class Processes:
 
     def _failed(self, rank: int, state: int) -> int:
         deadline = time.monotonic() + self.grace
-        # After a signal they may take as long as they need to save: whoever cannot wait sends it once more.
+        # After a signal they may take as long as they need to save; a second signal kills them.
         while None in [p.poll() for p in self.running] and (self.signals or time.monotonic() < deadline):
             time.sleep(0.05)
         status = 128 - state if state < 0 else state

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One process a GPU on a Slurm cluster; JAX finds the others by Slurm's variables.
+# One process per GPU on a Slurm cluster; JAX finds the others through Slurm's variables.
 #SBATCH --job-name=kdsearch
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -33,7 +33,7 @@ if [ $# = 0 ]; then
   echo "error: nothing to run; give a module, such as kdsearch_jax.search --resume" >&2
   exit 2
 fi
-# All GPUs of a node stay visible to each task, and JAX takes the one of its local number: no --gpus-per-task.
+# No --gpus-per-task: all GPUs of a node stay visible to each task, and JAX uses the one with its local number.
 command=(srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m "$@")
 if [ "$dry_run" = yes ]; then
   printf -v line '%q ' "${command[@]}"

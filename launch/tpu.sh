@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, from creation to deletion, by gcloud. `launch/tpu.sh --help` tells how.
+# A Cloud TPU slice, from creation to deletion, by gcloud; see `launch/tpu.sh --help`.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -55,7 +55,7 @@ on_workers() { # on_workers WHICH WORD...: runs a command of launch/worker.sh th
   run "${vm[@]}" ssh "$name" "${place[@]}" "--worker=$which" "--command=$(quoted bash kdsearch/worker.sh "$@")"
 }
 
-runtime_version() { # the machine image of a type, as Google's table has it
+runtime_version() { # the machine image of a type, from Google's table
   case $type in
     v6e-*) echo v2-alpha-tpuv6e ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -75,7 +75,7 @@ case $verb in
     stop_line="launch/tpu.sh delete $name --zone $(quoted "$zone")"
     [ -z "$project" ] || stop_line+=" --project $(quoted "$project")"
     [ "$queued" = no ] || stop_line+=" --queued"
-    # Said before, too: whoever interrupts gcloud has the machines all the same.
+    # Also printed before, because interrupting gcloud leaves the machines running.
     printf 'This costs money until you run:  %s\n' "$stop_line" >&2
     if [ "$queued" = yes ]; then
       run "${line[@]}" create "$name" "--node-id=$name" "${place[@]}" "--accelerator-type=$type" \
@@ -99,7 +99,7 @@ case $verb in
       case $state in
         ACTIVE) break ;;
         FAILED | SUSPENDED | SUSPENDING | DELETING)
-          printf 'error: %s will not come: it is %s; delete it and ask anew\n' "$name" "$state" >&2
+          printf 'error: %s failed: it is %s; delete it and create it again\n' "$name" "$state" >&2
           exit 1
           ;;
       esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh has done on each worker of a TPU slice; copied there as kdsearch/worker.sh, started from the home.
+# Runs on each worker of a TPU slice for launch/tpu.sh, which copies it to ~/kdsearch/worker.sh.
 #   install [BUCKET]   an environment in kdsearch/venv from the wheel beside this file; the bucket as ~/bucket
 #   start MODULE ...   python -m MODULE ... in the background: kdsearch/log, and kdsearch/status when it has ended
 #   follow | stop | status
@@ -15,13 +15,13 @@ die() {
 running() { [ -s "$files/pid" ] && kill -0 "$(cat "$files/pid")" 2>/dev/null; }
 
 install() {
-  # The machine images have Python 3.10; uv brings a newer one without touching theirs.
+  # The machine images have Python 3.10; uv installs a newer one beside it.
   python3 -m pip install --quiet --user uv
   local uv=(python3 -m uv)
   [ -x "$files/venv/bin/python" ] || "${uv[@]}" venv --quiet --python 3.12 "$files/venv"
   local wheel
   wheel=$(echo "$files"/kdsearch_jax-*.whl)
-  [ -e "$wheel" ] || die "not one wheel in $files: launch/tpu.sh install brings it"
+  [ -e "$wheel" ] || die "no single wheel in $files: run launch/tpu.sh install"
   "${uv[@]}" pip install --quiet --python "$files/venv/bin/python" --reinstall-package kdsearch-jax \
     'jax[tpu]' "kdsearch-jax[tfds,gcs] @ file://$HOME/$wheel"
   rm "$wheel"
@@ -43,14 +43,14 @@ mount_bucket() {
 
 start() {
   [ $# -gt 0 ] || die "start: nothing to start"
-  ! running || die "a run is going on here already; stop it first"
-  [ -x "$files/venv/bin/python" ] || die "kdsearch is not installed here; launch/tpu.sh install does it"
+  ! running || die "a run is in progress here; stop it first"
+  [ -x "$files/venv/bin/python" ] || die "kdsearch is not installed here; run launch/tpu.sh install"
   rm -f "$files/status"
   nohup setsid bash "$files/worker.sh" supervise "$@" >"$files/log" 2>&1 </dev/null &
   echo $! >"$files/pid"
 }
 
-supervise() { # runs it, passes SIGTERM on, and leaves its status
+supervise() { # runs it, forwards SIGTERM, and writes its status
   local status=0 asked=no
   "$files/venv/bin/python" -m "$@" &
   local child=$!
@@ -66,7 +66,7 @@ supervise() { # runs it, passes SIGTERM on, and leaves its status
 follow() {
   [ -s "$files/pid" ] || die "no run was started here"
   tail --pid="$(cat "$files/pid")" -n +1 -F "$files/log" 2>/dev/null
-  [ -s "$files/status" ] || die "the run ended without a status: the machine was restarted, or it was killed"
+  [ -s "$files/status" ] || die "the run ended without a status: it was killed or the machine restarted"
   exit "$(cat "$files/status")"
 }
 

@@ -25,7 +25,7 @@ from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import gates, surgery
 from kdsearch_jax.pruning.network import trace
-from kdsearch_jax.runs import weights
+from kdsearch_jax.runs import teacher_weights
 from kdsearch_jax.storage import networks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -189,7 +189,7 @@ def test_variables_in_boxes_that_the_module_does_not_make_and_the_reverse(kind):
     """Only the arrays must match; a student has the boxes that its teacher was passed with."""
     module, other = Net(kind), Net("none" if kind == "partitioned" else "partitioned")
     variables = initial(other)
-    fitted = weights.fit(
+    fitted = teacher_weights.match_variables(
         variables, module, CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)}), "variables"
     )
     jax.tree.map(np.testing.assert_array_equal, fitted, boxes.unboxed(variables))

@@ -1,4 +1,4 @@
-"""Every experiment of configs/: it loads, its header is complete, and its quick variant runs the whole road."""
+"""Every experiment in configs/ loads, has a complete header, and its quick variant runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_header_gives_command_hardware_time_and_result(name):
 
 
 def generated(path: Path, side: int, channels: int, classes: int, images: int = 240) -> Path:
-    """An `.npz` of noisy images, each class around a picture of its own; every class is present."""
+    """An `.npz` of noisy images, each class around its own picture; every class is present."""
     random = np.random.default_rng(0)
     pictures = random.integers(40, 216, (classes, side, side, channels))
     labels = np.arange(max(images, 3 * classes)) % classes
@@ -77,13 +77,13 @@ def quick_run(name: str, folder: Path, *options: str) -> Path:
     return folder / "run"
 
 
-# The first has its whole road below, a slow test; the second differs from it in steps, and quick variants have their
-# own. Others like them go as far as retraining here, and test_stages has the whole road of a tiny one.
-SAME = ("cifar10_resnet20", "cifar10_resnet20_short")
+# The first two are run below, and their quick variants are equal; the third has the digits' model. The others run up to
+# retraining here, and test_stages runs every stage of a tiny experiment.
+SAME = ("cifar10_resnet20", "cifar10_resnet20_short", "own")
 
 
 def _slow(name: str):
-    """The largest have their forms tested elsewhere, residual networks by the other configurations."""
+    """Marks the largest models, whose architectures are tested elsewhere."""
     large = ("cifar10_resnet56", "cifar10_vgg16", "cifar100_resnet56", "cifar100_wrn40_2", "imagenet_resnet50")
     return pytest.param(name, marks=pytest.mark.slow) if name in large else name
 
@@ -103,7 +103,7 @@ def test_the_quick_variant_trains_searches_cuts_and_retrains(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_quick_variant_runs_the_whole_road(tmp_path):
+def test_a_quick_variant_runs_every_stage(tmp_path):
     run = quick_run("cifar10_resnet20", tmp_path, "--baselines", "uniform")
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
     assert {"teacher", "student", "uniform"} <= set(rows)

@@ -1,4 +1,4 @@
-"""What processes of a run agree on: two of them, asked everything in turn."""
+"""What the processes of a run agree on, with two processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import socket
 import subprocess
 from pathlib import Path
 
-from kdsearch_jax.runs.consensus import check_alike, check_shared, first_says
+from kdsearch_jax.runs.coordination import check_equal_on_all_processes, check_shared, first_process_decides
 
 ASKED = """
 import json, sys, threading
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from kdsearch_jax.runs.consensus import check_alike, check_shared, first_says
+from kdsearch_jax.runs.coordination import check_equal_on_all_processes, check_shared, first_process_decides
 
 rank, shared, own = int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 answers = {}
@@ -29,10 +29,10 @@ def ask(name, question):
 def refuse():
     raise KeyError("no such thing")
 
-ask("says", lambda: [first_says(lambda: rank == 0), first_says(lambda: rank == 1)])
-ask("refuses", lambda: first_says(refuse))
-ask("alike", lambda: check_alike({"data": lambda: "a", "settings": lambda: "b"}))
-ask("unlike", lambda: check_alike({"data": lambda: "a", "settings": lambda: f"b{rank}"}))
+ask("says", lambda: [first_process_decides(lambda: rank == 0), first_process_decides(lambda: rank == 1)])
+ask("refuses", lambda: first_process_decides(refuse))
+ask("alike", lambda: check_equal_on_all_processes({"data": lambda: "a", "settings": lambda: "b"}))
+ask("unlike", lambda: check_equal_on_all_processes({"data": lambda: "a", "settings": lambda: f"b{rank}"}))
 ask("shared", lambda: check_shared(shared, "config.json"))
 ask("absent", lambda: check_shared(shared, "nothing"))
 if rank == 1:
@@ -65,16 +65,16 @@ def test_two_processes_agree_or_both_refuse(tmp_path: Path, python: str) -> None
     for answers in (zero, one):
         assert answers["says"] == [True, False]
         assert answers["alike"] is answers["shared"] is answers["absent"] is answers["late"] is None
-        assert answers["unlike"].startswith("ValueError: settings: process 1 has another than process 0; start all by")
-        assert "process 1 has another config.json there than process 0; give a --workdir" in answers["apart"]
+        assert answers["unlike"].startswith("ValueError: settings: ") and "process 1 " in answers["unlike"]
+        assert "config.json" in answers["apart"] and "process 1 " in answers["apart"]
     assert zero["refuses"] == "KeyError: 'no such thing'"
-    assert one["refuses"] == "ValueError: refused by process 0, see its message"
+    assert one["refuses"].startswith("ValueError: ")
 
 
 def test_a_single_process_agrees_with_itself(tmp_path: Path) -> None:
     def never() -> str:
-        raise AssertionError("there is nobody to compare with")
+        raise AssertionError("there is no other process")
 
-    assert first_says(lambda: True)
-    check_alike({"data": never})
+    assert first_process_decides(lambda: True)
+    check_equal_on_all_processes({"data": never})
     check_shared(tmp_path, "nothing")

@@ -30,7 +30,7 @@ from kdsearch_jax.data.examples import Dataset, Split, hold_out
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.data.streaming import reader_of
 from kdsearch_jax.runs.config import Experiment
-from kdsearch_jax.runs.teacher_source import call_of
+from kdsearch_jax.runs.teacher_source import call_spec_for
 
 SPLITS = ("train", "validation", "test")
 
@@ -80,7 +80,7 @@ def test_the_only_entry_beside_labels_is_the_input(tmp_path, prefixes):
     x, labels = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32), np.arange(60) % 3
     config = write(tmp_path, **{f"{p}x": x for p in prefixes}, **{f"{p}labels": labels for p in prefixes})
     experiments = [Experiment(data=dataclasses.replace(config, crop=0, inputs=inputs)) for inputs in (None, ("x",))]
-    plain, named = (call_of(each, load(each.data)) for each in experiments)
+    plain, named = (call_spec_for(each, load(each.data)) for each in experiments)
     assert plain == named and plain[0] is not None and plain[0].arguments == ("x",) and not plain[1]
 
 

@@ -1,4 +1,4 @@
-"""Predictions, scores, times, and the command that prints them."""
+"""Evaluation of networks, their time per call, and the command that prints metrics."""
 
 import json
 import os
@@ -21,13 +21,14 @@ from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.data.datasets import load
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.data.settings import DataConfig
-from kdsearch_jax.distill.objective import Objective, Output
+from kdsearch_jax.distill.objective import Objective, Output, classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.evaluate import main as evaluate_main
-from kdsearch_jax.runs import command_line, evaluation
+from kdsearch_jax.runs import command_line, evaluation, measurement
 from kdsearch_jax.storage.networks import save_network
 
 MEAN, STD = (0.4,), (0.3,)
+OBJECTIVE = classification(DistillConfig())
 
 
 class Spoken(nn.Module):
@@ -81,7 +82,22 @@ def saved(network, tmp_path):
     return save
 
 
-# --- predict --------------------------------------------------------------------------------------------------------
+def dataset_of(images, labels=None):
+    """A data set whose splits are all these images."""
+    split = Split.of(images, np.zeros(len(images), np.int32) if labels is None else labels)
+    return Dataset("images", split, split, split, 10, MEAN, STD, ())
+
+
+def predict(module, variables, images, batch_size=500, mean=MEAN, std=STD):
+    """Logits of all images."""
+    network = evaluation.EvaluatedNetwork(module, variables, CallSpec.of_image((8, 8, 1)), mean, std)
+    found = evaluation.evaluate(
+        OBJECTIVE, {"network": network}, dataset_of(images), batch_size=batch_size, keep_logits=True
+    )
+    return found["network"].logits
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 40, 101, 500])
@@ -89,7 +105,7 @@ def test_every_example_once_and_in_order(network, images, batch_size):
     module, variables = network
     images = images[:7] if batch_size == 1 else images
     expected = module.apply(variables, (images / np.float32(255) - MEAN[0]) / STD[0])
-    found = evaluation.predict(module, variables, images, MEAN, STD, batch_size)
+    found = predict(module, variables, images, batch_size)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(found).max()))
 
@@ -100,28 +116,27 @@ def test_a_module_without_a_hash_predicts(images):
         hash(module)
     variables = some_variables(module, train=False)
     expected = module.apply(variables, jnp.asarray((images / np.float32(255) - MEAN[0]) / STD[0]), train=False)
-    np.testing.assert_allclose(evaluation.predict(module, variables, images, MEAN, STD), expected, atol=1e-4)
+    np.testing.assert_allclose(predict(module, variables, images), expected, atol=1e-4)
 
 
-def test_predicting_again_compiles_nothing(network, images, caplog):
+def test_evaluating_again_compiles_nothing(network, images, caplog):
     module, variables = network
-    evaluation.predict(module, variables, images, MEAN, STD, 50)
+    predict(module, variables, images, 50)
     with jax.log_compiles():
         # An equal module and other variables: what happens at every evaluation of a run.
         other = jax.tree.map(lambda x: np.asarray(x) + 1, variables)
-        evaluation.predict(registry.build("small_cnn", {"num_classes": 10, "width": 4}), other, images, MEAN, STD, 50)
-    assert "Compiling jit(forward)" not in caplog.text
+        predict(registry.build("small_cnn", {"num_classes": 10, "width": 4}), other, images, 50)
+    assert "Compiling jit" not in caplog.text
 
 
 def test_eight_devices_predict_as_one(network, images, tmp_path):
-    """101 images in batches of 20, which 8 devices cannot share: batches of 24, the last one filled up."""
+    """101 images in batches of 20, which 8 devices cannot share: batches of 24, the last one padded."""
     code = (
-        "import sys; import jax, numpy as np; from kdsearch_jax.runs import evaluation\n"
+        "import sys; sys.path.insert(0, sys.argv[4]); import jax, numpy as np, test_evaluate\n"
         "from kdsearch_jax.storage import networks\n"
         "assert jax.device_count() == 8\n"
-        "module, variables, _, info = networks.load_network(sys.argv[1])\n"
-        "images = np.load(sys.argv[2])\n"
-        "np.save(sys.argv[3], evaluation.predict(module, variables, images, info['mean'], info['std'], 20))"
+        "module, variables, _, _ = networks.load_network(sys.argv[1])\n"
+        "np.save(sys.argv[3], test_evaluate.predict(module, variables, np.load(sys.argv[2]), 20))"
     )
     module, variables = network
     architecture = Architecture("small_cnn", {"num_classes": 10, "width": 4}, {}, (), (8, 8, 1))
@@ -129,14 +144,25 @@ def test_eight_devices_predict_as_one(network, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
     paths = [str(tmp_path / name) for name in ("network", "images.npy", "logits.npy")]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
-    subprocess.run([sys.executable, "-c", code, *paths], env=environment, check=True, timeout=120)
-    expected = evaluation.predict(module, variables, images, MEAN, STD)
+    subprocess.run(
+        [sys.executable, "-c", code, *paths, str(Path(__file__).parent)], env=environment, check=True, timeout=120
+    )
+    expected = predict(module, variables, images)
     np.testing.assert_allclose(np.load(paths[2]), expected, atol=1e-6 * np.abs(expected).max())
 
 
+def test_an_empty_split_and_a_batch_of_none_are_named(network, images):
+    with pytest.raises(ValueError, match="^test: "):
+        predict(*network, images[:0])
+    with pytest.raises(ValueError, match="^batch_size: 0"):
+        predict(*network, images, 0)
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
 def measured() -> dict[str, float]:
-    """What `measurer` says of values, of 103 examples in batches of 20; by a metric of their numbers, squared; and by
-    a loss that is one number a batch, their mean square, "whole"."""
+    """Metrics of 103 examples in batches of 20: a user's own, and a loss that is one number per batch, "whole"."""
     random = np.random.default_rng(0)
     arrays = {"x": random.normal(size=(103, 3)).astype(np.float32), "number": np.arange(103, dtype=np.int32)}
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
@@ -144,23 +170,30 @@ def measured() -> dict[str, float]:
     def numbers(outputs, batch):
         return {"square": batch["number"] ** 2, "sum": outputs.sum(-1)}
 
-    task = Objective(call, DistillConfig(), (Output("output", "values"),), metrics=numbers)
-    student, teacher = ({"params": {"kernel": random.normal(size=(3, 2)), "bias": np.ones(2)}} for _ in range(2))
+    def mean_square(student, teacher, batch):
+        return jnp.square(student - teacher).mean()
+
+    kernels = [random.normal(size=(3, 2)) for _ in range(2)]
+    networks = {
+        name: evaluation.EvaluatedNetwork(nn.Dense(2), {"params": {"kernel": k, "bias": np.ones(2)}}, call, (), ())
+        for name, k in zip(("student", "teacher"), kernels, strict=True)
+    }
     dataset = Dataset("values", *[Split(arrays)] * 3, 0, (), (), ())
-    module = nn.Dense(2)
-    options = {"batch_size": 20, "teacher": (module, teacher)}
-    found = evaluation.measurer(task, module, dataset.test, dataset, **options)(student)
-    whole = Objective(
-        call, DistillConfig(), (Output("output", "values"),), loss=lambda a, b, _: jnp.square(a - b).mean()
-    )
-    found["whole"] = evaluation.measurer(whole, module, dataset.test, dataset, **options)(student)["distance"]
-    difference = arrays["x"] @ (student["params"]["kernel"] - teacher["params"]["kernel"])
-    assert found["whole"] == pytest.approx(np.square(difference).mean(), rel=1e-5)
-    return found
+
+    def means(**functions):
+        objective = Objective(call, DistillConfig(), (Output("output", "values"),), **functions)
+        found = evaluation.evaluate(objective, networks, dataset, batch_size=20, teacher="teacher")
+        assert "distance" not in found["teacher"].means
+        return found["student"].means
+
+    whole = means(loss=mean_square)["distance"]
+    difference = arrays["x"] @ (kernels[0] - kernels[1])
+    assert whole == pytest.approx(np.square(difference).mean(), rel=1e-5)
+    return {**means(metrics=numbers), "whole": whole}
 
 
 def test_two_processes_measure_each_example_once(tmp_path):
-    """Four devices share 103 examples of which 3 are left over; each process has the figures of a single one."""
+    """Four devices share 103 examples of which 3 are left over; each process has the metrics of a single one."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -183,20 +216,31 @@ def test_two_processes_measure_each_example_once(tmp_path):
     assert found[0] == pytest.approx(alone, rel=1e-6)
 
 
-def test_nothing_to_predict_is_named(network, images):
-    with pytest.raises(ValueError, match="images: there are none"):
-        evaluation.predict(*network, images[:0], MEAN, STD)
-    with pytest.raises(ValueError, match="batch_size: 0"):
-        evaluation.predict(*network, images, MEAN, STD, 0)
+class Entry(nn.Module):
+    """A network whose logits are its input."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x
 
 
-# --- score ----------------------------------------------------------------------------------------------------------
+def scores(logits, labels, teacher_logits):
+    """Metrics of given logits, compared with a teacher's."""
+    shape = jax.ShapeDtypeStruct(logits.shape[1:], jnp.float32)
+    networks = {
+        name: evaluation.EvaluatedNetwork(Entry(), {}, CallSpec((name,), {name: shape}), (), ())
+        for name in ("student", "teacher")
+    }
+    split = Split({"student": logits, "teacher": teacher_logits, "labels": labels})
+    dataset = Dataset("logits", split, split, split, logits.shape[1], (), (), ())
+    objective = classification(DistillConfig(), networks["student"].call)
+    return evaluation.evaluate(objective, networks, dataset, batch_size=2, teacher="teacher")["student"].means
 
 
-def test_scores_by_hand():
+def test_metrics_by_hand():
     logits = np.array([[2, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 9]], np.float32)
     labels = np.array([0, 0, 5], np.int32)
-    found = evaluation.score(logits, labels, teacher_logits=logits[[0, 1, 0]])
+    found = scores(logits, labels, logits[[0, 1, 0]])
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["accuracy_top5"] == pytest.approx(2 / 3)
     assert found["agreement"] == pytest.approx(2 / 3)
@@ -208,25 +252,9 @@ def test_scores_by_hand():
 
 def test_a_network_agrees_with_itself():
     logits = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    found = evaluation.score(logits, logits.argmax(-1).astype(np.int32), logits + 3)
+    found = scores(logits, logits.argmax(-1).astype(np.int32), logits + 3)
     assert found["accuracy"] == found["accuracy_top5"] == found["agreement"] == 1
     assert abs(found["kl"]) < 1e-6
-
-
-def test_evaluate_is_the_score_of_predictions(network, images):
-    labels = np.arange(101, dtype=np.int32) % 10
-    found = evaluation.evaluate(*network, Split.of(images, labels), MEAN, STD, batch_size=33)
-    logits = evaluation.predict(*network, images, MEAN, STD)
-    assert found == pytest.approx(evaluation.score(logits, labels), rel=1e-5)
-    assert set(found) == {"loss", "accuracy", "accuracy_top5"}
-
-
-def test_scores_of_what_does_not_fit_are_refused():
-    logits, labels = np.zeros((4, 3), np.float32), np.array([0, 1, 2, 3], np.int32)
-    with pytest.raises(ValueError, match="class 3.*3 only"):
-        evaluation.score(logits, labels)
-    with pytest.raises(ValueError, match=r"teacher_logits \(4, 5\).*\(4, 3\)"):
-        evaluation.score(logits, labels % 3, np.zeros((4, 5), np.float32))
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -238,7 +266,7 @@ def test_a_larger_network_takes_longer():
     for name, size in (("large", 1024), ("small", 16)):
         module = registry.build("mlp", {"num_classes": 3, "hidden": [size, size]})
         networks[name] = (module, some_variables(module))
-    found = evaluation.measure_latency(networks, (8, 8, 1), batch=32, repeats=5)
+    found = measurement.measure_latency(networks, 32, CallSpec.of_image((8, 8, 1)), turns=5)
     assert list(found) == ["large", "small"] and 0 < found["small"][0] < found["large"][0]
     assert all(low <= median <= high for median, low, high in found.values())
 
@@ -260,8 +288,8 @@ def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatc
 
             return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    monkeypatch.setattr(evaluation, "TURN", 0.05)
-    turn = evaluation.clock(
+    monkeypatch.setattr(measurement, "TURN", 0.05)
+    turn = measurement.turn_timer(
         {title: (Watched(title), {"params": {}}) for title in "ab"}, 2, CallSpec.of_image((1, 1, 1))
     )
     orders = []
@@ -277,20 +305,20 @@ def test_turns_are_to_and_fro_and_as_long_as_the_shortest_call_allows(monkeypatc
 # --- command --------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_evaluate_says(saved, network, capsys):
+def test_the_command_prints_the_metrics(saved, network, capsys):
     other = jax.tree.map(lambda x: 1.5 * x, network[1])
     assert evaluate_main([str(saved()), "--teacher", str(saved("teacher", other))]) == 0
     text = capsys.readouterr().out
     split = load(DataConfig("digits")).test
-    teacher_logits = evaluation.predict(network[0], other, split.images, MEAN, STD)
-    expected = evaluation.evaluate(*network, split, MEAN, STD, teacher_logits=teacher_logits)
+    logits, teacher_logits = (predict(network[0], variables, split.images) for variables in (network[1], other))
+    expected = scores(logits, split.labels, teacher_logits)
     head, titles, row, teacher = text.splitlines()
     assert head == f"{len(split)} images of digits, test"
     assert titles.split() == ["accuracy", "top", "5", "loss", "KL", "agreement"]
     cells = row.split()
     assert cells[1] == f"{100 * expected['accuracy']:.2f}%" and cells[5] == f"{100 * expected['agreement']:.2f}%"
     assert float(cells[4]) == pytest.approx(expected["kl"], abs=2e-4)
-    assert teacher.split()[5] == "100.00%"
+    assert teacher.split()[4:] == ["–", "–"]
 
 
 def test_another_data_set_of_another_size_is_resized(saved, tmp_path, capsys):
@@ -302,7 +330,7 @@ def test_another_data_set_of_another_size_is_resized(saved, tmp_path, capsys):
 
 
 def test_another_number_of_classes_is_named(saved):
-    with pytest.raises(ValueError, match="tells apart 7 classes, digits has 10"):
+    with pytest.raises(ValueError, match="has 7 classes, digits has 10"):
         evaluate_main([str(saved(classes=7))])
 
 

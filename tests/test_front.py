@@ -58,7 +58,7 @@ def test_too_few_steps_for_the_budgets():
 def test_points_are_named_by_their_budgets():
     experiment = replace(Experiment(), budgets=(0.3, 0.7), budget=BudgetConfig(macs=0.5, params=0.6))
     large, small = budget_points.points(experiment)
-    assert (large.name, large.student, large.tail) == ("at-0.7", "student-0.7", "-0.7")
+    assert (large.name, large.student, large.suffix) == ("at-0.7", "student-0.7", "-0.7")
     assert (small.budget.macs, small.budget.params) == (0.3, 0.6)
     only = replace(experiment, budget=BudgetConfig(macs=None, params=0.6), budgets=(2e6, 1e6))
     assert [(p.name, p.budget.macs, p.budget.params) for p in budget_points.points(only)] == [

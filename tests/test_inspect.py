@@ -109,7 +109,7 @@ def test_measures_on_request_and_says_what_that_means_for_a_budget(capsys):
         return
     assert record["budget"]["reachable"] and record["batch_size"] == 8 and record["latency"] > 0
     assert 0 < record["smallest"]["memory"]["count"] < record["memory"]
-    assert "a call with 8 examples" in inspection.heading(record)
+    assert "a call with 8 examples" in inspection.summary(record)
 
 
 def test_the_smallest_student_has_whole_multiples(capsys):
@@ -186,7 +186,7 @@ def test_only_numbers_in_names_of_layers_are_left_out(text, expected):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--inputs", "int32 9"], r"--inputs: 'int32 9' is not understood; write float32\[224,224,3\]"),
+        (["--inputs", "int32 9"], "--inputs: 'int32 9'"),
         (["--inputs", "int32[9]", "maks=float32[9]"], "takes no 'maks'"),
         (["--inputs", "int32[9]", "float32[9]", "bool[1]", "bool[1]"], "are 4 arguments, but"),
         (["--inputs", "int32[9]", "mask=float32[4]"], r"called with int32\[9\], float32\[4\] \(--input-shape"),

@@ -233,7 +233,7 @@ class TestTpu:
     def test_stopping_lets_a_run_save(self, cloud):
         cloud("tpu.sh", "run", "one", "--zone", "z", "--", "long")
         until(lambda: all("begun" in (home / "kdsearch" / "log").read_text() for home in cloud.homes))
-        assert "a run is going on" in cloud("tpu.sh", "run", "one", "--zone", "z", "--", "long", status=2).stderr
+        assert "a run is in progress" in cloud("tpu.sh", "run", "one", "--zone", "z", "--", "long", status=2).stderr
         cloud("tpu.sh", "stop", "one", "--zone", "z")
         assert "saved" in cloud("tpu.sh", "logs", "one", "--zone", "z", status=143).stdout
         until(lambda: all((home / "kdsearch" / "status").exists() for home in cloud.homes))

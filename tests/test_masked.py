@@ -11,7 +11,6 @@ from kdsearch_jax.distill import objective as task_lib
 from kdsearch_jax.distill.losses import predictions
 from kdsearch_jax.distill.objective import Objective, Output
 from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.runs import evaluation
 
 BATCH, CLASSES = 6, 9
 KEPT = np.array([1, 1, 0, 1, 0, 1, 1, 0, 1], bool)  # the same classes for all examples
@@ -100,10 +99,12 @@ def test_logits_far_from_zero_are_not_masked():
 @pytest.mark.parametrize("mask", MASKS)
 def test_metrics_are_those_of_the_other_classes(mask):
     student, teacher = logits(0), logits(1)
-    found = evaluation.score(*(np.asarray(each) for each in (
-        with_mask(student, MASKS[mask]), LABELS, with_mask(teacher, MASKS[mask]))))  # fmt: skip
-    expected = evaluation.score(*(np.asarray(each) for each in (student[:, KEPT], OF_KEPT, teacher[:, KEPT])))
-    assert found == pytest.approx(expected, rel=1e-5)
+    objective = task_lib.classification(DistillConfig())
+    found = objective.figures(with_mask(student, MASKS[mask]), {"labels": LABELS}, with_mask(teacher, MASKS[mask]))
+    expected = objective.figures(student[:, KEPT], {"labels": OF_KEPT}, teacher[:, KEPT])
+    assert {"accuracy", "loss", "kl", "agreement"} <= found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
 
 
 def test_a_masked_label_is_never_right_and_a_masked_class_never_agrees():

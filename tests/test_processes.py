@@ -231,9 +231,9 @@ def test_alone_where_jax_cannot_find_out(start, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--coordinator"], "--coordinator: no value"),
-        (["--num-processes", "--process-id", "0"], "--num-processes: no value"),
-        (["--join-timeout", "0"], "--join-timeout: '0' is not possible"),
+        (["--coordinator"], "--coordinator"),
+        (["--num-processes", "--process-id", "0"], "--num-processes"),
+        (["--join-timeout", "0"], "--join-timeout: 0 "),
     ],
 )
 def test_a_mistake_on_the_line(argv, message, monkeypatch):

@@ -104,7 +104,7 @@ def test_a_command_asks_for_consent_too(foreign_network):
     with pytest.raises(ValueError, match="--trust-code"):
         evaluate_main([str(directory), "--data", "digits"])
     assert not mark.exists()
-    with pytest.raises(ValueError, match="tells apart 3 classes"):
+    with pytest.raises(ValueError, match="has 3 classes"):
         evaluate_main([str(directory), "--data", "digits", "--trust-code"])
     assert mark.exists()
 

@@ -1,4 +1,4 @@
-"""The whole road and its commands, in seconds: what they write, where they start, and how they refuse."""
+"""Whole runs and their commands: what they write, where they start and stop, and what they refuse."""
 
 import contextlib
 import dataclasses
@@ -24,8 +24,9 @@ from kdsearch_jax.evaluate import main as evaluate_main
 from kdsearch_jax.export import main as export_main
 from kdsearch_jax.models.pretrained import matching, torchvision
 from kdsearch_jax.report import main as report_main
-from kdsearch_jax.runs import command_line, delivery
+from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.config import load_experiment
+from kdsearch_jax.runs.results import format_table
 from kdsearch_jax.search.__main__ import main as search_main
 from kdsearch_jax.storage import arrays, networks
 
@@ -43,8 +44,8 @@ def tiny(workdir, *argv, command=search_main) -> int:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, quick_compilation) -> Path:
-    """A run of the whole road; do not write into it."""
-    directory = tmp_path_factory.mktemp("road") / "run"
+    """A finished run; do not write into it."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
     assert tiny(directory, "--baselines", "uniform", "magnitude") == 0
     return directory
 
@@ -118,7 +119,7 @@ def test_the_table_compares_students_of_equal_cost(run):
         if name != "teacher":
             assert 0.98 * 0.6 * 30_112 <= row["macs"] <= 0.6 * 30_112
             assert 0 <= row["agreement"] <= 1 and row["kl"] >= 0 and row["steps"] == 20
-    table = delivery.table(results).splitlines()
+    table = format_table(results).splitlines()
     assert [line.split()[0] for line in table[1:]] == list(rows) and len(set(map(len, table))) == 1
 
 
@@ -182,19 +183,19 @@ FRONT = ("--teacher.steps", "0", "--search.steps", "24", "--retrain.steps", "4",
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory, quick_compilation) -> Path:
-    """A run of two budgets, to which a third was added; do not write into it."""
+    """A run of two budgets with a third one added; do not write into it."""
     directory = tmp_path_factory.mktemp("front") / "run"
     assert tiny(directory, *FRONT, "--budgets", "0.5,0.8") == 0
     search, two = contents(directory / "search"), contents(directory / "student-0.5")
     assert search_main(["--from", str(directory), "--budgets", "0.6"]) == 0
     after = contents(directory / "search")
-    assert {name: after[name] for name in search} == search  # the search went on from nowhere
+    assert {name: after[name] for name in search} == search  # the search was not run again
     assert {name for name in after.keys() - search.keys() if name.count("/") == 0} == {"at-0.6"}
     assert contents(directory / "student-0.5") == two
     return directory
 
 
-def test_a_front_has_a_student_for_each_budget_from_one_search(several):
+def test_each_budget_has_a_student_from_one_search(several):
     record = read(several / "front.json")
     assert [point["name"] for point in record["points"]] == ["at-0.8", "at-0.6", "at-0.5"]
     assert read(several / "config.json")["budgets"] == [0.8, 0.6, 0.5] and not record["baselines"]
@@ -216,8 +217,8 @@ def test_a_front_has_a_student_for_each_budget_from_one_search(several):
 
 
 @pytest.mark.slow
-def test_a_front_that_was_killed_goes_on(several, tmp_path):
-    """In its second part, shrunk: what is lost comes again bit by bit."""
+def test_a_killed_run_of_several_budgets_resumes(several, tmp_path):
+    """Killed in its second, shrunk part; the result is the same bit for bit."""
     copy = tmp_path / "run"
     shutil.copytree(several, copy)
     parts = sorted((copy / "search").glob("checkpoints-*"), key=lambda path: int(path.name.partition("-")[2]))
@@ -239,42 +240,42 @@ def test_a_front_that_was_killed_goes_on(several, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--budgets", "0.7", "0.7"), "budgets: .* is not possible; give each once"),
-        (("--budgets",), "--budgets: none is given"),
-        (("--budgets", "0.7", "0.001"), "budget.macs: 0.001 is out of reach"),
+        (("--budgets", "0.7", "0.7"), "budgets: "),
+        (("--budgets",), "--budgets: "),
+        (("--budgets", "0.7", "0.001"), "budget.macs: 0.001 "),
         (("--budgets", "0.7", "nought"), "budgets"),
-        (("--budgets", "1.0", "0.5"), "not below the teacher's"),
-        (("--budgets", "0.8", "0.6", "0.5", "0.4"), "search.steps 12, in calls of .* 4, are too few to stay at 4"),
-        (("--budgets", "0.7", "--budget.macs", "0.5"), "both say what the MACs may be"),
-        (("--budgets", "0.7", "--search-from", "nowhere"), "search_from: nowhere is for one budget"),
+        (("--budgets", "1.0", "0.5"), "budget.macs: 1"),
+        (("--budgets", "0.8", "0.6", "0.5", "0.4"), "budgets: .*search.steps 12"),
+        (("--budgets", "0.7", "--budget.macs", "0.5"), "--budgets and --budget.macs"),
+        (("--budgets", "0.7", "--search-from", "nowhere"), "search_from: nowhere "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_budgets_that_cannot_be_are_refused(tmp_path, argv, message):
+def test_impossible_budgets_are_refused(tmp_path, argv, message):
     with refused(message, tmp_path):
         tiny(tmp_path / "run", *argv)
 
 
 def test_budgets_that_cannot_be_added_are_refused(several, tmp_path):
     for argv, message in [
-        (("--budgets", "0.9"), "above all states that .* has kept"),
-        (("--budgets", "0.5"), "budgets: 0.5 is in .* already"),
-        (("--budgets", "0.01"), "budget.macs: 0.01 is out of reach"),
-        (("--budgets", "0.4", "--retrain.steps", "5"), "leave out retrain.steps: 5, not 4"),
-        (("--budgets", "0.4", "--workdir", tmp_path), "leave out --workdir"),
-        ((), "which budgets are to be added"),
+        (("--budgets", "0.9"), "budgets: "),
+        (("--budgets", "0.5"), "budgets: 0.5 "),
+        (("--budgets", "0.01"), "budget.macs: 0.01 "),
+        (("--budgets", "0.4", "--retrain.steps", "5"), "retrain.steps: 5, not 4"),
+        (("--budgets", "0.4", "--workdir", tmp_path), "--workdir"),
+        ((), "--budgets"),
     ]:
         with refused(message, several):
             search_main(["--from", str(several), *map(str, argv)])
-    with refused("nowhere is no finished run"):
+    with refused("front_from: nowhere "):
         search_main(["--from", "nowhere", "--budgets", "0.4"])
 
 
 # --- where a run may start and stop ---------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_finished_is_not_done_again(run, tmp_path):
-    """--resume of a finished run makes table and report anew and trains nothing."""
+def test_a_finished_run_trains_nothing(run, tmp_path):
+    """--resume of a finished run only rewrites table and report."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     networks = {name: contents(copy / name) for name in ("teacher", "search", "retrain", "uniform")}
@@ -286,8 +287,8 @@ def test_a_run_that_is_finished_is_not_done_again(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
-    """teacher; search --stop-after search; the rest: bit by bit what one command does."""
+def test_stages_one_by_one_give_the_same_run(run, tmp_path, capsys):
+    """`teacher`, `search --stop-after search` and the rest give bit for bit what one command does."""
     directory = tmp_path / "run"
     both = ("--baselines", "uniform", "magnitude")
     assert tiny(directory, *both, command=teacher.main) == 0
@@ -302,7 +303,7 @@ def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
     assert same(arrays_of(directory / "student"), arrays_of(run / "student"))
 
 
-def test_stop_after_retrain_leaves_no_delivery(tmp_path):
+def test_stop_after_retrain_exports_nothing(tmp_path):
     assert tiny(tmp_path / "run", *SHORT, "--stop-after", "retrain") == 0
     assert (tmp_path / "run" / "retrain" / "network").is_dir() and not (tmp_path / "run" / "student").exists()
 
@@ -341,7 +342,7 @@ def test_a_teacher_from_pytorch(tmp_path):
 
 @pytest.mark.parametrize("command", [search_main, retrain.main], ids=["search", "retrain"])
 def test_a_search_of_another_run(run, tmp_path, command):
-    """Without --config, the experiment is that of the run; the new directory needs the old one no more."""
+    """Without --config the run's experiment is used; the new directory does not depend on the old one."""
     directory, before = tmp_path / "run", contents(run)
     source = run if command is search_main else run / "search"
     argv = ["--search-from", str(source), "--workdir", str(directory), "--retrain.steps", "4", "--baselines"]
@@ -353,12 +354,12 @@ def test_a_search_of_another_run(run, tmp_path, command):
     rows = {row["name"]: row for row in read(directory / "results.json")["rows"]}
     assert rows["student"]["steps"] == 16 and set(rows) == {"teacher", "student"}
     assert (directory / "report" / "index.html").is_file()
-    if command is retrain.main:  # the copy is enough to go on
+    if command is retrain.main:  # the copy is enough to resume
         assert command(["--workdir", str(directory), "--resume"]) == 0
 
 
-@pytest.mark.slow  # `test_resume` kills in retraining and goes on
-def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
+@pytest.mark.slow  # `test_resume` kills in retraining and resumes
+def test_retraining_resumes_with_its_own_copy_of_the_search(run, tmp_path):
     directory = tmp_path / "run"
     for name in ("teacher", "search"):
         shutil.copytree(run / name, directory / name)
@@ -377,7 +378,7 @@ def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
     ],
     ids=lambda changes: changes[0],
 )
-def test_settings_go_all_the_way(tmp_path, changes):
+def test_settings_reach_every_stage(tmp_path, changes):
     assert tiny(tmp_path / "run", *SHORT, "--retrain.steps", "4", "--stop-after", "retrain", *changes) == 0
     network = networks.load_network(tmp_path / "run" / "retrain" / "network")
     full = networks.load_network(tmp_path / "run" / "teacher" / "network")[3]
@@ -388,7 +389,7 @@ def test_settings_go_all_the_way(tmp_path, changes):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(network[1]))
 
 
-def test_two_processes_go_the_whole_road(repository, tmp_path, python):
+def test_two_processes_run_every_stage(repository, tmp_path, python):
     launcher = [
         python,
         repository / "launch" / "local.py",
@@ -408,8 +409,8 @@ def test_two_processes_go_the_whole_road(repository, tmp_path, python):
     assert same(student, retrained) and not same(student, arrays_of(tmp_path / "run" / "search" / "network"))
 
 
-def test_processes_that_were_given_different_things_refuse_together(tmp_path, python):
-    """One by the same command, but on another file of data; then one with another setting. Nothing is left behind."""
+def test_processes_with_different_inputs_refuse_together(tmp_path, python):
+    """First with another data file, then with another setting. Nothing is left behind."""
     rng = np.random.default_rng(0)
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
@@ -432,12 +433,12 @@ def test_processes_that_were_given_different_things_refuse_together(tmp_path, py
         for process in both:
             _, err = process.communicate(timeout=200)
             assert process.returncode == 1 and "Traceback" not in err
-            assert f"error: {what}: process 1 has another than process 0; start all by the same command" in err
+            assert f"error: {what}: " in err and "process 1 " in err
         assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_what_two_processes_began_one_goes_on_with(repository, tmp_path, python):
+def test_one_process_resumes_a_run_of_two(repository, tmp_path, python):
     """SIGTERM in the search; all save and end; the same command, by one process with as many devices."""
     options = ["--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2", "--run.checkpoint-share", "None"]
     argv = ["--config", TINY, *options, "--search.steps", "40", "--baselines", "--workdir"]
@@ -484,37 +485,37 @@ def refused(message: str, directory: Path | None = None, lines: int = 1):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--model.name", "cifar_resnt"), "model 'cifar_resnt' is unknown .did you mean 'cifar_resnet'"),
-        (("--model.name", "no_such_package:net"), "importing 'no_such_package' failed"),
-        (("--model.arguments", "depth=3"), "has no argument 'depth'.*valid arguments are"),
+        (("--model.name", "cifar_resnt"), "'cifar_resnt' .*'cifar_resnet'"),
+        (("--model.name", "no_such_package:net"), "no_such_package"),
+        (("--model.arguments", "depth=3"), "'depth'"),
         (("--model.arguments", "width=0"), "width"),
         (("--data.name", "digit"), "digit.*digits"),
         (("--data.name", "npz:none.npz"), "none.npz"),
-        (("--budgt.macs", "0.4"), "did you mean '--budget.macs'"),
+        (("--budgt.macs", "0.4"), "'--budget.macs'"),
         (("--budget.macs", "0"), "budget.macs: 0"),
-        (("--budget.macs", "1.5"), "budget.macs: 1.5 is not possible"),
-        (("--budget.macs", "1.0"), "not below the teacher's 30,112"),
-        (("--budget.macs", "0.001"), "budget.macs: 0.001 is out of reach: with 1 unit a layer"),
-        (("--budget.macs", "500"), "budget.macs: 500.0 is out of reach"),
-        (("--budget.params", "1e9"), "not below the teacher's 2,886"),
-        (("--budget.round-to", "8", "--budget.macs", "0.5"), "baselines: .*ask for budget.macs 0.92"),
-        (("--gates.include", "nothing/*"), "'nothing/.' matches no group; groups are block/conv1"),
+        (("--budget.macs", "1.5"), "budget.macs: 1.5 "),
+        (("--budget.macs", "1.0"), "budget.macs: 1 .*30,112"),
+        (("--budget.macs", "0.001"), "budget.macs: 0.001 "),
+        (("--budget.macs", "500"), "budget.macs: 500.0 "),
+        (("--budget.params", "1e9"), "budget.params: .*2,886"),
+        (("--budget.round-to", "8", "--budget.macs", "0.5"), "baselines: .*budget.macs 0.92"),
+        (("--gates.include", "nothing/*"), "'nothing/.' .*block/conv1"),
         (("--gates.kinds", "heads"), "nothing in this network can be pruned"),
-        (("--gates.kinds", "branches", "--budget.macs", "0.39"), "gates allow nothing else; leave --baselines empty"),
+        (("--gates.kinds", "branches", "--budget.macs", "0.39"), "--baselines"),
         (("--gates.exclude", "*"), "nothing in this network can be pruned"),
-        (("--teacher-from", "nowhere"), "teacher_from: nowhere does not exist"),
-        (("--search-from", "nowhere"), "search_from: nowhere is no run with a finished search"),
+        (("--teacher-from", "nowhere"), "teacher_from: nowhere "),
+        (("--search-from", "nowhere"), "search_from: nowhere "),
         (("--stop-after", "serach"), "stop-after"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, argv, message):
+def test_invalid_settings_are_refused_before_anything_is_written(tmp_path, argv, message):
     with refused(message, tmp_path):
         tiny(tmp_path / "run", *argv)
 
 
 def test_retraining_needs_a_search(tmp_path):
-    with refused("--search-from is missing", tmp_path):
+    with refused("--search-from", tmp_path):
         tiny(tmp_path / "run", command=retrain.main)
 
 
@@ -530,12 +531,12 @@ def test_teachers_of_other_data_are_refused(run, tmp_path):
     seven = npz(tmp_path / "seven.npz", classes=7)
     large = npz(tmp_path / "large.npz", side=12)
     for argv, message in [
-        (("--teacher-from", run, "--data.name", seven), "tells apart 10 classes, but .* has 7"),
-        (("--teacher-from", run, "--data.name", large), r"takes images \(8, 8, 1\), those of .* are \(12, 12, 1\)"),
-        (("--teacher-from", run / "report"), "is no directory that is known"),
-        (("--search-from", run, "--data.name", seven), "tells apart 10 classes"),
-        (("--search-from", run, "--budget.macs", "0.5"), "is not that of the search"),
-        (("--search-from", run / "teacher"), "no run with a finished search"),
+        (("--teacher-from", run, "--data.name", seven), "teacher_from: .* 10 classes.* 7"),
+        (("--teacher-from", run, "--data.name", large), r"teacher_from: .*\(8, 8, 1\).*\(12, 12, 1\)"),
+        (("--teacher-from", run / "report"), "teacher_from: "),
+        (("--search-from", run, "--data.name", seven), "teacher_from: .* 10 classes"),
+        (("--search-from", run, "--budget.macs", "0.5"), "budget: "),
+        (("--search-from", run / "teacher"), "search_from: "),
     ]:
         with refused(message, tmp_path):
             tiny(tmp_path / "run", *argv)
@@ -562,7 +563,7 @@ def test_weights_of_another_architecture_list_both_trees(tmp_path):
 
 
 def test_a_directory_that_holds_a_run_stays_as_it_is(run):
-    with refused("already holds a run, which has ended; add --resume", run):
+    with refused("already holds a finished run; add --resume", run):
         tiny(run)
     with refused(r"another experiment \(search.steps: 12, not 13\)", run):
         tiny(run, "--baselines", "uniform", "magnitude", "--search.steps", "13", "--resume")
@@ -599,11 +600,11 @@ def test_a_run_with_a_missing_part_says_which(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
     (copy / "search" / "network" / "network.json").unlink()
-    with refused("search_from: .* is no run with a finished search; .*network.json is missing", tmp_path):
+    with refused("search_from: .*network.json", tmp_path):
         tiny(tmp_path / "run", "--search-from", copy)
     (copy / "search" / "network" / "network.json").write_text("{}")
     (copy / "search" / "selection.json").write_text("[")
-    with refused("selection.json is damaged", tmp_path):
+    with refused("search_from: .*selection.json", tmp_path):
         tiny(tmp_path / "run", "--search-from", copy)
     with refused("not a run", tmp_path):
         report_main([str(tmp_path)])
@@ -630,20 +631,12 @@ def start(python, *argv, **environment):
 def test_a_command_of_its_own_process_refuses_in_one_line(run, tmp_path, python):
     config = ("--config", TINY, "--workdir", tmp_path / "run")
     status, out, err = start(python, "kdsearch_jax.search", *config, "--budget.macs", "0.001")
-    assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: budget.macs: 0.001 is out of reach")
+    assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: budget.macs: 0.001 ")
     status, out, err = start(python, "kdsearch_jax.search", "--config", TINY, "--workdir", run)
     assert (status, out, err.count("\n")) == (1, "", 1) and "already holds a run" in err
     status, out, err = start(python, "kdsearch_jax.teacher", *config, "--data.name", "npz:/dev/null")
     assert (status, out, err.count("\n")) == (1, "", 1) and "/dev/null" in err
     assert contents(tmp_path) == {}
-
-
-@pytest.mark.parametrize("module", ["teacher", "search", "retrain", "evaluate", "export", "report"])
-def test_help_names_every_option(module, python):
-    status, out, err = start(python, f"kdsearch_jax.{module}", "--help", COLUMNS="160")
-    assert (status, err) == (0, "") and out.startswith(f"usage: python -m kdsearch_jax.{module}")
-    wanted = {"search": "--search-from", "retrain": "--search-from", "teacher": "--budget.macs"}
-    assert wanted.get(module, "--traceback") in out.replace("_", "-")
 
 
 @contextlib.contextmanager
@@ -710,7 +703,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     values = read(directory / "config.json")
     values["teacher"]["learning_rate"] = 0.2
     (directory / "config.json").write_text(json.dumps(values))
-    with refused("config.json: not what the run began with"):
+    with refused("config.json: "):
         teacher.main(["--workdir", str(directory), "--resume"])
     (directory / "environment.json").unlink()
     (directory / "run.json").unlink()

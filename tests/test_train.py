@@ -23,6 +23,7 @@ import optax
 import pytest
 
 from kdsearch_jax.adapters import apply
+from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.devices import data_mesh, replicate
 from kdsearch_jax.data.batches import batch_indices
 from kdsearch_jax.data.examples import Dataset, Split
@@ -635,7 +636,6 @@ sys.path.insert(0, {tests!r})
 if len(sys.argv) > 2:
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 import test_train as t
-from kdsearch_jax.runs import evaluation
 
 assert jax.device_count() == {devices}
 if {devices} == 8:
@@ -646,18 +646,27 @@ if {devices} == 8:
         np.testing.assert_allclose(a, b, atol=1e-5)
 run = t.replace(t.RUN, checkpoint_every=4, checkpoint_share=1e-9, keep=9)
 state = t.fit(sys.argv[1], stage=t.replace(t.STAGE, ema=0.9), run=run)
-images = t.dataset().train.images[:21]
-logits = evaluation.predict(t.network()[0], state.variables, images, (0.5,), (0.25,), batch_size=8)
+logits = t.predictions(state, batch_size=8)
 if jax.process_index() == 0:
     np.savez(sys.argv[1] + "/all.npz", *map(np.asarray, jax.tree.leaves(state)), logits)
 """
 
 
+def predictions(state, batch_size):
+    """Logits of 21 examples, which no number of devices shares evenly."""
+    data = replace(dataset(), test=dataset().train[np.arange(21)])
+    student = evaluation.EvaluatedNetwork(
+        network()[0], state.variables, CallSpec.of_image((8, 8, 1)), data.mean, data.std
+    )
+    objective = classification(DistillConfig())
+    found = evaluation.evaluate(objective, {"student": student}, data, batch_size=batch_size, keep_logits=True)
+    return found["student"].logits
+
+
 def as_one_device(tmp_path):
     """Asserts that a run of several devices left what one device leaves: state, predictions, metrics, checkpoints."""
     state = fit(tmp_path / "one", stage=replace(STAGE, ema=0.9))
-    logits = evaluation.predict(network()[0], state.variables, dataset().train.images[:21], (0.5,), (0.25,))
-    expected = [*map(np.asarray, jax.tree.leaves(state)), logits]
+    expected = [*map(np.asarray, jax.tree.leaves(state)), predictions(state, batch_size=500)]
     with np.load(tmp_path / "many" / "all.npz") as found:
         assert len(found) == len(expected)
         for a, b in zip(found.values(), expected, strict=True):

@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import serialization
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.runs import weights
+from kdsearch_jax.runs import teacher_weights
 from kdsearch_jax.storage.arrays import flatten
 
 CALL = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5,), jnp.float32)})
@@ -31,7 +31,7 @@ class Other(nn.Module):
 
 
 def variables():
-    shapes = weights.stored(jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((2, 5))))
+    shapes = teacher_weights.without_sown(jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((2, 5))))
     random = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes)
 
@@ -80,26 +80,26 @@ KINDS = ("standard", "pytree", "train state", "variables as params", "nnx", "man
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_found_wherever_they_lie(kind, tmp_path):
-    found = weights.load(write(kind, tmp_path), Net(), CALL)
+    found = teacher_weights.load_weights(write(kind, tmp_path), Net(), CALL)
     assert jax.tree.structure(found) == jax.tree.structure(variables())
     jax.tree.map(np.testing.assert_array_equal, found, variables())
 
 
 def test_another_network_lists_both_sides(tmp_path):
     with pytest.raises(ValueError, match=r"needs params/first/bias \(6,\).*there is .*params/hidden/kernel \(5, 4\)"):
-        weights.load(write("standard", tmp_path), Other(), CALL)
+        teacher_weights.load_weights(write("standard", tmp_path), Other(), CALL)
 
 
 def test_statistics_that_are_missing_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"needs batch_stats/bn/mean \(4,\), batch_stats/bn/var \(4,\)"):
-        weights.load(saved(variables()["params"], tmp_path / "x"), Net(), CALL)
+        teacher_weights.load_weights(saved(variables()["params"], tmp_path / "x"), Net(), CALL)
 
 
 def test_values_that_are_not_finite_are_named():
     broken = jax.tree.map(lambda leaf: leaf, variables())
     broken["params"]["out"]["bias"] = broken["params"]["out"]["bias"].at[0].set(jnp.nan)
     with pytest.raises(ValueError, match="params/out/bias holds values that are not finite"):
-        weights.fit(broken, Net(), CALL, "here")
+        teacher_weights.match_variables(broken, Net(), CALL, "here")
 
 
 def test_what_is_nothing_of_the_kind_is_named(tmp_path):
@@ -114,6 +114,6 @@ def test_what_is_nothing_of_the_kind_is_named(tmp_path):
         "empty": "no directory",
     }.items():
         with pytest.raises(ValueError, match=match):
-            weights.load(tmp_path / name, Net(), CALL)
+            teacher_weights.load_weights(tmp_path / name, Net(), CALL)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        weights.load(tmp_path / "nowhere", Net(), CALL)
+        teacher_weights.load_weights(tmp_path / "nowhere", Net(), CALL)

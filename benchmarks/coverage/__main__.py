@@ -1,7 +1,7 @@
 """The command: `python -m benchmarks.coverage [PACKAGE …] [--variants PATTERN] [--again STATUS …] [--only-document]`.
 
-Installs what is missing, runs every variant that has no record yet in processes with limits on time and memory, appends
-a line for each to `--records`, and writes `docs/coverage.md` from all of them. Interrupted, it goes on where it was.
+Installs missing packages, runs every variant that has no record yet in a process with limits on time and memory,
+appends a line for each to `--records`, and writes `docs/coverage.md` from all of them. An interrupted run resumes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What the commands do with bad input: `python -m benchmarks.fuzz [--seed 0] [--only KIND …] [--names PART]`.
+"""Tests the commands with bad input: `python -m benchmarks.fuzz [--seed 0] [--only KIND …] [--names PART]`.
 
-Every case is a command line as a user would type it, in a directory of its own, run by the command's real entry in a
-process forked off one that has imported everything. A case that is broken on purpose must end with a status above 0,
-one line that begins with "error:" and is the last, no traceback, nothing in the directory that was not there before,
-within a time, and with at most so much more memory than a valid run takes. A mutant by chance may be harmless: then it
-ends with 0, and prints what the valid file does.
+Every case is a command line as a user would type it, in its own directory, run by the command's real entry point in a
+process forked from one that has imported everything. An invalid case must exit with a non-zero status and one line that
+begins with "error:", without a traceback, leave no new files, and stay within limits of time and of memory above a
+valid run. A random mutant may be harmless: then it exits with 0 and prints the output of the valid file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The budgets of an experiment: a student for each, from one search."""
+"""The budgets of an experiment. One search yields a student for each of them."""
 
 from __future__ import annotations
 
@@ -12,55 +12,58 @@ import numpy as np
 
 from kdsearch_jax.pruning.budget import Limits
 from kdsearch_jax.pruning.budget_path import Leg, legs
-from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.runs.config import Experiment, check
 from kdsearch_jax.tracing.topology import Topology
 
 
 @dataclass(frozen=True)
-class Point:
-    """A budget on the way. name: of the directory of its retraining; student: of the delivered network's; tail: what
-    its baselines' names end in.
+class BudgetPoint:
+    """One budget and the names of what belongs to it.
+
+    Attributes:
+      name: directory of the student's retraining, within the run.
+      student: directory of the exported student, within the run.
+      suffix: appended to the names of baselines; empty if the experiment has a single budget.
     """
 
     name: str
     student: str
     budget: BudgetConfig
-    tail: str = ""
+    suffix: str = ""
 
-    def cut(self, search: Path) -> Path:
-        """Where a search stage's directory has the student cut for it."""
-        return search / self.name if self.tail else search
+    def cut_directory(self, search: Path) -> Path:
+        """Where the search stage's directory holds the student cut for this budget."""
+        return search / self.name if self.suffix else search
 
 
-def points(experiment: Experiment) -> tuple[Point, ...]:
-    """The budgets of an experiment, the largest first; one, named as ever, where it has no `budgets`.
+def points(experiment: Experiment) -> tuple[BudgetPoint, ...]:
+    """The budgets of an experiment, largest first; a single one if `budgets` is empty.
 
-    Each of `budgets` stands for the first of budget.macs, params, latency and memory that is not None; other bounds
-    hold for every student as they are.
+    Each of `budgets` replaces the first of budget.macs, params, latency and memory that is not None. The other bounds
+    apply to every student.
 
     Raises:
-      ValueError: a budget that is none.
+      ValueError: one of the budgets is invalid.
     """
     if not experiment.budgets:
-        return (Point("retrain", "student", experiment.budget),)
-    bound, found = driver(experiment.budget), []
+        return (BudgetPoint("retrain", "student", experiment.budget),)
+    bound, found = varied_bound(experiment.budget), []
     for value in sorted(experiment.budgets, reverse=True):
         budget = dataclasses.replace(experiment.budget, **{bound: value})
         check(dataclasses.replace(experiment, budget=budget, budgets=()))
-        tail = f"-{int(value) if value > 1 and value == int(value) else value!r}"
-        found.append(Point(f"at{tail}", f"student{tail}", budget, tail))
+        suffix = f"-{int(value) if value > 1 and value == int(value) else value!r}"
+        found.append(BudgetPoint(f"at{suffix}", f"student{suffix}", budget, suffix))
     return tuple(found)
 
 
-def driver(budget: BudgetConfig) -> str:
-    """The bound that `budgets` are values of."""
-    bounds = [name for name in ("macs", "params", "latency", "memory") if getattr(budget, name, None) is not None]
-    return bounds[0] if bounds else "macs"
+def varied_bound(budget: BudgetConfig) -> str:
+    """The name of the bound that `budgets` are values of."""
+    return next((name for name in BOUNDS if getattr(budget, name) is not None), "macs")
 
 
-def path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> tuple[Leg, ...]:
-    """The path of an experiment's search through the limits of its `points`."""
+def search_path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> tuple[Leg, ...]:
+    """The schedule of a search that passes through `limits`, those of the experiment's `points`."""
     values = sorted(experiment.budgets, reverse=True)
     falls = [1.0, *(low / high for high, low in itertools.pairwise(values))]
     pressure = limits[0].pressure(topology, np.ones(topology.units))

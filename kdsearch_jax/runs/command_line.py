@@ -1,9 +1,8 @@
-"""What every command shares: its command line, its way to fail.
+"""Shared by all commands: parsing of the command line, exit statuses and error messages.
 
-A command is a thin `main(argv) -> int`, started by `cli.run(main)`, around functions that know nothing of command
-lines. `--config` and `--quick` choose an experiment; whatever else stands on the line overrides one of its settings by
-its dotted name (`--budget.macs 0.4`). A mistake of the user's ends in one line on stderr and a non-zero status; a
-mistake of ours keeps its traceback.
+A command is a thin `main(argv) -> int`, started by `command_line.run(main)`. `--config` and `--quick` select an
+experiment; every other flag overrides one of its settings by its dotted name (`--budget.macs 0.4`). A user error ends
+in one line on stderr and a non-zero status; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -37,6 +36,7 @@ R = TypeVar("R", bound="RunOptions")
 log = logging.getLogger(__name__)
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
+PACKAGE = Path(__file__).parents[1]
 
 
 class UsageError(ValueError):
@@ -48,73 +48,90 @@ class Options:
     """Flags of every command."""
 
     traceback: bool = False
-    """Show where an error came from, not its line alone (also KDSEARCH_TRACEBACK=1)."""
+    """Show the full traceback of an error, not only its message (also KDSEARCH_TRACEBACK=1)."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, for a run of several processes that JAX does not find by itself."""
+    """HOST:PORT of process 0, for a run of several processes that JAX does not detect by itself."""
     num_processes: int | None = None
-    """How many processes the run has; 1 for a run of its own, whoever started others beside it."""
+    """Number of processes of the run; 1 runs alone even if a launcher started several."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     join_timeout: int = 300
-    """Seconds to wait for the others."""
+    """Seconds to wait for the other processes."""
     trust_code: bool = False
-    """Import the packages that a network's directory names as package.module:factory, so that their code runs."""
+    """Allow network directories to import the packages that they name as package.module:factory, which runs code."""
 
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """Flags of every command that makes or continues a run."""
+    """Flags of every command that starts or resumes a run."""
 
-    config: str = "digits"
-    """An experiment of configs/ by name, an experiment file, or the config.json of a run; `own` where the line names a
-    model package.module:factory or data npz:FILE and no experiment."""
+    config: str | None = None
+    """An experiment in configs/ by name, an experiment file, or the config.json of a run. By default `digits`, or `own`
+    if --model names package.module:factory or --data an npz file."""
     quick: bool = False
-    """The experiment's variant of a few steps, to see that everything works."""
+    """Use the experiment's variant with a few steps, to see that everything works."""
     workdir: Path | None = None
-    """The run's directory; runs/NAME if left out."""
+    """The run's directory; runs/NAME by default."""
     resume: bool = False
-    """Go on with whatever workdir holds: nothing yet, a run that has ended, or one that another command began. The
-    command that began a run goes on with it without this."""
+    """Continue whatever workdir holds: nothing yet, a finished run, or one that another command began. The command that
+    began a run resumes it without this flag."""
+    model: str | None = None
+    """Short for --model.name."""
+    data: str | None = None
+    """Short for --data.name."""
+    teacher: tuple[str, ...] = ()
+    """Short for --teacher-from; any further teachers are added to --distill.teachers."""
 
 
-def parse(argv: list[str], options: type[R], prog: str, description: str) -> tuple[R, Experiment]:
-    """The options and the checked experiment that a command line asks for.
+_SHORT_FORMS = {"--model.name": "--model", "--data.name": "--data", "--teacher-from": "--teacher"}
 
-    options: the command's record of flags, `RunOptions` or a record derived from it; its `config` default is the
-    experiment of an empty command line. The `workdir` returned is never None. Raises UsageError; exits after `--help`.
+
+def parse(
+    argv: Sequence[str], options_type: type[R], prog: str, description: str, *, resumes: bool = False
+) -> tuple[R, Experiment]:
+    """Parses a command line into options and a checked experiment. Exits after `--help`.
+
+    Args:
+      options_type: the command's record of flags, `RunOptions` or a subclass.
+      resumes: take the experiment from `workdir` even without `--resume`.
+
+    Returns:
+      The options, with `workdir` set and every path local, and the experiment.
+
+    Raises:
+      UsageError: a flag does not exist, or a value is invalid.
     """
     with _usage_errors():
-        argv = _in_full(argv)
-        _known_flags(argv, (*_names(options), *SETTINGS))
-        given = _first_pass(argv)
-        if options().config == RunOptions.config and _names_own(argv) and not {"config", "quick"} & set(given):
-            given["config"] = "own" if _run_config(given) is None else _run_config(given)
-        chosen = dataclasses.replace(options(), **{k: given[k] for k in ("config", "quick") if k in given})
-        base = load_experiment(_run_config(given) or chosen.config, chosen.quick)
-        parsed = _tyro(argv, {"options": chosen, "experiment": base}, prog, f"{description}\n\n{_SHORT}")
-        experiment = check(dataclasses.replace(parsed.experiment, model=_model(base.model, parsed.experiment.model)))
-    workdir = parsed.options.workdir or Path("runs") / experiment.name
-    return _brought(dataclasses.replace(parsed.options, workdir=workdir), whole=True), experiment
+        _show_help({"options": options_type, "experiment": Experiment}, argv, prog, description)
+        options, settings = _tyro(options_type, [_short_form(token) for token in argv], prog)
+        base = load_experiment(_experiment_name(options, resumes), options.quick)
+        parsed, unknown = _tyro(Experiment, [*settings, *_long_forms(options, argv, settings)], prog, default=base)
+        _refuse(unknown, (*_field_names(options), *SETTINGS))
+        if not parsed.budgets and "--budgets" in (token.partition("=")[0] for token in argv):
+            raise UsageError("--budgets: no value; give some, as in --budgets 0.7 0.5 0.3")
+        experiment = check(dataclasses.replace(parsed, model=_merged_model(base.model, parsed.model)))
+    options = dataclasses.replace(options, workdir=options.workdir or Path("runs") / experiment.name)
+    return _with_local_paths(options, entire_run=True), experiment
 
 
-def parse_options(argv: list[str], options: type[T], prog: str, description: str) -> T:
-    """The options of a command that takes no experiment. Raises UsageError; exits after `--help`."""
+def parse_options(argv: Sequence[str], options_type: type[T], prog: str, description: str) -> T:
+    """Parses the options of a command that takes no experiment. Raises UsageError; exits after `--help`."""
     with _usage_errors():
-        _known_flags(argv, _names(options))
-        parsed = _tyro(argv, {"options": options}, prog, description).options
-    return _brought(parsed)
+        _show_help({"options": options_type}, argv, prog, description)
+        options, unknown = _tyro(options_type, argv, prog)
+        _refuse(unknown, _field_names(options))
+    return _with_local_paths(options)
 
 
-def _brought(options: T, whole: bool = False) -> T:
-    """The options with the paths of copies in place of addresses of an object store."""
-    values = {name: getattr(options, name) for name in _names(options)}
-    paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-    local = {name: storage.local_copy(path, _dashed(name), entire_run=whole) for name, path in paths.items()}
-    return dataclasses.replace(options, **local)  # type: ignore  # a record of flags
+def _with_local_paths(options: T, entire_run: bool = False) -> T:
+    """The options with addresses in an object store replaced by the paths of local copies."""
+    paths = {name: value for name in _field_names(options) if isinstance(value := getattr(options, name), Path)}
+    local = {name: storage.local_copy(path, _flag(name), entire_run=entire_run) for name, path in paths.items()}
+    return dataclasses.replace(options, **local)  # type: ignore  # a dataclass
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command on the process's command line and exit with its status: the last line of every command's file."""
+    """Runs a command on the process's command line and exits with its status."""
     argv = sys.argv[1:]
     full = "--traceback" in argv or os.environ.get("KDSEARCH_TRACEBACK", "0") not in ("", "0")
     configure_logging()
@@ -135,7 +152,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         if full:
             traceback.print_exc()
-        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("error: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         status = INTERRUPTED
     status = FAILED if status is None else status
     storage.discard_copies()
@@ -145,27 +162,26 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status of a failure that one line explains; None for a programming error, whose traceback matters.
+    """The exit status of a user error; None for a bug, whose traceback should be shown.
 
-    An exception class may say so itself, by an attribute `exit_status`.
+    An exception class may define it by an attribute `exit_status`.
     """
-    own = getattr(error, "exit_status", None)
-    if isinstance(own, int):
-        return own
+    if isinstance(status := getattr(error, "exit_status", None), int):
+        return status
     if isinstance(error, UsageError):
         return USAGE
     return FAILED if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) else None
 
 
 def error_line(error: BaseException) -> str:
-    """What is printed of a failure; raised outside this package, it also says how to find where."""
+    """The message of an error on one line; errors of other packages also name their type and `--traceback`."""
     text = str(error).strip() or type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    ours = not frames or Path(__file__).parents[1] in Path(frames[-1].filename).parents
+    ours = not frames or PACKAGE in Path(frames[-1].filename).parents
     if not ours and not isinstance(error, (OSError, ImportError)) and not hasattr(error, "exit_status"):
         text = f"{type(error).__name__}: {text} (--traceback shows where)"
     text = storage.display_paths(text)
-    # Names out of files may hold anything, also what moves a terminal's cursor.
+    # Names from files may contain anything, including control sequences of a terminal.
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
@@ -175,13 +191,13 @@ class _Formatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Plain lines on stderr: ours from INFO, other packages' from WARNING, and nothing of Orbax below ERROR."""
+    """Logs plain lines to stderr: this package from INFO, others from WARNING, Orbax from ERROR."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("kdsearch_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs here, a dozen lines a checkpoint
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and here, a traceback for each array it could not read
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines per checkpoint here
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and here a traceback for each array it cannot read
     logging.captureWarnings(True)
     warnings.formatwarning = _one_line_warning
 
@@ -192,22 +208,22 @@ _formatwarning = warnings.formatwarning
 def _one_line_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning of this package as its message alone; others as Python shows them."""
+    """Warnings of this package as their message only; others as Python formats them."""
     if category.__module__.startswith("kdsearch_jax."):
         return f"warning: {message}"
     return _formatwarning(message, category, filename, lineno, line)
 
 
-def join_processes(argv: list[str]) -> None:
-    """Join the other processes of the run, where there are some; see `processes`. Raises UsageError, ValueError."""
+def join_processes(argv: Sequence[str]) -> None:
+    """Joins the other processes of the run, if there are any; see `processes`. Raises UsageError, ValueError."""
     with _usage_errors():
-        given = _values(argv, (*processes.FLAGS, "join_timeout"))
-        timeout = given.pop("join_timeout", str(Options.join_timeout))
-        if not timeout.isascii() or not timeout.isdigit() or not int(timeout):
-            raise UsageError(f"--join-timeout: {timeout!r} is not possible; give seconds, at least 1")
-        place = processes.detect(given, os.environ)
+        options, _ = _tyro(Options, argv, "")
+        if options.join_timeout < 1:
+            raise UsageError(f"--join-timeout: {options.join_timeout} is not possible; give seconds, at least 1")
+        flags = {name: str(value) for name in processes.FLAGS if (value := getattr(options, name)) is not None}
+        place = processes.detect(flags, os.environ)
     if place is not None:
-        processes.join(place, int(timeout))
+        processes.join(place, options.join_timeout)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -221,208 +237,153 @@ def _usage_errors() -> Iterator[None]:
         raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
 
 
-def _names(options: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(options))
+def _field_names(record: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(record))
 
 
-def _flag(token: str) -> str:
-    return token.partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def _dashed(name: str) -> str:
+def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_ALIASES = {"--model": "--model.name", "--teacher": "--teacher-from", "--data": "--data.name", "--from": "--front-from"}
-_SHORT = (
-    f"In short: {', '.join(f'{short} X is {full} X' for short, full in _ALIASES.items())}; "
-    "--teacher-from X Y Z is --teacher-from X --distill.teachers Y Z."
-)
+def _short_form(token: str) -> str:
+    """A token of the command line with the short form of its flag, where there is one."""
+    flag, equals, value = token.partition("=")
+    return _SHORT_FORMS.get(flag.replace("_", "-"), flag) + equals + value
 
 
-def _in_full(argv: list[str]) -> list[str]:
-    """The line without aliases. Raises UsageError where one stands without a value, or beside its full name."""
-    full = []
-    for i, token in enumerate(argv):
-        name, equals, value = token.partition("=")
-        if name in _ALIASES:
-            if not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-                raise UsageError(f"{name}: no value; give one, as in {name} X (the same as {_ALIASES[name]} X)")
-            if any(other.partition("=")[0].replace("_", "-") == _ALIASES[name] for other in argv):
-                raise UsageError(f"{name} is {_ALIASES[name]} in short; give one of them")
-            token = _ALIASES[name] + equals + value
-        full.append(token)
-    return _budgets(_one_teacher(full))
+def _long_forms(options: RunOptions, argv: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The short forms among the options as flags of settings. Raises UsageError if one contradicts another flag."""
+    long_forms = []
+    if options.model is not None:
+        long_forms += ["--model.name", options.model]
+    if options.data is not None:
+        long_forms += ["--data.name", options.data]
+    if options.teacher:
+        first, *others = options.teacher
+        long_forms += ["--teacher-from", first]
+        if others:
+            if any(token.partition("=")[0] == "--distill.teachers" for token in settings):
+                raise UsageError("--teacher-from X Y includes --distill.teachers Y; give one of them")
+            long_forms += ["--distill.teachers", *others]
+    elif any(_short_form(token).partition("=")[0] == "--teacher" for token in argv):
+        raise UsageError("--teacher-from: no value; give a teacher's path")
+    return long_forms
 
 
-def _budgets(argv: list[str]) -> list[str]:
-    """The line with the values of `--budgets`, which commas may part as well, one by one; UsageError without any."""
-    split, inside = [], False
-    for token in argv:
-        flag, equals, value = token.partition("=")
-        inside = flag == "--budgets" or (inside and not token.startswith("--"))
-        if flag == "--budgets" and equals:
-            token = f"{flag},{value}"
-        split += [part for part in token.split(",") if part] if inside else [token]
-    place = split.index("--budgets") + 1 if "--budgets" in split else 0
-    if place and (place == len(split) or split[place].startswith("--")):
-        raise UsageError("--budgets: none is given; give some, as in --budgets 0.7 0.5 0.3")
-    return split
+def _experiment_name(options: RunOptions, resumes: bool) -> str:
+    """The name or path of the experiment whose settings the command line overrides."""
+    if options.config is not None:
+        return options.config
+    if options.quick:
+        return "digits"
+    runs = [options.workdir] if options.workdir is not None and (options.resume or resumes) else []
+    if (search := getattr(options, "search_from", None)) is not None:  # a run, or its search stage
+        stage = storage.local_copy(search, "--search-from", entire_run=True)
+        runs += [stage, stage.parent]
+    if (extended := getattr(options, "front_from", None)) is not None:
+        runs.append(extended)
+    for run in runs:
+        if (path := storage.local_copy(run, entire_run=True) / "config.json").is_file():
+            return str(path)
+    return "own" if ":" in (options.model or "") or (options.data or "").startswith("npz:") else "digits"
 
 
-def _one_teacher(argv: list[str]) -> list[str]:
-    """The line with one value of --teacher-from; further ones are those of --distill.teachers."""
-    names = [token.partition("=")[0].replace("_", "-") for token in argv]
-    if "--teacher-from" not in names:
-        return argv
-    first = names.index("--teacher-from") + (1 if "=" in argv[names.index("--teacher-from")] else 2)
-    end = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
-    if first >= end:
-        return argv
-    if "--distill.teachers" in names:
-        raise UsageError("--teacher-from X Y is --teacher-from X --distill.teachers Y in short; give one of them")
-    return [*argv[:first], *argv[end:], "--distill.teachers", *argv[first:end]]
+def _refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError for the first unknown flag, with the nearest known one."""
+    if not unknown:
+        return
+    token = next((token for token in unknown if token.startswith("--")), unknown[0])
+    name = token.partition("=")[0].removeprefix("--").replace("-", "_")
+    if not token.startswith("--"):
+        raise UsageError(f"{token!r} is not an option, and no option takes it as a value")
+    if name.startswith("model.arguments."):
+        raise UsageError(f"{token} is not an option; write --model.arguments {name.rpartition('.')[2]}=VALUE")
+    raise UsageError(f"{_flag(name)} is not an option; {nearest(_flag(name), map(_flag, known))}")
 
 
-def _names_own(argv: list[str]) -> bool:
-    """Whether the line names a model or data of the user's own."""
-    pairs = zip(argv, [*argv[1:], ""], strict=False)
-    values = {token.partition("=")[0]: token.partition("=")[2] or following for token, following in pairs}
-    return ":" in values.get("--model.name", "") or values.get("--data.name", "").startswith("npz:")
+def _show_help(records: dict[str, type], argv: Sequence[str], prog: str, description: str) -> None:
+    """Prints the flags of all records and exits if `--help` is on the command line."""
+    if not {"-h", "--help"} & set(argv):
+        return
+    import tyro
+
+    fields = [(name, Annotated[record, tyro.conf.arg(name="")]) for name, record in records.items()]
+    tyro.cli(
+        dataclasses.make_dataclass("settings", fields), args=["--help"], prog=f"python -m {prog}",
+        description=description, registry=_tyro_registry(),
+    )  # fmt: skip
 
 
-def _known_flags(argv: list[str], known: tuple[str, ...]) -> None:
-    """Raise UsageError for a flag that does not exist, with the nearest that does."""
-    for token in argv:
-        name = _flag(token)
-        if not token.startswith("--") or token == "--" or name in known or name == "help":
-            continue
-        head, _, last = name.rpartition(".")
-        if last.startswith("no_") and f"{head}.{last[3:]}".lstrip(".") in known:
-            continue
-        if name.startswith("model.arguments.") and "model.arguments" in known:
-            raise UsageError(f"{token} is not an option; write --model.arguments {last}=VALUE")
-        raise UsageError(f"{_dashed(name)} is not an option; {nearest(_dashed(name), map(_dashed, known))}")
+def _tyro(record: type[T], argv: Sequence[str], prog: str, default: Any = None) -> tuple[T, list[str]]:
+    """Parses the flags of a record by tyro; returns it and the tokens that it does not know.
 
-
-def _values(argv: list[str], names: tuple[str, ...]) -> dict[str, str]:
-    """The values, as text, of those flags that stand on the line. Raises UsageError where one has none."""
-    given = {}
-    for token, following in zip(argv, [*argv[1:], "--"], strict=False):
-        name = _flag(token)
-        if token.startswith("--") and name in names:
-            given[name] = token.partition("=")[2] if "=" in token else following
-            if not given[name] or given[name].startswith("--"):
-                raise UsageError(f"{_dashed(name)}: no value; give one")
-    return given
-
-
-def _first_pass(argv: list[str]) -> dict[str, Any]:
-    """Those given of config, quick, workdir, resume and the runs to start from: they decide on all other defaults."""
-    given: dict[str, Any] = {}
-    for token, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, _, value = token.partition("=")
-        name = name.replace("_", "-")
-        if name in ("--config", "--workdir", "--search-from", "--front-from"):
-            value = value or following
-            if not value or value.startswith("--"):
-                raise UsageError(
-                    f"{name}: no value; give {'a name or a file' if name == '--config' else 'a directory'}"
-                )
-            given[name[2:]] = value
-        elif name in ("--quick", "--no-quick", "--resume", "--no-resume"):
-            given[name.removeprefix("--").removeprefix("no-")] = not name.startswith("--no-")
-    return given
-
-
-def _run_config(given: dict[str, Any]) -> str | None:
-    """The config.json of the run to resume or to start from, where the command line names that and no experiment."""
-    if not {"config", "quick"}.isdisjoint(given):
-        return None
-    named = [given["workdir"]] if given.get("resume") and "workdir" in given else []
-    if "search-from" in given:  # a run, or its search stage
-        stage = storage.local_copy(given["search-from"], "--search-from", entire_run=True)
-        named += [str(stage), str(stage.parent)]
-    if "front-from" in given:
-        named.append(given["front-from"])
-    paths = (storage.local_copy(name, entire_run=True) / "config.json" for name in named)
-    return next((str(path) for path in paths if path.is_file()), None)
-
-
-def _tyro(argv: list[str], parts: dict[str, Any], prog: str, description: str) -> Any:
-    """tyro's reading of the line into one record a part (a record of defaults, or a type), no part's name in the flags.
-
-    Its error, a box of several lines, is made one line.
+    Raises:
+      UsageError: tyro's error, a box of several lines, as one line.
     """
-    import tyro  # 0.1 s, for commands only
+    import tyro  # takes 0.2 s, and only commands need it
 
-    def part(value: Any) -> Any:
-        if isinstance(value, type):
-            return Annotated[value, tyro.conf.arg(name="")], dataclasses.field()
-        return Annotated[type(value), tyro.conf.arg(name="")], dataclasses.field(default=value)
-
-    record = dataclasses.make_dataclass("settings", [(name, *part(value)) for name, value in parts.items()])
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type != dict[str, Any]:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="KEY=VALUE ... | JSON",
-            instance_from_str=_read_arguments,
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
+    given = {} if default is None else {"default": default}
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
-                record,
-                args=argv,
-                prog=f"python -m {prog}",
-                description=description,
-                registry=registry,
+                record, args=[token for token in argv if token not in ("-h", "--help")], prog=f"python -m {prog}",
+                registry=_tyro_registry(), return_unknown_args=True, **given,
+            )  # fmt: skip
+    except SystemExit:
+        raise UsageError(_one_line(stderr.getvalue())) from None
+
+
+def _tyro_registry() -> Any:
+    """How tyro parses dictionaries (KEY=VALUE or JSON) and lists of numbers (separated by spaces or commas)."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+    specification = tyro.constructors.PrimitiveConstructorSpec
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        if info.type == dict[str, Any]:
+            return specification(
+                nargs="*",
+                metavar="KEY=VALUE ... | JSON",
+                instance_from_str=_read_arguments,
+                is_instance=lambda value: isinstance(value, dict),
+                str_from_instance=lambda value: [json.dumps(value)],
             )
-    except SystemExit as end:
-        if end.code:
-            raise UsageError(_one_line(stderr.getvalue())) from None
-        raise
+        if info.type == tuple[float, ...]:
+            return specification(
+                nargs="*",
+                metavar="[FLOAT [FLOAT ...]]",
+                instance_from_str=lambda tokens: tuple(float(n) for t in tokens for n in t.split(",") if n),
+                is_instance=lambda value: isinstance(value, tuple),
+                str_from_instance=lambda value: [str(number) for number in value],
+            )
+        return None
 
-
-_UNREAD = re.compile(
-    r"Error parsing (?P<flag>--[\w.-]+): (no type matching (?P<kinds>\S+) could be instantiated from|"
-    r"Could not find valid parse for arguments:) \[(?P<given>.*?)\]"
-)
+    return registry
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's box: its first part, without borders and line breaks."""
+    """The first paragraph of tyro's box, without borders and line breaks."""
     lines = [line.strip("│╭╮╰╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    text = " ".join(" ".join(lines[:end]).split()).rstrip(".")
-    if found := _UNREAD.match(text):
-        wanted = f"; give {found['kinds'].replace('{None}', 'None').replace('|', ' or ')}" if found["kinds"] else ""
-        text = f"{found['flag']}: {found['given']} cannot be read{wanted}"
-    return text + "; --help lists everything"
+    end = next((i for i, line in enumerate(lines) if not line or set(line) == {"─"}), len(lines))
+    return " ".join(" ".join(lines[:end]).split()).rstrip(".") + "; --help lists all options"
 
 
 class _Changes(dict[str, Any]):
-    """Model arguments given as KEY=VALUE: they change some of the experiment's, and leave the others."""
+    """Model arguments given as KEY=VALUE, which change some of the experiment's and keep the others."""
 
 
 def _read_arguments(tokens: list[str]) -> dict[str, Any]:
-    """The dictionary of `depth=56 width=16` (values are JSON, or else text), or of one JSON dictionary."""
+    """The dictionary of `depth=56 width=16` (values are JSON, or else text), or of one JSON object."""
     if len(tokens) == 1 and tokens[0].lstrip().startswith("{"):
         return parse_json(tokens[0])
     changes = _Changes()
     for token in tokens:
         key, equals, text = token.partition("=")
         if not key or not equals:
-            raise ValueError(f"{token!r} is neither KEY=VALUE nor a JSON dictionary")
+            raise ValueError(f"{token!r} is neither KEY=VALUE nor a JSON object")
         try:
             changes[key] = parse_json(text)
         except ValueError:
@@ -430,14 +391,14 @@ def _read_arguments(tokens: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _model(base: ModelConfig, given: ModelConfig) -> ModelConfig:
-    """The model asked for; another model than the experiment's takes none of its arguments and keywords over."""
-    same = given.name == base.name
+def _merged_model(base: ModelConfig, parsed: ModelConfig) -> ModelConfig:
+    """The model asked for. Arguments and keywords of the base are kept only if the model is the same."""
+    same = parsed.name == base.name
 
     def merged(field: str) -> dict[str, Any]:
-        value, before = getattr(given, field), getattr(base, field)
+        value, before = getattr(parsed, field), getattr(base, field)
         if isinstance(value, _Changes):
             return {**(before if same else {}), **value}
         return value if same or value is not before else {}
 
-    return ModelConfig(given.name, *(merged(field) for field in ("arguments", "train_kwargs", "eval_kwargs")))
+    return ModelConfig(parsed.name, *(merged(field) for field in ("arguments", "train_kwargs", "eval_kwargs")))

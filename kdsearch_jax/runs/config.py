@@ -1,9 +1,8 @@
-"""Typed, frozen settings of every stage; an experiment is one `Experiment` record.
+"""The settings of a run, composed of the typed, frozen records of each package.
 
-An experiment file (`configs/NAME.py`) holds `experiment(quick: bool = False) -> Experiment`. Whatever a command line
-may override is a field here and nowhere else. Values are checked where they are given (`check`), with the argument's
-name, the value and the way out. What depends on the data set (classes, image shape) is never a setting: it is read from
-the data.
+An experiment file (`configs/NAME.py`) defines `experiment(quick: bool = False) -> Experiment`. Every setting that a
+command line can override is a field of `Experiment`. `check` validates values; its errors name the setting, the value
+and the way out. What depends on the data (number of classes, image shape) is read from the data and is not a setting.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ class ModelConfig:
     """The teacher's network.
 
     name: a model of `kdsearch_jax.models` (`cifar_resnet`, `vgg`, …) or `package.module:factory`.
-    arguments: its keyword arguments, all plain JSON; `num_classes` is added from the data where the network takes it.
-    train_kwargs, eval_kwargs: keywords of the network's call in training and in inference, `deterministic=false` say;
-    `train`, `training`, `is_training` and `deterministic` are set by themselves where the call has them.
+    arguments: its keyword arguments as plain JSON; `num_classes` is added from the data if the network takes it.
+    train_kwargs, eval_kwargs: keywords of the network's call in training and in inference, such as
+    `deterministic=false`; `train`, `training`, `is_training` and `deterministic` are set automatically.
     """
 
     name: str = "cifar_resnet"
@@ -63,14 +62,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides a run; written to `config.json` of its directory."""
+    """All settings of a run, written to `config.json` in its directory."""
 
     name: str = "digits"
-    """What the experiment is called; its runs are in runs/NAME."""
+    """The experiment's name; its runs are in runs/NAME."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     teacher_from: str | None = None
-    """The teacher's weights: a directory written by this package, by Orbax or in Hugging Face's format, a file
+    """The teacher's weights: a directory of this package, of Orbax or in Hugging Face's format, or a file
     `.safetensors`, `.msgpack` (Flax), `.pth` or `.th`; None trains a teacher."""
     teacher: StageConfig = StageConfig()
     search: StageConfig = StageConfig()
@@ -79,8 +78,8 @@ class Experiment:
     distill: DistillConfig = DistillConfig()
     budget: BudgetConfig = BudgetConfig()
     budgets: tuple[float, ...] = ()
-    """A student for each, from one search: values of budget.macs, or of the first bound that is given where that is
-    None; other bounds hold for every student."""
+    """Several budgets, with a student each from one search: values of budget.macs, or of the first bound that is set if
+    that is None; the other bounds apply to every student."""
     baselines: tuple[Literal["uniform", "magnitude"], ...] = ("uniform",)
     """Hand-made students of equal cost, trained for as many steps as search and retraining together."""
     run: RunConfig = RunConfig()
@@ -92,15 +91,16 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Experiment:
-    """The `Experiment` of what `to_json` gave, checked; settings that are left out take their defaults.
+    """Inverts `to_json` and checks the result; missing settings take their defaults.
 
-    Raises ValueError for a setting that does not exist (with the nearest that does), of a wrong type, or out of range.
+    Raises:
+      ValueError: a setting does not exist (names the nearest one), has a wrong type, or is out of range.
     """
     return check(_read(values, Experiment, ""))
 
 
 def check(experiment: Experiment) -> Experiment:
-    """The same record, every field of it looked at; ValueError names the setting, its value and the way out."""
+    """Validates an experiment and returns it. Raises ValueError that names the setting, its value and the way out."""
     _read({f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}, Experiment, "")
     values = {k: v for k, v in flatten(experiment).items() if not k.startswith(_OPEN)}
     for pattern, (holds, requirement) in RULES.items():
@@ -112,7 +112,7 @@ def check(experiment: Experiment) -> Experiment:
 
 
 def flatten(experiment: Experiment) -> dict[str, Any]:
-    """{dotted key: value} of every setting; each of the model's arguments has a key of its own."""
+    """{dotted key: value} of every setting; each argument of the model has its own key."""
 
     def walk(value: Any, key: str) -> Iterable[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
@@ -127,19 +127,19 @@ def flatten(experiment: Experiment) -> dict[str, Any]:
 
 
 def shorten(experiment: Experiment, **arguments: Any) -> Experiment:
-    """The quick variant of an experiment: a few updates of small batches, and `arguments` for the model's."""
+    """The quick variant of an experiment: a few updates of small batches; `arguments` replace the model's."""
 
-    def stage(given: StageConfig) -> StageConfig:
-        return dataclasses.replace(given, steps=8, batch_size=16, warmup=min(given.warmup, 2))
+    def shorten_stage(stage: StageConfig) -> StageConfig:
+        return dataclasses.replace(stage, steps=8, batch_size=16, warmup=min(stage.warmup, 2))
 
     return dataclasses.replace(
         experiment,
         name=f"{experiment.name}-quick",
         model=dataclasses.replace(experiment.model, arguments={**experiment.model.arguments, **arguments}),
         data=dataclasses.replace(experiment.data, train_limit=256),
-        teacher=stage(experiment.teacher),
-        search=stage(experiment.search),
-        retrain=stage(experiment.retrain),
+        teacher=shorten_stage(experiment.teacher),
+        search=shorten_stage(experiment.search),
+        retrain=shorten_stage(experiment.retrain),
         run=dataclasses.replace(
             experiment.run, steps_per_dispatch=2, checkpoint_every=4, evaluate_every=4, eval_batch_size=64
         ),
@@ -147,7 +147,7 @@ def shorten(experiment: Experiment, **arguments: Any) -> Experiment:
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
-    """One line for each setting in which two experiments differ: `search.steps: 100, not 200`; empty if they agree."""
+    """One line per setting that differs between two experiments, such as `search.steps: 100, not 200`."""
     left, right = flatten(a), flatten(b)
     keys = [*left, *(key for key in right if key not in left)]
     absent = "absent"
@@ -159,9 +159,10 @@ def differences(a: Experiment, b: Experiment) -> list[str]:
 
 
 def changed(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
-    """The experiment with other values of some settings, by dotted name: {"search.optimizer": "adamw"}; checked.
+    """The experiment with some settings replaced by dotted name, such as {"search.optimizer": "adamw"}; checked.
 
-    Raises ValueError as `from_json`.
+    Raises:
+      ValueError: as `from_json`.
     """
     values: dict[str, Any] = to_json(experiment)
     for key, value in settings.items():
@@ -179,22 +180,26 @@ def changed(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
 
 
 def config_directories() -> list[Path]:
-    """Where named experiments lie, first come first: here, in this checkout, in the installed package."""
+    """The directories of named experiments by precedence: here, in this checkout, in the installed package."""
     package = Path(__file__).resolve().parents[1]
     return [path for path in (Path("configs"), package.parent / "configs", package / "_configs") if path.is_dir()]
 
 
 def config_names() -> list[str]:
-    """The experiments that `load_experiment` knows by name."""
+    """The names that `load_experiment` knows."""
     return sorted({path.stem for folder in config_directories() for path in folder.glob("[!_]*.py")})
 
 
 def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
-    """The checked experiment of `configs/NAME.py`, of any such Python file, or of the `config.json` of a run.
+    """Loads and checks the experiment of `configs/NAME.py`, of another Python file, or of a run's `config.json`.
 
-    quick: the variant of a few steps, to see that everything works. Raises ValueError for a name that does not exist
-    (with the nearest that does), a file without `experiment(quick)`, and `quick` asked of a `config.json`;
-    FileNotFoundError for a missing file.
+    Args:
+      quick: load the variant with a few steps, which shows that everything works.
+
+    Raises:
+      ValueError: the name is unknown (names the nearest one), the file has no `experiment(quick)`, or `quick` is asked
+        of a `config.json`.
+      FileNotFoundError: the file does not exist.
     """
     path = _find(name_or_path)
     if path.suffix == ".json":
@@ -207,16 +212,16 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
     spec = importlib.util.spec_from_file_location(f"kdsearch_experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and Flax look up the annotations of classes that it defines
+    sys.modules[spec.name] = module  # dataclasses and Flax resolve annotations of its classes here
     spec.loader.exec_module(module)
     function: Callable[..., Any] | None = getattr(module, "experiment", None)
     if not callable(function):
-        raise ValueError(f"{path}: no function experiment(quick: bool = False) -> Experiment in it")
-    made = function(quick=quick)
-    if not isinstance(made, Experiment):
-        raise ValueError(f"{path}: experiment() gave a {type(made).__name__}, not an Experiment")
+        raise ValueError(f"{path}: defines no function experiment(quick: bool = False) -> Experiment")
+    experiment = function(quick=quick)
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path}: experiment() returned a {type(experiment).__name__}, not an Experiment")
     try:
-        return check(made)
+        return check(experiment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -232,20 +237,20 @@ def _find(name_or_path: str) -> Path:
     for folder in config_directories():
         if (folder / f"{name_or_path}.py").is_file():
             return folder / f"{name_or_path}.py"
-    raise ValueError(f"--config {name_or_path!r} is not known; {nearest(name_or_path, config_names())}")
+    raise ValueError(f"--config {name_or_path!r} is unknown; {nearest(name_or_path, config_names())}")
 
 
 # --- types ----------------------------------------------------------------------------------------------------------
 
 
 def _read(value: Any, hint: Any, key: str) -> Any:
-    """`value`, from JSON or Python, as what the annotation `hint` says; ValueError names the setting."""
+    """Converts `value`, from JSON or Python, to the annotated type `hint`. Raises ValueError that names the setting."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _read_record(value, hint, key)
     if origin in (types.UnionType, typing.Union):
         first, *others = [a for a in arguments if a is not type(None)]
-        words = typing.get_args(others[0]) if others else ()  # a number, or one of some words
+        words = typing.get_args(others[0]) if others else ()  # a number or one of a few words
         if words and isinstance(value, str):
             if value not in words:
                 raise ValueError(f"{key}: {value!r} is neither {WORDS[first]} nor {' or '.join(words)}")
@@ -304,7 +309,7 @@ SETTINGS = tuple(key for key in flatten(Experiment()) if not key.startswith(_OPE
 # --- ranges ---------------------------------------------------------------------------------------------------------
 
 
-# {setting or *.ending: (what holds, what to give instead)}; None is left alone.
+# {setting or *.suffix: (valid, what to give instead)}; None is always valid.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **data_settings.RULES,
     **distill_settings.RULES,
@@ -324,14 +329,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_together(experiment: Experiment) -> None:
-    """What two settings must not say of each other."""
+    """Raises ValueError if two settings contradict each other."""
     distill = experiment.distill
     loss_weights(distill.losses)
     if distill.retrain_losses:
         loss_weights(distill.retrain_losses, "distill.retrain_losses")
     if distill.loss is not None and (distill.losses, distill.retrain_losses) != (DistillConfig.losses, ()):
         raise ValueError(
-            f"distill.loss and distill.losses: {distill.loss} takes the place of all losses of this package; give one"
+            f"distill.loss and distill.losses: {distill.loss} replaces all losses of this package; give one of them"
         )
     if not any(getattr(experiment.budget, name) is not None for name in BOUNDS):
         settings = ", ".join(f"budget.{name}" for name in BOUNDS)

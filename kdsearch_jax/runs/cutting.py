@@ -25,11 +25,12 @@ from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.budget import Limits
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.runs import latency
-from kdsearch_jax.runs.budget_points import Point
-from kdsearch_jax.runs.fit_stage import meet, save, write, write_npz
-from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, traced
+from kdsearch_jax.runs.budget_points import BudgetPoint
+from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
+from kdsearch_jax.runs.stage_training import save_run_network, write_run_arrays, write_run_json
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
-from kdsearch_jax.storage.files import DamagedError, atomic_directory, read_arrays, read_sealed
+from kdsearch_jax.storage.checkpoint_files import meet, written_whole
+from kdsearch_jax.storage.files import DamagedError, read_arrays, read_sealed
 from kdsearch_jax.tracing.messages import format_distinct
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.state import TrainState
@@ -53,28 +54,33 @@ def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: A
     return dataclasses.replace(limits, floor=min(limits.floor, chosen.pressure))
 
 
-def keep(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, point: Point) -> None:
+def keep(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, point: BudgetPoint) -> None:
     """Keeps the state of a search for `land`: the network as it is, not yet gated, with gates and importances."""
-    directory = point.cut(setup.search) / "kept"
+    directory = point.cut_directory(setup.search_directory) / "kept"
     state = jax.tree.map(np.asarray, state)
     variables, gates, importance = shrinking.expanded(part, state, teacher.variables)
     directory.mkdir(parents=True, exist_ok=True)
     units = {f"gate/{name}": gate for name, gate in gates.items()}
-    write_npz(directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()})
-    save(directory / "network", setup, teacher.architecture, teacher.module, variables, step=int(state.step))
+    write_run_arrays(
+        directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()}
+    )
+    save_run_network(
+        directory / "network", setup, teacher.architecture, teacher.module, variables, step=int(state.step)
+    )
 
 
-def check(setup: RunSetup, points: Sequence[Point]) -> None:
+def check(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     """Raises ValueError where a budget cannot be met from what the search has kept."""
-    teacher = setup.load(setup.teacher)
-    network = traced(setup.experiment, teacher.architecture, teacher.module)
-    for point, limits in zip(points, limits_of(setup.experiment, network, points, setup.search), strict=True):
+    network = setup.trace_teacher()
+    for point, limits in zip(
+        points, resolve_limits(setup.experiment, network, points, setup.search_directory), strict=True
+    ):
         _, _, gates, importance = nearest(setup, point, network.topology, limits)
         search_step.landing(network.topology, limits, gates, importance)
 
 
 def nearest(
-    setup: RunSetup, point: Point, topology: Topology, limits: Limits
+    setup: RunSetup, point: BudgetPoint, topology: Topology, limits: Limits
 ) -> tuple[Path, LoadedNetwork, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The state to cut a student from: (its directory, network, gates, importances).
 
@@ -84,11 +90,11 @@ def nearest(
     Raises:
       ValueError: there is none.
     """
-    own = point.cut(setup.search) / "kept"
+    own = point.cut_directory(setup.search_directory) / "kept"
     places = (
         [own]
         if (own / _COMPLETE).is_file()
-        else sorted(p.parent.parent for p in setup.search.rglob(f"kept/{_COMPLETE}"))
+        else sorted(p.parent.parent for p in setup.search_directory.rglob(f"kept/{_COMPLETE}"))
     )
     costs = {
         place: limits.pressure(topology, (topology.flatten(_units(place, topology)[0]) > 0).astype(float))
@@ -98,8 +104,8 @@ def nearest(
     if not above:
         told = f"the largest costs {format_distinct(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
         raise ValueError(
-            f"budgets: {point.tail[1:] or 'the budget'} is above all states that {setup.search} has kept ({told}); "
-            "search anew with it"
+            f"budgets: {point.suffix[1:] or 'the budget'} is above all states that {setup.search_directory} has kept "
+            f"({told}); search anew with it"
         )
     place = min(above, key=lambda place: costs[place])
     return place, setup.load(place / "network"), *_units(place, topology)
@@ -117,28 +123,31 @@ def _units(place: Path, topology: Topology) -> tuple[dict[str, np.ndarray], dict
 _COMPLETE = "network/network.json"
 
 
-def land(setup: RunSetup, point: Point, network: Network | None = None) -> int | None:
+def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) -> int | None:
     """Cuts the student of a budget from a state that the search has kept, and proves it; done once.
 
     Returns:
       the steps of the search up to that state; None where the search of an older version did not say.
     """
-    directory = point.cut(setup.search)
+    directory = point.cut_directory(setup.search_directory)
     cut = _is_cut(directory)
     meet("cut looked at")  # before the first process writes what others may still be looking at
     if not cut:
-        teacher = setup.load(setup.teacher)
-        network = network or traced(setup.experiment, teacher.architecture, teacher.module)
-        topology, limits = network.topology, limits_of(setup.experiment, network, [point], setup.search)[0]
+        teacher = setup.load(setup.teacher_directory)
+        network = network or setup.trace_teacher()
+        topology, limits = (
+            network.topology,
+            resolve_limits(setup.experiment, network, [point], setup.search_directory)[0],
+        )
         place, loaded, gates, importance = nearest(setup, point, topology, limits)
         chosen, cost = latency.land(
             lambda bounds: search_step.landing(topology, bounds, gates, importance),
-            limits, network, teacher.variables, point.budget, setup.task.call,
+            limits, network, teacher.variables, point.budget, setup.objective.call,
         )  # fmt: skip
         stay = chosen.keep
         setup.warn(chosen.note)
         sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
-        inputs = setup.task.call.bind(proof_batch(setup.dataset))
+        inputs = setup.objective.call.bind(proof_batch(setup.dataset))
         proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
         log.info("the student is the gated network: outputs agree to %.1e of their own scale", proof["difference"])
         macs, params = topology.cost(stay)
@@ -151,19 +160,19 @@ def land(setup: RunSetup, point: Point, network: Network | None = None) -> int |
             **({"measured": cost} if cost else {}),
             **({"note": chosen.note} if chosen.note else {}),
             "step": loaded.info["step"],
-            "from": str(place.relative_to(setup.search)),
+            "from": str(place.relative_to(setup.search_directory)),
         }
         directory.mkdir(parents=True, exist_ok=True)
-        write_npz(directory / "gates.npz", gates)
-        write(directory / "selection.json", selection, seal=True)
-        write(directory / "architecture.json", architecture.to_json())
-        save(directory / "network", setup, architecture, architecture.module(setup.base), sliced)
+        write_run_arrays(directory / "gates.npz", gates)
+        write_run_json(directory / "selection.json", selection, seal=True)
+        write_run_json(directory / "architecture.json", architecture.to_json())
+        save_run_network(directory / "network", setup, architecture, architecture.module(setup.base_module), sliced)
     return read_sealed(directory / "selection.json").get("step")
 
 
 def _is_cut(directory: Path) -> bool:
     """Whether a student was cut here, and what is said of it can be read; what cannot is made again from the kept."""
-    if not finished(directory):
+    if not is_finished(directory):
         return False
     try:
         read_sealed(directory / "selection.json", has={"kept": dict, "macs": int, "params": int, "budget": dict})
@@ -179,12 +188,14 @@ def publish(source: Path, directory: Path) -> None:
     if source != directory and jax.process_index() == 0:
         for name in ("gates.npz", "selection.json", "architecture.json"):
             shutil.copy(source / name, directory / name)
-        with atomic_directory(directory / "network") as part:
+        with written_whole(directory / "network") as part:
             shutil.copytree(source / "network", part, dirs_exist_ok=True)
     meet("search published")
 
 
-def by_hand(setup: RunSetup, rule: str, point: Point, directory: Path, rng: np.random.Generator | None = None) -> Path:
+def by_hand(
+    setup: RunSetup, rule: str, point: BudgetPoint, directory: Path, rng: np.random.Generator | None = None
+) -> Path:
     """Cuts the student of a rule of `baselines` from the teacher itself, gates all 1, and proves it; done once.
 
     Returns:
@@ -192,14 +203,14 @@ def by_hand(setup: RunSetup, rule: str, point: Point, directory: Path, rng: np.r
     """
     if (directory / "network.json").is_file():
         return directory
-    teacher = setup.load(setup.teacher)
-    network = traced(setup.experiment, teacher.architecture, teacher.module)
-    limits = limits_of(setup.experiment, network, [point], setup.search)[0]
+    teacher = setup.load(setup.teacher_directory)
+    network = setup.trace_teacher()
+    limits = resolve_limits(setup.experiment, network, [point], setup.search_directory)[0]
     stay = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
     setup.warn(baselines.note(rule, network.topology, limits, stay))
     gates = gates_lib.init(network.topology)
     sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
-    inputs = setup.task.call.bind(proof_batch(setup.dataset))
+    inputs = setup.objective.call.bind(proof_batch(setup.dataset))
     surgery.verify(network, teacher.variables, gates, stay, sliced, *inputs)
-    save(directory, setup, architecture, architecture.module(setup.base), sliced)
+    save_run_network(directory, setup, architecture, architecture.module(setup.base_module), sliced)
     return directory

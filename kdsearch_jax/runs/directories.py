@@ -1,11 +1,11 @@
-"""The directory of a run: which run it holds, who is at work in it, what a killed process has left behind in it.
+"""The directory of a run: which run it holds, and what killed processes left behind.
 
-    config.json       the experiment; whoever continues must have the same
-    run.json          the command, whether it has ended, the digest of config.json, and a fingerprint of the data
-    environment.json  what else results depend on, of this start and of the earlier ones
+    config.json       the experiment; a run can only be resumed with the same one
+    run.json          the command, whether it has finished, the digest of config.json, and a fingerprint of the data
+    environment.json  everything else that results depend on, for this start and all earlier ones
 
-The command line that began a run goes on with it, by itself, until the run has ended. `--resume` goes on with whatever
-the directory holds: nothing yet, a run that has ended, or one that another command began.
+The command line that began a run resumes it automatically until the run has finished. `--resume` continues whatever the
+directory holds: nothing yet, a finished run, or one that another command began.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import jax
 
 from kdsearch_jax import storage
 from kdsearch_jax.runs.config import Experiment, differences, from_json, to_json
-from kdsearch_jax.runs.consensus import check_shared, first_says
+from kdsearch_jax.runs.coordination import check_shared, first_process_decides
 from kdsearch_jax.runs.locks import check_free, locked
 from kdsearch_jax.runs.provenance import code, environment
 from kdsearch_jax.storage.files import (
     MAX_SETTINGS,
     DamagedError,
-    json_digest,
     read_json,
     read_json_object,
     read_sealed,
+    seal,
     write_json,
     write_sealed,
 )
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 _FOLDERS = re.compile("(teacher|search|retrain|report|student|at|uniform|magnitude)(-.+)?")
 _FILES = ("config.json", "run.json", "environment.json", "results.json", "front.json", "evidence.npz")
-_UNFINISHED = re.compile(
-    r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<end>tmp|old)"  # atomic_directory
+_LEFTOVER = re.compile(
+    r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<end>tmp|old)"  # written_whole
     r"|\.(?P<file>.+)\.\d+\.part"  # files.write_bytes
     r"|\.export-.+"
     r"|metrics\.jsonl\.new"
@@ -50,30 +50,31 @@ _UNFINISHED = re.compile(
 )
 
 
-def goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
-    """Whether to go on with a run that `workdir` holds; writes nothing. Every process of a run calls it.
+def should_resume(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
+    """Whether to resume the run in `workdir`. Writes nothing. Every process of a run calls it.
 
-    command: JSON of what a command line asks for beside the experiment, such as {"command": "search"}.
-    resume: go on, whatever it holds.
+    Args:
+      command: what the command line asks for besides the experiment, as JSON, such as {"command": "search"}.
+      resume: resume whatever the directory holds.
 
     Raises:
-      ValueError: it holds another experiment; or, without `resume`, a run that has ended or is of another command.
-      InUseError: another process is at work in it.
+      ValueError: the directory holds another experiment; or, without `resume`, a finished run or another command's.
+      InUseError: another process uses the directory.
     """
-    answer = first_says(lambda: _goes_on(workdir, experiment, command, resume))
+    answer = first_process_decides(lambda: _should_resume(workdir, experiment, command, resume))
     if answer:
         check_shared(workdir, "config.json")
     return answer
 
 
 def is_under_way(workdir: Path, command: Mapping[str, Any]) -> bool:
-    """Whether this command was begun in `workdir`, and has not ended; every process of a run asks."""
+    """Whether this command was begun in `workdir` and has not finished. Every process of a run calls it."""
 
-    def ask() -> bool:
-        known = _run(workdir)
+    def look() -> bool:
+        known = _read_state(workdir)
         return bool(known) and not known["finished"] and known["command"] == json.loads(json.dumps(command))
 
-    return first_says(ask)
+    return first_process_decides(look)
 
 
 @contextlib.contextmanager
@@ -86,91 +87,92 @@ def run_directory(
     data: str | None = None,
     extends: bool = False,
 ) -> Iterator[None]:
-    """Makes `workdir` the directory of this run, this process's alone; its end without an error is the run's.
+    """A context that locks `workdir` for this run and, unless an error occurs, marks the run as finished at the end.
 
-    Every process of a run enters it; the first looks, locks and writes.
+    Every process of a run enters it; the first one reads, locks and writes.
 
     Args:
-      resume: what `goes_on` said.
-      data: fingerprint of the data set; who resumes must have the same.
-      extends: the experiment is another than that of the run there, on purpose.
+      resume: the answer of `should_resume`.
+      data: fingerprint of the data set; must not change when a run is resumed.
+      extends: allow the experiment to differ from the existing run's, to add budgets.
 
     Raises:
-      ValueError: it holds a run and `resume` is False, or one of another experiment or of other data.
-      OSError: it cannot be written, or another process is at work in it. What was there stays as it was.
+      ValueError: it holds a run and `resume` is False, or a run of another experiment or other data.
+      OSError: it cannot be written, or another process uses it. Its content is unchanged then.
     """
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
-            existed, held = workdir.exists(), (workdir / "config.json").exists()
+            existed, holds_run = workdir.exists(), (workdir / "config.json").exists()
             stack.enter_context(locked(workdir))
-            stack.callback(_forget, workdir, existed)
-            known = _run(workdir) if resume else None
+            stack.callback(_remove_if_empty, workdir, existed)
+            known = _read_state(workdir) if resume else None
             if known and data and known.get("data", data) != data:
                 raise ValueError(
-                    f"data: {workdir} was begun with others (fingerprint {known['data']}, now {data}); give those, or "
-                    "choose another --workdir"
+                    f"data: {workdir} was begun with other data (fingerprint {known['data']}, now {data}); give those, "
+                    "or choose another --workdir"
                 )
             storage.claim(workdir)
             state = {"command": dict(command), "finished": False, **({"data": data} if data else {})}
-            _new_run_directory(workdir, experiment, resume, state=state, extends=extends)
-            if held:  # and is this run, or it would have been refused
-                sweep(workdir)
+            _write_settings(workdir, experiment, resume, state=state, extends=extends)
+            if holds_run:  # it is this run, or it would have been refused
+                remove_leftovers(workdir)
             storage.publish()
             return True
 
-        first_says(begin)
+        first_process_decides(begin)
         storage.refresh()
         check_shared(workdir, "environment.json")
         yield
         if jax.process_index() == 0:
-            write_sealed(workdir / "run.json", {**(_run(workdir) or {}), "finished": True})
+            write_sealed(workdir / "run.json", {**(_read_state(workdir) or {}), "finished": True})
             storage.publish()
 
 
 def new_run_directory(workdir: Path, experiment: Experiment, resume: bool = False) -> Path:
-    """Writes `config.json` and `environment.json` of a run into `workdir`; every process of a run calls it.
+    """Writes `config.json` and `environment.json` into `workdir`. Every process of a run calls it.
 
-    Raises ValueError where it holds a run already, unless `resume` says to go on with it and its experiment is the
-    same; OSError where it cannot be written. Either way what was there stays as it was.
+    Raises:
+      ValueError: it already holds a run, and `resume` is False or the experiment differs.
+      OSError: it cannot be written. Its content is unchanged then.
     """
 
     def begin() -> bool:
         storage.claim(workdir)
-        _new_run_directory(workdir, experiment, resume)
+        _write_settings(workdir, experiment, resume)
         storage.publish()
         return True
 
-    first_says(begin)
+    first_process_decides(begin)
     storage.refresh()
     return workdir
 
 
-def sweep(workdir: Path) -> None:
-    """Removes what killed processes of a run have left half-written; puts back what one was about to replace.
+def remove_leftovers(workdir: Path) -> None:
+    """Removes files that killed processes left half-written; restores what one of them was about to replace.
 
-    Of the directory itself only what has our names; below it only our folders.
+    Touches only names that this package uses, because users may keep other files in the directory.
     """
     for entry in list(workdir.iterdir()):
-        found = _UNFINISHED.fullmatch(entry.name)
-        if found is None and entry.is_dir() and _FOLDERS.fullmatch(entry.name):
-            sweep_folder(entry)
-        elif found and (_FOLDERS.fullmatch(found["target"] or "") or found["file"] in _FILES):
-            _settle(entry, found)
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None and entry.is_dir() and _FOLDERS.fullmatch(entry.name):
+            remove_leftovers_below(entry)
+        elif match and (_FOLDERS.fullmatch(match["target"] or "") or match["file"] in _FILES):
+            _remove_or_restore(entry, match)
 
 
-def sweep_folder(folder: Path) -> None:
-    """`sweep` of a folder in which everything is ours, and of all below it."""
+def remove_leftovers_below(folder: Path) -> None:
+    """`remove_leftovers` for a folder that contains only files of this package, recursively."""
     for entry in list(folder.iterdir()):
-        if found := _UNFINISHED.fullmatch(entry.name):
-            _settle(entry, found)
+        if match := _LEFTOVER.fullmatch(entry.name):
+            _remove_or_restore(entry, match)
         elif entry.is_dir() and not entry.is_symlink():
-            sweep_folder(entry)
+            remove_leftovers_below(entry)
 
 
-def _settle(path: Path, found: re.Match[str]) -> None:
-    """Puts back what was about to be replaced and has not been; removes all else."""
-    if found["end"] == "old" and not (target := path.with_name(found["target"])).exists():
+def _remove_or_restore(path: Path, match: re.Match[str]) -> None:
+    """Restores a directory that was set aside but not replaced; removes everything else."""
+    if match["end"] == "old" and not (target := path.with_name(match["target"])).exists():
         path.rename(target)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -178,29 +180,29 @@ def _settle(path: Path, found: re.Match[str]) -> None:
         path.unlink()
 
 
-def _goes_on(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
+def _should_resume(workdir: Path, experiment: Experiment, command: Mapping[str, Any], resume: bool) -> bool:
     if not (workdir / "config.json").exists():
         if resume:
-            log.info("%s holds no run to resume: starting one", workdir)
+            log.info("%s: no run to resume, starting one", workdir)
         return resume
     check_free(workdir)
     if resume:
-        return True  # the experiment is compared where it is written
-    known = _run(workdir)
+        return True  # `run_directory` compares the experiment
+    known = _read_state(workdir)
     if known is None or known["finished"]:
-        what = "a run, which has ended" if known else "a run"
-        raise ValueError(f"{workdir} already holds {what}; add --resume to go on with it, or choose another --workdir")
-    check_same(workdir, experiment)
+        what = "a finished run" if known else "a run"
+        raise ValueError(f"{workdir} already holds {what}; add --resume to continue it, or choose another --workdir")
+    check_same_experiment(workdir, experiment)
     if known["command"] != (now := json.loads(json.dumps(command))):
         raise ValueError(
-            f"{workdir} already holds a run, of another command ({_told(known['command'])}, not {_told(now)}); add "
-            "--resume to go on with it by this one, or choose another --workdir"
+            f"{workdir} already holds a run of another command ({_describe(known['command'])}, not {_describe(now)}); "
+            "add --resume to continue it with this one, or choose another --workdir"
         )
-    log.info("%s holds this run, which has not ended: going on with it", workdir)
+    log.info("%s: resuming this run", workdir)
     return True
 
 
-def _new_run_directory(
+def _write_settings(
     workdir: Path,
     experiment: Experiment,
     resume: bool,
@@ -211,40 +213,37 @@ def _new_run_directory(
     path, earlier, settings = workdir / "config.json", [], to_json(experiment)
     if path.exists():
         if not resume:
-            raise ValueError(
-                f"{workdir} already holds a run; add --resume to go on with it, or choose another --workdir"
-            )
+            raise ValueError(f"{workdir} already holds a run; add --resume to continue it, or choose another --workdir")
         if not extends:
-            check_same(workdir, experiment)
+            check_same_experiment(workdir, experiment)
         with contextlib.suppress(OSError, ValueError):
             last = read_json_object(workdir / "environment.json")
             earlier = last.pop("earlier", [])
             earlier = [*(earlier if isinstance(earlier, list) else []), last]
     workdir.mkdir(parents=True, exist_ok=True)
-    about = {**_about(state), "code": code(experiment)}
-    write_json(workdir / "environment.json", {**environment(), **about, "earlier": earlier})
+    data = {"data": state["data"]} if state and "data" in state else {}
+    record = {**environment(), **data, "code": code(experiment), "earlier": earlier}
+    write_json(workdir / "environment.json", record)
     if state is not None:
-        write_sealed(workdir / "run.json", {**state, "config": json_digest(settings)})
+        write_sealed(workdir / "run.json", {**state, "config": seal(settings)})
     if extends or not path.exists():
-        write_json(path, settings)  # last: without it there is no run
+        write_json(path, settings)  # last, because its presence marks a run
 
 
-def _about(state: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"data": state["data"]} if state and "data" in state else {}
-
-
-def check_same(workdir: Path, experiment: Experiment) -> None:
-    """Raises ValueError where the run is of another experiment, with the settings that differ."""
-    path, known = workdir / "config.json", _run(workdir)
+def check_same_experiment(workdir: Path, experiment: Experiment) -> None:
+    """Raises ValueError if the run has another experiment; lists the settings that differ."""
+    path, known = workdir / "config.json", _read_state(workdir)
     try:
         stored = read_json(path, MAX_SETTINGS)
-        if known and known.get("config") not in (None, json_digest(stored)):
-            raise DamagedError("not what the run began with, says run.json; put it back, or choose another --workdir")
+        if known and known.get("config") not in (None, seal(stored)):
+            raise DamagedError(
+                "changed since the run began, according to run.json; restore it, or choose another --workdir"
+            )
         old = from_json(stored)
     except DamagedError as error:
         raise DamagedError(f"{path}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; this run cannot be resumed by this version") from error
+        raise ValueError(f"{path}: {error}; this version cannot resume this run") from error
     if different := differences(old, experiment):
         raise ValueError(
             f"{workdir} holds a run of another experiment ({'; '.join(different)}); "
@@ -252,18 +251,18 @@ def check_same(workdir: Path, experiment: Experiment) -> None:
         )
 
 
-def _run(workdir: Path) -> dict[str, Any] | None:
-    """What run.json says; None where there is none."""
+def _read_state(workdir: Path) -> dict[str, Any] | None:
+    """The content of run.json; None if there is none."""
     path = workdir / "run.json"
     return read_sealed(path, MAX_SETTINGS, has={"command": dict, "finished": bool}) if path.is_file() else None
 
 
-def _told(command: Mapping[str, Any]) -> str:
+def _describe(command: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in command.items() if value is not None)
 
 
-def _forget(workdir: Path, existed: bool) -> None:
-    """Removes the directory again where nothing came of it."""
+def _remove_if_empty(workdir: Path, existed: bool) -> None:
+    """Removes a directory that this process created and left empty."""
     if not existed and not any(path.name != ".lock" for path in workdir.iterdir()):
         with contextlib.suppress(OSError):
             (workdir / ".lock").unlink(missing_ok=True)

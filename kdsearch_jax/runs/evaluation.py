@@ -1,13 +1,10 @@
-"""Predictions, scores, and what a call takes: time and memory."""
+"""Evaluation of networks on one split of a data set, each example exactly once."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -17,288 +14,140 @@ from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
 from kdsearch_jax.adapters.memoize import memoize
-from kdsearch_jax.data.batches import is_image, normalise, preprocess
+from kdsearch_jax.data.batches import is_image, preprocess
 from kdsearch_jax.data.device_feed import evaluation_batches
 from kdsearch_jax.data.examples import Dataset, Split
-from kdsearch_jax.distill import losses
-from kdsearch_jax.distill.metrics import agreement, kl_to_teacher, top_k
+from kdsearch_jax.distill.metrics import top_k
 from kdsearch_jax.distill.objective import Objective
-from kdsearch_jax.reporting.intervals import median_interval
+
+_LOGITS = " logits"  # no metric has this name
 
 
-def predict(
-    module: Any,
-    variables: Any,
-    images: np.ndarray,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int = 500,
-    call: CallSpec | None = None,
-    largest: int = 0,
-) -> np.ndarray:
-    """Logits of all images, in inference mode and float32.
+class EvaluatedNetwork(NamedTuple):
+    """A network, how it is called, and the mean and std per channel that normalise its images in [0, 1]."""
 
-    Args:
-      module, variables: the network.
-      images: uint8 (examples, height, width, channels).
-      mean, std: one number a channel, of images in [0, 1].
-      batch_size: images a call, over all devices; rounded up to a multiple of their number.
-      call: how the module is called; None where its signature says it all.
-      largest: images of the largest split that the network is shown: of all of them one program is compiled.
-
-    Returns:
-      float32 (examples, classes), on every process.
-
-    Raises:
-      ValueError: there are no images, or batch_size is below 1.
-    """
-    if not len(images):
-        raise ValueError("images: there are none; give a split with at least one example")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1 image")
-    mesh = data_mesh()
-    size = -(-min(batch_size, max(len(images), largest)) // mesh.size) * mesh.size
-    constants = replicate((variables, np.asarray(mean, np.float32), np.asarray(std, np.float32)), mesh)
-    called = None if call is None else json.dumps(call.to_json())
-    forward, spread = _forward(module, mesh, called), NamedSharding(mesh, PartitionSpec("data"))
-    found = []
-    for indices, weights, batch in evaluation_batches({"images": images}, size, spread):
-        logits = np.asarray(forward(*constants, batch["images"]))
-        found.append((indices[weights > 0], logits[weights > 0]))
-    logits = np.empty((len(images), found[0][1].shape[-1]), np.float32)
-    for indices, values in found:
-        logits[indices] = values
-    return logits
+    module: Any
+    variables: Any
+    call: CallSpec
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
-@memoize(16)
-def _forward(module: Any, mesh: Mesh, called: str | None) -> Any:
-    call = None if called is None else CallSpec.from_json(json.loads(called))  # which has no hash
+class Evaluation(NamedTuple):
+    """Means over a split, and class logits (examples, classes) in float32 if they were asked for."""
 
-    def forward(variables: Any, mean: jax.Array, std: jax.Array, images: jax.Array) -> jax.Array:
-        return apply_eval(module, variables, normalise(images, mean, std), call_spec=call)
-
-    return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def score(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None = None) -> dict[str, float]:
-    """Means over the examples.
-
-    Args:
-      logits, teacher_logits: (examples, classes).
-      labels: (examples,).
-
-    Returns:
-      "loss" (cross-entropy in nats), "accuracy", "accuracy_top5" (1 where there are 5 classes or fewer); with a teacher
-      "kl" (teacher ‖ network, temperature 1, in nats) and "agreement" (share of equal predictions).
-
-    Raises:
-      ValueError: a label has no logit, or the teacher tells apart another number of classes.
-    """
-    classes, labels = logits.shape[-1], np.asarray(labels)
-    if labels.max() >= classes:
-        raise ValueError(f"labels: there is a class {labels.max()}, but the network tells apart {classes} only")
-    if teacher_logits is not None and teacher_logits.shape != logits.shape:
-        raise ValueError(
-            f"teacher_logits {teacher_logits.shape} do not fit logits {logits.shape}: both are (examples, classes)"
-        )
-    return {name: float(np.asarray(x, np.float64).mean()) for name, x in _each(logits, labels, teacher_logits).items()}
-
-
-@jax.jit
-def _each(logits: jax.Array, labels: jax.Array, teacher_logits: jax.Array | None) -> dict[str, jax.Array]:
-    """The quantities of `score`, per example."""
-    each = {"loss": losses.cross_entropy(logits, labels)}
-    each |= {"accuracy": top_k(logits, labels, 1), "accuracy_top5": top_k(logits, labels, 5)}
-    if teacher_logits is not None:
-        each |= {"kl": kl_to_teacher(logits, teacher_logits), "agreement": agreement(logits, teacher_logits)}
-    return each
+    means: dict[str, float]
+    logits: np.ndarray | None
 
 
 def evaluate(
-    module: Any,
-    variables: Any,
-    split: Split,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    batch_size: int = 500,
-    teacher_logits: np.ndarray | None = None,
-    call: CallSpec | None = None,
-    largest: int = 0,
-) -> dict[str, float]:
-    """`score` of `predict` on a split, each example exactly once; arguments as there."""
-    logits = predict(module, variables, split.images, mean, std, batch_size, call, largest)
-    return score(logits, split.labels, teacher_logits)
-
-
-def measurer(
-    task: Objective,
-    module: Any,
-    split: Split,
+    objective: Objective,
+    networks: Mapping[str, EvaluatedNetwork],
     dataset: Dataset,
+    split: Literal["train", "validation", "test"] = "test",
     *,
     batch_size: int = 500,
-    teacher: tuple[Any, Any] | None = None,
-    alone: bool = False,
-) -> Callable[[Any], dict[str, float]]:
-    """variables → means of `task.figures` over a split, each example exactly once, whatever the outputs are.
+    teacher: str | None = None,
+    keep_logits: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluates networks in inference mode and float32, in one pass over the data, on all devices.
 
-    A user's loss that is one number for a batch is the mean over whole batches; the last one is smaller, and two where
-    the devices cannot share it evenly: as many examples as they can, and the rest on each of them.
+    The last batch is padded to the size of the others, so that one program serves all batches and all splits. A loss
+    that returns one number per batch would include the padding; for such a loss the last batch is split instead.
 
     Args:
-      dataset: by whose mean and std images are normalised.
-      teacher: (module, variables) to compare with; alone: the comparisons are left out, as where there is none.
+      objective: defines the metrics, see `Objective.figures`; classification adds `accuracy_top5`.
+      batch_size: examples per call over all devices; rounded up to a multiple of the number of devices.
+      teacher: the network that the others are compared with, one of `networks`.
+      keep_logits: also return the logits. Only for objectives on class logits.
+
+    Returns:
+      {name: Evaluation}, the same on every process.
+
+    Raises:
+      ValueError: the split is empty, or batch_size is below 1.
     """
+    examples: Split = getattr(dataset, split)
+    if not len(examples):
+        raise ValueError(f"{split}: the split is empty; give at least one example")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is not possible; give at least 1 example")
     mesh = data_mesh()
-    # Of the splits of a data set one program is compiled, but for a loss that is one number: padding would be in it.
-    shown = (split,) if task.loss is not None else (split, dataset.validation, dataset.test)
-    size = -(-min(batch_size, max(map(len, shown))) // mesh.size) * mesh.size
-    whole, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    mean, std = (replicate(np.asarray(values, np.float32), mesh) for values in (dataset.mean, dataset.std))
-    target_variables = replicate(None if teacher is None else teacher[1], mesh)
-    called = json.dumps(task.call.to_json())
-    run = inference(module, called)
-    run_teacher = None if teacher is None else inference(teacher[0], called)
-    figures, own = _figures(task, mesh)
+    compiled_for = (examples,) if objective.loss is not None else (examples, dataset.validation, dataset.test)
+    size = -(-min(batch_size, max(map(len, compiled_for))) // mesh.size) * mesh.size
+    sharded, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    evaluate_batch = _batch_evaluator(objective, networks, teacher, keep_logits, mesh)
 
-    def measure(variables: Any) -> dict[str, float]:
-        variables = replicate(variables, mesh)
-
-        def of(arrays: Any) -> dict[str, np.ndarray]:
-            batch = _prepared(arrays, mean, std)
-            inputs = task.call.bind(batch)
-            target = None if run_teacher is None else run_teacher(target_variables, inputs)
-            found = jax.device_get(figures(run(variables, inputs), target, batch))
-            return {name: value for name, value in found.items() if not alone or name in own}
-
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        for indices, weights, arrays in evaluation_batches(split.arrays, size, spread):
-            found, real = of(arrays), int(weights.sum())
-            if real < size and any(np.ndim(value) == 0 for value in found.values()):  # padding is part of such a number
-                shared = real // mesh.size * mesh.size
-                parts = [(indices[:shared], spread), (indices[shared:real], whole)]
-                parts = [(len(rows) / real, of(place(split[rows].arrays, how))) for rows, how in parts if len(rows)]
-                found = {
-                    name: value if np.ndim(value) else sum(share * part[name] for share, part in parts)
-                    for name, value in found.items()
-                }
-            for name, value in found.items():
-                one = np.ndim(value) == 0
-                sums[name] = sums.get(name, 0.0) + (float(value) * real if one else float((value * weights).sum()))
-                counts[name] = counts.get(name, 0.0) + real
-        return {name: total / counts[name] for name, total in sums.items()}
-
-    return measure
+    sums: dict[tuple[str, str], float] = {}
+    logits: dict[str, np.ndarray] = {}
+    for indices, weights, arrays in evaluation_batches(examples.arrays, size, sharded):
+        real = int(weights.sum())
+        values = evaluate_batch(arrays)
+        if real < size and any(np.ndim(value) == 0 for value in values.values()):
+            even = real // mesh.size * mesh.size  # as many examples as the devices can share
+            parts = [(rows, how) for rows, how in ((indices[:even], sharded), (indices[even:real], whole)) if len(rows)]
+            of_parts = [(len(rows), evaluate_batch(place(examples[rows].arrays, how))) for rows, how in parts]
+            for key, value in values.items():
+                if np.ndim(value) == 0:
+                    values[key] = sum(count * part[key] for count, part in of_parts) / real
+        for (name, metric), value in values.items():
+            if metric == _LOGITS:
+                store = logits.setdefault(name, np.empty((len(examples), value.shape[-1]), np.float32))
+                store[indices[weights > 0]] = value[weights > 0]
+                continue
+            total = float(value) * real if np.ndim(value) == 0 else float(value.astype(np.float64) @ weights)
+            sums[name, metric] = sums.get((name, metric), 0.0) + total
+    means = {name: {m: s / len(examples) for (n, m), s in sums.items() if n == name} for name in networks}
+    return {name: Evaluation(means[name], logits.get(name)) for name in networks}
 
 
-@memoize(32)
-def inference(module: Any, called: str) -> Any:
-    """The jitted function (variables, inputs) → outputs in inference mode and float32, the same for equal modules.
+def _batch_evaluator(
+    objective: Objective, networks: Mapping[str, EvaluatedNetwork], teacher: str | None, keep_logits: bool, mesh: Mesh
+) -> Any:
+    """A function of a batch on the devices to {(network, metric): value per example, or () for the whole batch}."""
+    order = sorted(networks, key=lambda name: name != teacher)  # the teacher first
+    placed = {name: replicate(network.variables, mesh) for name, network in networks.items()}
+    forward = {name: inference(n.module, json.dumps(n.call.to_json())) for name, n in networks.items()}
+    scales = {name: (tuple(n.mean), tuple(n.std)) for name, n in networks.items()}
+    constants = {s: replicate([np.asarray(values, np.float32) for values in s], mesh) for s in scales.values()}
+    metrics = _metrics(objective, mesh, keep_logits)
 
-    called: the call as JSON.
-    """
-    call = CallSpec.from_json(json.loads(called))
-    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call_spec=call))
+    def evaluate_batch(arrays: Mapping[str, Any]) -> dict[tuple[str, str], np.ndarray]:
+        has_images = any(is_image(*entry) for entry in arrays.items())
+        batches = {s: _normalised(arrays, *values) if has_images else arrays for s, values in constants.items()}
+        target, values = None, {}
+        for name in order:
+            batch = batches[scales[name]]
+            outputs = forward[name](placed[name], networks[name].call.bind(batch))
+            values[name] = metrics(outputs, target, batch)
+            if name == teacher:
+                target = outputs
+        found = jax.device_get(values)
+        return {(name, metric): value for name, row in found.items() for metric, value in row.items()}
 
-
-def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, Any]:
-    """`batches.preprocess`, compiled where there is anything to do."""
-    return _normalised(arrays, mean, std) if any(is_image(*each) for each in arrays.items()) else arrays
+    return evaluate_batch
 
 
 _normalised = jax.jit(preprocess)
 
 
-@memoize(4)
-def _figures(task: Objective, mesh: Mesh) -> tuple[Any, set[str]]:
-    """(the jitted `Objective.figures`, the names of those that compare with nothing, known once it was called)."""
-    own: set[str] = set()
-
-    def figures(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
-        own.update(task.figures(outputs, batch))
-        return task.figures(outputs, batch, target)
-
-    return jax.jit(figures, out_shardings=NamedSharding(mesh, PartitionSpec())), own
+@memoize(32)
+def inference(module: Any, call_json: str) -> Any:
+    """The jitted function (variables, inputs) → outputs in inference mode and float32, shared by equal modules."""
+    call = CallSpec.from_json(json.loads(call_json))  # the JSON has a hash, the record has none
+    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call_spec=call))
 
 
-# --- time -----------------------------------------------------------------------------------------------------------
+@memoize(8)
+def _metrics(objective: Objective, mesh: Mesh, keep_logits: bool) -> Any:
+    """The jitted function (outputs, teacher's outputs or None, batch) → {metric: values}, whole on every process."""
 
+    def metrics(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
+        values = objective.figures(outputs, batch, target)
+        if objective.classes and (logits := objective.logits(outputs)).ndim == 2:
+            values["accuracy_top5"] = top_k(logits, batch["labels"], 5)
+            if keep_logits:
+                values[_LOGITS] = logits.astype(np.float32)
+        return values
 
-def executable(module: Any, variables: Any, batch: int, call: CallSpec) -> tuple[Any, tuple[Any, Any]]:
-    """(the network compiled for one device, in inference mode and float32; the arguments that it is called with)."""
-    mesh = data_mesh(jax.local_devices()[:1])
-    inputs = place(call.random(batch, np.random.default_rng(0)), NamedSharding(mesh, PartitionSpec("data")))
-    arguments = (replicate(jax.tree.map(np.asarray, variables), mesh), inputs)
-    return inference(module, json.dumps(call.to_json())).lower(*arguments).compile(), arguments
-
-
-def clock(networks: Mapping[str, tuple[Any, Any]], batch: int, call: CallSpec) -> Callable[[], dict[str, float]]:
-    """A function that gives the milliseconds of a call of each network, with `batch` examples.
-
-    Compiled as `executable` says, run before. Networks take turns, one with each call of the function, to and fro, so
-    that whatever else the machine does meets all of them alike. A turn repeats short calls until `TURN` seconds are
-    over, each timed by itself, and gives their median; how many, the shortest of a few says, which others' work on the
-    machine lengthens least: a single call a turn would be hit or missed as a whole.
-    """
-    calls = {name: executable(module, variables, batch, call) for name, (module, variables) in networks.items()}
-
-    def seconds(name: str, count: int) -> list[float]:
-        run, arguments = calls[name]
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            times.append(time.perf_counter() - start)
-        return times
-
-    for name in calls:
-        seconds(name, 1)
-    counts = {name: max(1, min(100, round(TURN / max(min(seconds(name, 5)), 1e-9)))) for name in calls}
-    order = itertools.cycle([list(counts), list(reversed(counts))])
-    return lambda: {name: 1000 * statistics.median(seconds(name, counts[name])) for name in next(order)}
-
-
-TURN = 4e-3
-
-
-def measure_latency(
-    networks: Mapping[str, tuple[Any, Any]],
-    input_shape: Sequence[int],
-    batch: int = 64,
-    repeats: int = 30,
-    call: CallSpec | None = None,
-) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds an example of each network: median over `repeats` turns of `clock`, and its interval's low and high.
-
-    Args:
-      networks: {name: (module, variables)}.
-      input_shape: of one example, (height, width, channels).
-      batch: examples a call.
-      call: how the modules are called, where that is not with one image.
-    """
-    turn = clock(networks, batch, call or CallSpec.of_image(tuple(input_shape)))
-    times = [turn() for _ in range(repeats)]
-    return {name: median_interval([each[name] / batch for each in times]) for name in networks}
-
-
-def measure_memory(networks: Mapping[str, tuple[Any, Any]], batch: int, call: CallSpec) -> dict[str, float]:
-    """Bytes that a call of each network with `batch` examples takes on the device, as XLA has laid it out.
-
-    Arguments (parameters, statistics and inputs), outputs, and the largest amount of temporary arrays at any time
-    (activations above all), compiled as `executable` says. What kernels of a library allocate by themselves while they
-    run is not known to XLA and not in it. The same program gives the same number.
-
-    Raises:
-      ValueError: this backend does not tell.
-    """
-    found = {}
-    for name, (module, variables) in networks.items():
-        told = executable(module, variables, batch, call)[0].memory_analysis()
-        if told is None:
-            raise ValueError(f"memory: the backend {jax.default_backend()!r} does not tell what a program takes")
-        parts = (told.argument_size_in_bytes, told.output_size_in_bytes, told.temp_size_in_bytes)
-        found[name] = float(sum(parts) - told.alias_size_in_bytes)
-    return found
+    return jax.jit(metrics, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,8 +1,8 @@
-"""The process's heap: kept between the steps of a training on CPUs, not returned to the kernel and fetched again.
+"""Keeps freed memory in the process during training on CPUs.
 
-XLA:CPU allocates the temporary arrays of a step anew for every step. By default glibc maps blocks of that size from
-the kernel and unmaps them when they are freed, so that every step touches hundreds of megabytes for the first time,
-page by page: 15% to 20% of the time of a ResNet-20's step.
+XLA:CPU allocates the temporary arrays of a step again for every step. By default glibc maps blocks of that size from
+the kernel and unmaps them when they are freed, so every step touches hundreds of megabytes of new pages: 15% to 20% of
+the time of a ResNet-20's step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def keep_freed() -> bool:
-    """Makes glibc keep memory that is freed, in one heap for all threads; returns whether it does.
+    """Makes glibc keep freed memory, in one heap for all threads; returns whether it succeeded.
 
-    To be called before threads are started, so before JAX is first used. The process never shrinks afterwards.
+    Must be called before threads are started, that is, before JAX is first used. The process never shrinks afterwards.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,7 +31,7 @@ def keep_freed() -> bool:
 
 
 def expects_cpu() -> bool:
-    """Whether JAX will compute on the CPU, as far as one can tell without starting it."""
+    """Whether JAX will compute on the CPU, as far as can be told without starting it."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

@@ -1,4 +1,4 @@
-"""What tracing a network found, as JSON and as tables."""
+"""The prunable groups of a network, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ from kdsearch_jax.adapters.registry import accepts, build
 from kdsearch_jax.pruning import budget, hardware
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
-from kdsearch_jax.runs import evaluation, latency
+from kdsearch_jax.runs import latency, measurement
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, network_directory
 from kdsearch_jax.storage.files import one_line
 from kdsearch_jax.tracing.topology import Topology
 
-SHOWN = 4  # names of frozen parameters to a reason
+SHOWN = 4  # names of frozen parameters listed per reason
 
 Table = list[tuple[str, ...]]
 
 
-def traced(
+def inspect_network(
     experiment: Experiment, call: CallSpec, classes: int, measure: bool, trust_code: bool = False
 ) -> tuple[Network, dict[str, Any]]:
-    """The experiment's network, traced for a call, and its record: everything that was found, as plain JSON.
+    """Traces the experiment's network.
 
     Args:
-      call: of a network that is built; one of a directory (`teacher_from`), such as a student, is called as that says.
-      classes: of a network that takes their number and is given none. measure: time and memory of a call as well.
-      trust_code: a network of a directory may import its package.
+      call: how the network is called; ignored for a stored network (`teacher_from`), whose directory says so.
+      classes: the number of classes, if the network takes it and the experiment does not set it.
+      measure: also measure latency and memory of a call.
+      trust_code: a stored network may import its package.
+
+    Returns:
+      The traced network, and everything that is known about it as plain JSON.
 
     Raises:
-      ValueError: the network cannot be built, called so, or pruned.
+      ValueError: the network cannot be built, called or pruned.
     """
     stored = network_directory(experiment.teacher_from)
     if stored is not None:
-        found = LoadedNetwork.of(stored, trust_code=trust_code)
-        module, call = found.module, found.architecture.call_spec
-        model, arguments = found.architecture.model, found.architecture.arguments
+        loaded = LoadedNetwork.of(stored, trust_code=trust_code)
+        module, call = loaded.module, loaded.architecture.call_spec
+        model, arguments = loaded.architecture.model, loaded.architecture.arguments
     else:
         model, arguments = experiment.model.name, dict(experiment.model.arguments)
         if accepts(model, "num_classes"):
@@ -70,18 +74,18 @@ def traced(
     return network, record | {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
 
 
-def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> CallSpec:
-    """The call with these inputs, or with one of this shape and type.
+def parse_call(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> CallSpec:
+    """A call with these inputs, or with a single one of this shape and type.
 
     Raises:
-      ValueError: an input that is not written as `int32[128]` or `name=int32[128]`.
+      ValueError: an input does not read like `int32[128]` or `name=int32[128]`.
     """
     written = inputs or (f"{dtype}[{','.join(map(str, shape))}]",)
     entries = {}
     for number, text in enumerate(written):
         name, _, spec = text.rpartition("=")
         if not re.fullmatch(r"\w+\[[\d,]*\]", spec):
-            raise ValueError(f"--inputs: {text!r} is not understood; write float32[224,224,3], or mask=bool[16]")
+            raise ValueError(f"--inputs: {text!r} is invalid; write float32[224,224,3], or mask=bool[16]")
         entries[name or f"input{number}"] = (f"{name}={name}" if name else f"input{number}", spec)
     return CallSpec.from_json(
         {
@@ -94,7 +98,7 @@ def described(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords:
 
 
 def report(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Everything that was found, as plain JSON."""
+    """Groups, frozen axes, costs, the smallest student and whether the budget can be met, as plain JSON."""
     topology, config = network.topology, experiment.budget
     round_to = hardware.multiples(topology) if config.round_to == "hardware" else config.round_to
     keep = budget.smallest(topology, round_to)
@@ -108,52 +112,52 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
 
 
 def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
-    """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
-    given = {name: getattr(experiment.budget, name) for name in BOUNDS}
+    """Whether the experiment's budget can be met (None if that must be measured), and the reason if not."""
+    bounds = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
         limits = budget.resolve(experiment.budget, network.topology)
     except budget.BudgetError as error:
-        return {**given, "reachable": False, "reason": str(error)}
-    if asked := latency.asked(experiment.budget):
-        return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
+        return {**bounds, "reachable": False, "reason": str(error)}
+    if measured := latency.measured_bounds(experiment.budget):
+        return {**bounds, "reachable": None, "reason": f"{' and '.join(measured)} must be measured: --measure"}
     note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
-    return {**given, "reachable": True, "reason": note or None}
+    return {**bounds, "reachable": True, "reason": note or None}
 
 
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
-    """The record with milliseconds and bytes of a call, and whether a budget on these can be met."""
+    """The record with latency and memory of a call, and whether a budget on these can be met."""
     config, random = experiment.budget, np.random.default_rng(0)
     shapes = adapter_for(network.module).abstract_variables(network.module, network.inputs, network.kwargs)
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),
-        "smallest": latency.cut(network, drawn, budget.smallest(network.topology)),
+        "smallest": latency.sliced_student(network, drawn, budget.smallest(network.topology)),
     }
-    found = {
-        "latency": latency.medians(evaluation.clock(networks, config.batch_size, call)),
-        "memory": evaluation.measure_memory(networks, config.batch_size, call),
+    costs = {
+        "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),
+        "memory": measurement.measure_memory(networks, config.batch_size, call),
     }
     smallest = dict(record["smallest"])
-    for name, values in found.items():
+    for name, values in costs.items():
         smallest[name] = {"count": values["smallest"], "share": values["smallest"] / values["whole"]}
-    whole = {name: values["whole"] for name, values in found.items()}
+    whole = {name: values["whole"] for name, values in costs.items()}
     reach = dict(record["budget"])
     if reach["reachable"] is None:
         reach |= {"reachable": True, "reason": None}
         try:
-            for name in latency.asked(config):
-                latency.check_reach(name, getattr(config, name), found[name]["whole"], found[name]["smallest"])
+            for name in latency.measured_bounds(config):
+                latency.check_reach(name, getattr(config, name), costs[name]["whole"], costs[name]["smallest"])
         except budget.BudgetError as error:
             reach |= {"reachable": False, "reason": str(error)}
     return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
 
 
-def heading(record: dict[str, Any]) -> str:
-    """The network in a few lines: what it is and costs, how small it can become, whether the budget can be met."""
+def summary(record: dict[str, Any]) -> str:
+    """A few lines: the network and its costs, the smallest student, whether the budget can be met."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in record["arguments"].items())
     inputs = ", ".join(str(spec) for spec in record["inputs"].values())
     least, goal, padded = record["smallest"], record["budget"], record["padded"]
-    asked = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
+    bounds = " and ".join(f"{name} {goal[name]:g}" for name in BOUNDS if goal[name] is not None)
     reached = goal["reason"] or "within reach"
     lines = [
         f"{record['model']}({arguments}) of {inputs}: {record['macs']:,} MACs an example, "
@@ -168,12 +172,12 @@ def heading(record: dict[str, Any]) -> str:
             f"{least['memory']['count']:,.0f} bytes ({least['memory']['share']:.1%})"
         )
     if padded["share"] > 1.005:
-        lines.append(f"padded to the widths of this {padded['platform']}: {padded['share']:.3f} times the MACs")
-    return "\n".join([*lines, f"budget of {asked}: {reached}"])
+        lines.append(f"padding to the widths of this {padded['platform']}: {padded['share']:.3f} times the MACs")
+    return "\n".join([*lines, f"budget of {bounds}: {reached}"])
 
 
 def group_lines(network: Network) -> Table:
-    """A line for groups of one kind that are named alike: how many, units in all, what they cost together."""
+    """One line for groups of a kind whose names differ only in numbers: count, total units, total cost."""
     topology = network.topology
     macs, params = topology.total()
     alike: dict[tuple[str, str], list[Any]] = {}
@@ -191,7 +195,7 @@ def group_lines(network: Network) -> Table:
 
 
 def frozen_lines(network: Network) -> Table:
-    """A line for each reason, numbers in names of layers aside: how many axes must stay for it, of which parameters."""
+    """One line per reason, ignoring numbers in layer names: how many axes it freezes, of which parameters."""
     layers = layer_names(network.topology)
     reasons: dict[str, list[str]] = {}
     places: dict[str, dict[str, list[str]]] = {}
@@ -202,17 +206,17 @@ def frozen_lines(network: Network) -> Table:
         place = f"[{item.axis}]" if item.axis >= 0 else ""
         places.setdefault(key, {}).setdefault(pattern(name) + place, []).append(name + place)
     lines: Table = []
-    for key, found in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+    for key, same_reasons in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
         ranked = sorted(places[key].values(), key=lambda names: -len(names))
         shown = [f"{common(names)} ×{len(names)}" if len(names) > 1 else names[0] for names in ranked[:SHOWN]]
         more = [f"and {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
-        lines.append((common(found), str(len(found)), ", ".join(shown + more)))
-    lines += [(f"operation {name} is not known", "", "what it touches") for name in network.topology.unknown]
+        lines.append((common(same_reasons), str(len(same_reasons)), ", ".join(shown + more)))
+    lines += [(f"operation {name} is not supported", "", "everything it touches") for name in network.topology.unknown]
     return lines
 
 
 def layer_names(topology: Topology) -> frozenset[str]:
-    """Paths of layers, of the modules that they are in, and names of groups; no bare numbers."""
+    """Paths of layers and their parent modules, and names of groups; no bare numbers."""
     names = {group.name for group in topology.groups} | set(topology.excluded)
     for leaf in topology.shapes:
         parts = leaf.split("/")[1:]
@@ -221,12 +225,12 @@ def layer_names(topology: Topology) -> frozenset[str]:
 
 
 def alike(text: str, layers: frozenset[str]) -> str:
-    """The text with # for the numbers in names of layers, and in nothing else: no line, no shape."""
+    """The text with # in place of numbers in layer names, but not in line numbers or shapes."""
     return re.sub(r"[^\s(),;'\"]+", lambda word: _alike(word[0], layers), text)
 
 
 def _alike(word: str, layers: frozenset[str]) -> str:
-    """One word: a layer's path, behind the name of the model's class or not, and what follows it."""
+    """`alike` for one word: a layer's path, with or without the model's class name before it, and any suffix."""
     if re.search(r"\.\w+:\d+", word):
         return word
     parts = word.split("/")
@@ -237,18 +241,18 @@ def _alike(word: str, layers: frozenset[str]) -> str:
 
 
 def pattern(name: str) -> str:
-    """A name with # for each of its numbers."""
+    """A name with # in place of each number."""
     return re.sub(r"\d+", "#", name)
 
 
 def common(names: Sequence[str]) -> str:
-    """What names that differ in numbers at most have in common: # where their numbers differ."""
+    """Names that differ only in numbers as one: # where the numbers differ."""
     parts = [re.split(r"(\d+)", name) for name in names]
     return "".join(part[0] if len(set(part)) == 1 else "#" for part in zip(*parts, strict=True))
 
 
-def show(titles: Sequence[str], lines: Table) -> None:
-    """Prints a table: by rich on a terminal, and as aligned text into a file or pipe."""
+def print_table(titles: Sequence[str], lines: Table) -> None:
+    """Prints a table: with rich on a terminal, as aligned text into a file or pipe."""
     if not lines:
         return
     numbers = [all(re.fullmatch(r"[\d,.%]*", line[i]) for line in lines) for i in range(len(titles))]

@@ -1,7 +1,7 @@
-"""One process at a time in a directory: a lock that the system forgets when its holder dies, however it dies.
+"""Locks a directory for one process at a time, with a lock that the system releases when its holder dies.
 
-It is an advisory lock of the operating system on DIRECTORY/.lock. The file says who holds it, for people; that it is
-there means nothing.
+It is an advisory lock of the operating system on DIRECTORY/.lock. The file names its holder for people to read; its
+presence alone means nothing.
 """
 
 from __future__ import annotations
@@ -21,46 +21,47 @@ NAME = ".lock"
 
 
 class InUseError(OSError):
-    """Another process is at work in the directory."""
+    """Another process uses the directory."""
 
 
 @contextlib.contextmanager
 def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
-    """Within this context no other process is at work in the directory, which is made where it is not there.
+    """A context in which no other process uses the directory. Creates the directory if needed.
 
-    wait: for the other to end.
+    Args:
+      wait: wait for the other process to finish.
 
     Raises:
-      InUseError: there is another, and it is not waited for.
-      OSError: the directory cannot be made, or not be written.
+      InUseError: another process uses it, and `wait` is False.
+      OSError: the directory cannot be created or written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = f"{error.strerror}; --workdir must be a directory that can be made and written"
+        why = f"{error.strerror}; --workdir must be a directory that can be created and written"
         raise OSError(error.errno, why, str(directory)) from error
-    with _held(directory / NAME, wait):
+    with _acquire(directory / NAME, wait):
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                (directory / NAME).unlink()  # while it is held: who waits for it sees that it is gone, and comes again
+                (directory / NAME).unlink()  # while locked: a waiting process notices and retries
 
 
 def check_free(directory: Path) -> None:
-    """Raises InUseError where another process is at work in the directory now; writes nothing."""
+    """Raises InUseError if another process uses the directory now. Writes nothing."""
     path = directory / NAME
     if path.is_file():
         with path.open("r+", encoding="utf-8") as file:
-            _take(file, path, wait=False)
+            _lock(file, path, wait=False)
 
 
-def _held(path: Path, wait: bool) -> IO[str]:
-    """The file, locked, with this process's name in it."""
+def _acquire(path: Path, wait: bool) -> IO[str]:
+    """The file at `path`, locked, with this process's name in it."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            _take(file, path, wait)
+            _lock(file, path, wait)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} of {platform.node()}\n")
@@ -69,20 +70,20 @@ def _held(path: Path, wait: bool) -> IO[str]:
         except BaseException:
             file.close()
             raise
-        file.close()  # its holder has removed it meanwhile
+        file.close()  # its previous holder has removed it in the meantime
 
 
-def _take(file: IO[str], path: Path, wait: bool) -> None:
+def _lock(file: IO[str], path: Path, wait: bool) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        who = file.read(200).strip() or "another process"
+        holder = file.read(200).strip() or "another process"
         if not wait:
             raise InUseError(
-                f"{path.parent}: {who} is at work in it; wait until it ends, or choose another --workdir"
+                f"{path.parent}: {holder} is using it; wait for it to finish, or choose another --workdir"
             ) from None
-        log.info("%s: %s is at work in it; waiting", path.parent, who)
+        log.info("%s: %s is using it; waiting", path.parent, holder)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        log.warning("%s cannot be locked on this file system (%s); start nothing else in it", path.parent, error)
+        log.warning("%s cannot be locked on this file system (%s); do not start another run in it", path.parent, error)

@@ -1,4 +1,4 @@
-"""What a run's results depend on: data, versions, code of somebody's own, devices, settings of JAX, the command."""
+"""Records what the results of a run depend on: data, versions, user code, devices, JAX settings, the command."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import numpy as np
 
 from kdsearch_jax.runs.config import Experiment
 
-_WHOLE = 1 << 26  # bytes of an array of which every one counts in the fingerprint
-# What numbers and data pass through; extras may be missing, as is this package in a checkout on PYTHONPATH.
+_WHOLE = 1 << 26  # bytes; of larger arrays only every nth row counts in the fingerprint
+# Packages that affect numbers and data. Extras may be missing, as is this one in a checkout on PYTHONPATH.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow", "grain",
              "array-record", "tensorflow-datasets", "kdsearch-jax")  # fmt: skip
 
 
 def fingerprint(arrays: Any) -> str:
-    """A short digest of a pytree of arrays, {split: {entry: …}} say; of large arrays only of every so many rows."""
+    """A short digest of a pytree of arrays, such as {split: {entry: …}}; samples the rows of large arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
@@ -39,27 +39,27 @@ def fingerprint(arrays: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of Python and of what numbers and data pass through, where it is installed."""
-    found = {"python": platform.python_version()}
+    """{package: version} of Python and of the installed packages that affect numbers and data."""
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def code(experiment: Experiment) -> dict[str, str]:
-    """{module: digest of its file} of the modules, of somebody's own, that the experiment names and are imported."""
+    """{module: digest of its file} of the imported user modules that the experiment names."""
     named = (experiment.model.name, experiment.distill.loss, experiment.distill.metrics)
-    found = {}
+    digests = {}
     for name in sorted({text.partition(":")[0] for text in named if text and ":" in text}):
         with contextlib.suppress(OSError):
             if file := getattr(sys.modules.get(name), "__file__", None):
-                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    return found
+                digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return digests
 
 
 def environment() -> dict[str, Any]:
-    """What produced a run and its results depend on: versions, revision, devices, settings of JAX, command, time."""
+    """Versions, revision, devices, JAX settings, command and time of this start of a run."""
     names = [
         name
         for name in sorted(os.environ)
@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
     ]
     return {
         "versions": versions(),
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": git_revision(Path(__file__).parents[1]),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu(),
@@ -89,7 +89,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name according to Linux."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -98,7 +98,7 @@ def _cpu() -> str:
 
 
 def command_line() -> list[str]:
-    """What started this process, as it would be typed again."""
+    """The command that started this process, as it would be typed again."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:  # a script
         return [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -106,14 +106,14 @@ def command_line() -> list[str]:
 
 
 def git_revision(package: Path) -> str | None:
-    """The commit of the checkout that `package` belongs to, `-dirty` if it was edited; None outside of one."""
+    """The commit of the checkout that contains `package`, with `-dirty` if edited; None outside of a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # A package installed into somebody's repository is no part of it.
+        # A package installed inside another repository is not part of it.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
             return None
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")

@@ -29,13 +29,13 @@ from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.budget_path import Leg
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.runs import budget_points, cutting, latency
-from kdsearch_jax.runs.budget_points import Point
-from kdsearch_jax.runs.delivery import compare, deliver
-from kdsearch_jax.runs.fit_stage import fit, meet, save, write, write_npz
-from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, traced
-from kdsearch_jax.runs.teacher_source import LoadedNetwork, architecture_of
-from kdsearch_jax.runs.weights import fresh
-from kdsearch_jax.storage.files import atomic_directory
+from kdsearch_jax.runs.budget_points import BudgetPoint
+from kdsearch_jax.runs.results import export_student, write_results
+from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
+from kdsearch_jax.runs.stage_training import save_run_network, train_stage, write_run_arrays, write_run_json
+from kdsearch_jax.runs.teacher_source import LoadedNetwork, model_architecture
+from kdsearch_jax.runs.teacher_weights import init_variables
+from kdsearch_jax.storage.checkpoint_files import meet, written_whole
 from kdsearch_jax.storage.safe_readers import check_directory
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
@@ -65,24 +65,24 @@ def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict
     steps, points = experiment.search.steps + experiment.retrain.steps, budget_points.points(experiment)
     for point in points:
         begun = cutting.land(setup, point)
-        left = steps - begun if point.tail and begun is not None else experiment.retrain.steps
+        left = steps - begun if point.suffix and begun is not None else experiment.retrain.steps
         stage = dataclasses.replace(experiment.retrain, steps=left)
-        retrain(setup, point.name, point.cut(setup.search) / "network", stage, resume)
+        retrain(setup, point.name, point.cut_directory(setup.search_directory) / "network", stage, resume)
         check_preemption("the student is measured")
         _confirm(setup, point)
     for number, name in enumerate(experiment.baselines):
         for point in points:
-            log.info("baseline %s%s: %d steps, as many as search and retraining", name, point.tail, steps)
-            source = cutting.by_hand(setup, name, point, setup.directory / f"{name}{point.tail}" / "start")
+            log.info("baseline %s%s: %d steps, as many as search and retraining", name, point.suffix, steps)
+            source = cutting.by_hand(setup, name, point, setup.directory / f"{name}{point.suffix}" / "start")
             stage = dataclasses.replace(experiment.retrain, steps=steps)
-            retrain(setup, f"{name}{point.tail}", source, stage, resume, number + 1)
+            retrain(setup, f"{name}{point.suffix}", source, stage, resume, number + 1)
     if stop_after == "retrain":
         return None
     for point in points:
         check_preemption("the export")
-        deliver(setup, point.name, point.student)
+        export_student(setup, point.name, point.student)
     check_preemption("the table")
-    results = compare(setup)
+    results = write_results(setup)
     check_preemption("the report")
     _report(setup)
     return results
@@ -96,12 +96,12 @@ def _take_over(setup: RunSetup) -> None:
     if setup.search_from is None:
         return
     for name in ("teacher", "search"):
-        if finished(setup.directory / name):
+        if is_finished(setup.directory / name):
             continue
         meet(f"{name} is taken over")
         if jax.process_index() == 0:
             check_directory(setup.search_from.parent / name, allow_links=False)
-            with atomic_directory(setup.directory / name) as part:
+            with written_whole(setup.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(setup.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
         meet(f"{name} was taken over")
@@ -110,20 +110,20 @@ def _take_over(setup: RunSetup) -> None:
 def teach(setup: RunSetup, resume: bool) -> None:
     """Trains the teacher, or takes the given one over into the run's directory."""
     directory = setup.directory / "teacher"
-    if finished(directory):
+    if is_finished(directory):
         return
     experiment, dataset = setup.experiment, setup.dataset
-    if (given := setup.given) is not None:
-        save(directory / "network", setup, given.architecture, given.module, given.variables)
+    if (given := setup.provided_teacher) is not None:
+        save_run_network(directory / "network", setup, given.architecture, given.module, given.variables)
         return
-    architecture = architecture_of(experiment, dataset)
+    architecture = model_architecture(experiment, dataset)
     module = architecture.module()
     stage = experiment.teacher
     tx = make_optimizer(stage)
-    state = create_state(fresh(module, architecture.call_spec, experiment.run.seed), tx, ema=stage.ema)
-    step = supervised_step(module, tx, stage, experiment.run, setup.task)
-    state = fit(setup, state, step, stage, directory, resume, module=module)
-    save(directory / "network", setup, architecture, module, state.variables)
+    state = create_state(init_variables(module, architecture.call_spec, experiment.run.seed), tx, ema=stage.ema)
+    step = supervised_step(module, tx, stage, experiment.run, setup.objective)
+    state = train_stage(setup, state, step, stage, directory, resume, module=module)
+    save_run_network(directory / "network", setup, architecture, module, state.variables)
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -131,25 +131,29 @@ def teach(setup: RunSetup, resume: bool) -> None:
 
 def search(setup: RunSetup, resume: bool) -> None:
     """Searches, and cuts and proves a student for each budget; writes the stage's directory."""
-    directory = setup.search
-    if finished(directory):
+    directory = setup.search_directory
+    if is_finished(directory):
         return
-    experiment, teacher, points = setup.experiment, setup.load(setup.teacher), budget_points.points(setup.experiment)
-    network = traced(experiment, teacher.architecture, teacher.module)
+    experiment, teacher, points = (
+        setup.experiment,
+        setup.load(setup.teacher_directory),
+        budget_points.points(setup.experiment),
+    )
+    network = setup.trace_teacher()
     directory.mkdir(parents=True, exist_ok=True)
-    latency.prepare(network, teacher.variables, points[0].budget, setup.task.call, directory)
-    limits = limits_of(experiment, network, search=directory)
-    write(directory / "topology.json", network.topology.to_json())
+    latency.calibrate_once(network, teacher.variables, points[0].budget, setup.objective.call, directory)
+    limits = resolve_limits(experiment, network, search=directory)
+    write_run_json(directory / "topology.json", network.topology.to_json())
     log.info("%s", network.topology.describe())
-    inputs = setup.task.call.bind(proof_batch(setup.dataset))
+    inputs = setup.objective.call.bind(proof_batch(setup.dataset))
     limits = [cutting.rehearse(network, teacher, each, inputs) for each in limits]
-    path = budget_points.path(experiment, limits, network.topology)
+    path = budget_points.search_path(experiment, limits, network.topology)
     part, state = _descend(setup, network, teacher, path, resume)
     cutting.keep(setup, part, state, teacher, points[-1])
-    write_npz(directory / "history.npz", search_step.history(network.topology, state))
+    write_run_arrays(directory / "history.npz", search_step.history(network.topology, state))
     for point in points:
         cutting.land(setup, point, network)
-    cutting.publish(points[-1].cut(directory), directory)
+    cutting.publish(points[-1].cut_directory(directory), directory)
 
 
 def _descend(
@@ -161,7 +165,7 @@ def _descend(
     part = Part.of(network)
     lesson = _lesson(setup, stage, teacher.module, teacher.variables, network.topology)
     state = search_step.begin(teacher.variables, network.topology, tx, stage, experiment.gates.init, lesson.learned)
-    checkpoints = setup.search / "checkpoints"
+    checkpoints = setup.search_directory / "checkpoints"
     while True:
         module, topology = part.network.module, part.network.topology
         step = search_step.search_step(
@@ -179,8 +183,8 @@ def _descend(
             return gates_lib.fold({"params": state.params, **state.model_state}, state.extra["gates"], topology)
 
         dead = shrinking.until(part, path, experiment.gates.shrink, stage.steps)
-        state = fit(
-            setup, state, step, stage, setup.search, resume,
+        state = train_stage(
+            setup, state, step, stage, setup.search_directory, resume,
             module=module, teacher=teacher, variables_of=variables_of, constants=lesson.constants, between=between,
             until=dead, checkpoints_in=checkpoints, dataset=lesson.dataset,
         )  # fmt: skip
@@ -192,7 +196,7 @@ def _descend(
             variables = {"params": state.params, **state.model_state}
             lesson = _lesson(setup, stage, part.network.module, variables, part.network.topology)
             state = _relearning(state, lesson)
-        checkpoints = setup.search / f"checkpoints-{int(state.step)}"
+        checkpoints = setup.search_directory / f"checkpoints-{int(state.step)}"
 
 
 def _shrink(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, tx: Any) -> tuple[Part, TrainState]:
@@ -203,7 +207,7 @@ def _shrink(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwo
     folded = gates_lib.fold(
         {"params": state.params, **state.model_state}, state.extra["gates"], smaller.network.topology
     )
-    inputs = setup.task.call.bind(proof_batch(setup.dataset))
+    inputs = setup.objective.call.bind(proof_batch(setup.dataset))
     surgery.verify(part.whole, variables, gates, smaller.keep, folded, *inputs)
     costs = [topology.cost(each.keep)[0] for each in (part, smaller)]
     log.info("search: shrunk at step %d from %s to %s MACs", int(state.step), *(f"{cost:,}" for cost in costs))
@@ -216,41 +220,41 @@ def _shrink(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwo
 def retrain(setup: RunSetup, name: str, source: Path, stage: StageConfig, resume: bool, stream: int = 0) -> None:
     """Distils the teacher into the network of `source`; writes RUN/name."""
     directory = setup.directory / name
-    if finished(directory):
+    if is_finished(directory):
         return
-    experiment, teacher, student = setup.experiment, setup.load(setup.teacher), setup.load(source)
+    experiment, teacher, student = setup.experiment, setup.load(setup.teacher_directory), setup.load(source)
     tx = make_optimizer(stage)
     lesson = _lesson(setup, stage, student.module, student.variables)
     step = distill_step(student.module, teacher.module, tx, stage, experiment.run, lesson.task, lesson.distiller)
     state = create_state(student.variables, tx, ema=stage.ema, extra=lesson.extra)
-    state = fit(
+    state = train_stage(
         setup, state, step, stage, directory, resume,
         module=student.module, teacher=teacher, constants=lesson.constants, dataset=lesson.dataset, stream=100 + stream,
     )  # fmt: skip
-    save(directory / "network", setup, student.architecture, student.module, state.variables)
+    save_run_network(directory / "network", setup, student.architecture, student.module, state.variables)
 
 
-def _confirm(setup: RunSetup, point: Point) -> None:
+def _confirm(setup: RunSetup, point: BudgetPoint) -> None:
     """Measures the trained student, where the budget is of what can only be measured."""
-    if not latency.asked(point.budget):
+    if not latency.measured_bounds(point.budget):
         return
     directory = setup.directory / point.name
-    teacher, student = setup.load(setup.teacher), setup.load(directory / "network")
+    teacher, student = setup.load(setup.teacher_directory), setup.load(directory / "network")
     networks = (teacher.module, teacher.variables), (student.module, student.variables)
-    latency.confirm(*networks, point.budget, setup.task.call, directory / "measured.json")
+    latency.confirm(*networks, point.budget, setup.objective.call, directory / "measured.json")
 
 
 def _lesson(
     setup: RunSetup, stage: StageConfig, module: Any, variables: Any, topology: Topology | None = None
 ) -> distiller.Lesson:
     """By whom and by what a student is taught in a stage; topology: in the search, that of its gates."""
-    loaded = (setup.load(setup.teacher), *setup.further)
+    loaded = (setup.load(setup.teacher_directory), *setup.extra_teachers)
     teachers = [distiller.Teacher(n.module, n.variables, n.architecture.call_spec, n.info) for n in loaded]
     experiment = setup.experiment
     return distiller.prepare(
-        setup.task, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,
+        setup.objective, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,
         variables,
-        retraining=topology is None, topology=topology, memory=setup.memory,
+        retraining=topology is None, topology=topology, memory=setup.cache,
     )  # fmt: skip
 
 

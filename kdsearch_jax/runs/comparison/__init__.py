@@ -1,1 +1,1 @@
-"""`python -m kdsearch_jax.compare`: `rows` names the students, `making` trains them, `table` compares them."""
+"""`python -m kdsearch_jax.compare`: `rows` names the students, `make_rows` trains them, `table` compares them."""

@@ -1,4 +1,4 @@
-"""The rows of a comparison: how each student is made."""
+"""The rows of a comparison: the ways to make a student."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from kdsearch_jax.tracing.messages import nearest
 class Row:
     """A way to make students.
 
-    how: `search`; `cut`, from the teacher by the rule of `kdsearch_jax.pruning.baselines` of this name; or `scratch`,
-    the
-    searched shape freshly initialised. times: of the steps that the others have. supervised: searched by the labels.
+    Attributes:
+      how: `search`; `cut` from the teacher by the rule of this name in `kdsearch_jax.pruning.baselines`; or `scratch`:
+        the searched shape with new initial values.
+      times: multiple of the steps that the other rows train for.
+      supervised: search by the labels instead of the teacher.
     """
 
     name: str
@@ -42,11 +44,11 @@ ROWS = {
 }
 
 
-def chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names, in the order of the table; all where there are no names.
+def select_rows(names: Sequence[str]) -> list[Row]:
+    """The rows with these names in the order of the table; all rows if there are no names.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: a name is unknown.
     """
     for name in names:
         if name not in ROWS:
@@ -55,11 +57,11 @@ def chosen(names: Sequence[str]) -> list[Row]:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises ValueError where there are none, one is given twice, or one cannot be a seed."""
+    """Raises ValueError if there are no seeds, or one is repeated or out of range."""
     if not seeds:
-        raise ValueError("seeds: there are none; give at least one, as in --seeds 0 1 2")
+        raise ValueError("seeds: give at least one, as in --seeds 0 1 2")
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seeds: {seed} is not possible; give whole numbers from 0 to {2**32 - 1}")
-    if twice := [seed for seed in dict.fromkeys(seeds) if list(seeds).count(seed) > 1]:
-        raise ValueError(f"seeds: {twice[0]} is there {list(seeds).count(twice[0])} times; give each once")
+    if repeated := [seed for seed in dict.fromkeys(seeds) if list(seeds).count(seed) > 1]:
+        raise ValueError(f"seeds: {repeated[0]} is repeated; give each once")

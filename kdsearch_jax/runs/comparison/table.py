@@ -1,8 +1,8 @@
-"""What a comparison found: mean and spread over the seeds, differences paired by seed, as JSON, Markdown and CSV.
+"""The table of a comparison as JSON, Markdown and CSV: mean and spread over the seeds, differences paired by seed.
 
-The difference of a row is that of the searched student and the row's with the same seed: both saw the same batches. Of
-n differences with mean d and sample standard deviation s, the interval d ± t s/√n holds the true one in 95% of cases
-(t: Student's, n − 1 degrees of freedom). With one seed there is none.
+A difference is between the searched student and the row's student with the same seed; both saw the same batches. For n
+differences with mean d and sample standard deviation s, the confidence interval is d ± t s/√n (Student's t with n − 1
+degrees of freedom). A single seed has no interval.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from scipy import stats
 
 from kdsearch_jax.pruning import budget as budget_lib
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
-from kdsearch_jax.runs import evaluation
-from kdsearch_jax.runs.comparison.making import place_of, results, scored
+from kdsearch_jax.runs import measurement
+from kdsearch_jax.runs.comparison.make_rows import comparison_scores, read_results, row_setup
 from kdsearch_jax.runs.comparison.rows import ROWS
-from kdsearch_jax.runs.setup import RunSetup, limits_of, traced
+from kdsearch_jax.runs.setup import RunSetup, resolve_limits
 from kdsearch_jax.storage.files import available_cores, read_sealed, write_json, write_sealed, write_text
 from kdsearch_jax.tracing.messages import format_distinct
 
 LEVEL = 0.95
 MEASURED = ("accuracy", "agreement", "kl")
 COSTS = ("macs", "params", "bytes", "ms_per_image")
-BATCH = 128  # images of a call whose time is taken
+BATCH = 128  # images per timed call
 
 
 def collect(setup: RunSetup, budget: BudgetConfig, match: str, *, latency: bool = True) -> dict[str, Any]:
-    """`comparison.json` of all that is finished in the comparison's directory."""
-    found = results(setup.directory)
-    times = _latency(setup, found, budget) if latency else {}
+    """The content of `comparison.json`, from all finished rows in the comparison's directory."""
+    results = read_results(setup.directory)
+    times = _latency(setup, results, budget) if latency else {}
     experiment, dataset = setup.experiment, setup.dataset
-    rows = [_row(name, found[name], times) for name in found]
-    _note(setup, budget, rows)
+    rows = [_row(name, results[name], times) for name in results]
+    _note_unused_budget(setup, budget, rows)
     seeds = sorted({seed for row in rows for seed in row.get("seeds", ())})
     return {
         "name": experiment.name,
@@ -78,76 +78,71 @@ def _row(name: str, by_seed: Mapping[int, dict[str, Any]], times: Mapping[str, f
     return {**row, **({"failed": why} if why else {})}
 
 
-def _note(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> None:
-    """Says of a row that its students end below the budget."""
-    teacher = setup.load(setup.teacher)
+def _note_unused_budget(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds a note to rows whose students stay well below the budget."""
     experiment = dataclasses.replace(setup.experiment, budget=budget)
-    limits = limits_of(experiment, traced(experiment, teacher.architecture, teacher.module))[0]
+    limits = resolve_limits(experiment, setup.trace_teacher())[0]
     bounds = {name: value for name in ("macs", "params") if (value := getattr(limits, name))}
     for row in rows:
         if "why" not in row and bounds:
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
             if share < budget_lib.FLOOR:
                 percent = format_distinct(100 * share, 100 * budget_lib.FLOOR, digits=1)[0]
-                row["note"] = f"costs {percent}% of the budget: no such student is nearer"
+                row["note"] = f"costs {percent}% of the budget, the closest that this row can get"
 
 
 def _teacher(setup: RunSetup) -> dict[str, Any]:
     """Accuracy and cost of the teacher, measured once."""
     path = setup.directory / "teacher" / "result.json"
     if not path.is_file():
-        teacher = setup.load(setup.teacher)
-        write_sealed(path, {"accuracy": scored(setup, teacher, setup.dataset.test)["accuracy"], **teacher.costs})
+        teacher = setup.load(setup.teacher_directory)
+        write_sealed(path, {"accuracy": comparison_scores(setup, teacher)["accuracy"], **teacher.costs})
     return read_sealed(path)
 
 
-def _latency(setup: RunSetup, found: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
-    """{"teacher" or "seed-S/ROW": milliseconds an image}, taken in turns; anew when there are other students."""
+def _latency(setup: RunSetup, results: Mapping[str, Mapping[int, Any]], budget: BudgetConfig) -> dict[str, float]:
+    """{"teacher" or "seed-S/ROW": milliseconds per image}; measured again if the set of students has changed."""
     path = setup.directory / "latency.json"
-    places = {"teacher": setup.teacher}
-    for name, by_seed in found.items():
+    places = {"teacher": setup.teacher_directory}
+    for name, by_seed in results.items():
         for seed, result in by_seed.items():
             if "why" not in result:
-                places[f"seed-{seed}/{name}"] = place_of(setup, name, seed, budget).directory / "retrain" / "network"
+                places[f"seed-{seed}/{name}"] = row_setup(setup, name, seed, budget).directory / "retrain" / "network"
     if path.is_file() and (known := read_sealed(path)).keys() == places.keys():
         return known
     networks = {key: setup.load(place) for key, place in places.items()}
-    times = evaluation.measure_latency(
-        {key: (n.module, n.variables) for key, n in networks.items()},
-        (),
-        min(BATCH, len(setup.dataset.test)),
-        call=setup.task.call,
-    )
+    pairs = {key: (n.module, n.variables) for key, n in networks.items()}
+    times = measurement.measure_latency(pairs, min(BATCH, len(setup.dataset.test)), setup.objective.call)
     medians = {key: times[key][0] for key in networks}
     write_sealed(path, medians)
     return medians
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Searched minus each other row in accuracy, paired by the seeds that both have."""
+    """Accuracy of the searched student minus that of each other row, paired by common seeds."""
     whole = {row["name"]: dict(zip(row["seeds"], row["accuracy"], strict=True)) for row in rows if "why" not in row}
     ours = whole.pop("searched", {})
-    found = []
+    paired = []
     for name, theirs in whole.items():
         seeds = [seed for seed in ours if seed in theirs]
         if seeds:
-            each = [ours[seed] - theirs[seed] for seed in seeds]
-            found.append({"name": name, "metric": "accuracy", "seeds": seeds, "each": each, **interval(each)})
-    return found
+            values = [ours[seed] - theirs[seed] for seed in seeds]
+            paired.append({"name": name, "metric": "accuracy", "seeds": seeds, "each": values, **interval(values)})
+    return paired
 
 
-def interval(each: Sequence[float], level: float = LEVEL) -> dict[str, float | None]:
-    """{"mean", "std", "low", "high", "level"} of numbers drawn alike; but for the mean None where there is one."""
-    mean, n = statistics.fmean(each), len(each)
+def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float | None]:
+    """{"mean", "std", "low", "high", "level"} of a sample; all but the mean and level are None for a single value."""
+    mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return {"mean": mean, "std": None, "low": None, "high": None, "level": level}
-    std = statistics.stdev(each)
+    std = statistics.stdev(values)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / np.sqrt(n)
     return {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "level": level}
 
 
 def hardware() -> str:
-    """What a comparison ran on, for people."""
+    """A short description of devices, CPU cores and JAX's version."""
     kinds = [device.device_kind for device in jax.devices()]
     devices = f"{len(kinds)} × {kinds[0]}" if jax.default_backend() != "cpu" else "no accelerator"
     return f"{devices}, {available_cores()} CPU cores, jax {jax.__version__}"
@@ -164,7 +159,7 @@ def write(directory: Path, comparison: dict[str, Any]) -> None:
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:
-    """A line for each student: its row, its seed, and all that was measured."""
+    """A line for each student: row, seed, metrics, costs and steps."""
     keys = (*MEASURED, *COSTS, "seconds")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -178,7 +173,7 @@ def as_csv(comparison: Mapping[str, Any]) -> str:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """The table, best row first, and what it takes to make it again."""
+    """The table, best row first, with the command that reproduces it."""
     teacher, level = comparison["teacher"], f"{comparison['level']:.0%}"
     head = ("", "accuracy, %", f"searched better by, points ({level} interval)", "agrees with teacher, %", "KL",
             "MACs", "parameters", "kB", "ms/image (× as fast as the teacher)")  # fmt: skip
@@ -188,9 +183,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         ("teacher", f"{100 * teacher['accuracy']:.2f}", "", "", "", *cost, _time([teacher["ms_per_image"]], None))
     )
     by_name = {each["name"]: each for each in comparison["differences"]}
-    made = [row for row in comparison["rows"] if "why" not in row]
+    finished = [row for row in comparison["rows"] if "why" not in row]
     notes = []
-    for row in sorted(made, key=lambda row: -statistics.fmean(row["accuracy"])):
+    for row in sorted(finished, key=lambda row: -statistics.fmean(row["accuracy"])):
         label = f"**{row['label']}**" if row["name"] == "searched" else row["label"]
         if "note" in row or len(row["seeds"]) < len(comparison["seeds"]):
             seeds = "" if row["seeds"] == comparison["seeds"] else f"seeds {' '.join(map(str, row['seeds']))} only"
@@ -203,8 +198,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         )  # fmt: skip
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     absent = [f"{row['label']}: not made: {row['why']}" for row in comparison["rows"] if "why" in row]
-    told = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent
-    return f"{table}\n\n{_about(comparison)}\n" + "".join(f"\n{line}\n" for line in told)
+    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent
+    return f"{table}\n\n{_about(comparison)}\n" + "".join(f"\n{line}\n" for line in footnotes)
 
 
 def _about(comparison: Mapping[str, Any]) -> str:
@@ -214,9 +209,9 @@ def _about(comparison: Mapping[str, Any]) -> str:
     minutes = comparison["seconds"] / 60
     examples = f"{comparison['dataset']}, {comparison['examples']:,} images of the {comparison['split']} split"
     spread = f"mean ± standard deviation over seeds {seeds}, differences paired by seed"
-    steps = f"Each student: {comparison['steps']:,} updates, those of the search among them"
-    made = f"{comparison['hardware']}; {minutes:,.1f} minutes in all."
-    return f"{examples}; {spread}. {steps}. Budget: {bounds}.\n\n    {comparison['command']}\n\n{made}"
+    steps = f"Each student: {comparison['steps']:,} updates, including those of the search"
+    effort = f"{comparison['hardware']}; {minutes:,.1f} minutes in total."
+    return f"{examples}; {spread}. {steps}. Budget: {bounds}.\n\n    {comparison['command']}\n\n{effort}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -228,15 +223,17 @@ def _spread(values: Sequence[float], scale: float, digits: int) -> str:
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _difference(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
         return ""
-    mean = f"{100 * found['mean']:+.2f}"
-    return mean if found["low"] is None else f"{mean} ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
+    mean = f"{100 * difference['mean']:+.2f}"
+    if difference["low"] is None:
+        return mean
+    return f"{mean} ({100 * difference['low']:+.2f} to {100 * difference['high']:+.2f})"
 
 
 def _time(values: Sequence[float | None], teacher: float | None) -> str:
-    """The mean of the times that were measured, and the teacher's over it."""
+    """The mean of the measured times, and the speed-up over the teacher."""
     known = [value for value in values if value]
     if not known:
         return "–"

@@ -1,27 +1,35 @@
-"""Budgets of what must be measured: time and memory of a call, on the device that runs.
+"""Budgets of latency and memory, which are measured on the device that runs.
 
-`calibration`, before a search, makes a model of either that is a bound like any other. `landing` cuts, measures and
-chooses again until what was measured is within the budget, and measures the trained student at the end. `timing` says
-what is decided from noisy times. Process 0 measures; all processes use its numbers.
+`calibration` fits a cost model before the search; its bound is used like any other. `landing` cuts a student, measures
+it and adjusts the bound until the measurement is within the budget. `timing` decides from noisy times. The first
+process measures; all processes use its numbers.
 """
 
-from kdsearch_jax.runs.latency.calibration import FILE, bounded, calibrate, check_reach, cut, prepare, with_measured
-from kdsearch_jax.runs.latency.landing import compare, confirm, land
-from kdsearch_jax.runs.latency.timing import Tools, asked, decide, medians
+from kdsearch_jax.runs.latency.calibration import (
+    FILE,
+    add_measured,
+    calibrate,
+    calibrate_once,
+    check_reach,
+    sliced_student,
+    with_measured,
+)
+from kdsearch_jax.runs.latency.landing import compare_costs, confirm, land
+from kdsearch_jax.runs.latency.timing import Instruments, decide, measured_bounds, medians
 
 __all__ = [
     "FILE",
-    "Tools",
-    "asked",
-    "bounded",
+    "Instruments",
+    "add_measured",
     "calibrate",
+    "calibrate_once",
     "check_reach",
-    "compare",
+    "compare_costs",
     "confirm",
-    "cut",
     "decide",
     "land",
+    "measured_bounds",
     "medians",
-    "prepare",
+    "sliced_student",
     "with_measured",
 ]

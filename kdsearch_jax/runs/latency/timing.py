@@ -1,53 +1,47 @@
-"""What can be decided from noisy times.
+"""Decisions from noisy times.
 
-Networks take turns (`evaluate.clock`), and turns go on until a 95% interval of the median lies on one side of what is
-asked: order statistics, for which no distribution is assumed, but turns as independent of each other. A fraction of the
-teacher's time is compared turn by turn, so that what slows a whole turn down does not count.
+Networks alternate (`measurement.turn_timer`), and turns continue until a 95% interval of the median lies on one side of
+the threshold. The interval consists of order statistics: it assumes no distribution, only independent turns. A fraction
+of the teacher's time is compared turn by turn, so that what slows down a whole turn cancels out.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.pruning.budget import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.reporting.intervals import MAX_SPREAD, median_interval
-from kdsearch_jax.runs import evaluation
+from kdsearch_jax.runs import measurement
 
 UNITS = {"latency": " ms", "memory": " bytes"}
 FIRST, MOST, SECONDS = 15, 960, 40.0  # turns at first and at most; seconds after which no more turns are begun
 
-Networks = Mapping[str, tuple[Any, Any]]
-Turn = Callable[[], Mapping[str, float]]
+Networks = Mapping[str, tuple[Any, Any]]  # {name: (module, variables)}
+Turn = Callable[[], Mapping[str, float]]  # {name: milliseconds} of one turn
 
 
 @dataclass(frozen=True)
-class Tools:
-    """How networks {name: (module, variables)} of a batch size and a call are measured.
+class Instruments:
+    """How networks are measured at a batch size and a call. See `measurement.turn_timer` and `measure_memory`."""
 
-    clock: → a function whose every call is a turn, {name: milliseconds}; memory: → {name: bytes}.
-    """
-
-    clock: Callable[[Networks, int, CallSpec], Turn] = evaluation.clock
-    memory: Callable[[Networks, int, CallSpec], Mapping[str, float]] = evaluation.measure_memory
+    timer: Callable[[Networks, int, CallSpec], Turn] = measurement.turn_timer
+    memory: Callable[[Networks, int, CallSpec], Mapping[str, float]] = measurement.measure_memory
 
 
-def asked(budget: BudgetConfig) -> tuple[str, ...]:
-    """What of a budget must be measured."""
+def measured_bounds(budget: BudgetConfig) -> tuple[str, ...]:
+    """The bounds of a budget that must be measured: of "latency" and "memory", those that are set."""
     return tuple(name for name in UNITS if getattr(budget, name) is not None)
 
 
 def medians(turn: Turn) -> dict[str, float]:
-    """{name: milliseconds} of the networks of a clock, of which one is "whole": medians of times over the whole's.
+    """{name: milliseconds}: medians of each network's time relative to the network called "whole".
 
     Raises:
       BudgetError: the times scatter too much to tell networks apart.
@@ -63,21 +57,22 @@ def medians(turn: Turn) -> dict[str, float]:
         if late and high - low > 2 * MAX_SPREAD:
             raise BudgetError(
                 f"budget.latency: timing is too noisy here: after {len(times)} turns a network ({name}) takes "
-                f"{low:.2f} to {high:.2f} of the teacher's time; leave the machine to this run, or bound the MACs"
+                f"{low:.2f} to {high:.2f} of the teacher's time; free the machine of other work, or bound the MACs"
             )
         if late or high - low <= MAX_SPREAD / 2:
             return {name: share * whole for name, (share, _, _) in shares.items()}
 
 
 def decide(turn: Turn, value: float, target: float = 1.0) -> dict[str, Any]:
-    """Takes turns until the interval of the student's share of the budget lies on one side of `target`.
+    """Measures until the interval of the student's share of the budget lies on one side of `target`.
 
     Args:
-      turn: of "teacher" and "student". value: milliseconds, or at most 1: a fraction of the teacher's.
+      turn: times of "teacher" and "student".
+      value: the budget in milliseconds, or up to 1 as a fraction of the teacher's time.
 
     Returns:
-      {"teacher", "student" (medians, ms), "budget" (the value), "share" (of the budget that is used, the median),
-      "low", "high" (of the share), "turns", "within"}; within: None where turns came to an end undecided.
+      {"teacher", "student": median milliseconds; "budget": value; "share", "low", "high": the share of the budget that
+      the student uses and its interval; "turns"; "within": None if still undecided after the last turn}.
     """
     times: list[Mapping[str, float]] = []
     begin = time.perf_counter()
@@ -88,34 +83,15 @@ def decide(turn: Turn, value: float, target: float = 1.0) -> dict[str, Any]:
         decided = high <= target or low > target
         if decided or 2 * len(times) > MOST or time.perf_counter() - begin > SECONDS:
             break
-    told = {name: float(np.median([t[name] for t in times])) for name in ("teacher", "student")}
+    medians_ms = {name: float(np.median([t[name] for t in times])) for name in ("teacher", "student")}
     verdict = {"budget": value, "share": share, "low": low, "high": high, "turns": len(times)}
-    return {**told, **verdict, "within": bool(high <= target) if decided else None}
+    return {**medians_ms, **verdict, "within": bool(high <= target) if decided else None}
 
 
-def check_noise(name: str, found: Mapping[str, Any]) -> None:
-    """Raises BudgetError where an undecided interval is too wide to say anything."""
-    if found["within"] is None and (found["high"] - found["low"]) > MAX_SPREAD * found["share"]:
+def check_noise(name: str, verdict: Mapping[str, Any]) -> None:
+    """Raises BudgetError if an undecided interval is too wide to say anything."""
+    if verdict["within"] is None and (verdict["high"] - verdict["low"]) > MAX_SPREAD * verdict["share"]:
         raise BudgetError(
-            f"budget.{name}: timing is too noisy here to decide: after {found['turns']} turns the student takes "
-            f"{found['low']:.2f} to {found['high']:.2f} of the budget; leave the machine to this run, or bound the MACs"
+            f"budget.{name}: timing is too noisy here to decide: after {verdict['turns']} turns the student "
+            f"takes {verdict['low']:.2f} to {verdict['high']:.2f} of the budget; free the machine, or bound the MACs"
         )
-
-
-def of_process_0(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` gives on process 0, on every process; and its error."""
-    if jax.process_count() == 1:
-        return measure()
-    found: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            found = {"found": measure()}
-        except ValueError as error:
-            found = {"error": str(error)}
-    text = json.dumps(found).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text.ljust(size)[:size], np.uint8)
-    found = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
-    if "error" in found:
-        raise BudgetError(found["error"])
-    return found["found"]
