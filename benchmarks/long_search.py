@@ -42,7 +42,7 @@ from kdsearch_jax.distill import search_step
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.pruning import budget_path, budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop
@@ -67,7 +67,7 @@ class Search:
         shape = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
         self.variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros(shape.shape))
         network, task = trace(module, shape, train=False), classification(DistillConfig())
-        limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
+        limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
         pressure = limits.pressure(network.topology, np.ones(network.topology.units))
         path = budget_path.legs((limits,), (1.0,), pressure, stage, config, self.run.steps_per_dispatch)
         tx = search_step.make_transformation(stage, config)

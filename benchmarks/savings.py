@@ -39,7 +39,7 @@ from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Part
 from kdsearch_jax.distill.steps import distill_step
-from kdsearch_jax.pruning import baselines, budget, budget_path, surgery
+from kdsearch_jax.pruning import baselines, budget_path, budgets, surgery
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
@@ -82,8 +82,8 @@ class Bench:
 
     def keep(self, rule: str, share: float) -> Any:
         """A hand-made choice of units with so much of the MACs."""
-        limits = budget.resolve(BudgetConfig(macs=share), self.network.topology)
-        return baselines.keep(rule, self.variables, self.network.topology, limits)
+        limits = budgets.resolve(BudgetConfig(macs=share), self.network.topology)
+        return baselines.select(rule, self.variables, self.network.topology, limits)
 
     def caller(self, state: TrainState, step: Any, dataset: Dataset, constants: Any, between: Any = None) -> CallSpec:
         """The call that goes on from a state."""
@@ -162,7 +162,7 @@ def retraining(bench: Bench, rounds: int) -> dict[str, Any]:
 def search(bench: Bench, share: float, rounds: int) -> dict[str, Any]:
     """What is left of a network, so much of whose MACs are alive, against all of it; on to four fifths of that."""
     topology, keep, part = bench.network.topology, bench.keep("random", share), Part.of(bench.network)
-    goal = budget.resolve(BudgetConfig(macs=0.8 * share), topology)
+    goal = budgets.resolve(BudgetConfig(macs=0.8 * share), topology)
     path = budget_path.legs(
         (goal,), (1.0,), goal.pressure(topology, topology.flatten(keep).astype(float)), bench.stage, GATES, STEPS
     )

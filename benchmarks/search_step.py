@@ -28,7 +28,7 @@ from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Part
 from kdsearch_jax.distill.steps import distill_step
-from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.pruning import budget_path, budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop, optimizer
@@ -46,7 +46,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), devices.data_mesh()
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
     task = classification(DistillConfig())
-    limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
     pressure = limits.pressure(network.topology, np.ones(network.topology.units))
     path = budget_path.legs((limits,), (1.0,), pressure, stage, config, steps)
     random = np.random.default_rng(0)

@@ -23,8 +23,8 @@ from kdsearch_jax.search import search
 
 if TYPE_CHECKING:
     from kdsearch_jax.distill import losses
-    from kdsearch_jax.pruning.budget import BudgetError
-    from kdsearch_jax.pruning.budgets import Budget
+    from kdsearch_jax.pruning.budgets import Budget, BudgetError
+    from kdsearch_jax.pruning.costs import Part, Table
     from kdsearch_jax.pruning.criteria import batch_norm_scale, fisher, magnitude, prune, random, taylor
     from kdsearch_jax.pruning.gated_module import Gated
     from kdsearch_jax.pruning.network import Network, trace
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from kdsearch_jax.pruning.search import GatedSearch
     from kdsearch_jax.pruning.student import Student, fold, verify
     from kdsearch_jax.pruning.surgery import SurgeryError
-    from kdsearch_jax.pruning.tables import Part, Table
     from kdsearch_jax.pruning.transform import SearchState
     from kdsearch_jax.storage.export_formats import load_safetensors, load_stablehlo
     from kdsearch_jax.storage.students import load, save
@@ -74,10 +73,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "budget": ("BudgetError",),
-    "network": ("Network", "trace"),
-    "prox": ("accelerated_proximal_l1", "soft_threshold"),
-    "pruning.budgets": ("Budget",),
+    "pruning.network": ("Network", "trace"),
+    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
+    "pruning.budgets": ("Budget", "BudgetError"),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
     "pruning.rules": ("Rule",),
@@ -85,9 +83,9 @@ _HOMES = {
     "pruning.student": ("Student", "fold", "verify"),
     "storage.export_formats": ("load_safetensors", "load_stablehlo"),
     "storage.students": ("load", "save"),
-    "pruning.tables": ("Part", "Table"),
+    "pruning.costs": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
-    "surgery": ("SurgeryError",),
+    "pruning.surgery": ("SurgeryError",),
     "tracing.topology": ("Topology",),
 }
 
@@ -95,7 +93,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives when it is first asked for."""
     if name == "losses":
-        return importlib.import_module("kdsearch_jax.losses")
+        return importlib.import_module("kdsearch_jax.distill.losses")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

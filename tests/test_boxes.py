@@ -118,7 +118,7 @@ def cut(module, variables, x=X):
     """(the student, its variables), proved."""
     network, rng = trace(module, x), np.random.default_rng(0)
     chosen, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
-    sliced, _ = surgery.prune(variables, chosen, keep, network, Architecture("none", {}, input_shape=(1,)))
+    sliced, _ = surgery.slice_network(variables, chosen, keep, network, Architecture("none", {}, input_shape=(1,)))
     surgery.verify(network, variables, chosen, keep, sliced, x)
     return network.student(keep), sliced
 

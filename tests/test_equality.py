@@ -87,7 +87,7 @@ def students(module, *inputs):
     network, rng = traced(module, *inputs), np.random.default_rng(3)
     variables, gates = variables_of(module, *inputs), random_gates(network.topology, rng)
     keep = {group.name: np.arange(group.size) % 2 == 0 for group in network.topology.groups}
-    return network, variables, gates, keep, surgery.prune(variables, gates, keep, network, ANY)[0]
+    return network, variables, gates, keep, surgery.slice_network(variables, gates, keep, network, ANY)[0]
 
 
 def changed(variables, path, change):
@@ -166,7 +166,7 @@ def test_integers_of_an_nnx_module_are_proved_by_its_layers():
     network = trace(functional, X)
     keep = {group.name: np.arange(group.size) % 2 == 0 for group in network.topology.groups}
     cut = network, variables, random_gates(network.topology, np.random.default_rng(3)), keep
-    sliced, _ = surgery.prune(*cut[1:], network, ANY)
+    sliced, _ = surgery.slice_network(*cut[1:], network, ANY)
     surgery.verify(*cut, sliced, X)
     with pytest.raises(surgery.SurgeryError, match="first in first"):
         surgery.verify(*cut, changed(sliced, "params/first/kernel", lambda value: 1.001 * value), X)
@@ -183,7 +183,7 @@ def compared(function, variables, change, x=X):
 
     run = jax.jit(named)
     rounding = equality.rounding_of(run.trace(variables, x).jaxpr)
-    expected = equality.measure(run, variables, (x,), rounding)
+    expected = equality.reference_outputs(run, variables, (x,), rounding)
     return equality.difference(expected, {name: change(np.array(value)) for name, value in run(variables, x).items()})
 
 
@@ -267,7 +267,7 @@ def test_rounding_is_that_of_the_coarsest_type(dtype):
 
 
 def test_another_structure_is_infinitely_different():
-    expected = equality.measure(lambda v, x: {"a": product(v, x)}, KERNEL, (X,))
+    expected = equality.reference_outputs(lambda v, x: {"a": product(v, x)}, KERNEL, (X,))
     assert equality.difference(expected, {"b": np.zeros((8, 7))}) == np.inf
     assert equality.difference(expected, {"a": np.zeros((8, 6))}) == np.inf
     found = equality.compare(lambda v, x: {"a": product(v, x)}, KERNEL, lambda v, x: {}, KERNEL, (X,))

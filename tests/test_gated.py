@@ -17,7 +17,7 @@ from kdsearch_jax.distill import losses, search_step, steps
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path, penalty
+from kdsearch_jax.pruning import budget_path, budgets, penalty, selection
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
@@ -72,7 +72,7 @@ def control(network, limits, config=GATES, stage=STAGE, run=RUN):
 def search(directory, config=GATES, bounds=BUDGET, stage=STAGE, run=RUN, network=None):
     """A whole search: (network, limits, last state)."""
     network, tx, state = begin(config, stage, network)
-    limits = budget.resolve(bounds, network.topology)
+    limits = budgets.resolve(bounds, network.topology)
     step = search_step.search_step(network, network.module, tx, TASK, config, run)
     between = control(network, limits, config, stage, run)
     state = loop.fit(
@@ -195,10 +195,10 @@ def alphas(config, gates=None, seed=0):
     found, random = network.topology, np.random.default_rng(seed)
     importance = random.exponential(1e-3, found.units)
     gates = np.ones(found.units) if gates is None else gates
-    limits = budget.resolve(BudgetConfig(), found)
+    limits = budgets.resolve(BudgetConfig(), found)
     alpha = penalty.weights(found, limits, config, gates, importance)
-    free = ~budget.protected(found, np.where(gates > 0, importance, -1.0))
-    free &= ~budget.too_large(found, limits, (gates > 0).astype(float))
+    free = ~penalty.protected(found, np.where(gates > 0, importance, -1.0))
+    free &= ~penalty.too_large(found, limits, (gates > 0).astype(float))
     return alpha, importance, limits, free
 
 
@@ -225,7 +225,7 @@ def test_dead_units_are_never_the_protected_ones():
     found = teacher()[0].topology
     gates = np.ones(found.units)
     _, importance, _, _ = alphas(GatesConfig(), seed=3)
-    best = budget.protected(found, importance)
+    best = penalty.protected(found, importance)
     gates[best] = 0.0
     alpha, _, _, free = alphas(GatesConfig(), gates, seed=3)
     assert (alpha[best] > 0).any() and (gates[~free] == 1).all()
@@ -239,8 +239,8 @@ def test_what_the_dead_were_worth_changes_nothing(penalty_name):
     random = np.random.default_rng(5)
     importance = random.exponential(1e-3, found.units)
     gates = (random.uniform(size=found.units) < 0.3) * 1.0
-    gates[budget.protected(found, importance)] = 1.0
-    limits, living = budget.resolve(BudgetConfig(), found), gates > 0
+    gates[penalty.protected(found, importance)] = 1.0
+    limits, living = budgets.resolve(BudgetConfig(), found), gates > 0
     config = GatesConfig(penalty=penalty_name)
     before = penalty.weights(found, limits, config, gates, importance)
     after = penalty.weights(found, limits, config, gates, np.where(living, importance, importance * 1e-30))
@@ -254,7 +254,7 @@ def test_a_branch_too_large_to_go_has_no_penalty():
     found = teacher()[0].topology
     branches = np.concatenate([np.full(g.size, g.kind == "branches") for g in found.groups])
     assert branches.sum() == 1 and alpha[branches] == 0
-    roomy = budget.resolve(BudgetConfig(0.39), found)
+    roomy = budgets.resolve(BudgetConfig(0.39), found)
     assert penalty.weights(found, roomy, GatesConfig(), np.ones(found.units), np.ones(found.units))[branches] > 0
 
 
@@ -263,7 +263,7 @@ def test_a_branch_too_large_to_go_has_no_penalty():
 
 def test_the_controller_moves_lambda_and_remembers():
     network, _, state = begin()
-    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(0.5), network.topology)
     between = control(network, limits, GatesConfig(ramp=0.8))
     random = np.random.default_rng(0)
     importance = network.topology.unflatten(random.exponential(1, network.topology.units).astype(np.float32))
@@ -282,7 +282,7 @@ def test_the_controller_moves_lambda_and_remembers():
     for group in network.topology.groups:
         assert found[f"gate/{group.name}"].shape == (5, group.size)
     # At the budget there is no penalty.
-    keep = budget.select(network.topology, limits, network.topology.flatten(importance))
+    keep = selection.choose(network.topology, limits, network.topology.flatten(importance)).keep
     at_budget = gates_lib.mask(state.extra["gates"], keep)
     _, metrics = between(state.replace(extra={**state.extra, "gates": at_budget}))
     assert metrics["lambda2"] == 0 and metrics["macs"] <= 0.5
@@ -291,9 +291,11 @@ def test_the_controller_moves_lambda_and_remembers():
 def test_what_is_dead_stays_dead_at_the_budget_too():
     """There λ2 is 0, and the loss pulls at every gate; a gate that came back would undo the search."""
     network, tx, state = begin()
-    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(0.5), network.topology)
     between = control(network, limits)
-    keep = budget.select(network.topology, limits, np.random.default_rng(0).uniform(size=network.topology.units))
+    keep = selection.choose(
+        network.topology, limits, np.random.default_rng(0).uniform(size=network.topology.units)
+    ).keep
     gates = gates_lib.mask(state.extra["gates"], keep)
     state, metrics = between(state.replace(step=jnp.int32(20), extra={**state.extra, "gates": gates}))
     assert metrics["lambda2"] == 0
@@ -306,14 +308,14 @@ def test_what_is_dead_stays_dead_at_the_budget_too():
 def test_where_too_many_have_died_only_some_may_return():
     """All at once would undo the search: below the budget there is no penalty, and the loss lifts every gate."""
     network, tx, state = begin()
-    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(0.5), network.topology)
     between = control(network, limits)
     importance = np.random.default_rng(0).uniform(0.5, 1, network.topology.units)
-    keep = budget.select(network.topology, budget.resolve(BudgetConfig(0.3), network.topology), importance)
+    keep = selection.choose(network.topology, budgets.resolve(BudgetConfig(0.3), network.topology), importance).keep
     few = network.topology.unflatten(importance.astype(np.float32))
     extra = {**state.extra, "gates": gates_lib.mask(state.extra["gates"], keep), "importance": few}
     state, metrics = between(state.replace(step=jnp.int32(20), extra=extra))
-    assert metrics["lambda2"] == 0 and metrics["macs"] < 0.5 * budget.FLOOR
+    assert metrics["lambda2"] == 0 and metrics["macs"] < 0.5 * budgets.FLOOR
     step = jax.jit(search_step.search_step(network, network.module, tx, TASK, GatesConfig(), RUN))
     for i in range(20):
         state, _ = step(state, batch(), jax.random.key(i), teacher()[1])
@@ -325,7 +327,7 @@ def test_where_too_many_have_died_only_some_may_return():
 
 def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
     network, _, state = begin()
-    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(0.5), network.topology)
     between = control(network, limits, GatesConfig(lambda2=0.125))
     state, metrics = between(state.replace(step=jnp.int32(4)))
     assert metrics["lambda2"] == 0.125
@@ -338,7 +340,7 @@ def test_a_lambda_of_the_users_stays_until_the_budget_is_met():
 def test_history_is_bounded_and_in_order(steps):
     stage = replace(STAGE, steps=steps)
     network, _, state = begin(stage=stage)
-    limits = budget.resolve(BudgetConfig(), network.topology)
+    limits = budgets.resolve(BudgetConfig(), network.topology)
     between = control(network, limits, GATES, stage, RunConfig(steps_per_dispatch=1))
     for done in sorted({1, 2, steps // 2, steps - 1, steps}):
         state, _ = between(state.replace(step=jnp.int32(done)))
@@ -353,7 +355,7 @@ def test_history_is_bounded_and_in_order(steps):
 def check_landing(network, limits, state):
     keep = search_step.landing(network.topology, limits, state.extra["gates"], state.extra["importance"]).keep
     pressure = limits.pressure(network.topology, flat(network, keep).astype(float))
-    assert budget.FLOOR <= pressure <= 1
+    assert budgets.FLOOR <= pressure <= 1
     assert all(keep[g.name].any() for g in network.topology.groups if g.kind != "branches")
     return keep
 

@@ -17,7 +17,7 @@ from kdsearch_jax.distill import distiller, search_step
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path, prox
+from kdsearch_jax.pruning import budget_path, budgets, prox
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.rules import apply_rules
 from kdsearch_jax.pruning.settings import GatesConfig
@@ -27,7 +27,7 @@ from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budget.BudgetWarning"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budgets.BudgetWarning"),
 ]
 
 STEPS, EVERY = 40, 4
@@ -137,7 +137,7 @@ def test_it_is_the_search_of_the_built_in_loop():
     task, batch = classification(DistillConfig()), {"images": x, "labels": np.zeros(len(x), np.int32)}
     other = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), variables)
 
-    limits = budget.resolve(kd.Budget(macs=0.5), network.topology)
+    limits = budgets.resolve(kd.Budget(macs=0.5), network.topology)
     host_tx = search_step.make_transformation(stage, config)
     host = search_step.begin(variables, network.topology, host_tx, stage)
     host_step = jax.jit(search_step.search_step(network, module, host_tx, task, config, run))

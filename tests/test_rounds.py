@@ -96,7 +96,7 @@ def cut(module, variables, x, architecture, rng, how="half", branches=None):
     if branches is not None:
         names = [group.name for group in network.topology.groups if group.kind == "branches"]
         keep |= {name: np.array([number not in branches]) for number, name in enumerate(names)}
-    sliced, architecture = surgery.prune(variables, gates, keep, network, architecture)
+    sliced, architecture = surgery.slice_network(variables, gates, keep, network, architecture)
     surgery.verify(network, variables, gates, keep, sliced, x)
     return network.student(keep), sliced, architecture
 
@@ -196,13 +196,13 @@ def test_parts_of_parts_are_parts_of_the_whole(name):
     module, _, _ = cut(module, variables, x, Architecture.of(module), np.random.default_rng(0), branches=[0])
     network, rng = traced(module, x), np.random.default_rng(1)
     first = random_keep(network.topology, rng)
-    part = network.part(first)
+    part = network.restricted(first)
     assert part.module == network.student(first)
     second = random_keep(part.topology, rng)
     both = {group: mask.copy() for group, mask in first.items()}
     for group, mask in second.items():
         both[group][first[group]] = mask
-    assert part.student(second) == part.part(second).module == network.student(both)
+    assert part.student(second) == part.restricted(second).module == network.student(both)
     assert part.topology.cost(second) == network.topology.cost(both)
 
 

@@ -10,7 +10,7 @@ from test_gated import GATES, RUN, STAGE, TASK, batch, begin, flat, teacher
 
 from kdsearch_jax.distill import search_step, shrinking
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path, surgery
+from kdsearch_jax.pruning import budget_path, budgets, selection, surgery
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 
@@ -55,7 +55,7 @@ def run(config, steps, share, stop=None):
     """A search by hand, one call of the hook in 4 updates: (part, state, limits, steps at which it shrank)."""
     stage = replace(STAGE, steps=steps, clip=1.0)
     network, tx, state = begin(config, stage)
-    limits = budget.resolve(BudgetConfig(0.5), network.topology)
+    limits = budgets.resolve(BudgetConfig(0.5), network.topology)
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
     path = budget_path.legs([limits], [1.0], whole, stage, config, RUN.steps_per_dispatch)
     part, shrank = Part.of(network), []
@@ -102,7 +102,7 @@ def test_it_shrinks_only_where_enough_would_be_left():
     """Not when too much has died: what went could not come back, as it may in a search that is not shrunk."""
     network, _, state = begin()
     topology = network.topology
-    limits = budget.resolve(BudgetConfig(0.5), topology)
+    limits = budgets.resolve(BudgetConfig(0.5), topology)
     path = budget_path.legs([limits], [1.0], 2.0, STAGE, GATES, 4)
     ask = shrinking.until(Part.of(network), path, 0.9, STAGE.steps)
 
@@ -111,13 +111,13 @@ def test_it_shrinks_only_where_enough_would_be_left():
         return state.replace(step=jnp.int32(step), extra={**state.extra, "gates": gates})
 
     order = np.random.default_rng(0).uniform(size=topology.units)
-    enough = topology.flatten(budget.select(topology, limits, order)).astype(float)
-    assert budget.FLOOR <= limits.pressure(topology, enough) <= 1
+    enough = topology.flatten(selection.choose(topology, limits, order).keep).astype(float)
+    assert budgets.FLOOR <= limits.pressure(topology, enough) <= 1
     assert ask(with_gates(enough)) and not ask(with_gates(enough, STAGE.steps))
     assert not ask(with_gates(np.ones(topology.units)))
     less = enough.copy()
     less[np.flatnonzero(enough)[:3]] = 0
-    assert limits.pressure(topology, less) < budget.FLOOR and not ask(with_gates(less))
+    assert limits.pressure(topology, less) < budgets.FLOOR and not ask(with_gates(less))
     never = shrinking.until(Part.of(network), path, None, STAGE.steps)
     assert not never(with_gates(enough))
 

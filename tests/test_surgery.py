@@ -50,7 +50,7 @@ def test_large_resnets(depth):
 def test_keeping_everything_changes_nothing(cnn):
     network, variables, _ = cnn
     ones = gates_lib.init(network.topology)
-    sliced, architecture = surgery.prune(variables, ones, gates_lib.everything(network.topology), network, ANY)
+    sliced, architecture = surgery.slice_network(variables, ones, gates_lib.keep_all(network.topology), network, ANY)
     jax.tree.map(np.testing.assert_array_equal, sliced, variables)
     assert architecture == ANY
 
@@ -60,7 +60,7 @@ def test_a_student_has_the_gates_folded_in(cnn):
     network, variables, images = cnn
     rng = np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     student = network.student(keep)
     again = trace(student, images)
     sizes = {group.name: group.size for group in again.topology.groups if group.kind != "branches"}
@@ -71,10 +71,10 @@ def test_a_student_has_the_gates_folded_in(cnn):
 
 def test_emptying_a_group_is_refused(cnn):
     network, variables, _ = cnn
-    keep = gates_lib.everything(network.topology)
+    keep = gates_lib.keep_all(network.topology)
     keep["block/conv2"] = np.zeros_like(keep["block/conv2"])
     with pytest.raises(ValueError, match=r"keep\['block/conv2'\]: at least one of its 8 units must stay"):
-        surgery.prune(variables, gates_lib.init(network.topology), keep, network, ANY)
+        surgery.slice_network(variables, gates_lib.init(network.topology), keep, network, ANY)
 
 
 @pytest.mark.parametrize("group", ["stage1/conv", "block/conv2", "block/conv1"])
@@ -85,7 +85,7 @@ def test_a_wrong_leaf_is_found_and_its_layer_named(cnn, group):
     keep = {name: np.ones_like(mask) if "branch" in name else mask for name, mask in keep.items()}
     keep[group][0] = False
     gates = gates_lib.init(network.topology)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     flat = traverse_util.flatten_dict(sliced, sep="/")
     path = f"params/{group}/kernel"
     wrong = traverse_util.unflatten_dict({**flat, path: flat[path] * 1.001}, sep="/")
@@ -97,7 +97,7 @@ def test_a_wrong_statistic_and_a_nan_are_found(cnn):
     network, variables, images = cnn
     keep = random_keep(network.topology, np.random.default_rng(3), "half")
     gates = gates_lib.init(network.topology)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     flat = traverse_util.flatten_dict(sliced, sep="/")
     for path, change in [("batch_stats/stage1/bn/mean", 0.01), ("params/dense/bias", jnp.nan)]:
         wrong = traverse_util.unflatten_dict({**flat, path: flat[path] + change}, sep="/")
@@ -120,7 +120,7 @@ def test_architecture_builds_the_student_from_json(cnn):
     rng = np.random.default_rng(5)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     base = Architecture("small_cnn", {"num_classes": 5, "width": 4}, input_shape=(8, 8, 1))
-    sliced, architecture = surgery.prune(variables, gates, keep, network, base)
+    sliced, architecture = surgery.slice_network(variables, gates, keep, network, base)
     module = Architecture.from_json(architecture.to_json()).module()
     gated = gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology)
     expected = jax.jit(network.module.apply)(gated, images)
@@ -144,9 +144,9 @@ def test_code_that_decides_by_its_sizes_is_found_by_the_proof():
     network = traced(Projects(), x)
     variables = variables_of(network.module, x)
     prove(network, variables, x, hows=("branches",))
-    gates, keep = gates_lib.init(network.topology), gates_lib.everything(network.topology)
+    gates, keep = gates_lib.init(network.topology), gates_lib.keep_all(network.topology)
     keep["b"][:9] = False  # 7 and 7: no projection
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     with pytest.raises(surgery.SurgeryError) as raised:
         surgery.verify(network, variables, gates, keep, sliced, x)
     for part in ("does not run at these sizes", "no layer 'p', or does not call it", "keep a unit more or fewer"):

@@ -22,14 +22,14 @@ import optax
 from kdsearch_jax.distill.distiller import Distiller
 from kdsearch_jax.distill.objective import Objective
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning import budget_path
+from kdsearch_jax.pruning import budget_path, selection
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning import penalty as penalty_lib
-from kdsearch_jax.pruning.budget import Limits, Selection
 from kdsearch_jax.pruning.budget_path import Leg
+from kdsearch_jax.pruning.budgets import Limits
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.prox import accelerated_proximal_l1
+from kdsearch_jax.pruning.selection import Selection
 from kdsearch_jax.pruning.settings import GatesConfig
 from kdsearch_jax.tracing.topology import Topology, path_string
 from kdsearch_jax.training.optimizer import make_optimizer
@@ -177,12 +177,12 @@ def controller(
             behind = pressure > leg.goal(done) * LAG
             gain = min(gain * GAIN, 1e6) if behind else max(gain / GAIN, 1.0)
             rate = config.learning_rate / (1.0 - config.momentum)
-            lambda2 = gain * budget_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
+            lambda2 = gain * penalty_lib.level(topology, limits, gates, alpha, rate, run.steps_per_dispatch, goal)
         free = gates > 0
         if pressure < limits.floor:
-            cost = budget_lib.cost_of(topology, limits, alive, importance, goal)
+            cost = penalty_lib.cost_of(topology, limits, alive, importance, goal)
             worth = np.divide(importance, cost, out=np.zeros_like(cost), where=cost > 0)
-            free |= budget_lib.recalled(topology, limits, alive, worth)
+            free |= penalty_lib.recalled(topology, limits, alive, worth)
         weights = np.where(free, lambda2 * alpha, HOLD)
         penalty = {name: value.astype(np.float32) for name, value in part.take(weights).items()}
         macs, params = topology.cost(alive)
@@ -211,7 +211,7 @@ def landing(topology: Topology, limits: Limits, gates: Any, importance: Any) -> 
     """
     gates, importance = (topology.flatten(jax.tree.map(np.asarray, tree)).astype(float) for tree in (gates, importance))
     # The dead go first, whatever their last importance was; among the living, importance per cost decides.
-    return budget_lib.choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
+    return selection.choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0))
 
 
 def history(topology: Topology, state: TrainState) -> dict[str, np.ndarray]:

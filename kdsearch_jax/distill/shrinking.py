@@ -50,7 +50,7 @@ class Part:
         if keep is None:
             keep = {group.name: np.ones(group.size, bool) for group in topology.groups}
             return Part(whole, whole, keep, np.arange(topology.units))
-        network = whole.part(keep)
+        network = whole.restricted(keep)
         names = {group.name for group in network.topology.groups}
         flat = [np.asarray(keep[g.name], bool) & (g.name in names) for g in topology.groups]
         return Part(whole, network, keep, np.flatnonzero(np.concatenate(flat)))

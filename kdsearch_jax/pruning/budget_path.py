@@ -13,8 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import Limits
+from kdsearch_jax.pruning.budgets import Limits
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,9 @@ class Leg:
     end: int
 
     def goal(self, step: int) -> float:
-        """The pressure asked for at `step`."""
-        return budget_lib.target(self.start, step, self.begin, self.arrive)
+        """The pressure asked for at `step`: `start` up to `begin`, then linear in the step down to 1 at `arrive`."""
+        share = min(max((step - self.begin) / max(self.arrive - self.begin, 1), 0.0), 1.0)
+        return self.start + (1.0 - self.start) * share
 
 
 def legs(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from kdsearch_jax.pruning.budget import FLOOR
+from kdsearch_jax.pruning.budgets import FLOOR
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.tracing.topology import Topology
 

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdsearch_jax.pruning.budget.estimate import Estimate
-from kdsearch_jax.pruning.tables import Table
+from kdsearch_jax.pruning.costs import Estimate, Table
 from kdsearch_jax.tracing.topology import Cost, Topology
 
 _DENSE = 1 << 22  # entries of a matrix of class counts up to which it is kept dense

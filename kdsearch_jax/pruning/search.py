@@ -32,15 +32,14 @@ from jax.experimental import multihost_utils
 from kdsearch_jax.adapters.boxes import boxed, boxes_of, unboxed
 from kdsearch_jax.pruning import budget_path, transform
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budget import BudgetError, Limits
-from kdsearch_jax.pruning.budgets import Budget, fewest_units
+from kdsearch_jax.pruning.budgets import Budget, BudgetError, Limits, fewest_units
 from kdsearch_jax.pruning.control import Controller, Path, Penalty
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.pruning.gated_module import Gated
 from kdsearch_jax.pruning.landing import choose, land
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
-from kdsearch_jax.pruning.student import Student, cut, variables_of
+from kdsearch_jax.pruning.student import Student, cut_student, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
 from kdsearch_jax.tracing.topology import Topology, leaf_shapes
 
@@ -309,7 +308,7 @@ class GatedSearch:
             variables = {**rest, **collections}
             self._check_collections(variables)
         variables = jax.tree.map(_fetched, variables)
-        return cut(self._ruled.network, variables, gates, self.select(params, state), inputs)
+        return cut_student(self._ruled.network, variables, gates, self.select(params, state), inputs)
 
     def _check_met(self, gates: Mapping[str, np.ndarray], step: int, limits: Limits) -> None:
         alive = (self.topology.flatten(gates) > 0).astype(float)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdsearch_jax.pruning.budget import Limits
 from kdsearch_jax.pruning.budget_path import Leg, legs
+from kdsearch_jax.pruning.budgets import Limits
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.config import Experiment, check
 from kdsearch_jax.tracing.topology import Topology

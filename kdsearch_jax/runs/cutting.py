@@ -19,10 +19,9 @@ import numpy as np
 
 from kdsearch_jax.distill import search_step, shrinking
 from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import baselines, surgery
-from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning import baselines, selection, surgery
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budget import Limits
+from kdsearch_jax.pruning.budgets import Limits
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.budget_points import Point
@@ -46,10 +45,10 @@ def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: A
     """
     topology, random = network.topology, np.random.default_rng(0)
     worth = random.uniform(0.1, 1.0, topology.units)
-    chosen = budget_lib.choose(topology, limits, worth, per_cost=False, rounds=1)
+    chosen = selection.choose(topology, limits, worth, per_cost=False)
     keep = chosen.keep
     gates = {group.name: random.uniform(0.5, 1.0, group.size).astype(np.float32) for group in topology.groups}
-    sliced, _ = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
+    sliced, _ = surgery.slice_network(teacher.variables, gates, keep, network, teacher.architecture)
     surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
     return dataclasses.replace(limits, floor=min(limits.floor, chosen.pressure))
 
@@ -138,12 +137,12 @@ def land(setup: RunSetup, point: Point, network: Network | None = None) -> int |
         )  # fmt: skip
         stay = chosen.keep
         setup.warn(chosen.note)
-        sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
+        sliced, architecture = surgery.slice_network(loaded.variables, gates, stay, network, teacher.architecture)
         inputs = setup.task.call.bind(proof_batch(setup.dataset))
         proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
         log.info("the student is the gated network: outputs agree to %.1e of their own scale", proof["difference"])
         macs, params = topology.cost(stay)
-        selection = {
+        record = {
             "kept": {name: np.flatnonzero(mask).tolist() for name, mask in stay.items()},
             "macs": macs,
             "params": params,
@@ -156,7 +155,7 @@ def land(setup: RunSetup, point: Point, network: Network | None = None) -> int |
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_npz(directory / "gates.npz", gates)
-        write(directory / "selection.json", selection, seal=True)
+        write(directory / "selection.json", record, seal=True)
         write(directory / "architecture.json", architecture.to_json())
         save(directory / "network", setup, architecture, architecture.module(setup.base), sliced)
     return read_sealed(directory / "selection.json").get("step")
@@ -196,10 +195,10 @@ def by_hand(setup: RunSetup, rule: str, point: Point, directory: Path, rng: np.r
     teacher = setup.load(setup.teacher)
     network = traced(setup.experiment, teacher.architecture, teacher.module)
     limits = limits_of(setup.experiment, network, [point], setup.search)[0]
-    stay = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
+    stay = baselines.select(rule, teacher.variables, network.topology, limits, rng)
     setup.warn(baselines.note(rule, network.topology, limits, stay))
     gates = gates_lib.init(network.topology)
-    sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
+    sliced, architecture = surgery.slice_network(teacher.variables, gates, stay, network, teacher.architecture)
     inputs = setup.task.call.bind(proof_batch(setup.dataset))
     surgery.verify(network, teacher.variables, gates, stay, sliced, *inputs)
     save(directory, setup, architecture, architecture.module(setup.base), sliced)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.registry import build, takes
-from kdsearch_jax.pruning import budget, hardware
+from kdsearch_jax.pruning import budgets, hardware, selection
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
 from kdsearch_jax.runs import evaluation, latency
@@ -95,12 +95,12 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Everything that was found, as plain JSON."""
     topology, config = network.topology, experiment.budget
     round_to = hardware.multiples(topology) if config.round_to == "hardware" else config.round_to
-    keep = budget.smallest(topology, round_to)
+    keep = budgets.smallest_keep(topology, round_to)
     smallest = {
         name: {"count": cost, "share": cost / max(total, 1)}
         for name, cost, total in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True)
     }
-    ones, platform = np.ones(topology.units), hardware.platform()
+    ones, platform = np.ones(topology.units), hardware.current_platform()
     padded = {"platform": platform, "share": hardware.padded_share(topology, ones, platform)}
     return {**topology.to_json(), "smallest": smallest, "padded": padded, "budget": _reach(network, experiment)}
 
@@ -109,12 +109,12 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Whether the experiment's budget can be met, None where that must be measured; and why not, or how nearly."""
     given = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        limits = budget.resolve(experiment.budget, network.topology)
-    except budget.BudgetError as error:
+        limits = budgets.resolve(experiment.budget, network.topology)
+    except budgets.BudgetError as error:
         return {**given, "reachable": False, "reason": str(error)}
     if asked := latency.asked(experiment.budget):
         return {**given, "reachable": None, "reason": f"{' and '.join(asked)} must be measured: --measure"}
-    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    note = selection.choose(network.topology, limits, np.ones(network.topology.units)).note
     return {**given, "reachable": True, "reason": note or None}
 
 
@@ -125,7 +125,7 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),
-        "smallest": latency.cut(network, drawn, budget.smallest(network.topology)),
+        "smallest": latency.cut(network, drawn, budgets.smallest_keep(network.topology)),
     }
     found = {
         "latency": latency.medians(evaluation.clock(networks, config.batch_size, call)),
@@ -141,7 +141,7 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
         try:
             for name in latency.asked(config):
                 latency.check_reach(name, getattr(config, name), found[name]["whole"], found[name]["smallest"])
-        except budget.BudgetError as error:
+        except budgets.BudgetError as error:
             reach |= {"reachable": False, "reason": str(error)}
     return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
 

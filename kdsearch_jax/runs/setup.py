@@ -34,9 +34,8 @@ from kdsearch_jax.data.examples import SPLITS, Dataset
 from kdsearch_jax.distill import distiller
 from kdsearch_jax.distill import objective as task_lib
 from kdsearch_jax.distill.objective import Objective
-from kdsearch_jax.pruning import baselines
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import BudgetWarning, Limits
+from kdsearch_jax.pruning import baselines, budgets, selection
+from kdsearch_jax.pruning.budgets import BudgetWarning, Limits
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.runs import budget_points, latency
 from kdsearch_jax.runs.budget_points import Point
@@ -190,7 +189,7 @@ def prepare(
         every = limits_of(experiment, network, points)
         budget_points.path(experiment, every, network.topology)  # whether there are steps enough
         for limits, point in zip(every, points, strict=True):
-            chosen = budget_lib.choose(network.topology, limits, random)
+            chosen = selection.choose(network.topology, limits, random)
             if chosen.exact and not latency.asked(point.budget):  # it will be the same whatever a search finds
                 notes.append(chosen.note)
             if experiment.baselines:
@@ -241,7 +240,7 @@ def limits_of(
       BudgetError: one of them cannot be met.
     """
     chosen = budget_points.points(experiment) if points is None else points
-    found = [budget_lib.resolve(point.budget, network.topology) for point in chosen]
+    found = [budgets.resolve(point.budget, network.topology) for point in chosen]
     if search is not None:
         found = [latency.bounded(each, point.budget, search) for each, point in zip(found, chosen, strict=True)]
     return tuple(found)

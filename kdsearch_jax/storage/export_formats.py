@@ -25,7 +25,7 @@ from kdsearch_jax.adapters.convolution.dispatch import fast_convolutions
 from kdsearch_jax.adapters.memoize import remembered
 from kdsearch_jax.adapters.registry import GIVEN, check_trust
 from kdsearch_jax.pruning import equality
-from kdsearch_jax.pruning.equality import TOLERANCE, Measured
+from kdsearch_jax.pruning.equality import TOLERANCE, Reference
 from kdsearch_jax.storage import safe_readers
 from kdsearch_jax.storage.arrays import describe, flatten, unflatten, verified
 from kdsearch_jax.storage.files import DamagedError, flush, naming, parse_json, read_object, seal
@@ -36,7 +36,7 @@ Format = Literal["safetensors", "stablehlo"]
 FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 _BATCH_SIZES = (2, 5)
-Expected = dict[int, Measured]  # {batch size: outputs}
+Expected = dict[int, Reference]  # {batch size: outputs}
 _EXPECTED = ".expected.npz"
 _USE = {
     "safetensors": "module, variables = kdsearch_jax.load_safetensors({file!r}{trust}); "
@@ -250,7 +250,7 @@ def _expected(module: Any, variables: Any, architecture: Architecture) -> Expect
     for size in _BATCH_SIZES:
         inputs = _inputs(architecture, size)
         rounding = equality.rounding_of(run.trace(variables, *inputs).jaxpr)
-        found[size] = equality.measure(run, variables, inputs, rounding)
+        found[size] = equality.reference_outputs(run, variables, inputs, rounding)
     return found
 
 
@@ -290,7 +290,7 @@ def _restored(arrays: Mapping[str, np.ndarray]) -> Expected:
     found: Expected = {}
     for key, array in arrays.items():
         size, kind, name = key.split("/")
-        each = found.setdefault(int(size), Measured({}, {}, {}, int(size)))
+        each = found.setdefault(int(size), Reference({}, {}, {}, int(size)))
         (each.values if kind == "values" else each.scales)[name] = array
     return found
 

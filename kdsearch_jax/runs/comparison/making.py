@@ -22,7 +22,7 @@ from kdsearch_jax.data.examples import Split
 from kdsearch_jax.distill import objective as task_lib
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.pruning import baselines
-from kdsearch_jax.pruning.budget import BudgetError
+from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import SurgeryError
 from kdsearch_jax.runs import budget_points, cutting, directories, evaluation, fit_stage, stages
@@ -78,7 +78,7 @@ def matched(setup: RunSetup, match: str) -> BudgetConfig:
     network = traced(setup.experiment, teacher.architecture, teacher.module)
     limits = limits_of(setup.experiment, network)[0]
     try:
-        keep = baselines.keep("uniform", teacher.variables, network.topology, limits)
+        keep = baselines.select("uniform", teacher.variables, network.topology, limits)
     except BudgetError as error:
         raise ValueError(f"match: both needs the costs of the uniform student ({error}); give --match macs") from error
     macs, params = map(float, network.topology.cost(keep))

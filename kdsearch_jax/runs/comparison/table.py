@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.runs import evaluation
 from kdsearch_jax.runs.comparison.making import place_of, results, scored
@@ -87,8 +87,8 @@ def _note(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]])
     for row in rows:
         if "why" not in row and bounds:
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
-            if share < budget_lib.FLOOR:
-                percent = apart(100 * share, 100 * budget_lib.FLOOR, digits=1)[0]
+            if share < budgets.FLOOR:
+                percent = apart(100 * share, 100 * budgets.FLOOR, digits=1)[0]
                 row["note"] = f"costs {percent}% of the budget: no such student is nearer"
 
 

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection, smallest
+from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits, smallest_keep
 from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.selection import Selection
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.latency.calibration import cut
 from kdsearch_jax.runs.latency.timing import UNITS, Tools, asked, check_noise, decide, of_process_0
@@ -133,7 +134,7 @@ def _smallest(
 ) -> tuple[Selection, dict[str, Any]]:
     """The smallest student, where it is within the budget as measured and no other was found that is."""
     topology = network.topology
-    flat = smallest(topology, limits.round_to)
+    flat = smallest_keep(topology, limits.round_to)
     keep = {name: units > 0 for name, units in topology.unflatten(flat).items()}
     found = measure(keep)
     shares = ", ".join(f"{name} {apart(each['share'], 1.0)[0]} of the budget" for name, each in found.items())

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning.budget import BudgetError
+from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.reporting.intervals import SPREAD, interval
 from kdsearch_jax.runs import evaluation
