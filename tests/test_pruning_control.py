@@ -47,7 +47,8 @@ def attention():
 
 def fine(network):
     """Without residual branches and the stem, whose units are a large part of the network."""
-    return network.select(("channels", "neurons", "heads", "values"), exclude=("conv",))
+    stem = [group.name for group in network.topology.groups if group.name == "conv"]
+    return network.select(("channels", "neurons", "heads", "values"), exclude=stem)
 
 
 NETWORKS = {"convolutional": convolutional, "attention": attention}
