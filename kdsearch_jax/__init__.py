@@ -72,6 +72,13 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# Modules that are used by their names, as in `kd.losses.kl`; `budget` and `surgery` are those of 0.1.
+_MODULES = {
+    "budget": "budget",
+    "gates": "pruning.gates",
+    "losses": "distill.losses",
+    "surgery": "surgery",
+}
 _HOMES = {
     "pruning.network": ("Network", "trace"),
     "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
@@ -92,8 +99,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives when it is first asked for."""
-    if name == "losses":
-        return importlib.import_module("kdsearch_jax.distill.losses")
+    if name in _MODULES:
+        return importlib.import_module(f"kdsearch_jax.{_MODULES[name]}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
