@@ -118,7 +118,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
         tx = optimizer.make_optimizer(stage)
         update = distill_step(module, teacher, tx, stage, RunConfig(steps_per_dispatch=1), task)
         dispatch = loop.make_dispatch(update, mesh, DataConfig(crop=0, flip=False), 0, scanned=False)
-        held = [devices.owned(create_state(variables, tx), mesh)]
+        held = [devices.donatable_copy(create_state(variables, tx), mesh)]
         rows = np.arange(batch, dtype=np.int32)[None]
 
         def call() -> float:

@@ -92,7 +92,7 @@ class Search:
             ({"arrays": self.dataset.train.arrays, "mean": mean, "std": std}, self.variables), mesh
         )
         dispatch = loop.make_dispatch(self.step, mesh, DATA, 0, scanned=jax.default_backend() != "cpu")
-        held, size = [devices.owned(self.state, mesh), 0], self.run.steps_per_dispatch
+        held, size = [devices.donatable_copy(self.state, mesh), 0], self.run.steps_per_dispatch
 
         def updates(number: int) -> None:
             for _ in range(number // size):

@@ -92,7 +92,7 @@ class Bench:
         resident, constants = devices.replicate((resident, constants), self.mesh)
         scanned = jax.default_backend() != "cpu"
         dispatch = loop.make_dispatch(step, self.mesh, DataConfig(), 0, scanned=scanned)
-        held = [devices.owned(state, self.mesh)]
+        held = [devices.donatable_copy(state, self.mesh)]
 
         def call() -> TrainState:
             first = int(held[0].step)

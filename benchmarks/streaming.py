@@ -202,7 +202,7 @@ def _update(depth: int, batch: int, mesh: Any, config: DataConfig) -> Callable[[
     stage = StageConfig(steps=10**6, batch_size=batch, learning_rate=1e-4, schedule="constant")
     tx = optimizer.make_optimizer(stage)
     step = distill_step(module, module, tx, stage, RunConfig(), classification(DistillConfig()))
-    held = [devices.owned(create_state(variables, tx), mesh)]
+    held = [devices.donatable_copy(create_state(variables, tx), mesh)]
     variables = devices.replicate(variables, mesh)
     dispatch = make_dispatch(step, mesh, config, 0, scanned=False)
 
@@ -225,7 +225,7 @@ def memory(directory: Path, workers: int = 0) -> dict[str, Any]:
     module, tx = registry.build("small_cnn", {"width": 4, "num_classes": CLASSES}), optimizer.make_optimizer(stage)
     variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), np.zeros((2, 224, 224, 3), np.float32))
     step = distill_step(module, module, tx, stage, RunConfig(), classification(DistillConfig()))
-    state = devices.owned(create_state(variables, tx), mesh)
+    state = devices.donatable_copy(create_state(variables, tx), mesh)
     dispatch, variables = make_dispatch(step, mesh, config, 0, scanned=False), devices.replicate(variables, mesh)
     updates, seen = len(dataset.train) // batch, []
     with closing(device_feed.make(dataset, batch, mesh, 10**6)) as feed:

@@ -1,7 +1,6 @@
-"""One network in either library: a function of (layers, x), where `layers` makes parameters and layers by name.
+"""Builds the same network in Linen and NNX from a function of (layers, x), where `layers` creates layers by name.
 
-Sizes are those of the parameters at hand, as in a module that asks its arrays: what a trace finds of the operations is
-the same in both libraries.
+Sizes are read from the parameters, so that tracing finds the same in both libraries.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ INIT = nn.initializers.normal(0.4)
 
 
 class OfLinen:
-    """Layers of a Linen module that is being called."""
+    """The layers of a Linen module during its call."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -41,7 +40,7 @@ class OfLinen:
 
 
 class OfNnx:
-    """Layers that an NNX module holds, or, while it is made, those that it is to hold."""
+    """The layers of an NNX module, which are created by the first call."""
 
     def __init__(self, module: nnx.Module, rngs: nnx.Rngs | None = None):
         self.module, self.rngs = module, rngs

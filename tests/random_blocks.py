@@ -1,5 +1,4 @@
-"""More of the vocabulary of random networks: blocks that published networks are built of, in the forms that authors
-write them. Steps as in `random_steps`, which this file adds to."""
+"""More steps of random networks (see `random_steps`): the blocks of published networks, as their authors write them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Random networks: a generator of Flax modules that nobody thought of, and the proof that each must pass.
+"""A generator of random Flax modules, and the proof that each must pass.
 
-A network is a program: what goes in, a list of steps (`random_steps`), and what comes out. All that the program decides
-by sizes it decides by those of the whole network, recorded when it first runs, so that a student runs the same code.
+A network is a program: its inputs, a list of steps (`random_steps`), and its outputs. Decisions that depend on sizes
+use those of the whole network, recorded on the first run, so that a student runs the same code.
 
-The proof (`check`) of one network: it is traced, and each index of each parameter is in one group or frozen with a
-reason; its outputs depend on its inputs and on its gates; and for several cuts with random gates the student, run by
-the module's own code, computes what the gated network did to 1e-5 of each output's own scale and costs what was
-counted. A student with noise for a kernel that matters is told from it by the same measure.
+The proof (`check`) of one network: each index of each parameter is in one group or frozen with a reason; the outputs
+depend on inputs and gates; and several students with random gates, run by the module's own code, match the gated
+network within 1e-5 of each output's scale and cost what was predicted. A student with noise in an important kernel must
+fail the same comparison.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""More of the vocabulary of random networks: operations beyond layers.
+"""More steps of random networks (see `random_steps`): operations beyond layers.
 
-Norms of kernels, Fourier transforms, experts, einsums of several operands, loops that end by a condition. Steps as in
-`random_steps`, which this file adds to.
+Kernel norms, Fourier transforms, experts, einsums of several operands, loops with a stopping condition.
 """
 
 from __future__ import annotations

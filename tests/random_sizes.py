@@ -1,7 +1,4 @@
-"""More of the vocabulary of random networks: operands of size 1, halves that belong together, sizes that modules hold.
-
-Steps as in `random_steps`, which this file adds to.
-"""
+"""More steps of random networks (see `random_steps`): operands of size 1, paired halves, sizes in attributes."""
 
 from __future__ import annotations
 

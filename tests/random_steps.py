@@ -1,9 +1,9 @@
-"""The vocabulary of random networks: what a step may do to the newest value.
+"""The steps of random networks.
 
 A step is a function of (build, x, a, b, c): the network under construction, its newest value (batch, …, channels) and
-three small integers that choose among the step's forms. It returns the new value. What a step *decides* it decides by
-the sizes of the whole network (`build.whole`), since no walk can foresee an `if` in Python; what it *computes* it takes
-from the value at hand, or from a literal, as authors do (`build.size` is either).
+three small integers that choose among the step's variants. It returns the new value. A step's decisions depend on the
+sizes of the whole network (`build.whole`), since tracing cannot follow an `if` in Python; its computations use the
+sizes of the current value or literals, as model authors do (`build.size` returns either).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 Step = Callable[..., Any]
 STEPS: dict[str, Step] = {}
-TOO_WIDE = 20  # channels or tokens: what would make more leaves the value as it is
+TOO_WIDE = 20  # channels or tokens; a step that would exceed it returns the value unchanged
 
 
 def step(function: Step) -> Step:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.call_spec import mode
+from kdsearch_jax.adapters.call_spec import mode_keywords
 from kdsearch_jax.pruning import baselines, budgets, surgery
 from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits
 from kdsearch_jax.pruning.network import trace
@@ -39,7 +39,7 @@ def network(name):
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda x: random.uniform(0.5, 1.5, x.shape).astype(np.float32), shapes)
-    return trace(module, images, **mode(module, train=False)), variables, architecture
+    return trace(module, images, **mode_keywords(module, train=False)), variables, architecture
 
 
 @pytest.mark.parametrize("bounds", BUDGETS, ids=str)

@@ -1,4 +1,4 @@
-"""Parameters with metadata about their sharding: pruned as without, and given back with it."""
+"""Parameters with sharding metadata are pruned as without it, and returned with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INIT = nn.initializers.lecun_normal()
 
 
 class Mine(struct.PyTreeNode, meta.AxisMetadata):
-    """A box of one's own."""
+    """A user's own box class."""
 
     value: jax.Array
     note: str = struct.field(pytree_node=False)
@@ -106,7 +106,7 @@ def specs(variables):
 
 
 def initial(module, x=X):
-    """Variables as `init` makes them, boxes included, with random values."""
+    """Variables in boxes as from `init`, with random values."""
     made = jax.eval_shape(module.init, jax.random.key(0), x)
     plain = variables_of(module, x)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, boxes.unboxed(made))
@@ -128,7 +128,7 @@ def cut(module, variables, x=X):
     "options", [{}, {"scan": True}, {"remat": True, "dtype": "bfloat16"}, {"scan": True, "remat": True}]
 )
 def test_boxes_change_nothing(kind, options):
-    """The same groups, the same student, array by array; each in the box that it came in."""
+    """The same groups and the same student, each array in its box."""
     if "scan" in options and kind == "in one another":
         pytest.skip("Flax adds no axis to a box within a box")
     whole, plain = Net(kind, **options), Net(**options)
@@ -151,13 +151,13 @@ def _outside(box):
 
 
 def test_branches_that_are_dropped_in_bfloat16():
-    """The zeros in their place are constants of a type that NumPy does not know as a number."""
+    """Their zeros are constants of a dtype that is not a NumPy number."""
     module = Net("logical", dtype="bfloat16")
     prove(trace(module, X), boxes.unboxed(initial(module)), X, hows=("one", "branches"))
 
 
 def test_pruned_and_searched_in_ones_own_loop():
-    """`prune` and `GatedSearch` give back boxes as well; so do weights and gates that are trained."""
+    """`prune` and `GatedSearch` return boxes, also after training weights and gates."""
     module = Net("logical", scan=True)
     variables, network = initial(module), trace(module, X)
     student = kd.prune(network, variables, kd.magnitude(), kd.Budget(macs=0.69), X)
@@ -186,7 +186,7 @@ def test_folding_keeps_boxes():
 
 @pytest.mark.parametrize("kind", ["partitioned", "none"])
 def test_variables_in_boxes_that_the_module_does_not_make_and_the_reverse(kind):
-    """What fits is decided by the arrays; a student is given back as its teacher came."""
+    """Only the arrays must match; a student has the boxes that its teacher was passed with."""
     module, other = Net(kind), Net("none" if kind == "partitioned" else "partitioned")
     variables = initial(other)
     fitted = weights.fit(
@@ -198,7 +198,7 @@ def test_variables_in_boxes_that_the_module_does_not_make_and_the_reverse(kind):
 
 
 def test_what_files_say_of_boxes(tmp_path):
-    """Names and rules are stored; a box of one's own is made by the module's own code."""
+    """Names and rules are stored; a user's own box is created by the module's code."""
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((5, 12), jnp.float32)})
     for kind in ("partitioned", "logical", "mine", "none"):
         module = Net(kind, scan=kind != "mine")
@@ -209,12 +209,12 @@ def test_what_files_say_of_boxes(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, variables, sliced)
     rules = (("embed", "data"), ("mlp", ("model", "more")), ("out", None))
     box = nn.LogicallyPartitioned(jnp.ones((2, 3)), ("embed", None), rules=rules)
-    record = json.loads(json.dumps(boxes.described({"a": box})))
-    made = boxes.made(record, dict)["a"]
+    record = json.loads(json.dumps(boxes.boxes_to_json({"a": box})))
+    made = boxes.boxes_from_json(record, dict)["a"]
     assert (made.names, made.rules) == (box.names, box.rules)
     for damaged in ({"a": 3}, {"a": {"kind": "Partitioned"}}, {"a": {}}):
         with pytest.raises(ValueError, match="boxes: 'a'"):
-            boxes.made(damaged, dict)
+            boxes.boxes_from_json(damaged, dict)
 
 
 def test_searched_with_boxes(tmp_path):
@@ -239,7 +239,7 @@ def test_searched_with_boxes(tmp_path):
 
 
 class NnxNet(nnx.Module):
-    """Metadata given in every way that there is."""
+    """All ways to add metadata."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
@@ -254,7 +254,7 @@ class NnxNet(nnx.Module):
 
 
 def check_nnx(module):
-    """A student of the module has its metadata on each of its variables, with arrays of its own sizes."""
+    """Variables of the module's student have its metadata and the student's sizes."""
     function, variables = FunctionalModule.split(module)
     student, sliced = cut(function, variables)
     bound = student.bind(sliced)
@@ -282,7 +282,6 @@ MESH = """
 import contextlib, jax, jax.numpy as jnp, numpy as np, flax.linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
-from kdsearch_jax.adapters import boxes
 from test_boxes import Net, NnxNet, X, check_nnx, cut, groups, initial, trace
 
 variables = {kind: initial(Net(kind, scan=True)) for kind in ("partitioned", "logical")}
@@ -299,7 +298,7 @@ print("done")
 
 
 def test_under_a_mesh_whose_size_divides_no_student():
-    """Two devices, an odd number of units: what the caller's mesh is like does not matter to what can be pruned."""
+    """With two devices and an odd number of units, the caller's mesh does not affect what can be pruned."""
     own = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-c", MESH], capture_output=True, text=True,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdsearch_jax.adapters import registry
-from kdsearch_jax.adapters.call_spec import mode
+from kdsearch_jax.adapters.call_spec import mode_keywords
 from kdsearch_jax.pruning import budgets, selection
 from kdsearch_jax.pruning.budgets import FLOOR, Budget, BudgetError, Limits, smallest_keep
 from kdsearch_jax.pruning.network import trace
@@ -36,7 +36,7 @@ def topology(name: str) -> Topology:
     model, arguments, shape = NETWORKS[name]
     module = registry.build(model, {"num_classes": 10, **arguments})
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    return trace(module, images, **mode(module, train=False)).topology
+    return trace(module, images, **mode_keywords(module, train=False)).topology
 
 
 def limits(name: str, macs: float | None = 0.5, params: float | None = None, round_to: int = 1) -> Limits:

@@ -1,4 +1,4 @@
-"""Modules that are called wrongly, or that return and write unusual things: each works, or says what to do."""
+"""Wrong calls, and modules with unusual outputs or variables: each works, or the error says what to do."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Trained(nn.Module):
-    """A network that has to be told whether it is in training."""
+    """A network with a required training switch."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -40,13 +40,13 @@ def test_a_random_layer_is_named():
     def net(m, x):
         return out(nn.Dropout(0.5, deterministic=False, name="drop")(nn.relu(nn.Dense(6, name="a")(x))))
 
-    with pytest.raises(ValueError, match="layer 'drop' is random while the network is traced.*deterministic=True"):
+    with pytest.raises(ValueError, match="layer 'drop' .*deterministic=True"):
         trace(net, image(12))
 
 
 @network
 def several(m, x):
-    """No batch axis, whole numbers, a truth, a name and nothing."""
+    """Outputs without a batch axis, an integer, a boolean, a string and None."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     y = out(x)
     return {"mean": y.mean(), "class": y.argmax(-1), "sure": y.max(-1) > 1, "name": "net", "none": None, "logits": y}
@@ -54,7 +54,7 @@ def several(m, x):
 
 @network
 def writes_and_sows(m, x):
-    """What is sown is not among the variables that a call reads."""
+    """Sown values are not among the variables that a call reads."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     m.sow("intermediates", "hidden", x)
     m.sow("losses", "size", jnp.square(x).mean())
@@ -96,5 +96,5 @@ def test_unusual_modules_work(module):
 
 
 def test_a_network_without_parameters_cannot_be_pruned():
-    with pytest.raises(ValueError, match="nothing in this network can be pruned .it has no parameters"):
+    with pytest.raises(ValueError, match="it has no parameters"):
         trace(network(lambda m, x: jax.nn.relu(x)), image(12))

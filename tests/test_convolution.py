@@ -1,4 +1,4 @@
-"""The fast convolutions are XLA's own: same values, same gradients, same programs on other machines, no trace left."""
+"""Fast convolutions equal XLA's: values, gradients, programs for other platforms; and modules are left unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def numbers(seed: int, *shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[jax.Array]:
-    """Small integers: their sums have no rounding, so that equal means equal, in whatever order they are added."""
+    """Small integers, whose sums are exact in any order."""
     random = np.random.default_rng(seed)
     return [jnp.asarray(random.integers(-2, 3, shape), dtype) for shape in shapes]
 

@@ -1,4 +1,4 @@
-"""Dense convolutions: XLA's values and derivatives, with and without compiled kernels, and XLA's programs elsewhere."""
+"""Ungrouped convolutions: XLA's values and derivatives with and without native kernels; XLA's own elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRODUCT = "kdsearch_convolution_product"  # the primitive's name in a jaxpr
 
 @pytest.fixture(params=["kernels", "no kernels"])
 def kernels(request, monkeypatch):
-    """Once with the compiled kernels, where there is a compiler, and once without."""
+    """With native kernels, if there is a compiler, and without."""
     monkeypatch.setenv("KDSEARCH_NATIVE", "1" if request.param == "kernels" else "0")
     native.ready.cache_clear()
     if request.param == "kernels" and not native.ready():
@@ -45,7 +45,7 @@ def kernels(request, monkeypatch):
 
 
 def numbers(seed, *shapes, dtype=jnp.float32):
-    """Small integers: their sums have no rounding, so that equal means equal, in whatever order they are added."""
+    """Small integers, whose sums are exact in any order."""
     random = np.random.default_rng(seed)
     return [jnp.asarray(random.integers(-2, 3, shape), dtype) for shape in shapes]
 
@@ -179,7 +179,7 @@ def test_derivatives_of_every_kind(kernels):
 
 
 def test_results_do_not_depend_on_threads():
-    """Bit by bit those of one core; the process gets its threads when it starts."""
+    """Bit-identical to one core; the number of threads is set when the process starts."""
     if not native.ready() or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core, or no compiler")
     code = (
@@ -231,7 +231,7 @@ def test_without_a_compiler_xla_computes(monkeypatch, tmp_path, caplog):
 
 
 class Block(nnx.Module):
-    """A residual block of NNX, with BatchNorm and a convolution along one axis."""
+    """An NNX residual block with BatchNorm and a 1-D convolution."""
 
     def __init__(self, rngs):
         self.first = nnx.Conv(3, 12, (3, 3), strides=2, padding=((1, 1), (1, 1)), use_bias=False, rngs=rngs)
@@ -247,7 +247,7 @@ class Block(nnx.Module):
 
 
 class Small(nn.Module):
-    """The same kind of network of Linen, a part of it rematerialised."""
+    """A similar Linen network, partly rematerialised."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):

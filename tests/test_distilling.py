@@ -69,7 +69,7 @@ def _batch(size: int = 5) -> dict:
 def test_the_ends_of_stages_are_found(name, arguments, side, expected):
     module = registry.build(name, {**arguments, "num_classes": 10})
     call = CallSpec.of_image((side, side, 3))
-    variables = adapter_for(module).variables(module, call.example(2), call.keywords(module, train=False))
+    variables = adapter_for(module).abstract_variables(module, call.example(2), call.keywords(module, train=False))
     assert list(features.find(module, variables, call)) == expected
 
 
@@ -405,7 +405,7 @@ def test_the_road_with_every_loss_delivers_a_plain_student(tmp_path, repository)
     assert search([*config, "--workdir", str(tmp_path / "run"), "--distill.losses", *every]) == 0
     for place in ("search/network", "student"):
         module, variables, architecture, _ = load_network(tmp_path / "run" / place)
-        shapes = shapes_of(module, *architecture.called.example(2), train=False)
+        shapes = shapes_of(module, *architecture.call_spec.example(2), train=False)
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
         assert {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves} == shapes
     assert json.loads((tmp_path / "run" / "config.json").read_text())["distill"]["losses"] == every

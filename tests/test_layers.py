@@ -1,5 +1,7 @@
-"""Every layer of `flax.linen` that holds sizes, and the ways in which strangers put them together: each with the groups
-that must be found, or the reason why not, and proved as in `test_walk`."""
+"""Every layer of `flax.linen` that holds sizes, and usual ways to combine them.
+
+Each network has the groups that must be found, or the reason why not, and is proved as in `test_coupling`.
+"""
 
 import flax.linen as nn
 import jax
@@ -24,7 +26,7 @@ def heads(**sizes):
 
 @case(IMAGE, neurons(a=4), {"a/kernel[2]": "fixed size"})
 def conv_local(m, x):
-    """Its kernel has an entry for each place and each input; what it makes may go, what it reads may not."""
+    """Its kernel has an entry for each position and input; its outputs can be pruned, its inputs cannot."""
     x = nn.relu(nn.ConvLocal(4, (3, 3), name="a")(x))
     return out(pooled(x))
 
@@ -56,7 +58,7 @@ def low_rank_adapter(m, x):
 
 @case(VECTOR, neurons(a=6, b=6))
 def sum_of_kernels(m, x):
-    """What reads the units is added up of two parameters, one of them as the imaginary part of complex numbers."""
+    """The consuming kernel is a sum of two parameters, one of them as the imaginary part of a complex array."""
     x, y = nn.relu(nn.Dense(6, name="a")(x)), nn.relu(nn.Dense(6, name="b")(x))
     real, imaginary = (m.param(name, normal, (x.shape[-1], 3)) for name in ("real", "imaginary"))
     plain, less = (m.param(name, normal, (y.shape[-1], 3)) for name in ("plain", "less"))
@@ -68,7 +70,7 @@ def sum_of_kernels(m, x):
 
 
 def attend(q, k, v, scale=0.5):
-    """(batch, tokens, heads, size) each; scaled by a number of its own."""
+    """(batch, tokens, heads, size) each; scaled by a parameter."""
     weights = nn.softmax(jnp.einsum("bshd,bthd->bhst", q, k) * scale)
     return jnp.einsum("bhst,bthd->bshd", weights, v)
 
@@ -84,7 +86,7 @@ def attention_of_linen(m, x):
 
 @case(TOKENS, {"qkv": ("heads", 3)})
 def attention_from_one_projection(m, x):
-    """Queries, keys and values side by side: 3 × heads × size."""
+    """Queries, keys and values in one kernel: 3 × heads × size."""
     qkv = nn.Dense(36, name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, -1, 4), 2, 0)
     return out(pooled(attend(q, k, v).reshape(*x.shape[:2], -1)))
@@ -143,7 +145,7 @@ def attention_of_jax(m, x):
 
 @case((64,), {**heads(k=3), **branch("k+v")}, {"e/kernel[1]": "test_layers.py:"})
 def attention_in_shifted_windows(m, x):
-    """As in Swin: rolled, cut into windows, attended, put together and rolled back."""
+    """As in Swin: roll, split into windows, attend, merge and roll back."""
     x = nn.Dense(8, name="e")(x.reshape(-1, 8, 8, 1))
     shifted = jnp.roll(x, (-1, -1), (1, 2))
     windows = shifted.reshape(-1, 4, 2, 4, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
@@ -253,7 +255,7 @@ def unrolled_loop_of_layers_with_a_width(m, x):
     return out(pooled(loop(width=8, name="layers")(x, None)[0]))
 
 
-# --- what strangers write -------------------------------------------------------------------------------------------
+# --- networks of third parties --------------------------------------------------------------------------------------
 
 
 @case(TOKENS, {"wi": ("neurons", 5)})

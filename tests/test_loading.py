@@ -212,7 +212,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
     """The class is called to see whether it makes an equal module; where it does not, none is named."""
 
     def described(module):
-        return registry.describe(FunctionalModule.split(module)[0])
+        return registry.identify(FunctionalModule.split(module)[0])
 
     named = Named(8, rngs=nnx.Rngs(0))
     fails(saved(named, FunctionalModule.split(named)[1], tmp_path / "named")[1],

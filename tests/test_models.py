@@ -1,4 +1,4 @@
-"""The networks: published sizes, PyTorch's padding, names that stay, the call that all share, and clear refusals."""
+"""Built-in models: published sizes, PyTorch's padding, stable names, the common call, and refused arguments."""
 
 import math
 
@@ -120,7 +120,7 @@ def test_a_deeper_network_has_the_layers_of_the_shallower_one():
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_strided_convolution_is_centred_as_in_pytorch(size):
-    """A kernel with a single one in its middle subsamples rows 0, 2, 4, …; with XLA's SAME it would be 1, 3, 5, …."""
+    """A kernel with a single one in its centre selects rows 0, 2, 4, …; XLA's SAME padding would select 1, 3, 5, …."""
     image = jax.random.normal(jax.random.key(0), (1, 8, 8, 1))
     kernel = jnp.zeros((size, size, 1, 1)).at[size // 2, size // 2].set(1.0)
     out = blocks.conv(1, size, stride=2, name="conv").apply({"params": {"kernel": kernel}}, image)
@@ -136,7 +136,7 @@ def test_option_a_shortcut_subsamples_and_pads_both_sides():
 
 
 def test_whether_a_block_projects_does_not_hang_on_the_channels_that_arrive():
-    """A student's stream may be narrower than the block's `features`; no projection may appear from that."""
+    """A student's stream may be narrower than the block's `features`, which must not add a projection."""
     block = blocks.BasicBlock(features=8)
     inner = jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
     assert set(inner["params"]) == {"conv1", "bn1", "conv2", "bn2"}
@@ -145,7 +145,7 @@ def test_whether_a_block_projects_does_not_hang_on_the_channels_that_arrive():
 
 
 def test_vit_sees_a_set_of_patches_but_for_their_positions():
-    """Mean pooling and no positions: the order of the patches is of no effect. With positions, it is."""
+    """Mean pooling and no positions: the order of the patches has no effect; with positions it has."""
     module, _ = small("vit mean")
     images = np.random.default_rng(0).normal(size=(1, 8, 8, 1)).astype(np.float32)
     swapped = np.concatenate([images[:, 4:], images[:, :4]], axis=1)

@@ -1,4 +1,4 @@
-"""NNX modules: found, cut and proved like Linen's; what comes back is a module of the user's own class."""
+"""NNX modules are traced, pruned and proved like Linen modules; a student is a module of the user's own class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Mlp(nnx.Module):
-    """A dropout between, as in training code that never heard of us."""
+    """With dropout, as in ordinary training code."""
 
     def __init__(self, width: int = 12, rate: float = 0.5, num_classes: int = 5, *, rngs: nnx.Rngs):
         self.first = nnx.Linear(6, width, rngs=rngs)
@@ -113,7 +113,7 @@ class Grouped(nnx.Module):
 
 
 class Adapted(nnx.Module):
-    """Low-rank adapters, general layers, arrays that are no Variables, and a parameter of its own."""
+    """Low-rank adapters, general layers, arrays that are no Variables, and a bare parameter."""
 
     def __init__(self, rngs):
         self.lora = nnx.LoRALinear(6, 10, lora_rank=3, rngs=rngs)
@@ -258,7 +258,7 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, tuple[str, int]]]] = {
 
 @functools.cache
 def trained(make: Any, seed: int = 0) -> tuple[FunctionalModule, Any]:
-    """A module as a training run would leave it: no parameter is 0, no statistic is as at the start."""
+    """A module as after training: no parameter is 0, and statistics differ from their initial values."""
     module, rng = FunctionalModule.make(make, {}), np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, jax.random.key(0))
 
@@ -282,7 +282,7 @@ def test_the_student_computes_what_the_gated_network_does(name):
 
 @functools.cache
 def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModule, Any]:
-    """(the whole, a random student, its variables) of one of the networks above."""
+    """(the network, a random student, its variables) of one of the networks above."""
     make, x, _ = NETWORKS[name]
     module, variables = trained(make)
     network, rng = trace(module, x), np.random.default_rng(1)
@@ -292,7 +292,7 @@ def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModul
 
 
 def fresh(layer: Any) -> Any:
-    """A layer of the same class, made anew with the sizes that `layer` says of itself."""
+    """A new layer of the same class with the sizes in the attributes of `layer`."""
     rngs, kind = nnx.Rngs(0), type(layer)
     if kind in (nnx.Linear, nnx.LinearGeneral, nnx.LoRALinear, nnx.Conv, nnx.ConvTranspose):
         more = {"kernel_size": layer.kernel_size} if hasattr(layer, "kernel_size") else {}
@@ -314,7 +314,7 @@ def fresh(layer: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["cnn", "grouped", "adapted", "recurrent", "tokens"])
 def test_a_cut_layer_tells_its_true_sizes(name):
-    """Made anew by what it says of itself, it has arrays of the very same shapes."""
+    """A layer created from a student's attributes has arrays of the same shapes."""
     _, student, sliced = cut(name)
     seen = 0
     for _, layer in nnx.iter_graph(student.bind(sliced)):
@@ -337,7 +337,7 @@ def test_an_attention_layer_tells_its_true_sizes():
 
 
 def test_what_comes_back_is_a_module_of_the_users_class():
-    """It computes what `apply` does, its statistics move when it trains, and it takes gradients as any other."""
+    """It computes what `apply` does, updates its statistics in training, and can be differentiated."""
     _, student, sliced = cut("cnn", "one")
     x, module = NETWORKS["cnn"][1], student.bind(sliced)
     assert type(module) is Cnn
@@ -425,7 +425,7 @@ def test_fresh_variables_come_from_the_factory_and_are_cropped_for_a_student():
     kernel = one["params"]["stem"]["kernel"]
     assert (kernel == same["params"]["stem"]["kernel"]).all() and (kernel != other["params"]["stem"]["kernel"]).any()
     assert (one["batch_stats"]["norm"]["var"] == 1).all()
-    student = module.cut({"stem": {"kernel": (3, 3, 3, 4)}}, ())
+    student = module.resized({"stem": {"kernel": (3, 3, 3, 4)}}, ())
     assert student.init(jax.random.key(0))["params"]["stem"]["kernel"].shape == (3, 3, 3, 4)
     assert hash(module) == hash(FunctionalModule.make(Cnn, {"width": 6})) and module != student
 
@@ -448,7 +448,7 @@ def test_a_student_is_cut_again():
 
 
 class Fixed(nnx.Module):
-    """A size that is written into the code."""
+    """A hard-coded size."""
 
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
@@ -478,29 +478,29 @@ class Holds(nnx.Module):
 def test_bad_input_says_what_to_do():
     module, variables = FunctionalModule.split(Mlp(rngs=nnx.Rngs(0)))
     x = image(6)
-    with pytest.raises(ValueError, match="draws random numbers in inference mode .*deterministic"):
+    with pytest.raises(ValueError, match="deterministic"):
         trace(AlwaysRandom(rngs=nnx.Rngs(0)), x)
-    with pytest.raises(ValueError, match="given as an instance.*package.module:factory"):
+    with pytest.raises(ValueError, match="init: .*package.module:factory"):
         module.init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"variables: params/first/bias has shape None, \(12,\) is expected by Mlp"):
         module.apply({"params": {"first": {"kernel": variables["params"]["first"]["kernel"]}}}, x)
     with pytest.raises(ValueError, match="pair: a Param that holds a dict .*one array"):
         FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
-        module.cut({"frist": {"kernel": (6, 3)}}, ())
+        module.resized({"frist": {"kernel": (6, 3)}}, ())
     with pytest.raises(ValueError, match="'first' has no array 'kernle'"):
-        module.cut({"first": {"kernle": (6, 3)}}, ())
+        module.resized({"first": {"kernle": (6, 3)}}, ())
     with pytest.raises(ValueError, match="no argument 'widht'.*did you mean 'width'"):
         Architecture("test_nnx:Mlp", {"widht": 3}).module()
 
 
-# --- the road -------------------------------------------------------------------------------------------------------
+# --- a whole run ---------------------------------------------------------------------------------------------------
 
 SMALL = ["--config", str(Path(__file__).parent / "tiny.py"), "--model.name", "test_nnx:Cnn"]
 
 
 @pytest.mark.slow
-def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
+def test_a_whole_run_by_command(tmp_path, monkeypatch, python):
     from kdsearch_jax.search.__main__ import main
 
     monkeypatch.chdir(tmp_path)
@@ -519,7 +519,7 @@ def test_the_whole_road_by_command(tmp_path, monkeypatch, python):
     assert done.returncode == 0 and done.stdout.split() == ["Cnn", "10"], done.stderr
 
 
-def test_the_whole_road_by_python_call(tmp_path):
+def test_a_whole_run_by_python_call(tmp_path):
     rng = np.random.default_rng(0)
     data = {"x": rng.normal(size=(64, 6)).astype(np.float32), "labels": rng.integers(0, 5, 64)}
     model = Mlp(50, rngs=nnx.Rngs(0))

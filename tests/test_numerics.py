@@ -1,4 +1,4 @@
-"""What is not finite stops a run, by name; and going back where the loss jumps goes the same way every time."""
+"""Non-finite values stop a run and are named; rollbacks after a loss spike are deterministic."""
 
 from __future__ import annotations
 

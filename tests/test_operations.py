@@ -1,7 +1,7 @@
 """Operations beyond layers: norms of kernels, experts, Fourier transforms, einsums of several operands, loops.
 
-Each network has the groups that must be found, and for some frozen parameters a part of the reason, which names the
-operation and its line in this file. Random cuts are exact. Every other network is in Linen, the rest in NNX.
+Each network has the groups that must be found and, for some frozen parameters, a part of the reason, which names the
+operation and its line in this file. Random students are exact. Networks alternate between Linen and NNX.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from proof import groups, image, prove, random_keep, reasons, traced, variables_
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import count, trace
-from kdsearch_jax.tracing import contractions
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing import einsum
+from kdsearch_jax.tracing.program import flatten_jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -74,7 +74,7 @@ def weight_norm_of_a_convolution(s, x):
 
 @case(VECTOR, {"a": 8}, {"w[1]": "not used as stored, in dot_general"})
 def weight_norm_used_forth_and_back(s, x):
-    """Along its outputs the normalised kernel does not change with what is stored, until that is 0."""
+    """Along its outputs, the normalised kernel does not change with the stored one, until that is 0."""
     w = s.param("w", x.shape[-1], 9)
     w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
     return dot(nn.relu(dot(x, w)), w.T)
@@ -226,7 +226,7 @@ def fixed_point_with_a_tolerance(s, x):
 
 @case(TOKENS, {"a": 8})
 def rarer_operations(s, x):
-    """Free along the channels, which they do not mix."""
+    """Free along the channels, which the transforms do not mix."""
     x = jax.lax.reduce(x, np.float32(0), lambda a, b: a + b * b, (1,))
     x = jax.lax.composite(jnp.tanh, "example.tanh")(x) + jax.lax.igamma(jnp.ones_like(x), jnp.abs(x))
     lower = jnp.tril(s.param("lower", 3, 3)) + 3 * jnp.eye(3)
@@ -362,7 +362,7 @@ def test_normalised_layers_lose_inputs_and_outputs(library, how):
 
 
 class Factors(nn.Module):
-    """Which pair is contracted first hangs on the sizes."""
+    """The sizes decide which pair is contracted first."""
 
     how: str = "named"
 
@@ -402,15 +402,15 @@ EQUATIONS = ["ab,bc,cd->ad", "ab,ab,bc->ac", "abc,cd,bd,de->ae", "ab,cb,db->acd"
 
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_an_einsum_is_one_operation_in_any_order(equation):
-    """Its parameters say what is summed, whatever the order, and the products in that order are what it costs."""
+    """The equation does not depend on the order of contraction; the cost is that of the order."""
     sizes = dict(zip("abcde", (2, 3, 4, 5, 6), strict=True))
     operands = [image(*(sizes[i] for i in term))[0] for term in equation.split("->")[0].split(",")]
     found = set()
     for path in orders(len(operands)):
         closed = jax.make_jaxpr(lambda *xs, path=path: jnp.einsum(equation, *xs, optimize=path))(*operands)
-        (op,) = flatten(closed).ops
-        assert op.name == contractions.NAME
-        found.add(op.params["network"])
+        (op,) = flatten_jaxpr(closed).ops
+        assert op.name == einsum.NAME
+        found.add(op.params["equation"])
         dots = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "dot_general"]
         macs = 0
         for eqn in dots:
@@ -434,8 +434,8 @@ def test_different_sums_are_different_operations():
     x = image(3, 3)[0]
     networks = set()
     for equation in ("ab,bc,cd->ad", "ab,bc,cd->da", "ab,bc,dc->ad", "ba,bc,cd->ad", "ab,bc,ca->a", "ab,ab,ab->ab"):
-        (op,) = flatten(jax.make_jaxpr(lambda *xs, e=equation: jnp.einsum(e, *xs))(x, 2 * x, 3 * x)).ops
-        networks.add(op.params["network"])
+        (op,) = flatten_jaxpr(jax.make_jaxpr(lambda *xs, e=equation: jnp.einsum(e, *xs))(x, 2 * x, 3 * x)).ops
+        networks.add(op.params["equation"])
     assert len(networks) == 6
 
 

@@ -13,7 +13,7 @@ from proof import image, random_gates, random_keep, traced, variables_of
 
 import kdsearch_jax as kd
 from kdsearch_jax import evaluate, export
-from kdsearch_jax.adapters.architecture import Architecture, StudentModule, base_of
+from kdsearch_jax.adapters.architecture import Architecture, StudentModule, base_module
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.report import main as report_main
@@ -118,7 +118,7 @@ def test_rounds_of_cuts(name):
         before = sum(leaf.size for leaf in jax.tree.leaves(variables))
         module, variables, architecture = cut(module, variables, x, architecture, rng)
         assert sum(leaf.size for leaf in jax.tree.leaves(variables)) <= before
-        assert base_of(module) == base and Architecture.of(module, x.shape[1:]) == architecture
+        assert base_module(module) == base and Architecture.of(module, x.shape[1:]) == architecture
         made = Architecture.from_json(json.loads(json.dumps(architecture.to_json()))).module(base)
         np.testing.assert_array_equal(run(made, variables, x), run(module, variables, x))
 
@@ -150,7 +150,7 @@ def test_rounds_of_pruning_and_training(name, tmp_path):
         assert student.difference <= surgery.TOLERANCE
         kd.save(student, tmp_path / str(number))
         loaded = kd.load(tmp_path / str(number), base)
-        described = Architecture.of(_function(loaded.module), (), student.architecture.call)
+        described = Architecture.of(_function(loaded.module), (), student.architecture.custom_call)
         assert loaded.architecture == student.architecture and described.layers == student.architecture.layers
         assert (described.model, described.dropped) == (student.architecture.model, student.architecture.dropped)
         module, variables = loaded
@@ -159,7 +159,7 @@ def test_rounds_of_pruning_and_training(name, tmp_path):
             variables = module
         else:
             variables = jax.tree.map(lambda leaf: 1.1 * leaf, variables)
-    assert base_of(_function(module)) == _function(base)
+    assert base_module(_function(module)) == _function(base)
 
 
 def _function(module):
@@ -290,7 +290,7 @@ def test_students_are_searched_again_by_command(model, tmp_path, repository, cap
         assert described["model"] == model
     module, variables, *_ = load_network(f"{three}/student")
     smaller, *_ = load_network(f"{two}/student")
-    assert base_of(module) == base_of(smaller) and module != smaller
+    assert base_module(module) == base_module(smaller) and module != smaller
     other, arrays = export_formats.load_safetensors(f"{three}/out/student.safetensors")
     x = image(8, 8, 1)
     np.testing.assert_array_equal(run(other, arrays, x), run(module, variables, x))

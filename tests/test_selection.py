@@ -17,8 +17,9 @@ from kdsearch_jax.pruning.costs import Estimate
 from kdsearch_jax.pruning.exact_selection import best_selection
 from kdsearch_jax.pruning.pieces import Pieces
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.tracing.messages import apart, ceiling
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.messages import format_distinct, round_up
+from kdsearch_jax.tracing.topology import Group, Topology
 
 SEEDS = st.integers(0, 10**6)
 
@@ -232,10 +233,10 @@ def test_no_group_keeps_fewer_units_than_it_must(seed):
 
 @given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=4))
 def test_numbers_that_differ_are_told_apart_in_their_order(values):
-    texts = apart(*values)
+    texts = format_distinct(*values)
     for (a, x), (b, y) in itertools.combinations(zip(values, texts, strict=True), 2):
         assert (a == b) == (x == y) and (a < b) == (float(x) < float(y))
-    up = ceiling(values[0])
+    up = round_up(values[0])
     assert values[0] <= float(up) * (1 + 1e-15) and float(up) <= values[0] * 1.0011
 
 

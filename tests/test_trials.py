@@ -1,11 +1,11 @@
-"""Trial cuts: what the model's own code can shrink, and what has to follow.
+"""Trials: what the model's own code can shrink, and which of its numbers must follow.
 
-Small networks, each in the way an author would write it, with the groups that must be found and proof that random cuts
-are exact.
+Small networks as authors write them, with the groups that must be found, and proof that random students are exact.
 """
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,10 +16,11 @@ from flax import nnx
 from proof import groups, image, prove, reasons, traced, variables_of
 
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.base import numbers_in, with_number
+from kdsearch_jax.adapters.base import integer_attributes, replace_integer
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.student import cut
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -69,7 +70,7 @@ HOWS = ["slice", "split", "input", "dynamic", "taken", "top", "kept", "weight"]
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_an_operand_of_size_1_freezes_nobody(how):
+def test_an_operand_of_size_1_freezes_nothing(how):
     found = proved(Weighed(how), image(5, 7))
     assert sizes(found).items() >= {"a": 12, "b": 9}.items()
 
@@ -219,17 +220,64 @@ def test_numbers_of_nnx_modules_follow_and_are_true():
 
 def test_numbers_are_found_and_replaced_wherever_they_are_held():
     held = {"a": 3, "b": (4, True, 1), "c": {"d": 5, "e": "6"}, "f": Config(), "_g": 7, "h": jnp.ones(3)}
-    found = numbers_in(held)
+    found = integer_attributes(held)
     assert found == {"a": 3, "b.0": 4, "c.d": 5, "f.layers": 4, "f.heads": 4, "f.size": 3}
     for name, number in found.items():
         attribute, _, inside = name.partition(".")
-        changed = {**held, attribute: with_number(held[attribute], inside, number + 1)}
-        assert numbers_in(changed) == {**found, name: number + 1}
-    assert numbers_in(held) == found
+        changed = {**held, attribute: replace_integer(held[attribute], inside, number + 1)}
+        assert integer_attributes(changed) == {**found, name: number + 1}
+    assert integer_attributes(held) == found
     for name in ("f.none", "b.7", "c.e", "b.1"):
         attribute, _, inside = name.partition(".")
         with pytest.raises((KeyError, IndexError, AttributeError, TypeError)):
-            with_number(held[attribute], inside, 2)
+            replace_integer(held[attribute], inside, 2)
+
+
+class ConfiguredAttention(nn.Module):
+    """As in GPT-2: `setup` copies sizes of the configuration to the module, whose call reads the copies."""
+
+    config: Any
+
+    def setup(self):
+        self.width, self.heads = self.config.width, self.config.heads
+        self.size = self.width // self.heads
+        self.qkv, self.o = nn.Dense(3 * self.width), nn.Dense(6)
+
+    def __call__(self, x):
+        q, k, v = (y.reshape(*x.shape[:2], self.heads, self.size) for y in jnp.split(self.qkv(x), 3, -1))
+        y = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), v)
+        return jnp.tanh(self.o(y.reshape(*x.shape[:2], self.width)))
+
+
+def test_a_module_follows_its_own_attributes_rather_than_its_configuration():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="out")(ConfiguredAttention(SimpleNamespace(width=24, heads=4), name="attention")(x))
+
+    found = proved(Model(), image(5, 6))
+    assert sizes(found)["attention/qkv"] == 4
+    assert sorted((each.path, each.name) for each in found.size_attributes) == [
+        ("attention", "heads"),
+        ("attention", "width"),
+    ]
+
+
+def test_a_student_whose_sizes_coincide_by_chance_is_refused():
+    """The model adds a shortcut where two sizes are equal, which they are in this student only."""
+
+    class Compared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(24, name="a")(x))
+            y = nn.Dense(32, name="b")(x)
+            return nn.Dense(3, name="out")(nn.relu(x + y if x.shape[-1] == y.shape[-1] else y))
+
+    found = trace(Compared(), image(6))
+    keep = {group.name: np.arange(group.size) < 16 for group in found.topology.groups}
+    ones = {group.name: np.ones(group.size, np.float32) for group in found.topology.groups}
+    with pytest.raises(surgery.SurgeryError):
+        cut(found, variables_of(Compared(), image(6)), ones, keep, (image(6),))
 
 
 class Scaled(nn.Module):
@@ -291,7 +339,7 @@ def test_parts_are_paired_index_by_index(how):
 
 
 class Concatenated(nn.Module):
-    """Two layers side by side, read in as many groups; they may be shuffled, and the convolution written by hand."""
+    """Two concatenated layers, read by a convolution in two groups, which is a layer or written by hand."""
 
     how: str
 

@@ -1,4 +1,4 @@
-"""ConvNeXt, MLP-Mixer, DeiT, Swin and ViT: published sizes, what can be pruned of them, and Swin's windows."""
+"""ConvNeXt, MLP-Mixer, DeiT, Swin and ViT: published sizes, what can be pruned, and Swin's windows."""
 
 import math
 from functools import cache
@@ -10,7 +10,7 @@ import proof
 import pytest
 
 from kdsearch_jax.adapters import registry
-from kdsearch_jax.models.swin import FAR, WindowAttention, far_apart, image_of, relative_places, windows_of
+from kdsearch_jax.models.swin import FAR, WindowAttention, merge_windows, relative_positions, shift_mask, split_windows
 
 TINY = {  # name, arguments, shape of an image
     "convnext": ("convnext", {"stage_blocks": [1, 1], "widths": [8, 12], "patch": 2}, (8, 8, 3)),
@@ -129,30 +129,30 @@ def test_a_head_of_swin_takes_its_position_bias_along():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_windows_are_squares_of_neighbours_and_come_back(size):
     image = np.arange(2 * size * 3 * size, dtype=np.float32).reshape(1, 2 * size, 3 * size, 1)
-    windows = windows_of(jnp.asarray(image), size)
+    windows = split_windows(jnp.asarray(image), size)
     np.testing.assert_array_equal(np.asarray(windows)[0, 4, :, 0], image[0, size:, size : 2 * size, 0].ravel())
-    np.testing.assert_array_equal(image_of(windows, size, 2 * size, 3 * size), image)
+    np.testing.assert_array_equal(merge_windows(windows, size, 2 * size, 3 * size), image)
 
 
-def test_relative_places_number_the_distances():
-    """Equal numbers for equal distances, from the upper left (0) to the lower right, the middle for no distance."""
-    places = relative_places(2)
+def test_relative_positions_number_the_offsets():
+    """Equal offsets have equal numbers, from the upper left (0) to the lower right; no offset has the middle number."""
+    places = relative_positions(2)
     np.testing.assert_array_equal(places, [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]])
 
 
 @pytest.mark.parametrize(("height", "width", "size", "shift"), [(4, 4, 2, 1), (8, 12, 4, 2), (6, 9, 3, 1)])
 def test_only_old_neighbours_in_a_shifted_window_attend_to_each_other(height, width, size, shift):
-    """After the roll, pixels share a region if and only if they were less than a window's side apart before it."""
+    """After the shift, pixels share a region if and only if they were less than a window apart before it."""
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     places = np.stack([rows, columns], -1).astype(np.float32)[None]
-    windows = np.asarray(windows_of(jnp.roll(places, (-shift, -shift), (1, 2)), size))[0]
+    windows = np.asarray(split_windows(jnp.roll(places, (-shift, -shift), (1, 2)), size))[0]
     near = (np.abs(windows[:, :, None] - windows[:, None]) < size).all(-1)
-    np.testing.assert_array_equal(far_apart(height, width, size, shift) == 0, near)
-    assert (far_apart(height, width, size, shift)[~near] == FAR).all()
+    np.testing.assert_array_equal(shift_mask(height, width, size, shift) == 0, near)
+    assert (shift_mask(height, width, size, shift)[~near] == FAR).all()
 
 
 def test_a_shifted_block_moves_with_the_image():
-    """Moving an image by whole windows moves what comes out of the inner ones: nothing but the border is special."""
+    """Translating an image by whole windows translates the output of the inner windows; only the border is special."""
     block = WindowAttention(heads=2, window=4, shifted=True)
     image = proof.image(16, 16, 6, batch=1)
     variables = proof.variables_of(block, image)

@@ -1,4 +1,4 @@
-"""ResNeXt, DenseNet, MobileNets, EfficientNet and U-Net: published sizes, the common call, and cuts that are exact."""
+"""ResNeXt, DenseNet, MobileNets, EfficientNet and U-Net: published sizes, the common call, and exact students."""
 
 import math
 
@@ -174,7 +174,7 @@ def test_refusals_say_the_way_out(name, arguments, parts):
 
 
 def test_unet_refuses_images_that_do_not_halve():
-    with pytest.raises(ValueError, match=r"multiples of 4, got 8x10; pad the images or use a smaller depth"):
+    with pytest.raises(ValueError, match="multiples of 4, got 8x10"):
         jax.eval_shape(SMALL["unet"][0].init, jax.random.key(0), jnp.zeros((1, 8, 10, 3)))
 
 

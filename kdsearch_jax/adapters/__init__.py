@@ -1,5 +1,5 @@
-"""What Linen and NNX need: modules as pure functions, resized modules, how a module is called, models by name,
-fast convolutions on CPUs.
+"""Support for Linen and NNX modules: modules as pure functions, resized modules, call specifications, models by name,
+device placement, and fast convolutions on CPUs.
 
-Imports `tracing` and, on request, `models`.
+Imports `tracing`, and `models` only when a built-in model is asked for.
 """

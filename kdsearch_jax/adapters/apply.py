@@ -1,9 +1,9 @@
-"""A module run in training or in inference mode, as its `CallSpec` says, in float32 or bfloat16.
+"""Runs a module in training or inference mode, as its `CallSpec` says, in float32 or bfloat16.
 
-With `precision="bf16"` parameters and inputs are cast, so that an unmodified module computes in bfloat16; the other
-collections (BatchNorm's running statistics) stay as they are, and Flax reduces its statistics in float32. Whatever the
-precision, outputs of floating point are float32. Convolutions of Linen and NNX modules are the fast ones of
-`kdsearch_jax.adapters.convolution.dispatch` here. Tracing and the proof of equality see the module's own.
+With `precision="bf16"`, parameters and inputs are cast so that an unmodified module computes in bfloat16. Other
+collections (BatchNorm's running statistics) keep their dtype, and Flax reduces its statistics in float32.
+Floating-point outputs are always float32. Convolutions are replaced by those of
+`kdsearch_jax.adapters.convolution.dispatch`; tracing and the proof of equality run the module's own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from jax import Array
 
-from kdsearch_jax.adapters.base import bound
-from kdsearch_jax.adapters.call_spec import CallSpec, mode
+from kdsearch_jax.adapters.base import call_arguments
+from kdsearch_jax.adapters.call_spec import CallSpec, mode_keywords
 from kdsearch_jax.adapters.convolution.dispatch import fast_convolutions
 from kdsearch_jax.tracing.messages import nearest
 
@@ -30,23 +30,23 @@ def apply_train(
     inputs: Any,
     key: Array,
     precision: str = "fp32",
-    call: CallSpec | None = None,
+    call_spec: CallSpec | None = None,
 ) -> tuple[Any, Any]:
-    """The module in training mode.
+    """Applies the module in training mode.
 
     Args:
-      params, model_state: {"params": params, **model_state} are its variables; every collection of `model_state` may
-        change.
-      inputs: as `CallSpec.bind` gives them, or one array.
-      key: for dropout and any other random stream of the module.
+      params: the "params" collection.
+      model_state: all other collections; every one may change.
+      inputs: as returned by `CallSpec.bind`, or one array.
+      key: for dropout and all other random streams of the module.
       precision: "fp32" or "bf16".
-      call: how the module is called; None where its signature says it all.
+      call_spec: how the module is called; None if it takes `inputs` and at most a training switch.
 
     Returns:
-      its outputs, of floating point in float32, and the new `model_state`, of the old structure and dtypes.
+      (outputs, with floating-point arrays in float32; the new `model_state` with the structure and dtypes of the old).
     """
     dtype = dtype_of(precision)
-    args, keywords = _bound(module, inputs, dtype, call, train=True)
+    args, keywords = _arguments(module, inputs, dtype, call_spec, train=True)
     with fast_convolutions():
         outputs, changed = module.apply(
             {"params": _cast(params, dtype), **model_state},
@@ -59,25 +59,30 @@ def apply_train(
     return _cast(outputs, jnp.float32), kept
 
 
-def apply_eval(module: Any, variables: Any, inputs: Any, precision: str = "fp32", call: CallSpec | None = None) -> Any:
-    """Outputs of the module in inference mode, of floating point in float32; nothing changes. Arguments as above."""
+def apply_eval(
+    module: Any, variables: Any, inputs: Any, precision: str = "fp32", call_spec: CallSpec | None = None
+) -> Any:
+    """Applies the module in inference mode; arguments and outputs as for `apply_train`."""
     dtype = dtype_of(precision)
-    args, keywords = _bound(module, inputs, dtype, call, train=False)
+    args, keywords = _arguments(module, inputs, dtype, call_spec, train=False)
     with fast_convolutions():
         outputs = module.apply({**variables, "params": _cast(variables["params"], dtype)}, *args, **keywords)
     return _cast(outputs, jnp.float32)
 
 
 def dtype_of(precision: str) -> Any:
-    """The dtype of a precision. Raises ValueError where there is none."""
+    """The dtype of "fp32" or "bf16". Raises ValueError for another name."""
     if precision not in _DTYPES:
         raise ValueError(f"precision: {precision!r} is unknown; {nearest(precision, _DTYPES)}")
     return _DTYPES[precision]
 
 
-def _bound(module: Any, inputs: Any, dtype: Any, call: CallSpec | None, train: bool) -> tuple[Any, dict[str, Any]]:
+def _arguments(
+    module: Any, inputs: Any, dtype: Any, call_spec: CallSpec | None, train: bool
+) -> tuple[Any, dict[str, Any]]:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    return bound(_cast(inputs, dtype), mode(module, train) if call is None else call.keywords(module, train))
+    keywords = mode_keywords(module, train) if call_spec is None else call_spec.keywords(module, train)
+    return call_arguments(_cast(inputs, dtype), keywords)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Metadata that Linen keeps around arrays: boxes (`nn.Partitioned`, `nn.LogicallyPartitioned`, one's own).
+"""Linen's metadata boxes around arrays: `nn.Partitioned`, `nn.LogicallyPartitioned`, or a user's own class.
 
-A box is a node of the tree with one array in it, so that a boxed kernel lies at "params/conv/kernel/value". The package
-computes with trees without boxes: `unboxed` on the way in, `boxed` on the way out; `described` and `made` are for
-files.
+A box is a pytree node with one array in it, so the path of a boxed kernel is "params/conv/kernel/value". The package
+computes with trees without boxes: `unboxed` removes them from what a user passes in and `boxed` puts them back.
+`boxes_to_json` and `boxes_from_json` are for files.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-Boxes = Mapping[str, Any]  # {path of an array, "params/conv/kernel": its box}
-Described = dict[str, dict[str, Any]]  # {path: {"kind": class, "names": […], "rules": […]}}
+Boxes = Mapping[str, Any]  # {path of an array, "params/conv/kernel": box}
+BoxRecords = dict[str, dict[str, Any]]  # {path: {"kind": class, "names": […], "rules": […]}}
 _KINDS: dict[str, Any] = {"Partitioned": nn.Partitioned, "LogicallyPartitioned": nn.LogicallyPartitioned}
 
 
 def boxes_of(tree: Any) -> dict[str, Any]:
-    """The boxes of a tree; {} where it has none."""
+    """{path: box} of a tree."""
     return {_name(path): node for path, node in _flat(tree) if _is_box(node)}
 
 
 def unboxed(tree: Any) -> Any:
-    """The tree with arrays (or shapes) in the place of boxes; unlike `nn.unbox`, no sharding constraint is applied."""
+    """The tree with arrays (or shapes) in place of boxes; unlike `nn.unbox`, it applies no sharding constraint."""
 
     def value(node: Any) -> Any:
         while _is_box(node):
@@ -36,7 +36,7 @@ def unboxed(tree: Any) -> Any:
 
 
 def boxed(tree: Any, boxes: Boxes) -> Any:
-    """The tree with its arrays in boxes like those at their paths, as far as there are such."""
+    """The tree with the arrays at the paths of `boxes` put in boxes like those."""
 
     def put(box: Any, value: Any) -> Any:
         inner = _content(box)
@@ -50,35 +50,38 @@ def boxed(tree: Any, boxes: Boxes) -> Any:
 
 
 def keeping_boxes(function: Callable[[Any], Any], tree: Any) -> Any:
-    """What `function` makes of the tree without boxes, in the boxes of the tree."""
+    """Applies `function` to the tree without boxes and puts the result in the tree's boxes."""
     return boxed(function(unboxed(tree)), boxes_of(tree))
 
 
-def described(boxes: Boxes) -> Described:
-    """Boxes as plain JSON, without their meshes; of one that is not Flax's own its class alone."""
-    return {path: _described(box) for path, box in boxes.items()}
+def boxes_to_json(boxes: Boxes) -> BoxRecords:
+    """Boxes as JSON values, without meshes; a box that is not Flax's own is represented by its class name only."""
+    return {path: _record(box) for path, box in boxes.items()}
 
 
-def made(described: Any, own: Callable[[], Boxes]) -> dict[str, Any]:
-    """The boxes that `described` wrote; those of other kinds are taken from `own()`, the boxes that a module makes.
+def boxes_from_json(records: Any, module_boxes: Callable[[], Boxes]) -> dict[str, Any]:
+    """The inverse of `boxes_to_json`.
+
+    Args:
+      module_boxes: returns the boxes that the module itself creates, from which boxes of a user's own class are taken.
 
     Raises:
-      ValueError: it is not what `described` writes.
+      ValueError: a record is not one that `boxes_to_json` writes.
     """
-    found = {}
-    for path, record in described.items():
+    boxes = {}
+    for path, record in records.items():
         kind = record.get("kind") if isinstance(record, dict) else None
         if kind in _KINDS and isinstance(record.get("names"), list):
             more = {"rules": _tupled(record["rules"])} if record.get("rules") is not None else {}
-            found[path] = _KINDS[kind](None, _tupled(record["names"]), **more)
+            boxes[path] = _KINDS[kind](None, _tupled(record["names"]), **more)
         elif kind is None or kind in _KINDS:
-            raise ValueError(f"boxes: {path!r:.80} is described wrongly")
-    others = {path: record["kind"] for path, record in described.items() if path not in found}
-    same = own() if others else {}
-    return found | {path: same[path] for path, kind in others.items() if type(same.get(path)).__qualname__ == kind}
+            raise ValueError(f"boxes: {path!r:.80} has an invalid description")
+    others = {path: record["kind"] for path, record in records.items() if path not in boxes}
+    own = module_boxes() if others else {}
+    return boxes | {path: own[path] for path, kind in others.items() if type(own.get(path)).__qualname__ == kind}
 
 
-def _described(box: Any) -> dict[str, Any]:
+def _record(box: Any) -> dict[str, Any]:
     kind = next((name for name, kind in _KINDS.items() if type(box) is kind), None)
     if kind is not None and not _is_box(_content(box)):
         record = {"kind": kind, "names": list(box.names), "rules": getattr(box, "rules", None)}
@@ -98,7 +101,7 @@ def _tupled(value: Any) -> Any:
 
 
 def _content(box: Any) -> Any:
-    """What is in a box, without the constraint on its sharding that `unbox` may apply."""
+    """The content of a box, without the sharding constraint that `unbox` may apply."""
     children = jax.tree.leaves(box, is_leaf=lambda node: node is not box)
     return children[0] if len(children) == 1 and children[0] is not box else box.unbox()
 

@@ -1,4 +1,4 @@
-"""Where arrays lie: one mesh over all devices of all processes, and arrays on it, whole or in parts."""
+"""Array placement: one mesh over all devices of all processes, with replicated or batch-sharded arrays."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """One axis, "data", over these devices, by default over all of all processes."""
+    """A mesh with one axis, "data", over these devices; by default over all devices of all processes."""
     count = jax.device_count() if devices is None else len(devices)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 @contextmanager
 def without_mesh() -> Iterator[None]:
-    """While it lasts, no mesh is in force that the caller has set (`jax.set_mesh`).
+    """Disables the mesh that the caller has set with `jax.set_mesh`.
 
-    Sharding does not change what a network computes, but modules ask for it where there is a mesh, and a student's
-    sizes may not divide by that mesh's.
+    Sharding does not change what a network computes, but modules constrain it if there is a mesh, and a student's sizes
+    may not be divisible by those of the mesh.
     """
     if jax.sharding.get_abstract_mesh().empty:
         yield
@@ -39,7 +39,7 @@ def without_mesh() -> Iterator[None]:
 
 
 def off_mesh(function: Callable[P, T]) -> Callable[P, T]:
-    """The function called `without_mesh`; or else with it, where the model's own code fails without."""
+    """Calls the function `without_mesh`, and again with the mesh if the model's own code needs one."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,14 +48,14 @@ def off_mesh(function: Callable[P, T]) -> Callable[P, T]:
         try:
             with without_mesh():
                 return function(*args, **kwargs)
-        except Exception:  # whatever says that the axes of a mesh are missing
+        except Exception:  # the error for missing mesh axes depends on the model
             return function(*args, **kwargs)
 
     return called
 
 
 def gathered(tree: Any) -> Any:
-    """The tree with every array that is spread over a mesh on the default device."""
+    """The tree with every array that is sharded over a mesh copied to the default device."""
 
     def gather(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
@@ -68,15 +68,15 @@ def gathered(tree: Any) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
-    """Every leaf whole on every device of the mesh, by default of all devices of all processes."""
+    """Copies every leaf to every device of the mesh, by default `data_mesh()`."""
     return place(tree, NamedSharding(mesh or data_mesh(), PartitionSpec()))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Every leaf in this sharding, which may reach over several processes; they must all hold the same values."""
+    """Puts every leaf in this sharding, which may span processes; they must all hold the same values."""
 
     def put(leaf: Any) -> Array:
-        # Exactly this sharding, not an equivalent one: `jit` would compile anew for an equivalent one.
+        # An equivalent sharding is not enough: `jit` would recompile for it.
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding and not leaf.weak_type:
             return leaf
         host = np.asarray(leaf if isinstance(leaf, (np.ndarray, jax.Array)) else jnp.asarray(leaf))
@@ -86,13 +86,13 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
-    """Which of so many rows this process's devices hold, of arrays that are split along their first axis; rising."""
+    """The rows that this process's devices hold of arrays with `rows` rows in this sharding, in ascending order."""
     parts = sharding.addressable_devices_indices_map((rows,)).values()
     return tuple(sorted({row for part in parts if part for row in range(*part[0].indices(rows))}))
 
 
 def assemble(tree: Any, held: Sequence[int], sharding: NamedSharding, rows: int) -> Any:
-    """Leaves of so many rows, of which every process gives those that its devices hold, `held` of `local_rows`."""
+    """Global arrays with `rows` rows, from the rows that each process holds (`held`, see `local_rows`)."""
     first = {row: at for at, row in enumerate(held)}
 
     def put(leaf: np.ndarray) -> Array:
@@ -105,7 +105,7 @@ def assemble(tree: Any, held: Sequence[int], sharding: NamedSharding, rows: int)
     return jax.tree.map(put, tree)
 
 
-def owned(tree: Any, mesh: Mesh) -> Any:
-    """Copies in buffers of the compiler's own: donation frees them, while the caller's arrays stay alive."""
+def donatable_copy(tree: Any, mesh: Mesh) -> Any:
+    """Replicated copies in new buffers, so that donating them leaves the caller's arrays valid."""
     copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves), out_shardings=NamedSharding(mesh, PartitionSpec()))
     return copy(replicate(tree, mesh))

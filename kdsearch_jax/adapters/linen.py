@@ -1,7 +1,6 @@
 """The adapter for Flax Linen: how an unmodified module is traced, and which layers hold sizes as attributes.
 
-What is Linen's own is here: how a module becomes a function, what a layer's `features` must be for a sliced kernel, and
-how its calls are watched. See `kdsearch_jax.adapters.base.Library` for what each function promises.
+The functions implement `kdsearch_jax.adapters.base.Adapter`.
 """
 
 from __future__ import annotations
@@ -18,49 +17,57 @@ import numpy as np
 from flax import errors
 from flax.linen import recurrent
 
-from kdsearch_jax.adapters.architecture import StudentModule, resize
-from kdsearch_jax.adapters.base import Layer, Layers, Shapes, Sizes, arrays, bound, numbers_in
+from kdsearch_jax.adapters.base import (
+    LayerInfo,
+    LayerSizes,
+    Shapes,
+    Sizes,
+    array_leaves,
+    call_arguments,
+    integer_attributes,
+)
 from kdsearch_jax.adapters.boxes import unboxed
 from kdsearch_jax.adapters.call_spec import class_of
+from kdsearch_jax.adapters.linen_student import StudentModule, resize
 
 Resize = Callable[[Shapes, Shapes], Sizes]
 
 
-def variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def abstract_variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Shapes of the module's variables, without boxes."""
-    return unboxed(made(module, inputs, kwargs))
+    return unboxed(boxed_variables(module, inputs, kwargs))
 
 
-def made(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Shapes of what `module.init` makes."""
+def boxed_variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Shapes of the variables that `module.init` creates, in their boxes."""
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def init(*inputs: Any) -> Any:
-        args, keywords = bound(inputs, kwargs)
+        args, keywords = call_arguments(inputs, kwargs)
         return module.init(rngs, *args, **keywords)
 
-    with _explained(module, inputs, kwargs), nn.intercept_methods(_without_initializers):
+    with _explain_errors(module, inputs, kwargs), nn.intercept_methods(_skip_initializers):
         return jax.eval_shape(init, *inputs)
 
 
 def jaxpr(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operations of `module.apply`."""
-    with _explained(module, inputs, kwargs), nn.intercept_methods(_without_initializers):
+    with _explain_errors(module, inputs, kwargs), nn.intercept_methods(_skip_initializers):
         return jax.make_jaxpr(_call(module, kwargs))(variables, *inputs)
 
 
 def traced(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The same, to be lowered."""
-    with nn.intercept_methods(_without_initializers):
+    """The traced call, to be lowered."""
+    with nn.intercept_methods(_skip_initializers):
         return jax.jit(_call(module, kwargs)).trace(variables, *inputs)
 
 
-def layers(
+def trace_layers(
     module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Layer], Any]:
-    """Every layer that `module.apply` calls, and its operations."""
-    met: dict[str, Layer] = {}
-    sizes: dict[str, Mapping[str, Any]] = {}  # that students give their layers, which show them during the call only
+) -> tuple[dict[str, LayerInfo], Any]:
+    """Every layer that `module.apply` calls, and the operations of the call."""
+    called: dict[str, LayerInfo] = {}
+    sizes: dict[str, Mapping[str, Any]] = {}  # of layers in nested students, which have them only during the call
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
         layer, path = context.module, "/".join(context.module.path)
@@ -73,20 +80,22 @@ def layers(
         if context.method_name == "__call__":
             with contextlib.ExitStack() as undo:
                 resize(layer, sizes.get(path, {}), "__call__", undo)
-                met[path] = _layer(layer, result)
+                called[path] = _layer(layer, result)
         return result
 
     with nn.intercept_methods(record):
-        return met, jaxpr(module, variables, inputs, kwargs)
+        return called, jaxpr(module, variables, inputs, kwargs)
 
 
-def cut(module: nn.Module, layers: Layers, dropped: Sequence[str]) -> nn.Module:
-    """The module run at these sizes, as a module."""
-    return StudentModule.cut(module, layers, dropped)
+def resized(module: nn.Module, layers: LayerSizes, dropped: Sequence[str]) -> nn.Module:
+    """A module that runs `module` at these sizes."""
+    return StudentModule.of(module, layers, dropped)
 
 
-def outputs(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Each layer's first output that is one array."""
+def layer_outputs(
+    module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The output of each layer's first call, if it is one array."""
     seen: dict[str, Any] = {}
 
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
@@ -95,7 +104,7 @@ def outputs(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Ma
             seen.setdefault("/".join(context.module.path), result)
         return result
 
-    args, keywords = bound(inputs, kwargs)
+    args, keywords = call_arguments(inputs, kwargs)
     with nn.intercept_methods(record):
         module.apply(variables, *args, **keywords)
     return seen
@@ -103,29 +112,29 @@ def outputs(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Ma
 
 def _call(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     def call(variables: Any, *inputs: Any) -> list[Any]:
-        args, keywords = bound(inputs, kwargs)
-        return arrays(module.apply(variables, *args, **keywords))
+        args, keywords = call_arguments(inputs, kwargs)
+        return array_leaves(module.apply(variables, *args, **keywords))
 
     return call
 
 
 @contextlib.contextmanager
-def _explained(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """What to do where a module cannot be called as described."""
-    args, keywords = bound(inputs, kwargs)
+def _explain_errors(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turns errors of a call that does not fit the module into a ValueError that says what to change."""
+    args, keywords = call_arguments(inputs, kwargs)
     try:
         inspect.signature(class_of(module).__call__).bind(module, *args, **keywords)
     except TypeError as error:
         raise ValueError(
-            f"the call does not fit {class_of(module).__name__} ({error}); give all its inputs by place, and its "
+            f"the call does not fit {class_of(module).__name__} ({error}); pass all inputs by position, and "
             "keywords by name"
         ) from error
-    called: list[str] = []
+    active: list[str] = []
 
     def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        called.append("/".join(context.module.path))
+        active.append("/".join(context.module.path))
         result = call(*args, **kwargs)
-        called.pop()
+        active.pop()
         return result
 
     try:
@@ -133,31 +142,31 @@ def _explained(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, An
             yield
     except errors.InvalidRngError as error:
         raise ValueError(
-            f"layer {_innermost(called, module)} is random while the network is traced ({_first(error)}); "
+            f"layer {_innermost(active, module)} is random while the network is traced ({_first_line(error)}); "
             "switch that off by a keyword of the call, as deterministic=True or train=False"
         ) from error
     except errors.ModifyScopeVariableError as error:
         raise ValueError(
-            f"layer {_innermost(called, module)} writes to its variables ({_first(error)}); switch that "
+            f"layer {_innermost(active, module)} writes to its variables ({_first_line(error)}); switch that "
             "off by a keyword of the call, as train=False, use_running_average=True or decode=False"
         ) from error
 
 
-def _innermost(called: Sequence[str], module: nn.Module) -> str:
-    return repr(called[-1]) if called and called[-1] else class_of(module).__name__
+def _innermost(active: Sequence[str], module: nn.Module) -> str:
+    return repr(active[-1]) if active and active[-1] else class_of(module).__name__
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _without_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Runs a layer with zeros for initializers: Linen traces them all at every `apply`, most of its time."""
+def _skip_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Runs a layer with zeros for initializers, whose tracing would take most of the time of `apply`."""
     layer = context.module
     inits = {name: getattr(layer, name) for name in type(layer).__dataclass_fields__ if name.endswith("_init")}
     if not inits or not _is_flax(type(layer)):
         return call(*args, **kwargs)
-    # Others than JAX's own may wrap what they return, to say how it is sharded.
+    # Only JAX's own: other initializers may wrap their result in a box.
     plain = [n for n, init in inits.items() if _is_jax(init) and not hasattr(init, "__wrapped__")]
     scope = layer.scope
     slow = scope.param
@@ -173,7 +182,7 @@ def _without_initializers(call: Any, args: Any, kwargs: Any, context: Any) -> An
 
 
 def _parameter(scope: Any, slow: Any, name: str, init: Any, *args: Any, unbox: bool = True, **kwargs: Any) -> Any:
-    """`scope.param`, without tracing the initializer to learn its shape, where it is zeros."""
+    """`scope.param`, which does not trace the initializer for its shape if it is `zeros`."""
     if init is not nn.initializers.zeros or kwargs or not args:
         return slow(name, init, *args, unbox=unbox, **kwargs)
     if not scope.has_variable("params", name):
@@ -198,22 +207,24 @@ def _is_flax(kind: type[nn.Module]) -> bool:
     return kind.__module__.startswith("flax.linen")
 
 
-def _layer(module: nn.Module, result: Any) -> Layer:
+def _layer(module: nn.Module, result: Any) -> LayerInfo:
     if not _is_flax(type(module)) and not isinstance(module, tuple(kind for kinds, _ in _RESIZE for kind in kinds)):
         held = {name: value for name, value in vars(module).items() if name not in ("parent", "name", "scope")}
-        return Layer(isinstance(result, jax.Array), _own_arrays, numbers=numbers_in(held))
+        return LayerInfo(isinstance(result, jax.Array), _own_arrays, integers=integer_attributes(held))
     resize = next((make(module) for kinds, make in _RESIZE if isinstance(module, kinds)), None)
     droppable = _is_flax(type(module))
-    return Layer(droppable) if resize is None else Layer(droppable, resize, hasattr(module, "feature_group_count"))
+    if resize is None:
+        return LayerInfo(droppable)
+    return LayerInfo(droppable, resize, hasattr(module, "feature_group_count"))
 
 
 def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
-    """The shapes of a module's own arrays, "params/w", whatever shape its code asks for."""
+    """The shapes of a module's own arrays ("params/w"), which replace those that its code asks for."""
     return {leaf: after[leaf] for leaf in before if leaf.count("/") == 1 and after[leaf]}
 
 
 def _kernel(module: Any) -> Resize:
-    """`features`, counted on the last axis of the kernel or on its last axes."""
+    """`features`, from the last axis of the kernel or its last axes."""
     flipped = isinstance(module, nn.ConvTranspose) and module.transpose_kernel
     leaf = "params/embedding" if isinstance(module, nn.Embed) else "params/kernel"
     groups = getattr(module, "feature_group_count", 1)
@@ -226,7 +237,7 @@ def _resized(leaf: str, features: Any, groups: int, axis: int, before: Shapes, a
     if isinstance(features, (tuple, list)):
         return {"features": after[leaf][len(after[leaf]) - len(features) :]}
     sizes: Sizes = {"features": after[leaf][axis]}
-    if groups > 1:  # whole groups go, so the outputs of each stay as many as they were
+    if groups > 1:  # whole groups are removed: the outputs per group do not change
         sizes["feature_group_count"] = after[leaf][-1] * groups // before[leaf][-1]
     return sizes
 
@@ -236,7 +247,7 @@ def _einsum(module: nn.Einsum) -> Resize:
 
 
 def _group_norm(module: nn.GroupNorm) -> Resize:
-    """As many groups as are left: those that go, go whole."""
+    """The number of remaining groups; only whole groups are removed."""
 
     def resize(before: Shapes, after: Shapes) -> Sizes:
         leaf = next((leaf for leaf in ("params/scale", "params/bias") if leaf in after), None)
@@ -249,7 +260,7 @@ def _group_norm(module: nn.GroupNorm) -> Resize:
 
 
 def _cell(module: Any) -> Resize:
-    """`features` of a recurrent cell, in proportion to a recurrent kernel, which may hold several gates."""
+    """`features` of a recurrent cell, in proportion to a recurrent kernel, which may combine several gates."""
     features = module.features
 
     def resize(before: Shapes, after: Shapes) -> Sizes:

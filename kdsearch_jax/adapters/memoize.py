@@ -1,4 +1,4 @@
-"""What is made once and used again: traced and compiled functions by the module that they run, and a run's own."""
+"""Caches for traced and compiled functions, by the module that they run."""
 
 from __future__ import annotations
 
@@ -9,59 +9,62 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class _Identity:
-    """Stands for a value that has no hash: equal to itself alone."""
+class _ById:
+    """Wraps a value without a hash: equal only to a wrapper of the same object."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
+        return isinstance(other, _ById) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)
 
 
-def remembered(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorates a function of immutable arguments: its `maxsize` latest results are kept, by equal arguments.
+def memoize(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """`functools.lru_cache` that also takes arguments without a hash, which are compared by identity.
 
-    An argument that has no hash, such as a module with an array for an attribute, is equal to itself alone.
+    A module that has an array for an attribute is such an argument.
     """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        def run(*keys: Any) -> T:
-            return function(*(key.value if isinstance(key, _Identity) else key for key in keys))
-
-        kept = functools.lru_cache(maxsize)(run)
+        @functools.lru_cache(maxsize)
+        def cached(*keys: Any) -> T:
+            return function(*(key.value if isinstance(key, _ById) else key for key in keys))
 
         @functools.wraps(function)
         def call(*arguments: Any) -> T:
-            return kept(*map(_key, arguments))
+            return cached(*map(_hashable, arguments))
 
         return call
 
     return decorate
 
 
-def _key(argument: Any) -> Any:
+def _hashable(argument: Any) -> Any:
     try:
         hash(argument)
     except TypeError:
-        return _Identity(argument)
+        return _ById(argument)
     return argument
 
 
-class Memory:
-    """The latest values of a run, by key."""
+class RecentValues:
+    """The values used most recently, by key.
 
-    def __init__(self, most: int = 8):
-        self._most = most
+    Args:
+      maxsize: how many to keep.
+    """
+
+    def __init__(self, maxsize: int = 8):
+        self._maxsize = maxsize
         self._values: dict[Any, Any] = {}
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """The value that was made for this key, or else what `make` gives."""
+    def get_or_make(self, key: Any, make: Callable[[], T]) -> T:
+        """The value of a key; `make` is called where there is none."""
         value = self._values.pop(key) if key in self._values else make()
-        self._values[key] = value  # the latest is the last
-        while len(self._values) > self._most:
+        self._values[key] = value  # the most recent one is the last
+        while len(self._values) > self._maxsize:
             self._values.pop(next(iter(self._values)))
         return value

@@ -1,9 +1,8 @@
 """The adapter for Flax NNX: how a `FunctionalModule` is traced, and which arrays hold a layer's sizes.
 
-An NNX module makes its arrays before it is called, so its sizes are the shapes of its arrays: that is what an
-architecture names, and the layers' attributes follow (`kdsearch_jax.adapters.functional_module`). See
-`kdsearch_jax.adapters.base.Library`
-for what each function promises.
+An NNX module creates its arrays before it is called, so an architecture holds the shapes of its arrays; the layers'
+attributes follow from them (`kdsearch_jax.adapters.nnx_layers`). The functions implement
+`kdsearch_jax.adapters.base.Adapter`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from kdsearch_jax.adapters.base import Layer, Layers, Shapes, Sizes, bound, numbers_in
-from kdsearch_jax.adapters.functional_module import FunctionalModule, path_name
-from kdsearch_jax.tracing.program import Program, flatten
+from kdsearch_jax.adapters.base import LayerInfo, LayerSizes, Shapes, Sizes, call_arguments, integer_attributes
+from kdsearch_jax.adapters.functional_module import FunctionalModule
+from kdsearch_jax.adapters.nnx_leaves import path_name
+from kdsearch_jax.tracing.program import Program, flatten_jaxpr
 
 
-def variables(module: FunctionalModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def abstract_variables(module: FunctionalModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Shapes of the module's variables."""
     flat = {leaf.name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in module.leaves if not leaf.random}
     return {"params": {}, **traverse_util.unflatten_dict(flat, sep="/")}
@@ -35,14 +35,14 @@ def jaxpr(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwarg
 
 
 def traced(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The same, to be lowered."""
+    """The traced call, to be lowered."""
     return jax.jit(_call(module, kwargs)).trace(variables, *inputs)
 
 
-def layers(
+def trace_layers(
     module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Layer], Any]:
-    """Every part of the module that holds arrays, and the operations of `module.apply`.
+) -> tuple[dict[str, LayerInfo], Any]:
+    """Every submodule, and the operations of `module.apply`.
 
     Raises:
       ValueError: the output depends on random numbers.
@@ -53,7 +53,7 @@ def layers(
     called: set[str] = set()
 
     def droppable(path: str) -> bool:
-        """A layer of Flax's own that is called, and not read from outside; no other layer inside of it has arrays."""
+        """Whether it is one of Flax's own layers that is called and has no layers inside of it."""
         alone = not any(other.startswith(f"{path}/") for other in paths)
         return alone and path in called and type(nodes[path]).__module__.startswith("flax.nnx")
 
@@ -61,25 +61,27 @@ def layers(
         called.add(path)
         if not path:
             return call()
-        with jax.named_scope(path.removeprefix(f"{parent}/")):  # the layer's name, on its operations
+        with jax.named_scope(path.removeprefix(f"{parent}/")):  # puts the layer's name on its operations
             return call()
 
     with watched(module, scoped):
-        made = jaxpr(module, variables, inputs, kwargs)
-    _check_certain(made)
+        closed = jaxpr(module, variables, inputs, kwargs)
+    _check_deterministic(closed)
     grouped = {path for path, node in nodes.items() if isinstance(node, nnx.Conv)}
-    return {path: Layer(droppable(path), _shapes, path in grouped, _numbers(nodes.get(path))) for path in paths}, made
+    return {
+        path: LayerInfo(droppable(path), _own_arrays, path in grouped, _integers(nodes.get(path))) for path in paths
+    }, closed
 
 
-def cut(module: FunctionalModule, layers: Layers, dropped: Sequence[str]) -> FunctionalModule:
+def resized(module: FunctionalModule, layers: LayerSizes, dropped: Sequence[str]) -> FunctionalModule:
     """The module with arrays of these shapes."""
-    return module.cut(layers, tuple(dropped))
+    return module.resized(layers, tuple(dropped))
 
 
-def outputs(
+def layer_outputs(
     module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Each layer's first output that is one array."""
+    """The output of each layer's first call, if it is one array."""
     seen: dict[str, Any] = {}
 
     def record(path: str, parent: str, call: Callable[[], Any]) -> Any:
@@ -95,27 +97,27 @@ def outputs(
 
 def _call(module: FunctionalModule, kwargs: Mapping[str, Any]) -> Any:
     def call(variables: Any, *inputs: Any) -> Any:
-        args, keywords = bound(inputs, kwargs)
+        args, keywords = call_arguments(inputs, kwargs)
         return module.apply(variables, *args, **keywords)
 
     return call
 
 
-def _shapes(before: Shapes, after: Shapes) -> Sizes:
+def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
     """The shapes of a layer's own arrays, by their names in it."""
     own = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
     return {name: shape for name, shape in own.items() if shape}
 
 
-def _numbers(node: Any) -> dict[str, int]:
-    """Whole numbers that a module of the user's own holds; those of Flax's layers follow their arrays."""
+def _integers(node: Any) -> dict[str, int]:
+    """Integers that a module of the user's own holds; those of Flax's layers follow from their arrays."""
     if node is None or type(node).__module__.startswith("flax."):
         return {}
-    return numbers_in({k: v for k, v in vars(node).items() if not isinstance(v, (nnx.Pytree, nnx.Variable))})
+    return integer_attributes({k: v for k, v in vars(node).items() if not isinstance(v, (nnx.Pytree, nnx.Variable))})
 
 
 def _modules(root: Any) -> dict[str, nnx.Module]:
-    """{path: module} of a module and all that are inside of it."""
+    """{path: module} of a module and everything inside of it."""
     nodes = nnx.iter_graph(root, graph=True)
     return {path_name(path): node for path, node in nodes if isinstance(node, nnx.Module)}
 
@@ -126,17 +128,17 @@ OnCall = Callable[[str, str, Callable[[], Any]], Any]
 
 @contextmanager
 def watched(module: FunctionalModule, on_call: OnCall) -> Iterator[None]:
-    """While it lasts, `on_call(path, path of the caller, call)` stands around every layer's call.
+    """Replaces every layer's call by `on_call(path, path of the caller, call)`.
 
-    NNX has no interceptors: the layers' classes are changed for the time, as `nnx.capture` does. Each layer is told its
-    path, so that it is known as well where a transformation of NNX (`nnx.scan`, `nnx.remat`) has made it anew.
+    NNX has no interceptors, so the layers' classes are patched, as `nnx.capture` does. Each layer stores its path,
+    which is kept by NNX transformations (`nnx.scan`, `nnx.remat`) that recreate the layer.
     """
     active: list[Any] = []
 
     def watching(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not active:  # the module itself, made for this call only
+            if not active:  # the root module, which `apply` creates for this call
                 for path, node in _modules(self).items():
                     setattr(node, _PATH, path)
             path = getattr(self, _PATH, None)
@@ -165,11 +167,11 @@ def watched(module: FunctionalModule, on_call: OnCall) -> Iterator[None]:
                 kind.__call__ = original  # type: ignore[method-assign]
 
 
-def _check_certain(closed: Any) -> None:
-    """Raises ValueError where a program draws random numbers by the keys of the module's own streams."""
-    program = flatten(closed)
-    made = {value for op in program.ops for value in op.outputs}
-    used = {value for op in program.ops for value in op.inputs} - made
+def _check_deterministic(closed: Any) -> None:
+    """Raises ValueError if a program draws random numbers from the module's own streams."""
+    program = flatten_jaxpr(closed)
+    computed = {value for op in program.ops for value in op.outputs}
+    used = {value for op in program.ops for value in op.inputs} - computed
     draws = next(_draws(program), None)
     if draws is not None and any(jnp.issubdtype(program.avals[v].dtype, jax.dtypes.prng_key) for v in used):
         raise ValueError(
@@ -179,11 +181,11 @@ def _check_certain(closed: Any) -> None:
 
 
 def _draws(program: Program) -> Iterator[str]:
-    """Where random numbers are drawn, in loops and choices as well."""
+    """The operations that draw random numbers, including those in loops and conditionals."""
     for op in program.ops:
         if op.name in ("random_bits", "random_gamma", "threefry2x32", "rng_bit_generator"):
             yield op.where()
         for value in op.params.values():
             for body in value if isinstance(value, tuple) else (value,):
                 if hasattr(body, "jaxpr") and hasattr(body, "consts"):
-                    yield from _draws(flatten(body))
+                    yield from _draws(flatten_jaxpr(body))

@@ -1,4 +1,4 @@
-"""Networks by name: a model of `kdsearch_jax.models`, or any other package's by `package.module:factory`."""
+"""Models by name: one of `kdsearch_jax.models`, or one of another package as `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -20,36 +20,39 @@ from flax import errors, nnx
 from kdsearch_jax.adapters.call_spec import class_of
 from kdsearch_jax.adapters.functional_module import FunctionalModule, parameters_of
 
-GIVEN = "given:"  # begins the name of a network that was given as an object and that `describe` cannot name
+OBJECT_PREFIX = "given:"  # begins the name of a network whose module was passed as an object and cannot be named
 
 
-def describe(module: Any) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) by which `build` makes an equal module; or, where none can be, a name that says so.
+def identify(module: Any) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) with which `build` creates an equal module; otherwise a name with `OBJECT_PREFIX`, and {}.
 
-    A module can be named where its class is at the top of a module that can be imported, and equals what that class
-    makes of plain JSON: of its attributes, for an NNX module those that are called as arguments of its `__init__` are.
+    A module can be named if its class can be imported by its qualified name and, called with JSON values of its
+    attributes, returns an equal module. For an NNX module, these are the attributes named like the arguments of its
+    `__init__`.
     """
     kind = class_of(module)
     package = sys.modules.get(kind.__module__)
-    found = None
+    identity = None
     if kind.__module__ != "__main__" and getattr(package, kind.__qualname__, None) is kind:
-        found = _described_nnx(module) if isinstance(module, FunctionalModule) else _described(module)
+        identity = _identify_nnx(module) if isinstance(module, FunctionalModule) else _identify_linen(module)
     elif isinstance(module, FunctionalModule):
-        found = module.origin
-    return (f"{GIVEN}{kind.__module__}.{kind.__qualname__}", {}) if found is None else (found[0], dict(found[1]))
+        identity = module.origin
+    if identity is None:
+        return f"{OBJECT_PREFIX}{kind.__module__}.{kind.__qualname__}", {}
+    return identity[0], dict(identity[1])
 
 
-def zoo() -> Mapping[str, Callable[..., nn.Module]]:
-    """{name: factory} of the models that come with this package, imported when they are first asked for."""
+def built_in_models() -> Mapping[str, Callable[..., nn.Module]]:
+    """{name: factory} of `kdsearch_jax.models`, which is imported by the first call."""
     from kdsearch_jax.models import MODELS
 
     return MODELS
 
 
-Described = tuple[str, Mapping[str, Any]] | None
+Identity = tuple[str, Mapping[str, Any]] | None
 
 
-def _described(module: Any) -> Described:
+def _identify_linen(module: Any) -> Identity:
     """(name, arguments) of a Linen module."""
     kind = type(module)
     if not isinstance(module, nn.Module):
@@ -65,20 +68,20 @@ def _described(module: Any) -> Described:
 
 
 @functools.lru_cache(maxsize=16)
-def _described_nnx(module: FunctionalModule) -> Described:
-    """(name, arguments) of an NNX module: the class is called, abstractly, to see whether it makes the same."""
+def _identify_nnx(module: FunctionalModule) -> Identity:
+    """(name, arguments) of an NNX module, if calling its class, abstractly, returns an equal module."""
     if module.origin is not None:
         return module.origin
     name, skeleton = f"{module.kind.__module__}:{module.kind.__qualname__}", module.skeleton()
     plain: dict[str, Any] = {}
     for key, parameter in parameters_of(module.kind).items():
         value = getattr(skeleton, key, parameter.default)
-        with contextlib.suppress(TypeError, ValueError):  # no JSON
+        with contextlib.suppress(TypeError, ValueError):  # not JSON
             plain |= {} if key == "rngs" or _is_default(parameter.default, value) else _plain({key: value})
     try:
-        made, mode = build(name, plain), module.mode
-        same = (made.in_mode(mode) if mode else made) == module
-    except Exception:  # whatever a constructor does with what it was not made for
+        built, mode = build(name, plain), module.mode
+        same = (built.in_mode(mode) if mode else built) == module
+    except Exception:  # a constructor may raise anything for arguments guessed like this
         return None
     return (name, plain) if same else None
 
@@ -87,58 +90,57 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(arguments, allow_nan=False))
 
 
-def module_of(given: Any) -> Any:
-    """The module that a user means: a Linen module or a `FunctionalModule`.
+def as_module(module: Any) -> Any:
+    """A Linen module or `FunctionalModule` from what a user passed.
 
     Args:
-      given: either of these, or a student of one; an nnx.Module, with arrays or abstract (`nnx.eval_shape`); or what
-        makes a module: a class, or a function without arguments, such as `functools.partial(Net, width=64)`. `rngs` is
-        added where an NNX class takes it.
+      module: either of these, or a student of one; an nnx.Module, with arrays or abstract (`nnx.eval_shape`); or a
+        factory: a class, or a function without arguments, such as `functools.partial(Net, width=64)`. An NNX class
+        also gets `rngs` if it takes it.
 
     Raises:
       ValueError: it is none of these.
     """
-    if isinstance(given, (nn.Module, FunctionalModule)):
-        return given
-    if isinstance(given, nnx.Module):
-        return FunctionalModule.split(given)[0]
-    if not callable(given):
-        raise ValueError(
-            f"module: a {type(given).__name__} is given; give a Flax module, or a class or function of one"
-        )
-    called = given
+    if isinstance(module, (nn.Module, FunctionalModule)):
+        return module
+    if isinstance(module, nnx.Module):
+        return FunctionalModule.split(module)[0]
+    if not callable(module):
+        raise ValueError(f"module: got a {type(module).__name__}; pass a Flax module, or a class or function of one")
+    called = module
     while isinstance(called, functools.partial):
         called = called.func
     try:
         if isinstance(called, type) and issubclass(called, nnx.Module):
-            with contextlib.suppress(errors.TraceContextError):  # random streams from outside, which it draws from
-                factory: Any = given
+            with contextlib.suppress(errors.TraceContextError):  # it draws from random streams outside of the trace
+                factory: Any = module
                 return FunctionalModule.make(factory, {})
-        made = given()
+        result = module()
     except TypeError as error:
         name = getattr(called, "__name__", repr(called))
-        raise ValueError(f"module: {name} cannot be called ({error}); give functools.partial({name}, …)") from error
-    if callable(made) and not isinstance(made, (nn.Module, nnx.Module, FunctionalModule)):
+        raise ValueError(f"module: {name} cannot be called ({error}); pass functools.partial({name}, …)") from error
+    if callable(result) and not isinstance(result, (nn.Module, nnx.Module, FunctionalModule)):
+        name = getattr(called, "__name__", called)
         raise ValueError(
-            f"module: {getattr(called, '__name__', called)!r} makes a {type(made).__name__}, and no module"
+            f"module: {name!r} returns a {type(result).__name__}; pass a function that returns a Flax module"
         )
-    return module_of(made)
+    return as_module(result)
 
 
 def check_class(name: str, module: Any) -> None:
-    """Raises ValueError where a network was made of another class, as `describe` named it.
+    """Raises ValueError if `name`, as returned by `identify`, names another class than the module's.
 
-    Where the class is defined now may be somewhere else. Of what a function made the class is not known.
+    The class may have moved to another file. If `name` names a function, its class is not known.
     """
     kinds = [kind.__name__ for kind in class_of(module).__mro__]
-    if name.startswith(GIVEN):
-        expected = name.removeprefix(GIVEN)
+    if name.startswith(OBJECT_PREFIX):
+        expected = name.removeprefix(OBJECT_PREFIX)
     else:
         package, _, expected = name.partition(":")
         if not isinstance(getattr(sys.modules.get(package), expected, None), type):
             return
     if expected.rpartition(".")[2] not in kinds:
-        raise ValueError(f"module: the network was made of a {expected}, and a {kinds[0]} is given")
+        raise ValueError(f"module: the network is a {expected}, but a {kinds[0]} was passed")
 
 
 def _is_default(default: Any, value: Any) -> bool:
@@ -148,9 +150,9 @@ def _is_default(default: Any, value: Any) -> bool:
         return False
 
 
-def takes(name: str, argument: str) -> bool:
-    """Whether the factory of that name has an argument of that name. Raises ValueError for an unknown network."""
-    factory = _imported(name) if ":" in name and not name.startswith(GIVEN) else zoo().get(name)
+def accepts(name: str, argument: str) -> bool:
+    """Whether the model's factory has an argument of this name. Raises ValueError for an unknown model."""
+    factory = _imported(name) if ":" in name and not name.startswith(OBJECT_PREFIX) else built_in_models().get(name)
     if factory is None:
         return True
     parameters = parameters_of(factory)
@@ -158,36 +160,35 @@ def takes(name: str, argument: str) -> bool:
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The network `name` with these keyword arguments: a Linen module, or the `FunctionalModule` of an NNX module.
+    """Creates a model: a Linen module, or the `FunctionalModule` of an NNX module.
 
     Args:
-      name: one of `kdsearch_jax.models`, or `package.module:factory` where `factory` is a Linen or NNX module's
-      class, or a function
-        annotated to return one. Nothing else is ever called, since the name may come from a file that somebody else
-        wrote; but the package is imported, that is, its code runs.
-      arguments: keyword arguments of the factory, all plain JSON.
+      name: one of `kdsearch_jax.models`, or `package.module:factory`, where `factory` is the class of a Linen or NNX
+        module or a function annotated to return one. Nothing else is called, since the name may come from an untrusted
+        file; but the package is imported, so its code runs.
+      arguments: keyword arguments of the factory, JSON values.
 
     Raises:
-      ValueError: no such network, no such argument, or a value that the network refuses.
+      ValueError: there is no such model or argument, or the factory refuses a value.
     """
-    if name.startswith(GIVEN):
+    if name.startswith(OBJECT_PREFIX):
         raise ValueError(
-            f"this network was made of a module object, {name.removeprefix(GIVEN)}, which a file cannot hold; give an "
-            "equal one, or what makes it: kdsearch_jax.load(path, module=…)"
+            f"a file cannot hold the module of this network, {name.removeprefix(OBJECT_PREFIX)}; pass an equal module, "
+            "or a function that creates it: kdsearch_jax.load(path, module=…)"
         )
     if ":" in name:
         factory = _imported(name)
-    elif name in zoo():
-        factory = zoo()[name]
+    elif name in (models := built_in_models()):
+        factory = models[name]
     else:
         raise ValueError(
-            f"model {name!r} is unknown{_nearest(name, zoo())}; there are {', '.join(sorted(zoo()))}, "
+            f"model {name!r} is unknown{_nearest(name, models)}; there are {', '.join(sorted(models))}, "
             "and package.module:factory for your own"
         )
     _check_arguments(name, factory, arguments)
-    if _made_by(factory, nnx.Module):
-        made: Any = factory
-        return dataclasses.replace(FunctionalModule.make(made, arguments), origin=(name, dict(arguments)))
+    if _returns(factory, nnx.Module):
+        nnx_factory: Any = factory
+        return dataclasses.replace(FunctionalModule.make(nnx_factory, arguments), origin=(name, dict(arguments)))
     module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ValueError(f"model {name!r} must return a flax.linen.Module, got {type(module).__name__}")
@@ -195,16 +196,16 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def check_trust(name: str, trust_code: bool = False) -> None:
-    """Raises ValueError where `build` would import a package that this program has not, and nobody has said it may.
+    """Raises ValueError if `build` would import a package that is not loaded yet, unless code is trusted.
 
-    A network's directory may come from a stranger, and `package.module:factory` in it may name any package of this
-    machine. Code of one that is imported already has run.
+    A network's directory may come from an untrusted source, and its `package.module:factory` may name any installed
+    package. The code of a package that is loaded already has run.
     """
     package = name.partition(":")[0]
-    if ":" in name and not name.startswith(GIVEN) and not trust_code and package not in sys.modules:
+    if ":" in name and not name.startswith(OBJECT_PREFIX) and not trust_code and package not in sys.modules:
         raise ValueError(
-            f"model {name!r}: to make it, the package {package!r} would be imported, so that its code runs; if you "
-            f"trust it, say so by --trust-code (trust_code=True), or import {package} before"
+            f"model {name!r}: building it would import the package {package!r} and run its code; if you trust it, pass "
+            f"--trust-code (trust_code=True), or import {package} first"
         )
 
 
@@ -228,10 +229,10 @@ def _imported(name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         what = "has no" if factory is None else "has, but cannot call,"
-        own = (n for n, v in vars(module).items() if callable(v) and _made_by(v, (nn.Module, nnx.Module)))
+        own = (n for n, v in vars(module).items() if callable(v) and _returns(v, (nn.Module, nnx.Module)))
         hint = _nearest(attribute, own)
         raise ValueError(f"model {name!r}: module {module_name!r} {what} {attribute!r}{hint}")
-    if not _made_by(factory, (nn.Module, nnx.Module)):
+    if not _returns(factory, (nn.Module, nnx.Module)):
         raise ValueError(
             f"model {name!r}: {attribute!r} is not known to return a network, so it is not called; annotate it "
             f"(`def {attribute}(...) -> nn.Module`), or name a subclass of flax.linen.Module or flax.nnx.Module"
@@ -239,23 +240,23 @@ def _imported(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _made_by(factory: Callable[..., Any], kinds: type | tuple[type, ...]) -> bool:
-    """Whether it is a class of these kinds or a function annotated to return one; it is not called to find out."""
-    made: Any = factory
+def _returns(factory: Callable[..., Any], kinds: type | tuple[type, ...]) -> bool:
+    """Whether a factory is a class of these kinds, or a function annotated to return one; it is not called."""
+    result: Any = factory
     if inspect.isfunction(factory):
         try:
-            made = typing.get_type_hints(factory).get("return")
-        except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
+            result = typing.get_type_hints(factory).get("return")
+        except (NameError, TypeError, AttributeError):  # an annotation for type checkers only
             return False
-    return isinstance(made, type) and issubclass(made, kinds)
+    return isinstance(result, type) and issubclass(result, kinds)
 
 
 def _check_arguments(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where the factory does not take an argument, or lacks one that it needs."""
+    """Raises ValueError if the factory does not take an argument, or needs one that is missing."""
     parameters = parameters_of(factory)
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         parameters = {key: value for key, value in parameters.items() if key not in ("parent", "name")}
-    if _made_by(factory, nnx.Module):  # random streams are not JSON
+    if _returns(factory, nnx.Module):  # random streams are not JSON values
         parameters = {key: value for key, value in parameters.items() if key != "rngs"}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -26,7 +26,7 @@ import optax
 from jax import Array
 
 from kdsearch_jax.adapters.apply import apply_eval, apply_train
-from kdsearch_jax.adapters.memoize import Memory
+from kdsearch_jax.adapters.memoize import RecentValues
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import ensemble, features, losses, teacher_cache
@@ -209,7 +209,7 @@ def prepare(
     *,
     retraining: bool,
     topology: Topology | None = None,
-    memory: Memory | None = None,
+    memory: RecentValues | None = None,
 ) -> Lesson:
     """What a stage trains with.
 
@@ -233,7 +233,7 @@ def prepare(
     if not _of_features(task.distill):
         why = teacher_cache.refusal(config, data, stage, dataset)
         if why is None:
-            found = _cached(distiller, teachers, constants, dataset, config, run, memory or Memory())
+            found = _cached(distiller, teachers, constants, dataset, config, run, memory or RecentValues())
             if found is not None:
                 return Lesson(dataclasses.replace(distiller, cached=True), None, found)
         return Lesson(distiller, constants, dataset)
@@ -255,7 +255,7 @@ def _cached(
     dataset: Dataset,
     config: DistillConfig,
     run: RunConfig,
-    memory: Memory,
+    memory: RecentValues,
 ) -> Dataset | None:
     """The data set with the teachers' outputs, the same in every stage that has these teachers; see `cache.cached`."""
     size = run.eval_batch_size
@@ -267,7 +267,7 @@ def _cached(
 
     numbers = tuple(id(part) for each in teachers for part in (each.module, each.variables))
     key = ("outputs", numbers, id(dataset), size, run.precision, config.ensemble)
-    return memory.once(key, compute)[1]
+    return memory.get_or_make(key, compute)[1]
 
 
 def _of_features(config: DistillConfig) -> list[str]:

@@ -28,13 +28,13 @@ import numpy as np
 
 from kdsearch_jax.adapters import nnx
 from kdsearch_jax.adapters.apply import apply_eval
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.tracing import program as program_lib
+from kdsearch_jax.tracing.interpreter import analyze
 from kdsearch_jax.tracing.messages import nearest
 from kdsearch_jax.tracing.topology import Topology, leaf_shapes
-from kdsearch_jax.tracing.walk import walk
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def shapes(module: Any, variables: Any, call: CallSpec) -> tuple[dict[str, tuple
 
     def run(variables: Any, *inputs: Any) -> Any:
         with recorded(module) as seen:
-            outputs = apply_eval(module, variables, inputs, call=call)
+            outputs = apply_eval(module, variables, inputs, call_spec=call)
         order.extend(seen)
         return seen, jax.tree.leaves(outputs)[:1]
 
@@ -143,17 +143,17 @@ def units(module: Any, variables: Any, call: CallSpec, paths: Sequence[str], top
     inputs, keywords = call.example(BATCH), call.keywords(module, train=False)
 
     def run(variables: Any, *inputs: Any) -> list[Any]:
-        args, named = bound(inputs, keywords)
+        args, named = call_arguments(inputs, keywords)
         with recorded(module) as seen:
             module.apply(variables, *args, **named)
         return [seen[path] for path in paths]
 
     names = leaf_shapes(variables)
-    program = program_lib.flatten(jax.make_jaxpr(run)(variables, *inputs))
-    found = walk(program, names)
+    program = program_lib.flatten_jaxpr(jax.make_jaxpr(run)(variables, *inputs))
+    found = analyze(program, names)
     made = {
         number: value
-        for step in found.steps
+        for step in found.ops
         if step.program is program
         for number, value in zip(step.op.outputs, step.outs, strict=True)
     }
@@ -231,7 +231,7 @@ def _out_of_reach(module: Any, variables: Any, call: CallSpec, paths: Sequence[s
 
     def run(variables: Any, *inputs: Any) -> Any:
         with recorded(module) as seen:
-            apply_eval(module, variables, inputs, call=call)
+            apply_eval(module, variables, inputs, call_spec=call)
         return [seen[path] for path in paths]
 
     try:

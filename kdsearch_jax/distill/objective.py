@@ -31,7 +31,7 @@ import numpy as np
 from jax import Array
 
 from kdsearch_jax.adapters.apply import apply_eval
-from kdsearch_jax.adapters.call_spec import CallSpec, shaped
+from kdsearch_jax.adapters.call_spec import CallSpec, input_spec
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.data.streaming import Column
 from kdsearch_jax.distill import losses
@@ -176,8 +176,11 @@ def examine(
     losses.check(distill)
     loss = loss or imported("distill.loss", distill.loss)
     metrics = metrics or imported("distill.metrics", distill.metrics)
-    small, large = (jax.eval_shape(lambda v, *xs: apply_eval(module, v, xs, call=call), variables, *call.example(n))
-                    for n in SIZES)  # fmt: skip
+
+    def run(variables: Any, *inputs: Any) -> Any:
+        return apply_eval(module, variables, inputs, call_spec=call)
+
+    small, large = (jax.eval_shape(run, variables, *call.example(n)) for n in SIZES)
     leaves = [(_path(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(small)[0]]
     for (path, leaf), other in zip(leaves, jax.tree.leaves(large), strict=True):
         batched = leaf.shape[:1] == SIZES[:1] and other.shape[:1] == SIZES[1:] and leaf.shape[1:] == other.shape[1:]
@@ -334,7 +337,7 @@ def _check_losses(task: Objective) -> None:
 def _check_own(task: Objective, outputs: Any, dataset: Dataset) -> None:
     """Raises ValueError where a user's function does not return what it must, looked at abstractly."""
     size = SIZES[0]
-    batch = jax.tree.map(lambda leaf: shaped((size, *leaf.shape[1:]), leaf.dtype), dataset.train.arrays)
+    batch = jax.tree.map(lambda leaf: input_spec((size, *leaf.shape[1:]), leaf.dtype), dataset.train.arrays)
     if "images" in batch and "images" in task.call.inputs:
         batch["images"] = jax.ShapeDtypeStruct(batch["images"].shape, task.call.inputs["images"].dtype)
     if (loss := task.loss) is not None:

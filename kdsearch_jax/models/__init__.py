@@ -1,10 +1,10 @@
-"""The model zoo: ordinary Flax modules that know nothing of pruning. `pretrained` reads their weights from PyTorch
+"""The built-in models: ordinary Flax modules without any pruning code. `pretrained` reads their weights from PyTorch
 and Hugging Face files.
 
-Imports flax alone; `pretrained` also imports `storage`.
+Imports nothing of this package; `pretrained` also imports `storage`.
 
-Each is called as `module.apply(variables, images, train=False)` with float images (batch, height, width, channels) and
-returns logits (batch, classes).
+Each model is called as `module.apply(variables, images, train=False)` with float images (batch, height, width,
+channels) and returns logits (batch, classes).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Parts that several of the networks share: convolution and normalisation as PyTorch has them, blocks, stages.
+"""Building blocks that several models share: convolution and normalisation with PyTorch's defaults, blocks, stages.
 
-Every submodule has an explicit name, and whether a block has a projection is decided by the network that holds it,
-never by comparing the channels that arrive with `features`: a block does not know how wide its input is.
+Every submodule has an explicit name. The network decides whether a block has a projection; a block never compares its
+input's channels with `features`, which would break when either is pruned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 Shortcut = Literal["identity", "pad", "project"]
 Padding = Literal["symmetric", "same"]
 
-# A size, a number of blocks, a number of stages: bounds what an architecture from elsewhere can ask for.
+# The largest size, number of blocks and number of stages that an architecture from an untrusted file can ask for.
 LARGEST, DEEPEST, STAGES = 1 << 20, 2048, 64
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -34,8 +34,8 @@ def conv(
 ) -> nn.Conv:
     """A square convolution with `size // 2` zeros on every side.
 
-    That is PyTorch's padding. TensorFlow's, "same", pads an even image at stride 2 on one side only, so weights trained
-    with the one would see shifted images with the other.
+    This is PyTorch's padding. TensorFlow's, "same", pads an even image at stride 2 on one side only, so weights that
+    were trained with one see shifted images with the other.
     """
     pads: Any = ((size // 2, size // 2),) * 2 if padding == "symmetric" else "SAME"
     return nn.Conv(
@@ -56,12 +56,12 @@ def batch_norm(train: bool, *, name: str, epsilon: float = 1e-5, momentum: float
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """The shortcut without parameters ("option A", He et al. 2016): subsample, then zero channels, half on each side.
+    """The parameter-free shortcut ("option A", He et al. 2016): subsamples, then pads zero channels, half on each side.
 
     Args:
       x: activations (batch, height, width, features / 2).
-      features: channels that come out.
-      stride: keep each `stride`-th row and column.
+      features: output channels.
+      stride: keeps every `stride`-th row and column.
 
     Returns:
       activations (batch, height / stride, width / stride, features).
@@ -71,7 +71,7 @@ def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))."""
+    """Two 3x3 convolutions and a shortcut: relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))."""
 
     features: int
     stride: int = 1
@@ -93,9 +93,10 @@ class BasicBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` blocks in a row, named block1, block2, …; the first one has the stride and the shortcut given.
+    """`blocks` blocks in sequence, named block1, block2, …; stride and shortcut apply to the first one.
 
-    block: makes a block from `features`, `stride`, `shortcut` and `name`.
+    Attributes:
+      block: creates a block from `features`, `stride`, `shortcut` and `name`.
     """
 
     block: Callable[..., Any]
@@ -115,37 +116,37 @@ class Stage(nn.Module):
 
 
 def check_positive(**arguments: int) -> None:
-    """Raises ValueError, naming the argument, where one is not a whole number above 0, or larger than any network's."""
+    """Raises ValueError, naming the argument, unless all are integers from 1 up to the largest size allowed."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.80}")
         most = DEEPEST if name.partition("[")[0] in ("depth", "stage_blocks") else LARGEST
         if value > most:
             raise ValueError(f"{name} must be at most {most}, got {value!r:.80}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises ValueError, naming the argument and the choices, where `value` is none of them."""
+    """Raises ValueError, naming the argument and the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r:.80}")
 
 
 def check_rate(name: str, value: float) -> None:
-    """Raises ValueError where a dropout rate, or an epsilon, is outside [0, 1)."""
+    """Raises ValueError unless a dropout rate or an epsilon is in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number from 0 up to, not including, 1, got {value!r:.80}")
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r:.80}")
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sizes as a tuple; raises ValueError, naming the argument, unless they are whole numbers above 0."""
+    """The sizes as a tuple; raises ValueError, naming the argument, unless they are positive integers."""
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not 0 < len(sizes) <= STAGES:
-        raise ValueError(f"{name} must be a list of 1 to {STAGES} whole numbers, got {sizes!r:.80}")
+        raise ValueError(f"{name} must be a list of 1 to {STAGES} integers, got {sizes!r:.80}")
     check_positive(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
     return tuple(sizes)
 
 
 def check_patches(network: str, shape: tuple[int, ...], patch: int) -> None:
-    """Raises ValueError where images of this shape (batch, height, width, channels) are no whole number of patches."""
+    """Raises ValueError unless images of this shape (batch, height, width, channels) divide into patches."""
     if shape[1] % patch or shape[2] % patch:
         raise ValueError(
             f"{network} needs images whose sides are multiples of patch={patch}, got {shape[1]}x{shape[2]}"

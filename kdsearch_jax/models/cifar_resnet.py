@@ -1,9 +1,8 @@
 """ResNets for small images (He et al. 2016, section 4.2): a 3x3 stem and three stages of n basic blocks, 6n + 2 layers.
 
 With `shortcut="A"` the network is that of github.com/akamaster/pytorch_resnet_cifar10, whose weights it can load
-(`kdsearch_jax.models.pretrained`). Option A writes its zero channels into the network, so those places of the
-residual stream
-are fixed; the stream's other channels, the inner channels of the blocks, and whole blocks, are free.
+(`kdsearch_jax.models.pretrained`). Option A hard-codes the number of zero channels, so the channels of the residual
+stream that they join are frozen; its other channels, the inner channels of the blocks, and whole blocks can be pruned.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ def cifar_resnet(
     """A CIFAR ResNet.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 6n + 2 layers: 8, 14, 20, 32, 44, 56, 110, ….
       shortcut: "A" pads with zero channels, "B" projects by a 1x1 convolution where the size changes.
       width: channels of the first stage, an even number for "A".
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, depth=depth, width=width)
     blocks.check_choice("shortcut", shortcut, ("A", "B"))

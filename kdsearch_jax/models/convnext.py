@@ -1,7 +1,7 @@
 """ConvNeXt (Liu et al. 2022): residual blocks of a 7x7 depthwise convolution, LayerNorm and a wide MLP.
 
-LayerNorm and the depthwise convolutions keep the channels of the residual stream together; the MLPs' neurons and whole
-blocks are free. Each block's last operation is a learnt factor for each channel ("layer scale"), which starts near 0.
+LayerNorm over the residual stream freezes its channels; the MLPs' neurons and whole blocks can be pruned. Each block
+ends with a learnt factor per channel ("layer scale"), initialised near 0.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import jax
 from kdsearch_jax.models import blocks
 
 EPSILON = 1e-6
-EXPANSION = 4  # neurons of a block's MLP over its channels
+EXPANSION = 4  # neurons of a block's MLP per channel
 
 kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def patches(features: int, size: int, *, name: str) -> nn.Conv:
-    """A convolution of windows that do not overlap."""
+    """A convolution with non-overlapping windows."""
     return nn.Conv(features, (size, size), (size, size), "VALID", kernel_init=kernel_init, name=name)
 
 
@@ -49,7 +49,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtStage(nn.Module):
-    """`blocks` blocks in a row, named block1, block2, …; but for the first stage, behind a halving of the sides."""
+    """`blocks` blocks in sequence, named block1, block2, …; all stages but the first halve the sides first."""
 
     blocks: int
     features: int
@@ -70,7 +70,8 @@ class ConvNeXtStage(nn.Module):
 class ConvNeXt(nn.Module):
     """Stages of `stage_blocks` blocks with `widths` channels, on square patches of `patch` pixels.
 
-    epsilon: of the last LayerNorm; the others have 1e-6.
+    Attributes:
+      epsilon: of the last LayerNorm; the others use 1e-6.
     """
 
     num_classes: int
@@ -85,7 +86,7 @@ class ConvNeXt(nn.Module):
         """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
 
         Raises:
-          ValueError: the image is too small for so many stages.
+          ValueError: the image is too small for the number of stages.
         """
         least = self.patch * 2 ** (len(self.widths) - 1)
         if min(x.shape[1:3]) < least:
@@ -112,24 +113,24 @@ def convnext(
 ) -> ConvNeXt:
     """A ConvNeXt; the defaults are ConvNeXt-T.
 
-    ConvNeXt-S has stage_blocks=(3, 3, 27, 3), ConvNeXt-B these and widths=(128, 256, 512, 1024).
+    ConvNeXt-S has stage_blocks=(3, 3, 27, 3), ConvNeXt-B also widths=(128, 256, 512, 1024).
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       stage_blocks: blocks of each stage.
       widths: channels of each stage.
       patch: side of a patch in pixels.
-      layer_scale: what each block's factors start from.
+      layer_scale: initial value of each block's factors.
       epsilon: of the last LayerNorm.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, patch=patch)
     counts, sizes = blocks.check_sizes("stage_blocks", stage_blocks), blocks.check_sizes("widths", widths)
     if len(counts) != len(sizes):
         raise ValueError(
-            f"stage_blocks and widths must name as many stages, got {len(counts)} ({list(counts)}) and "
+            f"stage_blocks and widths must have the same number of stages, got {len(counts)} ({list(counts)}) and "
             f"{len(sizes)} ({list(sizes)})"
         )
     for name, value in (("layer_scale", layer_scale), ("epsilon", epsilon)):

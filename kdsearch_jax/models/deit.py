@@ -1,7 +1,7 @@
 """DeiT (Touvron et al. 2021): vision transformers of three sizes, trained on ImageNet alone.
 
-With `distilled`, a second token learns from a teacher by a classifier of its own; at test time, and here always, the
-logits are the mean of the two classifiers'. The network is that of `kdsearch_jax.models.vit`.
+With `distilled`, a second token has its own classifier, which is trained on a teacher's predictions. The logits are the
+mean of both classifiers, as DeiT uses them at test time. The network is `kdsearch_jax.models.vit`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def deit(
     """A DeiT.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       size: "tiny", "small" or "base", of 192, 384 or 768 channels.
-      distilled: whether there is a distillation token with a classifier of its own.
+      distilled: whether to add a distillation token with its own classifier.
       patch: side of a patch in pixels.
       dropout: as in `vit`.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_choice("size", size, tuple(HEADS))
     blocks.check_choice("distilled", distilled, (False, True))

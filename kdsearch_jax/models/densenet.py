@@ -1,7 +1,7 @@
 """Densely connected networks with bottlenecks and compression (Huang et al. 2017, "DenseNet-BC").
 
-Every layer reads all channels made before it in its block, and adds `growth` of its own behind them. A channel is read
-by many kernels, and goes from all of them at once. Weights of torchvision load with `kdsearch_jax.models.pretrained`.
+Every layer reads all earlier channels of its block and appends `growth` channels. A channel is read by many kernels and
+is removed from all of them at once. Weights of torchvision load with `kdsearch_jax.models.pretrained`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from kdsearch_jax.models import blocks
 
 BLOCK_LAYERS = {121: (6, 12, 24, 16), 161: (6, 12, 36, 24), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
 PADDING: Any = ((1, 1), (1, 1))  # Any, because flax declares the padding of max_pool a str
-BOTTLENECK = 4  # channels between a layer's two convolutions, over its growth
+BOTTLENECK = 4  # channels between a layer's two convolutions, per growth channel
 
 
 class DenseLayer(nn.Module):
-    """conv2(relu(bn2(conv1(relu(bn1(x)))))): 1x1 and 3x3 convolutions, behind normalisation."""
+    """conv2(relu(bn2(conv1(relu(bn1(x)))))): 1x1 and 3x3 convolutions, each after normalisation."""
 
     growth: int
 
@@ -34,7 +34,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """`layers` layers, named layer1, layer2, …, each of which reads what came in and what all before it made."""
+    """`layers` layers, named layer1, layer2, …, each reading the block's input and the output of all earlier layers."""
 
     layers: int
     growth: int
@@ -63,7 +63,8 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """Dense blocks named block1, …, with transitions between them that halve the channels and the image's sides.
 
-    first: channels of the stem.
+    Attributes:
+      first: channels of the stem.
     """
 
     block_layers: tuple[int, ...]
@@ -96,12 +97,12 @@ def densenet(*, num_classes: int, depth: int = 121, stem: Literal["large", "smal
     """A DenseNet for images such as ImageNet's.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 121, 161 (the widest), 169 or 201.
       stem: "large" divides the image's sides by 4, "small" keeps them.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes)
     blocks.check_choice("depth", depth, tuple(BLOCK_LAYERS))
@@ -114,12 +115,12 @@ def cifar_densenet(*, num_classes: int, depth: int = 100, growth: int = 12) -> D
     """A DenseNet for small images: three blocks of n layers, 6n + 4 convolutions and dense layers.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 6n + 4: 10, 16, …, 100, 190, 250, ….
-      growth: channels that a layer adds.
+      growth: channels that each layer appends.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, depth=depth, growth=growth)
     if depth < 10 or depth % 6 != 4:

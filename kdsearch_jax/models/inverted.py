@@ -1,8 +1,8 @@
-"""What MobileNetV2, MobileNetV3 and EfficientNet share: a stack of inverted residual blocks between two convolutions.
+"""Inverted residual blocks, which MobileNetV2, MobileNetV3 and EfficientNet share.
 
-A block widens its input by a 1x1 convolution, filters every channel on its own (a depthwise convolution), scales the
-channels by what the whole image says of them (squeeze and excitation, where it has one), and narrows them again. A
-channel of the wide middle is one unit: it goes with its filter, its scale and its row in the last convolution.
+A block expands its input with a 1x1 convolution, filters each channel with a depthwise convolution, optionally scales
+the channels with squeeze-and-excitation, and projects them with another 1x1 convolution. An expanded channel is one
+unit: it is removed with its filter, its scale and its row in the projection.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 class Style(NamedTuple):
-    """What the members of a family have in common.
+    """Settings that all blocks of a model share.
 
-    squeeze, gate: the activations behind the first and the second convolution of squeeze and excitation.
-    padding: of convolutions with a stride, see `blocks.conv`.
+    Attributes:
+      squeeze, gate: activations after the first and second convolution of squeeze-and-excitation.
+      padding: of strided convolutions, see `blocks.conv`.
     """
 
     activation: Activation
@@ -36,9 +37,13 @@ class Style(NamedTuple):
 class Block(NamedTuple):
     """Sizes of one block.
 
-    features: channels that come out. expanded: channels of the middle; where `expand` is False, those that come in.
-    size, stride: of the depthwise convolution. squeezed: channels of squeeze and excitation, 0 for none.
-    residual: whether the input is added. activation: None is that of the family.
+    Attributes:
+      features: output channels.
+      expanded: channels of the depthwise convolution; the input channels if `expand` is False.
+      size, stride: of the depthwise convolution.
+      squeezed: inner channels of squeeze-and-excitation, 0 for none.
+      residual: whether the input is added.
+      activation: None for that of the style.
     """
 
     features: int
@@ -67,7 +72,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """One block: [x +] narrow(scale(depthwise(widen(x))))."""
+    """One block: [x +] project(scale(depthwise(expand(x))))."""
 
     block: Block
     style: Style
@@ -96,7 +101,7 @@ class InvertedResidual(nn.Module):
 
 
 class InvertedStage(nn.Module):
-    """Blocks in a row, named block1, block2, …."""
+    """Blocks in sequence, named block1, block2, …."""
 
     blocks: tuple[Block, ...]
     style: Style
@@ -112,7 +117,9 @@ class InvertedStage(nn.Module):
 class InvertedNet(nn.Module):
     """A 3x3 convolution, stages of inverted residual blocks, a 1x1 convolution, the mean, and the classifier.
 
-    first, last: channels of the two convolutions. hidden: neurons of a dense layer before the classifier's, 0 for none.
+    Attributes:
+      first, last: channels of the two convolutions.
+      hidden: neurons of a dense layer before the classifier, 0 for none.
     """
 
     stages: tuple[tuple[Block, ...], ...]
@@ -142,26 +149,24 @@ class InvertedNet(nn.Module):
 
 
 def batch_norm(style: Style, train: bool, *, name: str) -> nn.BatchNorm:
-    """BatchNorm with the constants of the family."""
+    """BatchNorm with the style's constants."""
     return blocks.batch_norm(train, epsilon=style.epsilon, momentum=style.momentum, name=name)
 
 
 def divisible(channels: float, by: int = 8) -> int:
-    """The nearest multiple of `by`, of at least `by`, that is not below nine tenths of `channels`."""
+    """The nearest multiple of `by` that is at least `by` and at least 0.9 · `channels`."""
     nearest = max(by, int(channels + by / 2) // by * by)
     return nearest + by if nearest < 0.9 * channels else nearest
 
 
 def check_width(width: float) -> None:
-    """Raises ValueError where a width multiplier is no positive number."""
+    """Raises ValueError unless a width multiplier is in (0, 64]."""
     if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 64:
-        raise ValueError(
-            f"width must be a number above 0, 1 for the published network and at most 64, got {width!r:.80}"
-        )
+        raise ValueError(f"width must be above 0 and at most 64 (1 is the published network), got {width!r:.80}")
 
 
-def check(num_classes: int, stem: str, dropout: float) -> None:
-    """Raises ValueError where an argument that the factories share has no meaning."""
+def check_shared_arguments(num_classes: int, stem: str, dropout: float) -> None:
+    """Raises ValueError if an argument that the factories share is out of range."""
     blocks.check_positive(num_classes=num_classes)
     blocks.check_choice("stem", stem, ("large", "small"))
     blocks.check_rate("dropout", dropout)

@@ -1,7 +1,7 @@
-"""MLP-Mixer (Tolstikhin et al. 2021): MLPs that mix the patches, in turn with MLPs that mix the channels.
+"""MLP-Mixer (Tolstikhin et al. 2021): alternating MLPs over the patches and over the channels.
 
-LayerNorm keeps the channels of the residual stream together and the number of patches is the image's; the neurons of
-both kinds of MLP and their branches are free.
+LayerNorm freezes the channels of the residual stream; the neurons of both kinds of MLP and their branches can be
+pruned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def layer_norm(name: str) -> nn.LayerNorm:
 
 
 class MLPBlock(nn.Module):
-    """dense2(gelu(dense1(x))) along the last axis, whose size stays."""
+    """dense2(gelu(dense1(x))) along the last axis, whose size does not change."""
 
     neurons: int
 
@@ -58,7 +58,7 @@ class Mixer(nn.Module):
         """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
 
         Raises:
-          ValueError: the image is no whole number of patches.
+          ValueError: the image's sides are not multiples of the patch size.
         """
         blocks.check_patches("mixer", x.shape, self.patch)
         patch = (self.patch, self.patch)
@@ -85,7 +85,7 @@ def mixer(
     token_neurons=512, channel_neurons=4096.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       patch: side of a patch in pixels.
       width: channels of a token.
       depth: number of blocks.
@@ -93,7 +93,7 @@ def mixer(
       channel_neurons: neurons of the MLPs across channels.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(
         num_classes=num_classes,

@@ -1,8 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018) and MobileNetV3 (Howard et al. 2019), as torchvision has them.
 
-Weights of torchvision load with `kdsearch_jax.models.pretrained`. Images are divided by 32 a side; `stem="small"`
-leaves out
-the first halving, for small images.
+Weights of torchvision load with `kdsearch_jax.models.pretrained`. The networks downsample by 32; with `stem="small"`,
+for small images, by 16.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from typing import Literal
 import flax.linen as nn
 
 from kdsearch_jax.models import blocks
-from kdsearch_jax.models.inverted import Block, InvertedNet, Style, check, check_width, divisible
+from kdsearch_jax.models.inverted import Block, InvertedNet, Style, check_shared_arguments, check_width, divisible
 
 # expansion, channels, blocks, stride of the first block
 V2_STAGES = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
 )  # fmt: skip
 
-# by stage and block: kernel size, channels of the middle, channels, squeeze and excitation, hard-swish, stride
+# by stage and block: kernel size, expanded channels, channels, squeeze-and-excitation, hard-swish, stride
 V3_STAGES = {
     "large": (
         ((3, 16, 16, False, False, 1),),
@@ -43,11 +42,11 @@ V3_STYLE = Style(nn.hard_swish, gate=nn.hard_sigmoid, epsilon=1e-3, momentum=0.9
 
 
 class MobileNetV2(InvertedNet):
-    """The network of MobileNetV2."""
+    """MobileNetV2."""
 
 
 class MobileNetV3(InvertedNet):
-    """The network of MobileNetV3."""
+    """MobileNetV3."""
 
 
 def mobilenet_v2(
@@ -62,17 +61,17 @@ def mobilenet_v2(
     """MobileNetV2.
 
     Args:
-      num_classes: how many logits.
-      width: channels over those of the published network, each rounded to a multiple of 8.
+      num_classes: number of classes.
+      width: multiplier of the published channels, each rounded to a multiple of 8.
       stem: "large" halves the image at once, "small" keeps it.
       dropout: rate before the classifier.
-      padding: "symmetric" as in PyTorch, "same" as in TensorFlow and in the weights that came from there.
-      epsilon: of BatchNorm; .001 in weights from TensorFlow.
+      padding: "symmetric" as in PyTorch, or "same" as in TensorFlow and weights converted from it.
+      epsilon: of BatchNorm; 0.001 in weights converted from TensorFlow.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
-    check(num_classes, stem, dropout)
+    check_shared_arguments(num_classes, stem, dropout)
     check_width(width)
     blocks.check_choice("padding", padding, ("symmetric", "same"))
     blocks.check_rate("epsilon", epsilon)
@@ -108,16 +107,16 @@ def mobilenet_v3(
     """MobileNetV3.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       size: the "large" or the "small" network.
-      width: channels over those of the published network, each rounded to a multiple of 8.
+      width: multiplier of the published channels, each rounded to a multiple of 8.
       stem: "large" halves the image at once, "small" keeps it.
       dropout: rate before the classifier.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
-    check(num_classes, stem, dropout)
+    check_shared_arguments(num_classes, stem, dropout)
     check_width(width)
     blocks.check_choice("size", size, tuple(V3_STAGES))
     first = incoming = divisible(16 * width)

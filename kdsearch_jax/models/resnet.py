@@ -1,11 +1,9 @@
-"""ResNets for large images, as torchvision has them: bottlenecks carry the stride in their 3x3 convolution ("v1.5").
+"""ResNets for large images, as in torchvision: the stride of a bottleneck is in its 3x3 convolution ("v1.5").
 
-ResNeXt (Xie et al. 2017) splits that convolution into groups, each of which reads only its own channels: a whole group
-is then one unit.
+ResNeXt (Xie et al. 2017) divides that convolution into groups; a whole group is then one unit.
 
 Weights of torchvision load with `kdsearch_jax.models.pretrained`. `stem="small"` replaces the 7x7 convolution and the
-pooling
-by one 3x3 convolution, which is how these networks are used on 32x32 images.
+pooling by one 3x3 convolution, as is usual for 32x32 images.
 """
 
 from __future__ import annotations
@@ -20,14 +18,16 @@ from kdsearch_jax.models import blocks
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 PADDING: Any = ((1, 1), (1, 1))  # Any, because flax declares the padding of max_pool a str
-EXPANSION = 4  # a bottleneck's output channels over its inner ones
+EXPANSION = 4  # a bottleneck's output channels per inner channel
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut.
 
-    features: channels that come out. groups: of the 3x3 convolution. group_width: channels of each; None, together a
-    quarter of `features`.
+    Attributes:
+      features: output channels.
+      groups: of the 3x3 convolution.
+      group_width: channels of each group; None for `features` / 4 inner channels in total.
     """
 
     features: int
@@ -51,9 +51,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of basic blocks or bottlenecks; their inner channels are `width` times 1, 2, 4, 8.
+    """Four stages of basic blocks or bottlenecks with `width` · (1, 2, 4, 8) inner channels.
 
-    With `group_width`, the inner channels of the bottlenecks are `groups` times `group_width` times 1, 2, 4, 8.
+    With `group_width`, bottlenecks have `groups` · `group_width` · (1, 2, 4, 8) inner channels.
     """
 
     stage_blocks: tuple[int, ...]
@@ -92,13 +92,13 @@ def resnet(*, num_classes: int, depth: int = 50, stem: Literal["large", "small"]
     """A ResNet for images such as ImageNet's.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
       stem: "large" divides the image's sides by 4, "small" keeps them.
       width: channels of the stem and inner channels of the first stage.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, width=width)
     blocks.check_choice("depth", depth, tuple(STAGE_BLOCKS))
@@ -118,15 +118,15 @@ def resnext(
     """A ResNeXt; the defaults are ResNeXt-50 32x4d. `groups=1, group_width=128` is torchvision's Wide ResNet-50-2.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 50, 101 or 152.
       groups: groups of each 3x3 convolution.
       group_width: channels of a group in the first stage.
       stem: "large" divides the image's sides by 4, "small" keeps them.
-      width: channels of the stem; the first stage returns four times as many.
+      width: channels of the stem; the first stage has four times as many output channels.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, groups=groups, group_width=group_width, width=width)
     blocks.check_choice("depth", depth, tuple(depth for depth in STAGE_BLOCKS if depth >= 50))

@@ -1,4 +1,4 @@
-"""Networks that train within seconds, for tests and the 8x8 digits: a small CNN and a multilayer perceptron."""
+"""Networks that train in seconds, for tests and the 8x8 digits: a small CNN and a multilayer perceptron."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 
 def small_cnn(*, num_classes: int, width: int = 16) -> SmallCNN:
-    """A CNN of six layers; `width` counts the channels of the first. Raises ValueError for sizes below 1."""
+    """A CNN with six layers; the first has `width` channels. Raises ValueError for sizes below 1."""
     blocks.check_positive(num_classes=num_classes, width=width)
     return SmallCNN(num_classes, width)
 

@@ -1,8 +1,8 @@
-"""Swin transformers (Liu et al. 2021): attention within windows, which every second block shifts by half their side.
+"""Swin transformers (Liu et al. 2021): attention within windows, which every second block shifts by half a window.
 
-Each pair of places in a window has a learnt bias in every head ("relative position bias"). LayerNorm keeps the channels
-of the residual stream together; heads, value sizes, MLP neurons and branches are free, as the attention asks its input
-how many heads there are.
+Each head has a learnt bias for every relative position in a window. LayerNorm freezes the channels of the residual
+stream; heads, value sizes, MLP neurons and branches can be pruned, since the attention reads the number of heads from
+its arrays.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ import numpy as np
 
 from kdsearch_jax.models import blocks
 
-MOST_PAIRS = 1 << 26  # numbers of a table of pixels' pairs, which an image and a window from elsewhere decide
-FAR = -100.0  # added to the attention between pixels that only the shift has made neighbours
+MOST_PAIRS = 1 << 26  # bounds the pairs of positions, which an untrusted architecture decides
+FAR = -100.0  # added to attention logits between pixels that are neighbours only because of the shift
 
 kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def layer_norm(name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """LayerNorm with PyTorch's epsilon, which the published networks have."""
+    """LayerNorm with PyTorch's default epsilon, as in the published networks."""
     return nn.LayerNorm(epsilon=epsilon, name=name)
 
 
-def windows_of(x: jax.Array, size: int) -> jax.Array:
-    """(batch, height, width, channels) as (batch, windows, size², channels), rows of windows first."""
+def split_windows(x: jax.Array, size: int) -> jax.Array:
+    """Reshapes (batch, height, width, channels) to (batch, windows, size², channels), windows in row-major order."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height // size * (width // size), size * size, channels)
 
 
-def image_of(windows: jax.Array, size: int, height: int, width: int) -> jax.Array:
-    """The inverse of `windows_of`."""
+def merge_windows(windows: jax.Array, size: int, height: int, width: int) -> jax.Array:
+    """The inverse of `split_windows`."""
     batch, _, _, channels = windows.shape
     x = windows.reshape(batch, height // size, width // size, size, size, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height, width, channels)
 
 
-def relative_places(size: int) -> np.ndarray:
-    """(size², size²) numbers, below (2·size − 1)², of the distances, down and right, of two places in a window."""
-    places = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1).reshape(-1, 2)
-    down, right = np.moveaxis(places[:, None] - places[None], -1, 0) + size - 1
+def relative_positions(size: int) -> np.ndarray:
+    """(size², size²) indices below (2·size − 1)² of the relative position of each pair of positions in a window."""
+    positions = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1).reshape(-1, 2)
+    down, right = np.moveaxis(positions[:, None] - positions[None], -1, 0) + size - 1
     return down * (2 * size - 1) + right
 
 
-def far_apart(height: int, width: int, size: int, shift: int) -> np.ndarray:
-    """(windows, size², size²) FAR for pixels of a shifted image's window that were no neighbours before, else 0."""
+def shift_mask(height: int, width: int, size: int, shift: int) -> np.ndarray:
+    """(windows, size², size²) `FAR` for pairs of pixels that were not in one region before the shift, else 0."""
 
-    def region(sides: int) -> np.ndarray:  # the places that came around are in the last `shift`
+    def region(sides: int) -> np.ndarray:  # the last `shift` positions were rolled around
         return np.searchsorted([sides - size, sides - shift], np.arange(sides), side="right")
 
     regions = 3 * region(height)[:, None] + region(width)[None]
@@ -60,9 +60,9 @@ def far_apart(height: int, width: int, size: int, shift: int) -> np.ndarray:
 
 
 class WindowAttention(nn.Module):
-    """Attention with relative position bias within windows of `window` pixels a side, or one window of a small image.
+    """Attention with relative position bias within windows of `window` x `window` pixels, or the size of a small image.
 
-    Images are padded by zeros, at the bottom and on the right, to a whole number of windows.
+    Images are zero-padded at the bottom and on the right to a multiple of the window.
     """
 
     heads: int
@@ -79,20 +79,20 @@ class WindowAttention(nn.Module):
         shift = size // 2 if self.shifted and size < min(height, width) else 0
         rows, columns = height + -height % size, width + -width % size
         x = jnp.pad(x, ((0, 0), (0, rows - height), (0, columns - width), (0, 0)))
-        x = windows_of(jnp.roll(x, (-shift, -shift), (1, 2)) if shift else x, size)
+        x = split_windows(jnp.roll(x, (-shift, -shift), (1, 2)) if shift else x, size)
 
         split = (self.heads, channels // self.heads)
         query, key, value = (
             nn.DenseGeneral(split, kernel_init=kernel_init, name=name)(x) for name in ("query", "key", "value")
         )
         table = self.param("relative_bias", kernel_init, ((2 * size - 1) ** 2, query.shape[-2]))
-        bias = table[relative_places(size)].transpose(2, 0, 1)[None, None]  # (batch, windows, heads, size², size²)
+        bias = table[relative_positions(size)].transpose(2, 0, 1)[None, None]  # (batch, windows, heads, size², size²)
         if shift:
-            bias = bias + far_apart(rows, columns, size, shift)[None, :, None].astype(bias.dtype)
+            bias = bias + shift_mask(rows, columns, size, shift)[None, :, None].astype(bias.dtype)
         x = nn.dot_product_attention(query, key, value, bias)
         x = nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=kernel_init, name="out")(x)
 
-        x = image_of(x, size, rows, columns)
+        x = merge_windows(x, size, rows, columns)
         return (jnp.roll(x, (shift, shift), (1, 2)) if shift else x)[:, :height, :width]
 
 
@@ -117,7 +117,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the sides: the four pixels of each 2x2 square side by side, normalised, then projected."""
+    """Halves the sides: concatenates the pixels of each 2x2 square, normalises and projects them."""
 
     features: int
 
@@ -131,7 +131,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """`blocks` blocks in a row, named block1, block2, …; but for the first stage, behind a merging of patches."""
+    """`blocks` blocks in sequence, named block1, block2, …; all stages but the first merge patches first."""
 
     blocks: int
     features: int
@@ -152,7 +152,7 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Stages of `stage_blocks` blocks with `heads` heads; `width` channels in the first, twice as many in each next."""
+    """Stages of `stage_blocks` blocks with `heads` heads; the first has `width` channels, each next twice as many."""
 
     num_classes: int
     stage_blocks: tuple[int, ...] = (2, 2, 6, 2)
@@ -168,7 +168,7 @@ class Swin(nn.Module):
         """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
 
         Raises:
-          ValueError: the image is no whole number of patches.
+          ValueError: the image's sides are not multiples of the patch size.
         """
         blocks.check_patches("swin", x.shape, self.patch)
         patch = (self.patch, self.patch)
@@ -202,26 +202,26 @@ def swin(
 ) -> Swin:
     """A Swin transformer; the defaults are Swin-T.
 
-    Swin-S has stage_blocks=(2, 2, 18, 2), Swin-B these, width=128 and heads=(4, 8, 16, 32).
+    Swin-S has stage_blocks=(2, 2, 18, 2), Swin-B also width=128 and heads=(4, 8, 16, 32).
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       stage_blocks: blocks of each stage.
-      heads: attention heads in the blocks of each stage.
+      heads: attention heads per block of each stage.
       width: channels of the first stage, a multiple of its heads; each next stage has twice as many.
-      window: side of a window in patches; an image of fewer is one window.
+      window: side of a window in patches; a smaller image is one window.
       patch: side of a patch in pixels.
-      mlp_ratio: neurons of a block's MLP over its channels.
-      epsilon: of the LayerNorms, but for those of the patches and of the merging.
+      mlp_ratio: neurons of a block's MLP per channel.
+      epsilon: of the LayerNorms, except those of the patches and of patch merging.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, width=width, window=window, patch=patch)
     counts, sizes = blocks.check_sizes("stage_blocks", stage_blocks), blocks.check_sizes("heads", heads)
     if len(counts) != len(sizes):
         raise ValueError(
-            f"stage_blocks and heads must name as many stages, got {len(counts)} ({list(counts)}) and "
+            f"stage_blocks and heads must have the same number of stages, got {len(counts)} ({list(counts)}) and "
             f"{len(sizes)} ({list(sizes)})"
         )
     for i, number in enumerate(sizes):
@@ -232,6 +232,6 @@ def swin(
         or not isinstance(mlp_ratio, (int, float))
         or not 1 <= mlp_ratio * width <= 64 * width
     ):
-        raise ValueError(f"mlp_ratio must be a number up to 64 that leaves a neuron or more, got {mlp_ratio!r:.80}")
+        raise ValueError(f"mlp_ratio must be at most 64 and give at least one neuron, got {mlp_ratio!r:.80}")
     blocks.check_rate("epsilon", epsilon)
     return Swin(num_classes, counts, sizes, width, window, patch, float(mlp_ratio), epsilon)

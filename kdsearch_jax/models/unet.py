@@ -1,7 +1,7 @@
 """U-Net (Ronneberger et al. 2015): an encoder, and a decoder that reads the encoder's activations of the same size.
 
-With BatchNorm and padding, as it is used today, so that an image's classes come out pixel by pixel. The channels of a
-level of the encoder are read twice, at the next level and by concatenation in the decoder, and go from both at once.
+With BatchNorm and padding, so that the output has the image's size. Channels of an encoder level are read twice, by the
+next level and by the decoder, and are removed from both at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kdsearch_jax.models import blocks
 
 
 class DoubleConv(nn.Module):
-    """Twice a 3x3 convolution, BatchNorm, relu."""
+    """Twice: 3x3 convolution, BatchNorm, relu."""
 
     features: int
 
@@ -26,7 +26,7 @@ class DoubleConv(nn.Module):
 
 
 class UNet(nn.Module):
-    """`depth` halvings of the image, named down1, down2, …, and doublings, named up1 (the largest image), up2, …."""
+    """`depth` halvings of the image, named down1, down2, …, and doublings, named up1 (full resolution), up2, …."""
 
     num_classes: int
     width: int = 64
@@ -61,12 +61,12 @@ def unet(*, num_classes: int, width: int = 64, depth: int = 4) -> UNet:
     """A U-Net.
 
     Args:
-      num_classes: how many logits a pixel.
-      width: channels of the first level; each further level has twice as many.
-      depth: how often the image is halved.
+      num_classes: number of classes per pixel.
+      width: channels of the first level; each next level has twice as many.
+      depth: number of halvings.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, width=width, depth=depth)
     blocks.check_positive(**{"width * 2**depth": width * 2**depth})

@@ -1,8 +1,8 @@
-"""VGG networks, with BatchNorm or, as first published, without: five stages of 3x3 convolutions, pooling between them.
+"""VGG networks with or without BatchNorm: five stages of 3x3 convolutions with pooling between them.
 
-Two heads: "pooled" averages what is left of the image and has one dense layer (the usual form for 32x32 images);
-"flattened" is the published one, two wide dense layers on the flattened 7x7 image. Convolutions have a bias, as in
-torchvision, whose weights load with `kdsearch_jax.models.pretrained`.
+There are two heads: "pooled" averages the final feature map and has one dense layer, as is usual for 32x32 images;
+"flattened" is the published head with two wide dense layers on the flattened feature map. Convolutions have a bias, as
+in torchvision, whose weights load with `kdsearch_jax.models.pretrained`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHANNELS = (1, 2, 4, 8, 8)  # of the stages, times `width`
 
 
 class VGGStage(nn.Module):
-    """`convs` times convolution, BatchNorm if `norm`, relu."""
+    """`convs` times: convolution, BatchNorm if `norm`, relu."""
 
     convs: int
     features: int
@@ -51,7 +51,7 @@ class VGG(nn.Module):
         """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
 
         Raises:
-          ValueError: the image is too small for so many poolings.
+          ValueError: the image is too small for the number of poolings.
         """
         if min(x.shape[1:3]) < 2**self.pools:
             raise ValueError(
@@ -87,17 +87,17 @@ def vgg(
     """A VGG network.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 8, 11, 13, 16 or 19.
-      head: "pooled" or "flattened", see the module.
-      pools: max poolings, 0 to 5. With 3, the network is the VGG of the distillation literature (CRD, DKD) at 32x32.
+      head: "pooled" or "flattened", see the module's docstring.
+      pools: number of max poolings, 0 to 5; the distillation literature (CRD, DKD) uses 3 for 32x32 images.
       width: channels of the first stage.
       hidden: neurons of the two inner dense layers of the flattened head.
-      dropout: rate behind each of these layers.
+      dropout: rate after each of these layers.
       norm: whether a BatchNorm follows every convolution.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, width=width, hidden=hidden)
     blocks.check_choice("depth", depth, tuple(STAGE_CONVS))

@@ -1,6 +1,6 @@
-"""Vision transformers (Dosovitskiy et al. 2021), pre-norm: patches, learnt positions, a class token or the mean.
+"""Pre-norm vision transformers (Dosovitskiy et al. 2021) with learnt positions and a class token or mean pooling.
 
-LayerNorm mixes the channels of the residual stream, so these stay together; heads, head sizes and MLP neurons are free.
+LayerNorm freezes the channels of the residual stream; heads, value sizes and MLP neurons can be pruned.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """`depth` transformer blocks, named block1, block2, …, on square patches of `patch` pixels.
 
-    distillation: "token" gives the blocks a second token beside that of the class, "head" that token a classifier too;
-      the logits are then the mean of both classifiers'.
+    Attributes:
+      distillation: "token" adds a second token; "head" also gives it a classifier, and the logits are the mean of both.
     """
 
     num_classes: int
@@ -60,7 +60,7 @@ class ViT(nn.Module):
         """Logits (batch, num_classes) of normalised images (batch, height, width, channels).
 
         Raises:
-          ValueError: the image is no whole number of patches.
+          ValueError: the image's sides are not multiples of the patch size.
         """
         blocks.check_patches("vit", x.shape, self.patch)
         patch = (self.patch, self.patch)
@@ -99,19 +99,19 @@ def vit(
     ViT-S/16 has width=384, heads=6, mlp_dim=1536; ViT-L/16 width=1024, depth=24, heads=16, mlp_dim=4096.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       patch: side of a patch in pixels.
       width: channels of a token, a multiple of `heads`.
       depth: number of blocks.
       heads: attention heads of a block.
       mlp_dim: neurons of a block's MLP.
-      pool: what the classifier sees: a class "token", or the "mean" over the patches.
-      dropout: rate behind the positions, the attention and both MLP layers.
-      distillation: whether there is a distillation "token" or a "head" on it too, as in DeiT; needs pool="token".
+      pool: the input of the classifier: a class "token", or the "mean" over the patches.
+      dropout: rate after the positions, the attention and both MLP layers.
+      distillation: adds a distillation "token", or also a "head" on it, as in DeiT; needs pool="token".
       epsilon: of the LayerNorms.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim)
     if width % heads:

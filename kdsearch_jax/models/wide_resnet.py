@@ -1,7 +1,7 @@
 """Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation blocks, 6n + 4 layers, `width` times wider.
 
-WRN-40-2 is `depth=40, width=2`. Where the channels change, the 1x1 projection sees the activated input; elsewhere the
-shortcut carries the raw one. No dropout.
+WRN-40-2 is `depth=40, width=2`. Where the channels change, the 1x1 projection reads the activated input; elsewhere the
+shortcut is the block's unactivated input. There is no dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Three stages of `stage_blocks` pre-activation blocks with 16, 32 and 64 times `width` channels."""
+    """Three stages of `stage_blocks` pre-activation blocks with `width` · (16, 32, 64) channels."""
 
     stage_blocks: int
     num_classes: int
@@ -58,12 +58,12 @@ def wide_resnet(*, num_classes: int, depth: int = 40, width: int = 2) -> WideRes
     """A wide residual network.
 
     Args:
-      num_classes: how many logits.
+      num_classes: number of classes.
       depth: 6n + 4 layers: 10, 16, 22, 28, 40, ….
-      width: how many times wider than 16, 32, 64 channels the stages are.
+      width: multiplier of the 16, 32 and 64 channels of the stages.
 
     Raises:
-      ValueError: no such network.
+      ValueError: an argument is out of range.
     """
     blocks.check_positive(num_classes=num_classes, depth=depth, width=width)
     if depth < 10 or depth % 6 != 4:

@@ -25,8 +25,9 @@ import numpy as np
 from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits
 from kdsearch_jax.pruning.criteria import batch_norm_scales, kernel_norms, random_scores, relative_norms
 from kdsearch_jax.pruning.selection import Selection, choose
-from kdsearch_jax.tracing.messages import apart, nearest
-from kdsearch_jax.tracing.topology import Cost, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.messages import format_distinct, nearest
+from kdsearch_jax.tracing.topology import Topology
 
 Keep = dict[str, np.ndarray]  # {group: (size,) bool}
 Baseline = Callable[[Topology, Any, Limits, np.random.Generator], Keep]  # (topology, variables, limits, rng) → keep
@@ -51,7 +52,8 @@ def note(name: str, topology: Topology, limits: Limits, keep: Mapping[str, np.nd
     pressure = limits.pressure(topology, topology.flatten(keep).astype(float))
     if pressure >= FLOOR:
         return ""
-    return f"baselines: {name} costs {apart(pressure, FLOOR)[0]} of the budget, which is the closest this rule allows"
+    cost = format_distinct(pressure, FLOOR)[0]
+    return f"baselines: {name} costs {cost} of the budget, which is the closest this rule allows"
 
 
 def check(topology: Topology, limits: Limits) -> None:
@@ -95,7 +97,7 @@ def layers(topology: Topology, variables: Any, limits: Limits, rng: np.random.Ge
     pressures = [(limits.pressure(topology, _flat_without(topology, gone)), gone) for gone in _even_removals(topology)]
     within = [(pressure, gone) for pressure, gone in pressures if pressure <= 1.0]
     if not within:
-        cost = apart(min(pressure for pressure, _ in pressures), 1.0, digits=2)[0]
+        cost = format_distinct(min(pressure for pressure, _ in pressures), 1.0, digits=2)[0]
         raise BudgetError(f"baselines: without any residual branch the network still costs {cost} of the budget")
     fewest = min(len(gone) for _, gone in within)
     _, gone = max((pressure, gone) for pressure, gone in within if len(gone) == fewest)

@@ -15,8 +15,9 @@ import numpy as np
 from kdsearch_jax.pruning import hardware
 from kdsearch_jax.pruning.costs import Estimate, Table
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
-from kdsearch_jax.tracing.messages import apart, ceiling
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.messages import format_distinct, round_up
+from kdsearch_jax.tracing.topology import Group, Topology
 
 FLOOR = 0.98
 COUNTED = ("macs", "params")  # costs that are counted exactly; all others are measured
@@ -189,7 +190,7 @@ def absolute_bound(name: str, value: float, whole: float, unit: str = "") -> flo
         raise BudgetError(f"budget.{name}: {value!r} must be above 0; 0.5 is half of the teacher's, {number}")
     bound = value * whole if value <= 1 else float(value)
     if bound >= whole:
-        cost = f"{whole:,}" if isinstance(whole, int) else apart(whole, bound)[0]
+        cost = f"{whole:,}" if isinstance(whole, int) else format_distinct(whole, bound)[0]
         raise BudgetError(
             f"budget.{name}: {value} is not below the teacher's {cost}{unit}, so nothing would be removed"
         )
@@ -240,7 +241,7 @@ def _check_reachable(topology: Topology, limits: Limits, least: Mapping[str, int
     if pressures.max(initial=0.0) <= 1.0:
         return
     worst = int(np.argmax(pressures))
-    share = ceiling(pressures[worst] / limits.pressures(topology, np.ones(topology.units))[worst])
+    share = round_up(pressures[worst] / limits.pressures(topology, np.ones(topology.units))[worst])
     name = limits.names[worst]
     raise BudgetError(
         f"budget.{name}: {asked[name]} is out of reach, the smallest student costs {share} of the network; give at "

@@ -30,7 +30,8 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from kdsearch_jax.tracing.topology import Cost, Group, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Group, Topology
 
 if TYPE_CHECKING:
     from kdsearch_jax.pruning.counting import Classes

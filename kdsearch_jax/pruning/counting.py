@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array
 
 from kdsearch_jax.pruning.costs import Estimate, Table
-from kdsearch_jax.tracing.topology import Cost, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Topology
 
 _DENSE = 1 << 22  # entries of a matrix of class counts up to which it is kept dense
 _ONE_HOT = 1 << 18  # entries of a one-hot matrix up to which units are counted by a product

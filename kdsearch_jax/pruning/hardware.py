@@ -20,7 +20,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from kdsearch_jax.tracing.topology import Cost, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import Topology
 
 MULTIPLES: dict[str, tuple[int, ...]] = {"tpu": (8, 128), "gpu": (8,), "cpu": (1,)}
 _WIDTHS = ("channels", "neurons", "values")  # kinds of units that are indices of an axis

@@ -17,20 +17,21 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters import linen, nnx
-from kdsearch_jax.adapters.architecture import StudentModule, cuts_of
-from kdsearch_jax.adapters.base import Adapter, Layer
-from kdsearch_jax.adapters.call_spec import shaped
+from kdsearch_jax.adapters.architecture import StudentModule, pruned_sizes
+from kdsearch_jax.adapters.base import Adapter, LayerInfo
+from kdsearch_jax.adapters.call_spec import input_spec
 from kdsearch_jax.adapters.devices import off_mesh
 from kdsearch_jax.adapters.functional_module import FunctionalModule
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.pruning import trials
 from kdsearch_jax.pruning.gates import keep_all
 from kdsearch_jax.pruning.restrict import restricted
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Ordered
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing.analysis import Contraction
+from kdsearch_jax.tracing.grouping import build_topology
+from kdsearch_jax.tracing.interpreter import analyze
+from kdsearch_jax.tracing.program import flatten_jaxpr
 from kdsearch_jax.tracing.topology import Topology
-from kdsearch_jax.tracing.walk import walk
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Network:
 
     module: Any
     topology: Topology
-    layers: dict[str, Layer]
+    layers: dict[str, LayerInfo]
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     size_attributes: tuple[trials.SizeAttribute, ...] = ()
@@ -72,7 +73,7 @@ class Network:
             shapes = self.topology.sliced_shapes(keep)
             for attribute in self.size_attributes:
                 layers.setdefault(attribute.path, {})[attribute.name] = attribute.value(shapes)
-        layers_before, dropped_before = cuts_of(self.module)
+        layers_before, dropped_before = pruned_sizes(self.module)
         paths = {**layers_before, **layers}
         layers = {path: {**layers_before.get(path, {}), **layers.get(path, {})} for path in paths}
         return layers, tuple(sorted({*dropped_before, *dropped}))
@@ -91,7 +92,7 @@ class Network:
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
-        return self.adapter.cut(self.module, *self.resized(keep))
+        return self.adapter.resized(self.module, *self.resized(keep))
 
     def select(self, kinds: Sequence[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Network:
         """The network in which only these groups may be pruned; see `Topology.select`."""
@@ -121,18 +122,18 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
         return network
     adapter, shapes = adapter_for(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
-    variables = adapter.variables(module, shapes, kwargs)
+    variables = adapter.abstract_variables(module, shapes, kwargs)
     leaves = topology_lib.leaf_shapes(variables)
-    layers, jaxpr = adapter.layers(module, variables, shapes, kwargs)
+    layers, jaxpr = adapter.trace_layers(module, variables, shapes, kwargs)
 
     def droppable(path: str) -> bool:
         return path in layers and layers[path].droppable
 
-    program = flatten(jaxpr)
+    program = flatten_jaxpr(jaxpr)
     paired = released = frozenset[trials.Pairing]()
     while True:
-        found = walk(program, leaves, paired)
-        topology = topology_lib.assemble(found, leaves, batch, droppable)
+        found = analyze(program, leaves, paired)
+        topology = build_topology(found, leaves, batch, droppable)
         idle = trials.idle(found, topology) - released
         kept_groups = trials.kept_groups(found, list(leaves), layers)
         network = Network(module, topology, layers, shapes, dict(kwargs), kept_groups)
@@ -150,11 +151,11 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
     Dropped layers return zeros and have no parameters by which sizes could be tracked. None if no layer is dropped, or
     if the branches that the dropped layers ended are not found.
     """
-    layers, dropped = cuts_of(module)
+    layers, dropped = pruned_sizes(module)
     if not dropped:
         return None
     try:
-        whole = trace(adapter_for(module).cut(module, layers, ()), *inputs, **kwargs)
+        whole = trace(adapter_for(module).resized(module, layers, ()), *inputs, **kwargs)
     except ValueError:
         return None
     keep = keep_all(whole.topology)
@@ -170,15 +171,15 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
 @off_mesh
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the variables that the module's own code creates."""
-    return topology_lib.leaf_shapes(adapter_for(module).variables(module, _shapes(inputs), kwargs))
+    return topology_lib.leaf_shapes(adapter_for(module).abstract_variables(module, _shapes(inputs), kwargs))
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: shaped(x.shape, x.dtype), inputs)
+    return jax.tree.map(lambda x: input_spec(x.shape, x.dtype), inputs)
 
 
 def _resized(
-    layers: Mapping[str, Layer], topology: Topology, keep: Mapping[str, Any]
+    layers: Mapping[str, LayerInfo], topology: Topology, keep: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """(sizes by layer, dropped layers); no sizes if nothing is removed.
 
@@ -222,7 +223,7 @@ class Count:
     uncounted: tuple[str, ...]
     foldable: float = 0.0
     batch_macs: float = 0.0
-    orders: tuple[Ordered, ...] = ()
+    orders: tuple[Contraction, ...] = ()
 
 
 @off_mesh
@@ -232,20 +233,20 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
     return _counted(module, structure, tuple(leaves), tuple(sorted(kwargs.items())))
 
 
-@remembered(8)
+@memoize(8)
 def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Count:
     kwargs, shapes = dict(keywords), jax.tree.unflatten(structure, leaves)
     adapter = adapter_for(module)
-    variables = adapter.variables(module, shapes, kwargs)
+    variables = adapter.abstract_variables(module, shapes, kwargs)
     traced = adapter.traced(module, variables, shapes, kwargs)
-    found = walk(flatten(traced.jaxpr), topology_lib.leaf_shapes(variables))
+    found = analyze(flatten_jaxpr(traced.jaxpr), topology_lib.leaf_shapes(variables))
     macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     analysis: Any = traced.lower().cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    batch, orders = topology_lib.batch_size(shapes), tuple(found.orders)
-    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable, macs, orders)
+    batch, orders = topology_lib.batch_size(shapes), tuple(found.contractions)
+    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable_flops, macs, orders)
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:
@@ -255,10 +256,10 @@ def macs_in_order_of(network: Network, student: Count) -> int:
     network's order, so a student for which JAX finds a better order costs less than was counted.
     """
     adapter = network.adapter
-    variables = adapter.variables(network.module, network.inputs, network.kwargs)
+    variables = adapter.abstract_variables(network.module, network.inputs, network.kwargs)
     jaxpr = adapter.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
-    for order, _, scope in walk(flatten(jaxpr), topology_lib.leaf_shapes(variables)).orders:
+    for order, _, scope in analyze(flatten_jaxpr(jaxpr), topology_lib.leaf_shapes(variables)).contractions:
         products.setdefault(_scope_in_base(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdsearch_jax.tracing.topology import Cost, Group, Member, Topology
+from kdsearch_jax.tracing.cost import Cost
+from kdsearch_jax.tracing.topology import AxisSlice, Group, Topology
 
 Keep = Mapping[str, np.ndarray]
 
@@ -35,7 +36,7 @@ def restricted(topology: Topology, keep: Keep) -> Topology:
     return replace(topology, groups=tuple(groups), frozen=frozen, macs=macs, params=params, shapes=shapes)
 
 
-def _member(member: Member, number: np.ndarray, masks: Mapping[tuple[str, int], np.ndarray]) -> Member:
+def _member(member: AxisSlice, number: np.ndarray, masks: Mapping[tuple[str, int], np.ndarray]) -> AxisSlice:
     if member.units is None:
         return member
     units = number[member.units]

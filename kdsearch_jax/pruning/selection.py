@@ -19,7 +19,7 @@ import numpy as np
 from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits, fewest_units
 from kdsearch_jax.pruning.exact_selection import best_selection
 from kdsearch_jax.pruning.pieces import Pieces
-from kdsearch_jax.tracing.messages import apart, ceiling
+from kdsearch_jax.tracing.messages import format_distinct, round_up
 from kdsearch_jax.tracing.topology import Topology
 
 FEW = 64  # pieces up to which the best selection is always computed exactly
@@ -103,7 +103,7 @@ def _named(topology: Topology, keep: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _note(topology: Topology, limits: Limits, keep: np.ndarray, above: np.ndarray | None, complete: bool) -> str:
-    share, floor, _ = apart(limits.pressure(topology, keep), FLOOR, 1.0)
+    share, floor, _ = format_distinct(limits.pressure(topology, keep), FLOOR, 1.0)
     asked = " and ".join(f"budget.{name} {1 / whole:.4g}" for name, whole in _whole(topology, limits).items())
     text = (
         f"{asked}: no student {'exists' if complete else 'was found'} that costs {floor} to 1 of it; the closest one "
@@ -119,7 +119,7 @@ def _note(topology: Topology, limits: Limits, keep: np.ndarray, above: np.ndarra
 def _met(topology: Topology, limits: Limits, keep: np.ndarray) -> str:
     """The budget that a student meets exactly, in shares of the whole network: "budget.macs 0.4873"."""
     costs, whole = limits.pressures(topology, keep), _whole(topology, limits)
-    shares = {name: ceiling(cost / whole[name]) for name, cost in zip(limits.names, costs, strict=True)}
+    shares = {name: round_up(cost / whole[name]) for name, cost in zip(limits.names, costs, strict=True)}
     return " with ".join(f"budget.{name} {share}" for name, share in shares.items())
 
 
@@ -153,7 +153,7 @@ class _Selector:
         least = np.ones(self.topology.units)
         least[self.pieces.units] = 0.0
         if (pressure := self.pressure(least)) > 1.0:
-            share, _ = apart(pressure, 1.0)
+            share, _ = format_distinct(pressure, 1.0)
             raise BudgetError(
                 f"budget: the smallest student costs {share} of it; ask for "
                 f"{_met(self.topology, self.limits, least)} at least, or free more gates.kinds"

@@ -17,7 +17,7 @@ from flax.core import FrozenDict, unfreeze
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.adapters.base import Keywords
 from kdsearch_jax.adapters.boxes import unboxed
-from kdsearch_jax.adapters.call_spec import CallSpec, mode, signature_of
+from kdsearch_jax.adapters.call_spec import CallSpec, mode_keywords, signature_of
 from kdsearch_jax.adapters.devices import gathered
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import gates as gates_lib
@@ -176,7 +176,7 @@ def _call_spec(network: Network) -> CallSpec:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
         {**dict(zip(names, inputs, strict=True)), **keywords},
     )
-    guessed = mode(network.module, False)
+    guessed = mode_keywords(network.module, False)
     static = {name: value for name, value in network.kwargs.items() if guessed.get(name) != value}
     if isinstance(network.module, nn.Module) and len(inputs) == 1 and not keywords and not static:
         (spec,) = jax.tree.leaves(one) if len(jax.tree.leaves(one)) == 1 else (None,)

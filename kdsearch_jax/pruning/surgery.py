@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.boxes import keeping_boxes, unboxed
 from kdsearch_jax.adapters.devices import gathered, off_mesh
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.pruning import equality
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.equality import Comparison
@@ -70,7 +70,7 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
     return _jitted_fold(network.topology)(variables, dict(gates), {n: np.asarray(mask) for n, mask in keep.items()})
 
 
-@remembered(2)
+@memoize(2)
 def _jitted_fold(topology: Topology) -> Any:
     return jax.jit(lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology))
 
@@ -176,7 +176,7 @@ def function_of(module: Any, kwargs: Mapping[str, Any]) -> Any:
 @lru_cache(maxsize=8)
 def _function_of(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> Any:
     def call(variables: Any, *inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, dict(kwargs))
+        args, keywords = call_arguments(inputs, dict(kwargs))
         outputs = jax.tree_util.tree_leaves_with_path(module.apply(variables, *args, **keywords))
         named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in outputs)
         return {name or "the output": leaf for name, leaf in named if isinstance(leaf, jax.Array)}
@@ -224,7 +224,7 @@ def _compare_layers(
     }
 
     def outputs(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
-        values = network.adapter.outputs(module, variables, inputs, network.kwargs)
+        values = network.adapter.layer_outputs(module, variables, inputs, network.kwargs)
         return {path: value for path, value in values.items() if not isinstance(value, jax.core.Tracer)}
 
     def of_network(variables: Any, *inputs: Any) -> dict[str, Any]:

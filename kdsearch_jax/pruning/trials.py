@@ -1,13 +1,13 @@
 """Trial cuts: which groups the model's own code can shrink, and which other sizes have to follow them.
 
-The walk reads a network at one set of sizes. Its author may have hard-coded a size: `reshape(b, n, 4, 16)`,
-`self.heads`, `split(x, 2)`. So the student's code is traced with units removed and compared with what the walk
-predicted (`tracing.sizes`). If a set of groups fails, bisection finds the groups at fault, and for each of them, in
-this order:
+The analysis reads a network at one set of sizes. Its author may have hard-coded a size: `reshape(b, n, 4, 16)`,
+`self.heads`, `split(x, 2)`. So the student's code is traced with units removed and compared with what the analysis
+predicted (`tracing.size_check`). If a set of groups fails, bisection finds the groups at fault, and for each of them,
+in this order:
 
 1. *Set a number.* An integer attribute of one of the user's modules is set to the group's new size (`SizeAttribute`).
 2. *Pair.* Parts that the code treats alike, such as the halves of `split(x, 2)`, are joined index by index, so that
-   they stay equally long (`tracing.findings.Site`). The walk is then repeated.
+   they stay equally long (`tracing.analysis.SplitSite`). The analysis is then repeated.
 3. *Freeze.* The group stays whole; the reason is the error of the trial with this group alone.
 
 Nothing is computed: every trial is an abstract trace.
@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from kdsearch_jax.tracing import sizes as sizes_lib
+from kdsearch_jax.tracing import size_check
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.findings import Site, Tie, Walk
-from kdsearch_jax.tracing.program import flatten, line_of
+from kdsearch_jax.tracing.analysis import Analysis, AxisTie, SplitSite
+from kdsearch_jax.tracing.interpreter import reanalyze
+from kdsearch_jax.tracing.program import flatten_jaxpr, line_of
 from kdsearch_jax.tracing.topology import Group, Topology
-from kdsearch_jax.tracing.walk import again
 
 if TYPE_CHECKING:
     from kdsearch_jax.pruning.network import Network
 
-Pairing = Site | Tie
+Pairing = SplitSite | AxisTie
 
 _SMALL = 12  # units; a smaller group has no room for the cuts of `_units_left`
 _CANDIDATES = 8  # numbers to try for one group, and as many sets of them
@@ -62,7 +62,7 @@ class SizeAttribute:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of the trials. If there is anything to pair or release, only that counts and the walk is repeated.
+    """The result of the trials. If there is anything to pair or release, only that counts and the analysis is repeated.
 
     Attributes:
       size_attributes: numbers that change with the size of a group. frozen: {group: reason}.
@@ -75,12 +75,12 @@ class Verdict:
     release: frozenset[Pairing] = frozenset()
 
 
-def judge(network: Network, found: Walk, variables: Any, released: Collection[Pairing]) -> Verdict:
+def judge(network: Network, found: Analysis, variables: Any, released: Collection[Pairing]) -> Verdict:
     """Finds the groups that the network's code cannot shrink.
 
     Args:
       network: as traced, before any trial.
-      found: the walk that its topology comes from.
+      found: the analysis that its topology comes from.
       variables: shapes of its variables.
       released: pairings that did not help.
     """
@@ -165,7 +165,7 @@ def _set_similar_attributes(trials: _Trials, name: str, free: Sequence[str]) -> 
 class _Trials:
     """Trials of one network. size_attributes: those found so far; owner: {attribute: group}."""
 
-    def __init__(self, network: Network, found: Walk, variables: Any):
+    def __init__(self, network: Network, found: Analysis, variables: Any):
         self.network, self.found, self.variables = network, found, variables
         self.topology = network.topology
         self.groups = {group.name: group for group in self.topology.groups}
@@ -188,10 +188,10 @@ class _Trials:
             return None
         attributes = (*self.network.size_attributes, *self.size_attributes, *extra)
         network = replace(self.network, size_attributes=attributes)
-        left = sizes_lib.labels_left(self.found, masks, list(self.topology.shapes))
+        left = size_check.remaining_labels(self.found, masks, list(self.topology.shapes))
         return _mismatch(network, self.found, keep, left, _sliced(self.topology, self.variables, keep))
 
-    def sites(self, name: str) -> set[Site]:
+    def sites(self, name: str) -> set[SplitSite]:
         """The sites at which the code treats parts of a group's axes alike."""
         component = self.found.components()
         own = np.zeros(int(component.max()) + 1, bool)
@@ -199,9 +199,9 @@ class _Trials:
             if member.units is not None:
                 axis = self.found.labels.axes_of(list(self.topology.shapes).index(member.leaf))[member.axis]
                 own[component[axis[member.units >= 0]]] = True
-        return {site for site, parts in self.found.sites.items() if any(own[component[p]].any() for p in parts)}
+        return {site for site, parts in self.found.split_sites.items() if any(own[component[p]].any() for p in parts)}
 
-    def ties(self, name: str, free: Sequence[str]) -> set[Tie]:
+    def ties(self, name: str, free: Sequence[str]) -> set[AxisTie]:
         """Ties that keep a group as large as other failing groups whose size is the same number in the code."""
         group = self.groups[name]
         numbers = {(c.path, c.name) for c in self.candidates(name, around=True)}
@@ -215,7 +215,7 @@ class _Trials:
         ]
         axes = [[a for a in _axes(self.groups[n], self.topology) if a[2] == group.size][:1] for n in (name, *mates)]
         first, *others = axes
-        return {Tie(*first[0][:2], *other[0][:2]) for other in others if first and other}
+        return {AxisTie(*first[0][:2], *other[0][:2]) for other in others if first and other}
 
     def candidates(self, name: str, around: bool = False) -> list[SizeAttribute]:
         """Integers that may be sizes of a group: those of the modules around its layers, the innermost first.
@@ -236,7 +236,8 @@ class _Trials:
         for path in sorted(self.network.layers, key=distance):
             if around and distance(path)[0]:
                 break
-            for attribute, number in self.network.layers[path].numbers.items():
+            integers = self.network.layers[path].integers
+            for attribute, number in sorted(integers.items(), key=lambda item: item[0].count(".")):
                 for leaf, axis, length in axes:
                     if number in (length, group.size) and (length * number) % length == 0 and number % group.size == 0:
                         result.append(SizeAttribute(path, attribute, number, length, leaf, axis))
@@ -259,10 +260,13 @@ class _Trials:
         return False
 
     def _needed(self, together: Sequence[str], chosen: Sequence[SizeAttribute]) -> Sequence[SizeAttribute]:
-        """Those without which the trial fails; of equal ones a module's own attribute rather than its configuration's.
+        """Those without which the trial fails; a module's own attributes rather than those of its configuration.
 
         A number that need not change may be another size that happens to be equal.
         """
+        own = [attribute for attribute in chosen if "." not in attribute.name]
+        if 0 < len(own) < len(chosen) and self.failure(together, own) is None:
+            chosen = own
         for attribute in sorted(chosen, key=lambda a: -a.name.count(".")) if len(chosen) > 1 else ():
             rest = [other for other in chosen if other != attribute]
             if self.failure(together, rest) is None:
@@ -279,13 +283,13 @@ class _Trials:
         self.owner[attribute] = name
 
 
-def similar_sites(sites: Collection[Site], found: Walk) -> set[Pairing]:
+def similar_sites(sites: Collection[SplitSite], found: Analysis) -> set[Pairing]:
     """All sites on the same lines of code as `sites`; sites of unknown lines are matched by module names."""
     lines = {_pattern(site.line) if ":" not in site.line else site.line for site in sites}
-    return {s for s in found.sites if (_pattern(s.line) if ":" not in s.line else s.line) in lines}
+    return {s for s in found.split_sites if (_pattern(s.line) if ":" not in s.line else s.line) in lines}
 
 
-def idle(found: Walk, topology: Topology) -> frozenset[Site]:
+def idle(found: Analysis, topology: Topology) -> frozenset[SplitSite]:
     """Sites of grouped convolutions none of whose channels is in a group, for example because two groups are joined."""
     names = list(topology.shapes)
     free = np.zeros(len(found.labels.leaf), bool)
@@ -303,13 +307,13 @@ def idle(found: Walk, topology: Topology) -> frozenset[Site]:
         labels = np.concatenate([np.ravel(part) for part in parts])
         return not alive[component[labels]].any() and bool((why[labels] < 0).any())
 
-    return frozenset(site for site, parts in found.sites.items() if site not in found.paired and stuck(parts))
+    return frozenset(site for site, parts in found.split_sites.items() if site not in found.paired and stuck(parts))
 
 
-def kept_groups(found: Walk, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[SizeAttribute, ...]:
+def kept_groups(found: Analysis, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[SizeAttribute, ...]:
     """Convolutions that lose channels from every one of their groups keep the number of groups."""
     result = []
-    for leaf, groups in found.within.items():
+    for leaf, groups in found.kept_groups.items():
         path = names[leaf].split("/", 1)[1].rpartition("/")[0]
         if path in layers and layers[path].grouped:
             result.append(SizeAttribute(path, "feature_group_count", groups))
@@ -342,8 +346,8 @@ def _units_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
     return keep
 
 
-def _mismatch(network: Network, found: Walk, keep: Any, left: np.ndarray, variables: Any) -> str | None:
-    """Why the module's code does not do at these sizes what the walk predicted; None if it does."""
+def _mismatch(network: Network, found: Analysis, keep: Any, left: np.ndarray, variables: Any) -> str | None:
+    """Why the module's code does not do at these sizes what the analysis predicted; None if it does."""
     try:
         student = network.student(keep)
         jaxpr = network.adapter.jaxpr(student, variables, network.inputs, network.kwargs)
@@ -352,8 +356,8 @@ def _mismatch(network: Network, found: Walk, keep: Any, left: np.ndarray, variab
         frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
         line = line_of(frames[::-1])
         return f"the model's code needs this size{f', at {line}' if line else ''} ({message[:120]})"
-    return sizes_lib.difference(
-        found, again(flatten(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
+    return size_check.find_mismatch(
+        found, reanalyze(flatten_jaxpr(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
     )
 
 

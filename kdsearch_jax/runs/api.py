@@ -17,7 +17,7 @@ from flax import nnx
 
 from kdsearch_jax import storage
 from kdsearch_jax.adapters import registry
-from kdsearch_jax.adapters.architecture import base_of
+from kdsearch_jax.adapters.architecture import base_module
 from kdsearch_jax.adapters.boxes import boxed, boxes_of
 from kdsearch_jax.adapters.call_spec import class_of, signature_of
 from kdsearch_jax.adapters.devices import without_mesh
@@ -128,7 +128,9 @@ def run(
     stage = StageConfig(batch_size=batch_size, learning_rate=learning_rate, clip=1.0)
     experiment = Experiment(
         name=class_of(module).__name__,
-        model=ModelConfig(registry.describe(base_of(module))[0], {}, dict(train_kwargs or {}), dict(eval_kwargs or {})),
+        model=ModelConfig(
+            registry.identify(base_module(module))[0], {}, dict(train_kwargs or {}), dict(eval_kwargs or {})
+        ),
         data=data_config,
         search=dataclasses.replace(stage, steps=search_steps, schedule="constant"),
         retrain=dataclasses.replace(stage, steps=retrain_steps),
@@ -203,7 +205,9 @@ def _told(function: Any) -> str | None:
     """What `config.json` says of a function that was given as an object."""
     if function is None:
         return None
-    return f"{registry.GIVEN}{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    return (
+        f"{registry.OBJECT_PREFIX}{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    )
 
 
 def _dataset(data: Any, experiment: Experiment) -> Dataset:

@@ -30,7 +30,7 @@ from kdsearch_jax.runs.setup import RunSetup, finished, limits_of, proof_batch, 
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
 from kdsearch_jax.storage.checkpoint_files import written_whole
 from kdsearch_jax.storage.files import DamagedError, read_arrays, read_sealed
-from kdsearch_jax.tracing.messages import apart
+from kdsearch_jax.tracing.messages import format_distinct
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.state import TrainState
 
@@ -96,7 +96,7 @@ def nearest(
     }
     above = [place for place in places if place == own or costs[place] > 1.0]
     if not above:
-        told = f"the largest costs {apart(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
+        told = f"the largest costs {format_distinct(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
         raise ValueError(
             f"budgets: {point.tail[1:] or 'the budget'} is above all states that {setup.search} has kept ({told}); "
             "search anew with it"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from kdsearch_jax.adapters.registry import GIVEN
+from kdsearch_jax.adapters.registry import OBJECT_PREFIX
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.reporting import evidence
 from kdsearch_jax.reporting.intervals import times
@@ -35,7 +35,7 @@ def deliver(setup: RunSetup, name: str, student: str) -> None:
         save_network(directory, found.architecture, found.variables, found.info)
     if jax.process_index() == 0:
         log.info("exporting to %s", directory)
-        base = setup.base if found.architecture.model.startswith(GIVEN) else None
+        base = setup.base if found.architecture.model.startswith(OBJECT_PREFIX) else None
         try:
             export_formats.export(directory, directory, module=base)
         except export_formats.CannotExportError as error:
@@ -151,7 +151,14 @@ def _scores(setup: RunSetup, networks: Mapping[str, LoadedNetwork], student: str
     others = len(dataset.validation)
     logits = {
         name: evaluation.predict(
-            n.module, n.variables, dataset.test.images, dataset.mean, dataset.std, size, n.architecture.call, others
+            n.module,
+            n.variables,
+            dataset.test.images,
+            dataset.mean,
+            dataset.std,
+            size,
+            n.architecture.custom_call,
+            others,
         )
         for name, n in networks.items()
     }

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.data.batches import is_image, normalise, prepared
 from kdsearch_jax.data.device_feed import in_order
 from kdsearch_jax.data.examples import Dataset, Split
@@ -71,12 +71,12 @@ def predict(
     return logits
 
 
-@remembered(16)
+@memoize(16)
 def _forward(module: Any, mesh: Mesh, called: str | None) -> Any:
     call = None if called is None else CallSpec.from_json(json.loads(called))  # which has no hash
 
     def forward(variables: Any, mean: jax.Array, std: jax.Array, images: jax.Array) -> jax.Array:
-        return apply_eval(module, variables, normalise(images, mean, std), call=call)
+        return apply_eval(module, variables, normalise(images, mean, std), call_spec=call)
 
     return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -194,14 +194,14 @@ def measurer(
     return measure
 
 
-@remembered(32)
+@memoize(32)
 def inference(module: Any, called: str) -> Any:
     """The jitted function (variables, inputs) → outputs in inference mode and float32, the same for equal modules.
 
     called: the call as JSON.
     """
     call = CallSpec.from_json(json.loads(called))
-    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call=call))
+    return jax.jit(lambda variables, inputs: apply_eval(module, variables, inputs, call_spec=call))
 
 
 def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, Any]:
@@ -212,7 +212,7 @@ def _prepared(arrays: Mapping[str, Any], mean: Any, std: Any) -> Mapping[str, An
 _normalised = jax.jit(prepared)
 
 
-@remembered(4)
+@memoize(4)
 def _figures(task: Objective, mesh: Mesh) -> tuple[Any, set[str]]:
     """(the jitted `Objective.figures`, the names of those that compare with nothing, known once it was called)."""
     own: set[str] = set()

@@ -90,7 +90,7 @@ def save(
     directory: Path, setup: RunSetup, architecture: Architecture, module: Any, variables: Any, **more: Any
 ) -> None:
     """A network directory with what it takes to use the network, and `more` information."""
-    call = architecture.called
+    call = architecture.call_spec
     cost = count(module, *call.example(PROOF), **call.keywords(module, train=False))  # as the proof counts it
     boxes = {path: setup.boxes[path] for path in leaf_shapes(variables) if path in setup.boxes}
     info = {

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.adapters.registry import build, takes
+from kdsearch_jax.adapters.registry import accepts, build
 from kdsearch_jax.pruning import budgets, hardware, selection
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
@@ -44,11 +44,11 @@ def traced(
     stored = network_directory(experiment.teacher_from)
     if stored is not None:
         found = LoadedNetwork.of(stored, trust_code=trust_code)
-        module, call = found.module, found.architecture.called
+        module, call = found.module, found.architecture.call_spec
         model, arguments = found.architecture.model, found.architecture.arguments
     else:
         model, arguments = experiment.model.name, dict(experiment.model.arguments)
-        if takes(model, "num_classes"):
+        if accepts(model, "num_classes"):
             arguments.setdefault("num_classes", classes)
         module = build(model, arguments)
         call.check(module)
@@ -121,7 +121,7 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
     """The record with milliseconds and bytes of a call, and whether a budget on these can be met."""
     config, random = experiment.budget, np.random.default_rng(0)
-    shapes = adapter_for(network.module).variables(network.module, network.inputs, network.kwargs)
+    shapes = adapter_for(network.module).abstract_variables(network.module, network.inputs, network.kwargs)
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),

@@ -24,10 +24,10 @@ import numpy as np
 
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.apply import apply_eval
-from kdsearch_jax.adapters.architecture import Architecture, base_of
-from kdsearch_jax.adapters.boxes import described
+from kdsearch_jax.adapters.architecture import Architecture, base_module
+from kdsearch_jax.adapters.boxes import boxes_to_json
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.adapters.memoize import Memory, remembered
+from kdsearch_jax.adapters.memoize import RecentValues, memoize
 from kdsearch_jax.data import datasets as data_lib
 from kdsearch_jax.data.batches import is_image, prepared
 from kdsearch_jax.data.examples import SPLITS, Dataset
@@ -86,7 +86,7 @@ class RunSetup:
     boxes: Mapping[str, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set, compare=False)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
-    memory: Memory = field(default_factory=Memory, compare=False)
+    memory: RecentValues = field(default_factory=RecentValues, compare=False)
 
     def warn(self, note: str) -> None:
         """Warns of a budget that no student meets, once; nothing to say where the note is empty."""
@@ -112,7 +112,7 @@ class RunSetup:
     def base_shapes(self, module: Any) -> dict[str, tuple[int, ...]]:
         """{path: shape} of the arrays of what a network of this run was cut from, which is the same for all."""
         if not self.shapes:
-            self.shapes.update(own_shapes(base_of(module), self.task.call))
+            self.shapes.update(own_shapes(base_module(module), self.task.call))
         return self.shapes
 
     def load(self, directory: Path) -> LoadedNetwork:
@@ -122,7 +122,7 @@ class RunSetup:
             if not record.is_file():
                 return LoadedNetwork.of(directory, self.base, trust_code=True)
             key = ("network", directory.absolute(), record.read_bytes())  # which has the digests of all arrays
-            return self.memory.once(key, lambda: LoadedNetwork.of(directory, self.base, trust_code=True))
+            return self.memory.get_or_make(key, lambda: LoadedNetwork.of(directory, self.base, trust_code=True))
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or remove {directory}: the command of this run makes it again") from None
 
@@ -173,7 +173,7 @@ def prepare(
     if own is None and start is None and not is_huggingface(source):
         registry.build(experiment.model.name, model_arguments(experiment, 2))  # before data are read
     elif own is None and ":" in experiment.model.name:
-        registry.takes(experiment.model.name, "")  # imports it: whoever names a package trusts it
+        registry.accepts(experiment.model.name, "")  # imports it: whoever names a package trusts it
     dataset = data_lib.load(experiment.data, 0) if own is None else own.dataset
     given = load_teacher(experiment, dataset, source, start, own, trust_code=trust_code or ours)
     if given is not None and experiment.data.mean is None and "mean" in given.info and dataset.mean:
@@ -194,13 +194,13 @@ def prepare(
                 notes.append(chosen.note)
             if experiment.baselines:
                 baselines.check(network.topology, limits)
-    base = None if own is None else base_of(own.module)
+    base = None if own is None else base_module(own.module)
     further = tuple(
         load_extra_teacher(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers
     )
     if further:
         log.info("%d teachers: the mean of their %s is learned from", 1 + len(further), experiment.distill.ensemble)
-    boxes = given.info.get(BOXES, {}) if given else described(own_boxes(module, architecture.called))
+    boxes = given.info.get(BOXES, {}) if given else boxes_to_json(own_boxes(module, architecture.call_spec))
     setup = RunSetup(experiment, dataset, directory, task, given, found, base, further, boxes)
     for note in notes:
         setup.warn(note)
@@ -219,11 +219,11 @@ def prepare(
 def traced(experiment: Experiment, architecture: Architecture, module: Any) -> Network:
     """The teacher's topology with the gates that the experiment allows."""
     config = experiment.gates
-    network = _traced(module, json.dumps(architecture.called.to_json()))
+    network = _traced(module, json.dumps(architecture.call_spec.to_json()))
     return network.select(config.kinds, config.include, config.exclude)
 
 
-@remembered(2)
+@memoize(2)
 def _traced(module: Any, called: str) -> Network:
     call = CallSpec.from_json(json.loads(called))
     return trace(module, *call.example(PROOF), **call.keywords(module, train=False))
@@ -266,10 +266,10 @@ def _task(
     own: UserTeacher | None,
 ) -> tuple[Dataset, Objective]:
     """What networks are compared by; and the data set, which now knows its number of classes."""
-    call = architecture.called
+    call = architecture.call_spec
     call.check(module)
     _check_augmentation(experiment, dataset)
-    variables = adapter_for(module).variables(module, call.example(2), call.keywords(module, train=False))
+    variables = adapter_for(module).abstract_variables(module, call.example(2), call.keywords(module, train=False))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
     if given is None and COPIES * size > memory():
         raise ValueError(
@@ -287,12 +287,14 @@ def _task(
         )
     if given is not None and not (task.classes and task.loss is None):
         batch = proof_batch(dataset)
-        run = jax.jit(lambda v, *xs: apply_eval(given.module, v, xs, call=call))
+        run = jax.jit(lambda v, *xs: apply_eval(given.module, v, xs, call_spec=call))
         target = run(given.variables, *call.bind(batch))
         task = task_lib.measured(task, target)
         task_lib.prove(task, target, batch)
     if task.classes and not dataset.num_classes:
-        outputs: Any = jax.eval_shape(lambda v, *xs: apply_eval(module, v, xs, call=call), variables, *call.example(2))
+        outputs: Any = jax.eval_shape(
+            lambda v, *xs: apply_eval(module, v, xs, call_spec=call), variables, *call.example(2)
+        )
         classes = task.logits(outputs).shape[-1]
         dataset = dataclasses.replace(dataset, num_classes=classes, class_names=tuple(map(str, range(classes))))
     distiller.examine(task, module, given.variables if given else variables)

@@ -120,7 +120,7 @@ def teach(setup: RunSetup, resume: bool) -> None:
     module = architecture.module()
     stage = experiment.teacher
     tx = make_optimizer(stage)
-    state = create_state(fresh(module, architecture.called, experiment.run.seed), tx, ema=stage.ema)
+    state = create_state(fresh(module, architecture.call_spec, experiment.run.seed), tx, ema=stage.ema)
     step = supervised_step(module, tx, stage, experiment.run, setup.task)
     state = fit(setup, state, step, stage, directory, resume, module=module)
     save(directory / "network", setup, architecture, module, state.variables)
@@ -245,7 +245,7 @@ def _lesson(
 ) -> distiller.Lesson:
     """By whom and by what a student is taught in a stage; topology: in the search, that of its gates."""
     loaded = (setup.load(setup.teacher), *setup.further)
-    teachers = [distiller.Teacher(n.module, n.variables, n.architecture.called, n.info) for n in loaded]
+    teachers = [distiller.Teacher(n.module, n.variables, n.architecture.call_spec, n.info) for n in loaded]
     experiment = setup.experiment
     return distiller.prepare(
         setup.task, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,

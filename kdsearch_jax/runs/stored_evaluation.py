@@ -40,7 +40,7 @@ def compared(
     for name, (module, variables, architecture, info) in networks.items():
         _check_fits(directories[name], networks[name], dataset)
         mean, std = info.get("mean", dataset.mean), info.get("std", dataset.std)
-        logits[name] = predict(module, variables, examples.images, mean, std, batch_size, architecture.call)
+        logits[name] = predict(module, variables, examples.images, mean, std, batch_size, architecture.custom_call)
     rows = {name: score(values, examples.labels, logits.get("teacher")) for name, values in logits.items()}
     table = _table({directories[name]: row for name, row in rows.items()})
     return f"{len(examples)} images of {dataset.name}, {split}\n{table}"
@@ -65,8 +65,8 @@ def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
     module, variables, architecture, _ = network
     if not architecture.input_shape:
         raise ValueError(
-            f"{directory} is not fed images alone ({', '.join(architecture.called.arguments)}), which is all that this "
-            "command shows a network; the table of its run, results.json, has what was measured"
+            f"{directory} is not fed images alone ({', '.join(architecture.call_spec.arguments)}), which is all that "
+            "this command shows a network; the table of its run, results.json, has what was measured"
         )
     found, expected = dataset.test.images.shape[1:], tuple(architecture.input_shape)
     if found != expected:
@@ -74,7 +74,7 @@ def _check_fits(directory: Path, network: Network, dataset: Dataset) -> None:
             f"{directory} takes images {expected}, those of {dataset.name} are {found}; give another --data"
         )
     image = jax.ShapeDtypeStruct((1, *expected), jnp.float32)
-    forward = partial(apply_eval, call=architecture.call)
+    forward = partial(apply_eval, call_spec=architecture.custom_call)
     classes = jax.eval_shape(partial(forward, module), variables, image).shape[-1]
     if classes != dataset.num_classes:
         raise ValueError(

@@ -18,7 +18,7 @@ from kdsearch_jax import storage
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.boxes import boxes_of, described
+from kdsearch_jax.adapters.boxes import boxes_of, boxes_to_json
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.data.batches import is_image
 from kdsearch_jax.data.examples import Dataset, only_input
@@ -88,9 +88,9 @@ def load_teacher(
     if own is not None:
         call, shape = call_of(experiment, dataset)
         architecture = Architecture.of(own.module, shape, call)
-        architecture.called.check(own.module)
-        variables = weights.fit(own.variables, own.module, architecture.called, "variables")
-        boxes = described(boxes_of(own.variables))
+        architecture.call_spec.check(own.module)
+        variables = weights.fit(own.variables, own.module, architecture.call_spec, "variables")
+        boxes = boxes_to_json(boxes_of(own.variables))
         return LoadedNetwork(own.module, variables, architecture, {BOXES: boxes} if boxes else {})
     if start is not None:
         given = LoadedNetwork.of(start, _unnamed(start, base), trust_code=trust_code)
@@ -105,7 +105,7 @@ def load_teacher(
     if is_huggingface(source):
         found = pretrained.from_huggingface(source)
         call, shape = call_of(experiment, dataset)
-        architecture = Architecture(found.model, found.arguments, input_shape=shape, call=call)
+        architecture = Architecture(found.model, found.arguments, input_shape=shape, custom_call=call)
         log.info("the teacher is the %s of %s", found.model, source)
         info = {"mean": list(found.mean), "std": list(found.std)} if found.mean and found.std else {}
         given = LoadedNetwork(found.module(), found.variables, architecture, info)
@@ -113,18 +113,20 @@ def load_teacher(
         return given
     architecture = architecture_of(experiment, dataset)
     module = architecture.module()
-    architecture.called.check(module)
-    variables = weights.load(source, module, architecture.called, architecture.input_shape)
-    return LoadedNetwork(module, variables, architecture, {BOXES: described(own_boxes(module, architecture.called))})
+    architecture.call_spec.check(module)
+    variables = weights.load(source, module, architecture.call_spec, architecture.input_shape)
+    return LoadedNetwork(
+        module, variables, architecture, {BOXES: boxes_to_json(own_boxes(module, architecture.call_spec))}
+    )
 
 
 def _unnamed(directory: Path, base: Any) -> Any:
     """`base`, where the network in `directory` is of that module, which its files cannot name; else None."""
     if base is None or not (directory / "architecture.json").is_file():
         return None
-    name, _ = registry.describe(base)
+    name, _ = registry.identify(base)
     described = read_object(directory / "architecture.json")
-    return base if name.startswith(registry.GIVEN) and described.get("model") == name else None
+    return base if name.startswith(registry.OBJECT_PREFIX) and described.get("model") == name else None
 
 
 def load_extra_teacher(
@@ -153,17 +155,17 @@ def _check_teacher(path: str, teacher: LoadedNetwork, experiment: Experiment, da
             f"{shape}; give a teacher of this data, or its data by --data.name"
         )
     wanted = (call or CallSpec.of_image(shape)).inputs
-    if not architecture.input_shape and architecture.called.inputs != wanted:
+    if not architecture.input_shape and architecture.call_spec.inputs != wanted:
         raise ValueError(
-            f"teacher_from: {path} takes {architecture.called.to_json()['inputs']}, and the data have "
+            f"teacher_from: {path} takes {architecture.call_spec.to_json()['inputs']}, and the data have "
             f"{CallSpec(tuple(wanted), wanted).to_json()['inputs']}; give its data by --data.name and --data.inputs"
         )
     if not dataset.num_classes:
         return
     try:
         outputs = jax.eval_shape(
-            lambda v, *xs: apply_eval(teacher.module, v, xs, call=architecture.call), teacher.variables,
-            *architecture.called.example(1),
+            lambda v, *xs: apply_eval(teacher.module, v, xs, call_spec=architecture.custom_call), teacher.variables,
+            *architecture.call_spec.example(1),
         )  # fmt: skip
     except Exception as error:  # whatever a model raises at a size that it was not made for
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -180,7 +182,7 @@ def architecture_of(experiment: Experiment, dataset: Dataset) -> Architecture:
     """The network that the experiment names, for this data."""
     call, shape = call_of(experiment, dataset)
     return Architecture(
-        experiment.model.name, model_arguments(experiment, dataset.num_classes), input_shape=shape, call=call
+        experiment.model.name, model_arguments(experiment, dataset.num_classes), input_shape=shape, custom_call=call
     )
 
 
@@ -214,7 +216,7 @@ def call_of(experiment: Experiment, dataset: Dataset) -> tuple[CallSpec | None, 
 def model_arguments(experiment: Experiment, classes: int) -> dict[str, Any]:
     """The model's arguments, with the number of classes where there are such and it takes them."""
     model = experiment.model
-    if not classes or "num_classes" in model.arguments or not registry.takes(model.name, "num_classes"):
+    if not classes or "num_classes" in model.arguments or not registry.accepts(model.name, "num_classes"):
         return dict(model.arguments)
     return {**model.arguments, "num_classes": classes}
 

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from kdsearch_jax import storage
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.boxes import unboxed
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.devices import gathered
@@ -163,7 +163,7 @@ def fit(tree: Any, module: Any, call: CallSpec, source: str) -> dict[str, Any]:
     Raises:
       ValueError: nothing in it fits; lists the differences of what comes nearest.
     """
-    shapes = adapter_for(module).variables(module, call.example(2), call.keywords(module, train=False))
+    shapes = adapter_for(module).abstract_variables(module, call.example(2), call.keywords(module, train=False))
     needed: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(stored(shapes))
     readings = [_reading(part, needed) for part in _parts(_plain(unboxed(tree)))]
     best = max(readings, key=lambda found: sum(_same(found.get(path), leaf) for path, leaf in needed.items()))
@@ -185,7 +185,7 @@ def fit(tree: Any, module: Any, call: CallSpec, source: str) -> dict[str, Any]:
 def fresh(module: Any, call: CallSpec, seed: int) -> dict[str, Any]:
     """A module's variables before any training, without boxes. Raises ValueError where it cannot be asked for them."""
     inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), call.example(2))
-    args, keywords = bound(inputs, call.keywords(module, train=False))
+    args, keywords = call_arguments(inputs, call.keywords(module, train=False))
     return stored(jax.jit(lambda key: unboxed(module.init(key, *args, **keywords)))(jax.random.key(seed)))
 
 

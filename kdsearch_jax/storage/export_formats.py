@@ -20,10 +20,10 @@ import safetensors.numpy
 
 from kdsearch_jax import storage
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.convolution.dispatch import fast_convolutions
-from kdsearch_jax.adapters.memoize import remembered
-from kdsearch_jax.adapters.registry import GIVEN, check_trust
+from kdsearch_jax.adapters.memoize import memoize
+from kdsearch_jax.adapters.registry import OBJECT_PREFIX, check_trust
 from kdsearch_jax.pruning import equality
 from kdsearch_jax.pruning.equality import TOLERANCE, Reference
 from kdsearch_jax.storage import safe_readers
@@ -254,20 +254,20 @@ def _expected(module: Any, variables: Any, architecture: Architecture) -> Expect
     return found
 
 
-@remembered(2)
+@memoize(2)
 def _compiled(module: Any, described: str) -> Any:
     """(variables, *inputs) → {name: array}, the same for equal modules; described: their architecture."""
     architecture = Architecture.from_json(json.loads(described))
 
     def function(variables: Any, *inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, {})
+        args, keywords = call_arguments(inputs, {})
         return _named(_function(module, variables, architecture)(*args, **keywords))
 
     return jax.jit(function)
 
 
 def _inputs(architecture: Architecture, size: int) -> tuple[Any, ...]:
-    return architecture.called.random(size, np.random.default_rng(size))
+    return architecture.call_spec.random(size, np.random.default_rng(size))
 
 
 def _named(outputs: Any) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def _restored(arrays: Mapping[str, np.ndarray]) -> Expected:
 
 def _function(module: Any, variables: Any, architecture: Architecture) -> Callable[..., Any]:
     """The network in inference mode as a function of its inputs alone."""
-    static = architecture.called.keywords(module, train=False)
+    static = architecture.call_spec.keywords(module, train=False)
     return lambda *args, **keywords: _plain(module.apply(variables, *args, **keywords, **static))
 
 
@@ -322,7 +322,7 @@ def _runner(path: Path, format: Format, trust_code: bool) -> Callable[..., dict[
     exported = _deserialized(path)
 
     def call(*inputs: Any) -> dict[str, Any]:
-        args, keywords = bound(inputs, {})
+        args, keywords = call_arguments(inputs, {})
         return _named(exported.call(*args, **keywords))
 
     return call
@@ -359,7 +359,7 @@ def _in_order(content: bytes) -> bytes:
 
 def _stablehlo(module: Any, variables: Mapping[str, Any], architecture: Architecture) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
-    args, keywords = bound(architecture.called.example(batch), {})
+    args, keywords = call_arguments(architecture.call_spec.example(batch), {})
     function = jax.jit(_function(module, variables, architecture))
     try:
         with fast_convolutions(portable=True), _without_call_stacks():
@@ -413,9 +413,11 @@ def is_whole(directory: Path) -> bool:
 def _manifest(
     folder: Path, architecture: Architecture, info: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
-    images = architecture.call is None
-    trust = ", trust_code=True" if ":" in architecture.model and not architecture.model.startswith(GIVEN) else ""
-    inputs, outputs = ("images", "logits") if images else (", ".join(architecture.called.arguments), "outputs")
+    images = architecture.custom_call is None
+    trust = (
+        ", trust_code=True" if ":" in architecture.model and not architecture.model.startswith(OBJECT_PREFIX) else ""
+    )
+    inputs, outputs = ("images", "logits") if images else (", ".join(architecture.call_spec.arguments), "outputs")
     taken: dict[str, Any] = {
         "shape": ["batch", *architecture.input_shape], "dtype": "float32", "what": "(image/255 - mean)/std"
     }  # fmt: skip
@@ -430,7 +432,7 @@ def _manifest(
             "use": _USE[format].format(file=f"student.{format}", inputs=inputs, outputs=outputs, trust=trust),
         }
     return {
-        "input": taken if images else architecture.called.to_json()["inputs"],
+        "input": taken if images else architecture.call_spec.to_json()["inputs"],
         "output": {"dtype": "float32", "what": "logits (batch, classes)" if images else "as the network's"},
         "architecture": architecture.to_json(),
         "info": {name: value for name, value in info.items() if name != BASE},

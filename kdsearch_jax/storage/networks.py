@@ -16,11 +16,11 @@ import orbax.checkpoint as ocp
 
 from kdsearch_jax.adapters import boxes as boxes_lib
 from kdsearch_jax.adapters.apply import apply_eval
-from kdsearch_jax.adapters.architecture import Architecture, base_of
-from kdsearch_jax.adapters.base import bound
+from kdsearch_jax.adapters.architecture import Architecture, base_module
+from kdsearch_jax.adapters.base import call_arguments
 from kdsearch_jax.adapters.call_spec import DTYPE, CallSpec, class_of
 from kdsearch_jax.adapters.functional_module import FunctionalModule
-from kdsearch_jax.adapters.memoize import remembered
+from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.adapters.registry import check_trust
 from kdsearch_jax.models import MODELS
 from kdsearch_jax.storage.arrays import (
@@ -80,7 +80,7 @@ def save_network(
     target = local(directory)
     arrays = {name: copied(name, leaf) for name, leaf in flatten(boxes_lib.unboxed(variables)).items()}
     if boxes := boxes_lib.boxes_of(variables):
-        info = {**info, BOXES: boxes_lib.described(boxes)}
+        info = {**info, BOXES: boxes_lib.boxes_to_json(boxes)}
     if not any(array.size for array in arrays.values()):
         raise ValueError("variables have no array with elements; there is nothing to save")
     described = architecture.to_json()
@@ -114,7 +114,8 @@ def load_network(
 ) -> tuple[Any, dict[str, Any], Architecture, dict[str, Any]]:
     """What `save_network` wrote: (module, variables, architecture, info), every array compared with its digest.
 
-    module: the base model, for a network of a module object that could not be named in a file; see `models.module_of`.
+    module: the base model, for a network of a module object that could not be named in a file, see
+      `registry.as_module`.
     trust_code: a network of `package.module:factory` may import that package, that is, run its code.
 
     Raises:
@@ -166,7 +167,7 @@ def _made(architecture: Architecture, source: Path, base: Any, info: Mapping[str
     if module is None:
         raise ValueError(f"{source}: the architecture's module cannot be made: {problem}")
     if base is not None and isinstance(expected := info.get(BASE), dict):
-        _check_base(base_of(module), architecture, expected, source)
+        _check_base(base_module(module), architecture, expected, source)
     if isinstance(module, FunctionalModule) and (mode := info.get(MODE)) in ("train", "eval"):
         module = module.in_mode(mode)
     return module
@@ -174,7 +175,7 @@ def _made(architecture: Architecture, source: Path, base: Any, info: Mapping[str
 
 def _check_base(base: Any, architecture: Architecture, expected: Mapping[str, Any], source: Path) -> None:
     """Raises ValueError where the base model that is given has other sizes than the one that the network is of."""
-    kind, call = class_of(base).__name__, architecture.called
+    kind, call = class_of(base).__name__, architecture.call_spec
     shapes, problem = attempt(own_shapes, base, call)
     if shapes is None:
         raise ValueError(f"{source}: the {kind} that is given does not run as this network is called: {problem}")
@@ -198,7 +199,7 @@ def module_info(
     info = {MODE: module.mode} if isinstance(module, FunctionalModule) and module.mode else {}
     if architecture.model in MODELS:
         return info
-    found = own_shapes(base_of(module), architecture.called) if shapes is None else shapes()
+    found = own_shapes(base_module(module), architecture.call_spec) if shapes is None else shapes()
     return info | {BASE: {name: list(shape) for name, shape in found.items()}}
 
 
@@ -211,7 +212,7 @@ def in_boxes(module: Any, variables: Any, architecture: Architecture, info: Mapp
     record = info.get(BOXES)
     if not isinstance(record, dict) or not record:
         return variables
-    boxes, problem = attempt(boxes_lib.made, record, lambda: own_boxes(module, architecture.called))
+    boxes, problem = attempt(boxes_lib.boxes_from_json, record, lambda: own_boxes(module, architecture.call_spec))
     if boxes is None:
         raise CheckpointError(f"the network's info is damaged: {problem}")
     return boxes_lib.boxed(variables, boxes)
@@ -234,7 +235,7 @@ def _made_by(module: Any, call: CallSpec) -> Any:
     static = call.keywords(module, train=False)
 
     def init(rngs: Any, *inputs: Any) -> Any:
-        args, keywords = bound(inputs, static)
+        args, keywords = call_arguments(inputs, static)
         return module.init(rngs, *args, **keywords)
 
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
@@ -250,13 +251,15 @@ def _check_fit(module: Any, architecture: Architecture, variables: Mapping[str, 
         raise ValueError(f"{source}: the arrays are not those of the architecture ({kind}): {problem}")
 
 
-@remembered(8)
+@memoize(8)
 def _outputs_of(module: Any, described: str, structure: Any, kinds: tuple[tuple[Any, Any], ...]) -> Any:
     """Shapes of what the module returns with variables of this structure; raises whatever it raises."""
     architecture = Architecture.from_json(json.loads(described))
     variables = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
-    run = partial(apply_eval, module, call=architecture.call)
-    return jax.eval_shape(lambda variables, *inputs: run(variables, inputs), variables, *architecture.called.example(1))
+    run = partial(apply_eval, module, call_spec=architecture.custom_call)
+    return jax.eval_shape(
+        lambda variables, *inputs: run(variables, inputs), variables, *architecture.call_spec.example(1)
+    )
 
 
 def _array_store() -> ocp.Checkpointer:

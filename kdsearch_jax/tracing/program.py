@@ -1,8 +1,7 @@
-"""A jaxpr as one flat list of operations: calls inlined, dead code gone, values numbered.
+"""A jaxpr as a flat list of operations, with calls inlined, dead code removed and values numbered.
 
-`jit`, `remat`, `custom_jvp` and their like only group equations, so their bodies take the place of the call. Loops keep
-their body (`Op.params["jaxpr"]`), and an einsum of three or more operands is one operation (`contractions`). This file
-decides nothing about pruning.
+`jit`, `remat`, `custom_jvp` and similar primitives only group equations, so they are replaced by their bodies. Loops
+keep their body (`Op.params["jaxpr"]`), and an einsum of three or more operands becomes one operation (`einsum`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from kdsearch_jax.tracing import contractions
+from kdsearch_jax.tracing import einsum
 
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
@@ -29,10 +28,13 @@ _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 @dataclass(frozen=True)
 class Op:
-    """One primitive: numbers of the values it reads and makes, its parameters, and the module it came from.
+    """One equation.
 
-    tracebacks: of the operation and of the calls around it, the innermost first. That of an operation in a jitted
-    function, such as `jnp.linalg.norm`, ends at that function.
+    Attributes:
+      inputs, outputs: numbers of the values it reads and returns.
+      scope: the path of the module that it belongs to.
+      tracebacks: of the operation and of the calls around it, innermost first. The traceback of an operation in a
+        jitted function, such as `jnp.linalg.norm`, ends at that function.
     """
 
     name: str
@@ -43,24 +45,28 @@ class Op:
     tracebacks: tuple[Any, ...] = ()
 
     def line(self) -> str | None:
-        """The line of the model's code that asked for the operation, as file:line, where it is known."""
-        return line_of((f.file_name, f.line_num) for each in self.tracebacks for f in each.frames)
+        """The line of the model's code that the operation comes from, as file:line; None where it is unknown."""
+        return line_of((f.file_name, f.line_num) for traceback in self.tracebacks for f in traceback.frames)
 
     def where(self) -> str:
-        """The operation, its module, and the line of the model's code that asked for it, where these are known."""
+        """The operation with its module and line of code, where these are known."""
         line = self.line()
         scope = "/".join(part for part in self.scope.split("/") if not part.endswith("()"))  # as in "vmap()"
         return self.name + (f" of {scope}" if scope else "") + (f" ({line})" if line else "")
 
 
 def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
-    """As file:line, the innermost frame in the model's own code; frames: (file, line), innermost first."""
+    """The innermost frame in the model's own code, as file:line.
+
+    Args:
+      frames: (file, line), innermost first.
+    """
     roots = [_root(sys.modules[name]) for name in ("jax", "jaxlib", "flax") if name in sys.modules]
-    own = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the package's
+    package = os.path.dirname(os.path.dirname(__file__)) + os.sep
     for file, line in frames:
-        if file == os.path.join(own, "network.py"):
-            return None  # from here on it is who asked for the trace
-        ours = file.startswith(own) and not file.startswith(os.path.join(own, "models"))
+        if file == os.path.join(package, "pruning", "network.py"):
+            return None  # the frames outside of it belong to the caller of `trace`
+        ours = file.startswith(package) and not file.startswith(os.path.join(package, "models"))
         if not ours and not file.startswith((*roots, "<")) and os.path.basename(file) not in _PASSED_THROUGH:
             return f"{os.sep.join(file.split(os.sep)[-2:])}:{line}"
     return None
@@ -72,7 +78,7 @@ def _root(module: Any) -> str:
 
 @dataclass
 class Program:
-    """Values are numbers: `avals[v]` has shape and dtype, `constants[v]` the array where the value is known."""
+    """Operations on numbered values: `avals[v]` has shape and dtype, `constants[v]` the array where it is known."""
 
     ops: list[Op] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
@@ -81,23 +87,27 @@ class Program:
     outputs: list[int] = field(default_factory=list)
 
     def new(self, aval: Any) -> int:
-        """A number for a value of this shape and dtype."""
+        """Adds a value and returns its number."""
         self.avals.append(aval)
         return len(self.avals) - 1
 
     def shape(self, value: int) -> tuple[int, ...]:
-        """The value's shape."""
+        """The shape of a value."""
         return tuple(self.avals[value].shape)
 
 
-def flatten(closed: Any, inside: Op | None = None) -> Program:
-    """The program of a ClosedJaxpr, without operations that no output needs; inside: the loop whose body it is."""
+def flatten_jaxpr(closed: Any, inside: Op | None = None) -> Program:
+    """The program of a ClosedJaxpr, without operations that no output needs.
+
+    Args:
+      inside: the loop whose body it is.
+    """
     program = Program()
     program.inputs = [program.new(var.aval) for var in closed.jaxpr.invars]
     callers = inside.tracebacks if inside else ()
     program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, "", callers)
     _drop_dead(program)
-    contractions.join(program)
+    einsum.merge_einsums(program)
     return program
 
 
@@ -107,12 +117,12 @@ def _inline(
     numbers = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         numbers[var] = program.new(var.aval)
-        _know(program, numbers[var], const)
+        _set_constant(program, numbers[var], const)
 
     def number(atom: Any) -> int:
         if isinstance(atom, jax.extend.core.Literal):
             value = program.new(atom.aval)
-            _know(program, value, atom.val)
+            _set_constant(program, value, atom.val)
             return value
         return numbers[atom]
 
@@ -124,7 +134,7 @@ def _inline(
         ins = [number(atom) for atom in eqn.invars]
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
         platforms = eqn.params.get("branches_platforms") if name == "cond" else None
-        if platforms and None in platforms:  # `jax.lax.platform_dependent`: all compute the same
+        if platforms and None in platforms:  # `jax.lax.platform_dependent`: all branches compute the same
             body, ins = eqn.params["branches"][list(platforms).index(None)], ins[1:]
         if body is not None:
             inner, inner_consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
@@ -137,8 +147,8 @@ def _inline(
     return [number(atom) for atom in jaxpr.outvars]
 
 
-def _know(program: Program, value: int, constant: Any) -> None:
-    if not jnp.issubdtype(program.avals[value].dtype, jax.dtypes.extended):  # random keys have no array
+def _set_constant(program: Program, value: int, constant: Any) -> None:
+    if not jnp.issubdtype(program.avals[value].dtype, jax.dtypes.extended):  # a random key has no array
         program.constants[value] = np.asarray(constant)
 
 

@@ -33,7 +33,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from kdsearch_jax.adapters.devices import data_mesh, owned, place, replicate
+from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, place, replicate
 from kdsearch_jax.data import device_feed
 from kdsearch_jax.data.batches import prepared
 from kdsearch_jax.data.examples import Dataset
@@ -115,7 +115,7 @@ def fit(
     _check_batch(stage, dataset, mesh)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(checkpoints_in or Path(directory) / "checkpoints", run.keep))
-        state = owned(state, mesh)
+        state = donatable_copy(state, mesh)
         watched = _watched(state)  # not of what is resumed: what is not finite there has become so
         state, stored = _begin(state, checkpoints, meta, resume, mesh)
         first, guard, noted = int(state.step), Guard(run, stored.get(KEY)), {}
@@ -255,7 +255,7 @@ def _restored(
     """(state, step, meta) of the newest good checkpoint."""
     found = checkpoints.restore(state, meta.get("config"))
     assert found is not None
-    return owned(found[1], mesh), found[0], found[2]
+    return donatable_copy(found[1], mesh), found[0], found[2]
 
 
 def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool) -> Any:

@@ -1,1 +1,1 @@
-"""Convolutions of unmodified modules, fast on CPUs: `dispatch` replaces XLA's where others are faster."""
+"""Faster convolutions on CPUs for unmodified modules; `dispatch` chooses an implementation."""

@@ -1,17 +1,15 @@
-"""Dense convolutions that are fast on CPUs: a primitive of JAX with a lowering of its own for that platform.
+"""Ungrouped convolutions as a JAX primitive with a CPU lowering.
 
 A convolution y = x ∗ w is bilinear, and its three products are derivatives of each other: the values y, the gradient of
-x from (y, w), the gradient of w from (x, y). `product_p` computes any of the three from the other two, so that it has
-derivatives of every order, in forward and in reverse mode.
+x from (y, w), and the gradient of w from (x, y). `product_p` computes each of them from the other two, so it has
+derivatives of every order, in forward and reverse mode.
 
-On CPUs, float32 and narrower types are computed by the kernels of `kdsearch_jax.adapters.convolution.native`, in
-float32. Where these are
-not available, XLA computes values and the gradient of x, at the widths that suit it
-(`kdsearch_jax.adapters.convolution.widths`), and the
-gradient of w is summed over few images at a time as products of matrices. On other platforms all three lower to the
-operations that `jax.lax.conv_general_dilated` and its derivatives lower to, so programs for TPU and GPU do not change.
+On CPUs, float32 and narrower types are computed in float32 by the kernels in `native`. Without them, XLA computes the
+values and the gradient of x at widths that suit it (`widths`), and the gradient of w is a sum of matrix products over a
+few images each. On other platforms, all three products lower to the operations that `jax.lax.conv_general_dilated` and
+its derivatives lower to, so programs for TPU and GPU do not change.
 
-Not here: convolutions over several devices. XLA can split its own convolutions among them, but no foreign function.
+Convolutions that are partitioned over several devices are not supported: XLA cannot partition a foreign function.
 """
 
 from __future__ import annotations
@@ -34,15 +32,16 @@ from kdsearch_jax.adapters.convolution.grouped import NARROW, Window, chunk_size
 
 Operand = Literal["x", "w", "y"]
 
-# Where there are no kernels: positions of the output whose windows are multiplied at once, and most places of a kernel.
+# Without native kernels: output positions per matrix product, and the largest kernel.
 _POSITIONS, _MOST_TAPS = 2048, 128
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """y = x ∗ w of arrays (batch, space…, channels) and a kernel (space…, inputs, outputs).
+    """y = x ∗ w for arrays (batch, space…, channels) and a kernel (space…, inputs, outputs).
 
-    x, w: their shapes; all three arrays have `window.dtype`.
+    Attributes:
+      x, w: their shapes. All three arrays have `window.dtype`.
     """
 
     x: tuple[int, ...]
@@ -58,7 +57,7 @@ class Convolution:
 
 
 def convolve(x: Array, w: Array, window: Window) -> Array:
-    """y = x ∗ w; the arrays and the window have one dtype.
+    """y = x ∗ w; both arrays have the window's dtype.
 
     Args:
       x: (batch, space…, inputs).
@@ -71,7 +70,7 @@ def convolve(x: Array, w: Array, window: Window) -> Array:
 
 
 def supported(shape: Sequence[Any], dtypes: Sequence[Any]) -> bool:
-    """Whether `convolve` gains anything here, for an x of this shape, and arrays of these dtypes."""
+    """Whether `convolve` is useful here, for an x of this shape and arrays of these dtypes."""
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     known = len(shape) in (3, 4) and all(isinstance(size, int) for size in shape)
     return alone and known and len(set(dtypes)) == 1 and jnp.dtype(dtypes[0]) in map(jnp.dtype, (*NARROW, jnp.float32))
@@ -83,7 +82,7 @@ _OPERANDS: dict[Operand, tuple[Operand, Operand]] = {"y": ("x", "w"), "x": ("y",
 
 
 def _product(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
-    """The one of x, w and y that `result` names, from the other two as `_OPERANDS` orders them."""
+    """One of x, w and y, named by `result`, from the other two in the order of `_OPERANDS`."""
     return product_p.bind(a, b, result=result, convolution=convolution)
 
 
@@ -103,7 +102,7 @@ def _abstract(a: Any, b: Any, *, result: Operand, convolution: Convolution) -> A
 
 
 def _transpose(place: int, cotangent: Array, a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Array:
-    """The cotangent of one operand of a product, which is a product as well."""
+    """The cotangent of one operand of a product, itself one of the three products."""
     wanted = _OPERANDS[result][place]
     known = {result: cotangent, _OPERANDS[result][1 - place]: (b, a)[place]}
     first, second = _OPERANDS[wanted]
@@ -111,15 +110,15 @@ def _transpose(place: int, cotangent: Array, a: Any, b: Any, *, result: Operand,
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, convolution: Convolution) -> Any:
-    """A batch of images becomes part of the images; where kernels are batched, too, XLA's own rules know best."""
+    """Merges a batch axis of images into the images; batched kernels are left to XLA's own batching rule."""
     a, b = operands
     if result == "w" or axes[1] is not None:
         return jax.vmap(partial(_plain, result=result, convolution=convolution), axes)(a, b), 0
     a = jnp.moveaxis(a, axes[0], 0)
     number = a.shape[0]
     merged = Convolution((number * convolution.x[0], *convolution.x[1:]), convolution.w, convolution.window)
-    found = _product(a.reshape(-1, *a.shape[2:]), b, result, merged)
-    return found.reshape(number, -1, *found.shape[1:]), 0
+    output = _product(a.reshape(-1, *a.shape[2:]), b, result, merged)
+    return output.reshape(number, -1, *output.shape[1:]), 0
 
 
 # --- on CPUs ----------------------------------------------------------------------------------------------------------
@@ -132,13 +131,13 @@ def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) ->
         return _compiled(a, b, result, convolution)
     if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
-    if result != "w" and (found := _widened(a, b, result, convolution)) is not None:
-        return found
+    if result != "w" and (output := _widened(a, b, result, convolution)) is not None:
+        return output
     return _plain(a, b, result=result, convolution=convolution)
 
 
 def _suits_xla(result: Operand, convolution: Convolution) -> bool:
-    """Whether XLA's own product is as fast: nearly products of matrices, from what was measured on one machine."""
+    """Whether XLA's own product is as fast, because it is close to a matrix product; measured on one machine."""
     positions = math.prod(convolution.y[1:-1])
     if result == "w":
         return positions < 16
@@ -146,7 +145,7 @@ def _suits_xla(result: Operand, convolution: Convolution) -> bool:
 
 
 def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
-    """The product by the compiled kernels, for which an image with one axis has one row."""
+    """The product by the native kernels, which take an image with one axis as one with a single row."""
     window, extra = convolution.window, (1,) * (2 - len(convolution.window.strides))
     pads = tuple(before for before, _ in window.padding)
     x, y = ((shape[0], *extra, *shape[1:]) for shape in (convolution.x, convolution.y))
@@ -158,12 +157,12 @@ def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> 
         for operand, name in zip((a, b), _OPERANDS[result], strict=True)
     )
     handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]
-    found = native.product(handler, shapes[result], first, second, (*x, *w[:2], w[3], *y[1:3], *moves))
-    return found.reshape(getattr(convolution, result)).astype(window.dtype)
+    output = native.product(handler, shapes[result], first, second, (*x, *w[:2], w[3], *y[1:3], *moves))
+    return output.reshape(getattr(convolution, result)).astype(window.dtype)
 
 
 def _widened(a: Array, w: Array, result: Operand, convolution: Convolution) -> Array | None:
-    """The values, or the gradient of x as a convolution of y with the kernel turned round; None under strides."""
+    """The values, or the gradient of x as a convolution of y with the flipped kernel; None where `widths` cannot."""
     window = convolution.window
     if result == "x":
         if max(window.strides) > 1:
@@ -176,15 +175,15 @@ def _widened(a: Array, w: Array, result: Operand, convolution: Convolution) -> A
 
 
 def _summed(x: Array, y: Array, convolution: Convolution) -> Array:
-    """The gradient of the kernel as products of matrices: the windows of few images side by side, times y."""
+    """The gradient of the kernel as matrix products: the windows of a few images (im2col), times y."""
     window, taps, channels = convolution.window, convolution.w[:-2], convolution.w[-1]
 
-    def some(images: Array, given: Array) -> Array:
-        seen = jnp.concatenate(list(slices(images, taps, given.shape[1:-1], window)), -1)
-        left, right = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (given, seen))
+    def chunk_gradient(images: Array, cotangent: Array) -> Array:
+        windows = jnp.concatenate(list(slices(images, taps, cotangent.shape[1:-1], window)), -1)
+        left, right = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (cotangent, windows))
         return lax.dot_general(left, right, (((0,), (0,)), ((), ())), window.precision)
 
-    total = summed(some, pad(x, window.padding), y, chunk_size(convolution.y, _POSITIONS))
+    total = summed(chunk_gradient, pad(x, window.padding), y, chunk_size(convolution.y, _POSITIONS))
     return total.reshape(channels, *taps, -1).transpose(*range(1, len(taps) + 2), 0).astype(window.dtype)
 
 
@@ -192,15 +191,15 @@ def _summed(x: Array, y: Array, convolution: Convolution) -> Array:
 
 
 def _primitive() -> Primitive:
-    """The primitive with its rules: shapes, derivatives, batches, programs."""
-    made = Primitive("kdsearch_convolution_product")
-    made.def_impl(jax.jit(made.bind, static_argnames=("result", "convolution")))
-    made.def_abstract_eval(_abstract)
-    ad.defbilinear(made, partial(_transpose, 0), partial(_transpose, 1))
-    batching.primitive_batchers[made] = _batch
-    mlir.register_lowering(made, mlir.lower_fun(_plain, multiple_results=False))
-    mlir.register_lowering(made, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
-    return made
+    """The primitive with its abstract evaluation, transpose, batching and lowering rules."""
+    primitive = Primitive("kdsearch_convolution_product")
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("result", "convolution")))
+    primitive.def_abstract_eval(_abstract)
+    ad.defbilinear(primitive, partial(_transpose, 0), partial(_transpose, 1))
+    batching.primitive_batchers[primitive] = _batch
+    mlir.register_lowering(primitive, mlir.lower_fun(_plain, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
+    return primitive
 
 
 product_p = _primitive()

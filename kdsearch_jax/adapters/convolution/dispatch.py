@@ -1,16 +1,13 @@
-"""Convolutions that are fast on CPUs, for models that know nothing of them.
+"""Replaces XLA's convolutions in unmodified models by faster ones on CPUs.
 
 `conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and computes the same sums, up to the order
-of their terms. Convolutions in groups, which XLA:CPU compiles into plain loops, are those of
-`kdsearch_jax.adapters.convolution.grouped`;
-others, whose gradients XLA:CPU computes slowly, those of `kdsearch_jax.adapters.convolution.dense`, or of
-`kdsearch_jax.adapters.convolution.widths` in programs
-that other processes will run. `fast_convolutions` brings them into the `Conv` layers of a Linen or NNX model for the
-length of a call.
+of their terms. Grouped convolutions, which XLA:CPU compiles to plain loops, are computed by `grouped`; all others,
+whose gradients are slow on XLA:CPU, by `dense`, or by `widths` in programs that will be exported. `fast_convolutions`
+installs it in the `Conv` layers of Linen and NNX models for the duration of a call.
 
-What runs is chosen by the platform that a program is lowered for, not by the one it is traced on; other platforms get
-XLA's own convolutions. Inside, a convolution is no longer the operation of that name in the jaxpr: whoever reads the
-structure of a model must do so outside.
+The implementation is chosen by the platform that a program is lowered for, not the one it is traced on; other platforms
+get XLA's own convolutions. A replaced convolution is not a `conv_general_dilated` in the jaxpr, so a model's structure
+must be traced without it.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from kdsearch_jax.adapters import functional_module
 from kdsearch_jax.adapters.convolution import dense, grouped, widths
 from kdsearch_jax.adapters.convolution.grouped import NARROW, Window
 
-_MOST_TAPS = 128  # in groups, a kernel with more places is left to XLA: every place is an operation to compile
+_MOST_TAPS = 128  # larger kernels of grouped convolutions are left to XLA, since every tap compiles to an operation
 
 
 def conv_general_dilated(
@@ -50,9 +47,10 @@ def conv_general_dilated(
     *,
     portable: bool = False,
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, where the arguments are explained; equal to it up to rounding.
+    """`jax.lax.conv_general_dilated`, equal up to rounding.
 
-    portable: made of XLA's own operations only, so that a program with it can be exported.
+    Args:
+      portable: uses XLA's own operations only, so that the program can be exported. All others as there.
     """
     native = partial(
         lax.conv_general_dilated,
@@ -107,46 +105,46 @@ def conv_general_dilated(
 
 
 def _all_known(sizes: Sequence[Any]) -> bool:
-    """Whether no size is 0 or a symbol of `jax.export`; the number of images may be either a number or a symbol."""
+    """Whether no size is 0 or symbolic (`jax.export`)."""
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 def _all_real(*arrays: Any) -> bool:
-    """Whether these hold floating-point numbers in one of the usual formats."""
+    """Whether all arrays are bfloat16, float16, float32 or float64."""
     return all(jnp.dtype(array.dtype) in map(jnp.dtype, (*NARROW, jnp.float32, jnp.float64)) for array in arrays)
 
 
 def _varies(array: Array) -> bool:
-    """Whether `jax.shard_map` checks which axes of the mesh this varies over; a gradient of one's own would have to."""
+    """Whether `jax.shard_map` tracks the mesh axes that the array varies over; custom gradients would have to, too."""
     kind = jax.typeof(array)
     return bool(getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", None))
 
 
-# --- in models that know nothing of it --------------------------------------------------------------------------------
+# --- in unmodified models ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def fast_convolutions(*models: Any, portable: bool = False) -> Iterator[None]:
-    """Computes the `Conv` layers of all Linen modules called inside as above, and those of NNX modules.
+    """Within this context, `Conv` layers compute their convolutions with `conv_general_dilated` of this module.
 
-    NNX modules are those of `models`, and those that a `kdsearch_jax.adapters.functional_module.Functional` called
-    inside makes. A
-    layer whose author gave a function for its convolution keeps it. Nothing changes for other threads, and everything
-    is as before at the end; an NNX module of `models` itself is changed meanwhile: give a copy (`nnx.merge`) where
-    others use it.
+    This applies to all Linen modules and `FunctionalModule`s that are called inside, and to the NNX modules in
+    `models`, which are modified until the context ends. A layer with a convolution function of its own keeps it. Other
+    threads are not affected.
 
-    portable: whether what is traced inside will be exported.
+    Args:
+      models: NNX modules; pass copies (`nnx.merge`) of modules that other threads use.
+      portable: whether the programs traced inside will be exported.
     """
     function = partial(conv_general_dilated, portable=True) if portable else conv_general_dilated
     changed = [layer for model in models for layer in _nnx_layers(model)]
-    token = functional_module.prepare.set(partial(_prepare, function))
+    token = functional_module.module_hook.set(partial(_set_convolution, function))
     try:
         for layer in changed:
             layer.conv_general_dilated = function
         with nn.intercept_methods(partial(_intercept, function)):
             yield
     finally:
-        functional_module.prepare.reset(token)
+        functional_module.module_hook.reset(token)
         for layer in changed:
             layer.conv_general_dilated = lax.conv_general_dilated
 
@@ -158,19 +156,19 @@ def _intercept(function: Any, call: Any, args: Any, kwargs: Any, context: Any) -
     if layer.conv_general_dilated is not None or layer.conv_general_dilated_cls is not None:
         return call(*args, **kwargs)
     try:
-        # Linen modules are frozen against changes by mistake; this one is on purpose and undone below.
+        # Linen modules are frozen; this change is undone below.
         object.__setattr__(layer, "conv_general_dilated", function)
         return call(*args, **kwargs)
     finally:
         object.__setattr__(layer, "conv_general_dilated", None)
 
 
-def _prepare(function: Any, model: nnx.Module) -> None:
+def _set_convolution(function: Any, model: nnx.Module) -> None:
     for layer in _nnx_layers(model):
         layer.conv_general_dilated = function
 
 
 def _nnx_layers(model: Any) -> list[Any]:
-    """The convolutions of an NNX module that use JAX's own function."""
+    """The convolution layers of an NNX module that use JAX's own function."""
     layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Conv)]
     return [layer for layer in layers if layer.conv_general_dilated is lax.conv_general_dilated]

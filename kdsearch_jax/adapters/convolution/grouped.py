@@ -1,13 +1,13 @@
-"""Grouped and depthwise convolutions that are fast on CPUs, channels last.
+"""Grouped and depthwise convolutions for CPUs, channels last.
 
-    depthwise   y[n, p, c] = Σ_k x[n, p·stride + k·dilation, c] w[k, c]: whole arrays shifted, multiplied, added
-    few groups  one ordinary convolution a group
-    grouped     few images at a time: the windows side by side times the kernels, as one batched product of matrices
+    depthwise   y[n, p, c] = Σ_k x[n, p·stride + k·dilation, c] w[k, c], as sums of shifted whole arrays
+    few groups  one ordinary convolution per group
+    grouped     a few images at a time: their windows (im2col) times the kernels, as one batched matrix product
 
-Gradients are written out, since those that JAX derives are slow: that of the input is a convolution of the same kind
-with the kernel turned round, that of the kernel is summed over few images at a time, while they are in the cache.
-Their derivatives are those of reverse mode (`jax.grad`, of any order), not of `jax.jvp`. The loop over images does not
-spread over several CPU devices: XLA gathers the batch for it.
+Gradients are custom, since the derived ones are slow: that of the input is a convolution of the same kind with the
+flipped kernel; that of the kernel is summed over a few images at a time, while they are in the cache. They support
+reverse mode of any order (`jax.grad`), not `jax.jvp`. The loop over images is not partitioned over several CPU devices:
+XLA gathers the batch for it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-FEW_GROUPS = 4  # up to so many, one convolution a group is the fastest
-_POSITIONS = 256  # so many windows are multiplied at once: enough for a product of matrices, few enough for the cache
-NARROW = (jnp.bfloat16, jnp.float16)  # added up in float32
+FEW_GROUPS = 4  # up to this many, one convolution per group is fastest
+_POSITIONS = 256  # windows per matrix product: enough for efficiency, few enough for the cache
+NARROW = (jnp.bfloat16, jnp.float16)  # accumulated in float32
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a kernel moves, by axis of space; groups of features; how to multiply, and the dtype of the result."""
+    """The parameters of a convolution; the tuples have one entry per spatial axis, `dtype` is that of the result."""
 
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
@@ -40,7 +40,7 @@ class Window:
     dtype: Any
 
     def convolve(self, x: Array, w: Array) -> Array:
-        """XLA's own convolution, of one group."""
+        """XLA's own convolution with one group."""
         last = x.ndim - 1
         axes = (0, last, *range(1, last))
         return lax.conv_general_dilated(
@@ -56,7 +56,7 @@ class Window:
 
 
 def _wide(dtype: Any) -> Any:
-    """The dtype to add up in."""
+    """The dtype of accumulators."""
     return jnp.float32 if jnp.dtype(dtype) in map(jnp.dtype, NARROW) else dtype
 
 
@@ -73,11 +73,11 @@ def convolve(x: Array, w: Array, window: Window) -> Array:
     return jnp.concatenate([window.convolve(a, b) for a, b in zip(*parts, strict=True)], -1)
 
 
-# --- with gradients of its own ----------------------------------------------------------------------------------------
+# --- with custom gradients --------------------------------------------------------------------------------------------
 
 
 def _values(x: Array, w: Array, window: Window) -> Array:
-    """As `convolve`, for many groups, or one output for each input."""
+    """As `convolve`, for more than `FEW_GROUPS` groups or one output per input."""
     padded = pad(x, window.padding)
     return (_shift if w.shape[-1] == window.groups == x.shape[-1] else _match)(padded, w, window)
 
@@ -101,42 +101,44 @@ _convolve = _differentiable()
 
 
 def _input_gradient(cotangent: Array, x: Array, w: Array, window: Window) -> Array:
-    """The cotangent, spread out by the strides, convolved with the kernel turned round, inputs and outputs swapped."""
+    """The cotangent, dilated by the strides, convolved with the flipped kernel with inputs and outputs swapped."""
     space, taps, groups = x.shape[1:-1], w.shape[:-2], window.groups
     pads = []
     axes = zip(space, cotangent.shape[1:-1], taps, window.padding, window.strides, window.dilation, strict=True)
     for size, out, tap, (before, _), stride, dilation in axes:
         first = dilation * (tap - 1) - before
         pads.append((first, size + dilation * (tap - 1) - (stride * (out - 1) + 1) - first))
-    turned = jnp.flip(w, range(len(taps))).reshape(*taps, w.shape[-2], groups, -1)
-    turned = jnp.swapaxes(turned, -1, -3).reshape(*taps, -1, x.shape[-1])
-    spread = pad(cotangent, ((0, 0),) * len(taps), window.strides)
-    once = replace(window, strides=(1,) * len(taps), padding=tuple(pads), dtype=x.dtype)
-    return _convolve(spread, turned, once)
+    flipped = jnp.flip(w, range(len(taps))).reshape(*taps, w.shape[-2], groups, -1)
+    flipped = jnp.swapaxes(flipped, -1, -3).reshape(*taps, -1, x.shape[-1])
+    dilated = pad(cotangent, ((0, 0),) * len(taps), window.strides)
+    unit_stride = replace(window, strides=(1,) * len(taps), padding=tuple(pads), dtype=x.dtype)
+    return _convolve(dilated, flipped, unit_stride)
 
 
 def _kernel_gradient(cotangent: Array, x: Array, w: Array, window: Window) -> Array:
-    """The sum over images of the windows of the input times the cotangent."""
+    """The sum over images of the input's windows times the cotangent."""
     depthwise = w.shape[-1] == window.groups == x.shape[-1]
 
-    def some(images: Array, given: Array) -> Array:
-        return (_shifted_sums if depthwise else _matched_sums)(images, given, w.shape[:-2], window)
+    def chunk_gradient(images: Array, cotangent: Array) -> Array:
+        return (_shifted_sums if depthwise else _matched_sums)(images, cotangent, w.shape[:-2], window)
 
-    total = summed(some, pad(x, window.padding), cotangent, chunk_size(cotangent.shape, _POSITIONS))
+    total = summed(chunk_gradient, pad(x, window.padding), cotangent, chunk_size(cotangent.shape, _POSITIONS))
     if not depthwise:  # (groups, taps · inputs of a group, outputs of a group)
         total = jnp.swapaxes(total, 0, 1)
     return total.reshape(w.shape).astype(w.dtype)
 
 
 def pad(x: Array, padding: Sequence[tuple[int, int]], strides: Sequence[int] | None = None) -> Array:
-    """Zeros around, and stride − 1 between, along the axes of space."""
+    """Pads the spatial axes with zeros, and puts stride − 1 zeros between their entries."""
     between = [stride - 1 for stride in strides or (1,) * len(padding)]
     config = [(0, 0, 0), *((*pad, step) for pad, step in zip(padding, between, strict=True)), (0, 0, 0)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def chunk_size(shape: Sequence[Any], positions: int) -> int:
-    """How many images of outputs (batch, space…, channels) to take at once: about so many positions, a divisor."""
+    """Images per chunk of outputs (batch, space…, channels): a divisor of the batch, with at most `positions` positions
+    unless one image has more.
+    """
     if not isinstance(shape[0], int):
         return 1
     most = max(1, positions // math.prod(shape[1:-1]))
@@ -149,14 +151,14 @@ def _chunks(x: Array, size: int) -> Array:
 
 
 def summed(function: Callable[[Array, Array], Array], x: Array, y: Array, size: int) -> Array:
-    """The sum of function(images of x, images of y) over chunks of so many images."""
+    """The sum of `function(chunk of x, chunk of y)` over chunks of `size` images."""
     chunks = _chunks(x, size), _chunks(y, size)
     start = jnp.zeros_like(jax.eval_shape(function, *(chunk[0] for chunk in chunks)))
     return lax.scan(lambda total, chunk: (total + function(*chunk), None), start, chunks)[0]
 
 
 def slices(x: Array, taps: Sequence[int], outs: Sequence[int], window: Window, axis: int = 1) -> Iterator[Array]:
-    """What each place of the kernel sees of x, whose axes of space begin at `axis`."""
+    """For each kernel tap, the entries of x that it multiplies; spatial axes begin at `axis`."""
     for places in itertools.product(*map(range, taps)):
         begin, end, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim
         for i, (place, out) in enumerate(zip(places, outs, strict=True), start=axis):
@@ -167,7 +169,7 @@ def slices(x: Array, taps: Sequence[int], outs: Sequence[int], window: Window, a
 
 
 def _outs(x: Array, taps: Sequence[int], window: Window) -> list[int]:
-    """The output's size along the axes of space, for x padded."""
+    """The output's spatial sizes for padded x."""
     axes = zip(x.shape[1:-1], taps, window.strides, window.dilation, strict=True)
     return [(size - dilation * (tap - 1) - 1) // stride + 1 for size, tap, stride, dilation in axes]
 
@@ -176,7 +178,7 @@ def _outs(x: Array, taps: Sequence[int], window: Window) -> list[int]:
 
 
 def _shift(x: Array, w: Array, window: Window) -> Array:
-    """The convolution of x, padded, with one output for each input."""
+    """The convolution of padded x with one output per input."""
     taps, wide = w.shape[:-2], _wide(x.dtype)
     seen = slices(x, taps, _outs(x, taps, window), window)
     kernels = w.reshape(-1, *(1,) * (x.ndim - 1), w.shape[-1]).astype(wide)
@@ -185,10 +187,10 @@ def _shift(x: Array, w: Array, window: Window) -> Array:
 
 
 def _shifted_sums(x: Array, cotangent: Array, taps: Sequence[int], window: Window) -> Array:
-    """The kernel's gradient from a few images: (taps…, channels)."""
+    """The kernel's gradient from one chunk of images: (taps…, channels)."""
     wide, outs = _wide(x.dtype), cotangent.shape[1:-1]
     cotangent = cotangent.astype(wide)
-    # XLA adds up along leading axes one number at a time; as a product with ones it takes many.
+    # XLA reduces leading axes one number at a time; a product with ones is vectorized.
     ones = jnp.ones(math.prod(cotangent.shape[:-1]), wide)
 
     def row(place: Array) -> Array:
@@ -197,36 +199,36 @@ def _shifted_sums(x: Array, cotangent: Array, taps: Sequence[int], window: Windo
         seen = slices(part, (1, *taps[1:]), outs, window)
         return jnp.stack([ones @ (one * cotangent).reshape(len(ones), -1) for one in seen])
 
-    return lax.map(row, jnp.arange(taps[0]))  # a loop, since 49 of these would take seconds to compile
+    return lax.map(row, jnp.arange(taps[0]))  # a loop, since 49 taps would take seconds to compile
 
 
-# --- grouped: windows side by side, times kernels ---------------------------------------------------------------------
+# --- grouped: windows times kernels -----------------------------------------------------------------------------------
 
 
 def _match(x: Array, w: Array, window: Window) -> Array:
-    """The convolution of x, padded, in groups."""
+    """The grouped convolution of padded x."""
     taps, groups = w.shape[:-2], window.groups
     outs = _outs(x, taps, window)
     kernels = w.reshape(-1, groups, w.shape[-1] // groups).astype(_wide(w.dtype))  # (taps · inputs, groups, outputs)
 
-    def some(images: Array) -> Array:
-        seen = _windows(images, taps, outs, window)
-        y = lax.dot_general(seen, kernels, (((2,), (0,)), ((0,), (1,))), window.precision)
+    def convolve_chunk(images: Array) -> Array:
+        windows = _windows(images, taps, outs, window)
+        y = lax.dot_general(windows, kernels, (((2,), (0,)), ((0,), (1,))), window.precision)
         return jnp.swapaxes(y, 0, 1).reshape(-1, *outs, w.shape[-1]).astype(window.dtype)
 
-    y = lax.map(some, _chunks(x, chunk_size((x.shape[0], *outs, 0), _POSITIONS)))
+    y = lax.map(convolve_chunk, _chunks(x, chunk_size((x.shape[0], *outs, 0), _POSITIONS)))
     return y.reshape(x.shape[0], *outs, w.shape[-1])
 
 
 def _matched_sums(x: Array, cotangent: Array, taps: Sequence[int], window: Window) -> Array:
-    """The kernel's gradient from a few images: (groups, taps · inputs of a group, outputs of a group)."""
-    seen = _windows(x, taps, cotangent.shape[1:-1], window)
-    given = cotangent.reshape(seen.shape[1], window.groups, -1).astype(seen.dtype)
-    return lax.dot_general(seen, given, (((1,), (0,)), ((0,), (1,))), window.precision)
+    """The kernel's gradient from one chunk of images: (groups, taps · inputs of a group, outputs of a group)."""
+    windows = _windows(x, taps, cotangent.shape[1:-1], window)
+    cotangent = cotangent.reshape(windows.shape[1], window.groups, -1).astype(windows.dtype)
+    return lax.dot_general(windows, cotangent, (((1,), (0,)), ((0,), (1,))), window.precision)
 
 
 def _windows(x: Array, taps: Sequence[int], outs: Sequence[int], window: Window) -> Array:
-    """(groups, images · space of the output, taps · inputs of a group)."""
+    """The windows of x: (groups, images · output positions, taps · inputs of a group)."""
     by_group = jnp.moveaxis(x.reshape(*x.shape[:-1], window.groups, -1), -2, 0)
     seen = jnp.concatenate(list(slices(by_group, taps, outs, window, axis=2)), -1)
     return seen.reshape(window.groups, -1, seen.shape[-1]).astype(_wide(x.dtype))

@@ -162,7 +162,7 @@ def _fresh(place: Place, shape: LoadedNetwork) -> Path:
     if (directory / "network.json").is_file():
         return directory
     try:
-        variables = fresh(module, architecture.called, place.experiment.run.seed)
+        variables = fresh(module, architecture.call_spec, place.experiment.run.seed)
     except ValueError as error:  # an nnx.Module that came as an instance
         raise CannotMakeError(f"nobody knows how its parameters begin ({error})") from error
     assert leaf_shapes(variables) == leaf_shapes(shape.variables)
@@ -181,7 +181,7 @@ def scored(
     if is_plain(setup.task, dataset):
         logits = [
             evaluation.predict(
-                n.module, n.variables, split.images, dataset.mean, dataset.std, size, n.architecture.call
+                n.module, n.variables, split.images, dataset.mean, dataset.std, size, n.architecture.custom_call
             )
             for n in (network, teacher)
             if n is not None

@@ -28,7 +28,7 @@ from kdsearch_jax.runs.comparison.making import place_of, results, scored
 from kdsearch_jax.runs.comparison.rows import ROWS
 from kdsearch_jax.runs.setup import RunSetup, limits_of, traced
 from kdsearch_jax.storage.files import cores, read_sealed, write_json, write_sealed, write_text
-from kdsearch_jax.tracing.messages import apart
+from kdsearch_jax.tracing.messages import format_distinct
 
 LEVEL = 0.95
 MEASURED = ("accuracy", "agreement", "kl")
@@ -88,7 +88,7 @@ def _note(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]])
         if "why" not in row and bounds:
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
             if share < budgets.FLOOR:
-                percent = apart(100 * share, 100 * budgets.FLOOR, digits=1)[0]
+                percent = format_distinct(100 * share, 100 * budgets.FLOOR, digits=1)[0]
                 row["note"] = f"costs {percent}% of the budget: no such student is nearer"
 
 

@@ -28,7 +28,7 @@ from kdsearch_jax.pruning.surgery import slice_variables
 from kdsearch_jax.runs.latency.timing import UNITS, Tools, asked, medians, of_process_0
 from kdsearch_jax.storage.checkpoint_files import meet
 from kdsearch_jax.storage.files import DamagedError, read_sealed, write_sealed
-from kdsearch_jax.tracing.messages import ceiling
+from kdsearch_jax.tracing.messages import round_up
 from kdsearch_jax.tracing.topology import Group, Topology
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def check_reach(name: str, value: float, whole: float, least: float) -> float:
     if least > bound:
         raise BudgetError(
             f"budget.{name}: {value} is out of reach: the smallest student takes {least:,.4g}{UNITS[name]} here, "
-            f"{ceiling(least / whole)} of the teacher's {whole:,.4g}; give more, or free more gates.kinds"
+            f"{round_up(least / whole)} of the teacher's {whole:,.4g}; give more, or free more gates.kinds"
         )
     return bound
 

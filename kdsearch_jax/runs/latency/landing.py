@@ -25,7 +25,7 @@ from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.latency.calibration import cut
 from kdsearch_jax.runs.latency.timing import UNITS, Tools, asked, check_noise, decide, of_process_0
 from kdsearch_jax.storage.files import write_sealed
-from kdsearch_jax.tracing.messages import apart
+from kdsearch_jax.tracing.messages import format_distinct
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _smallest(
     flat = smallest_keep(topology, limits.round_to)
     keep = {name: units > 0 for name, units in topology.unflatten(flat).items()}
     found = measure(keep)
-    shares = ", ".join(f"{name} {apart(each['share'], 1.0)[0]} of the budget" for name, each in found.items())
+    shares = ", ".join(f"{name} {format_distinct(each['share'], 1.0)[0]} of the budget" for name, each in found.items())
     for name, each in found.items():
         check_noise(name, each)
     if not all(each["within"] for each in found.values()):
@@ -163,7 +163,7 @@ def confirm(
         return
     found = compare(teacher, student, budget, call, tools)
     for name, each in found.items():
-        share, low, high, _ = apart(each["share"], each["low"], each["high"], 1.0)
+        share, low, high, _ = format_distinct(each["share"], each["low"], each["high"], 1.0)
         taken = f"{each['student']:,.4g}{UNITS[name]} a call, {share} of the budget (95% interval {low} to {high}"
         if each["within"]:
             log.info("%s: %s)", name, taken)

@@ -1,26 +1,13 @@
-"""The rules of the walk, by primitive: each moves, joins or freezes the labels of its operands."""
+"""The rules of the interpreter, by primitive: each moves, joins or freezes the labels of its operands."""
 
-from kdsearch_jax.tracing.findings import Rule
-from kdsearch_jax.tracing.rules import (
-    elementwise,
-    experts,
-    loops,
-    mixing,
-    moving,
-    multilinear,
-    products,
-    rarer,
-    spectral,
-)
+from kdsearch_jax.tracing.analysis import Rule
+from kdsearch_jax.tracing.rules import control_flow, data_movement, elementwise, indexing, mixing, products
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
-    **moving.RULES,
+    **data_movement.RULES,
     **mixing.RULES,
+    **indexing.RULES,
     **products.RULES,
-    **multilinear.RULES,
-    **experts.RULES,
-    **spectral.RULES,
-    **rarer.RULES,
-    **loops.RULES,
+    **control_flow.RULES,
 }

@@ -1,167 +1,141 @@
-"""Rules for operations that mix or pick the indices of some axes, and for what no rule understands."""
+"""Rules for operations that mix the indices of some axes (reductions, sorts, pooling, transforms), and the fallback."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
 
-import jax
-
-from kdsearch_jax.tracing.findings import Context, Rule
-from kdsearch_jax.tracing.labels import FIXED, UNIFORM, Axis, Value, blend
-from kdsearch_jax.tracing.rules.moving import cut_axes
+from kdsearch_jax.tracing.analysis import Rule, RuleContext
+from kdsearch_jax.tracing.labels import FIXED, UNIFORM, AbstractValue, Axis, combine
 
 
-def _spare(c: Context, value: Value, mixed: Collection[int]) -> Value:
-    """The value with what is split settled on axes that are not mixed."""
-    return c.found.settle(value, [i for i in range(len(value.axes)) if i not in mixed])
+def spare(ctx: RuleContext, value: AbstractValue, mixed: Collection[int]) -> AbstractValue:
+    """The value with its splits resolved to axes that are not mixed."""
+    return ctx.analysis.resolve_splits(value, [i for i in range(len(value.axes)) if i not in mixed])
 
 
-def unknown(c: Context, ins: list[Value]) -> list[Value]:
-    """Freezes whatever it touches."""
-    ins = [c.found.settle(v) for v in ins]
+def unknown(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """The rule for a primitive without one: freezes its operands."""
+    ins = [ctx.analysis.resolve_splits(v) for v in ins]
     for v in ins:
         for axis in v.axes:
-            c.freeze(axis, "touched by the unknown primitive")
+            ctx.freeze(axis, "touched by the unknown primitive")
     if any(axis is not FIXED and axis is not None for v in ins for axis in v.axes):
-        c.found.unknown.add(c.op.name)
-    c.found.uncounted.add(c.op.name)
-    return [blend(ins, (FIXED,) * len(c.out_shape(i))) for i in range(len(c.op.outputs))]
+        ctx.analysis.unknown.add(ctx.op.name)
+    ctx.analysis.uncounted.add(ctx.op.name)
+    return [combine(ins, (FIXED,) * len(ctx.out_shape(i))) for i in range(len(ctx.op.outputs))]
 
 
-def _fresh(c: Context, ins: list[Value]) -> list[Value]:
-    """Random bits and the like: made at whatever size is asked for, but varying along every axis."""
-    c.found.uncounted.add(c.op.name)
-    return [blend(ins, (FIXED,) * len(c.out_shape(i))) for i in range(len(c.op.outputs))]
+def _fresh(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """Random bits and similar: produced at any size, and varying along every axis."""
+    ctx.analysis.uncounted.add(ctx.op.name)
+    return [combine(ins, (FIXED,) * len(ctx.out_shape(i))) for i in range(len(ctx.op.outputs))]
 
 
-def _reduce(c: Context, ins: list[Value]) -> list[Value]:
-    gone = set(c.op.params["axes"])
-    ins = [_spare(c, v, gone) for v in ins]
-    if c.op.name in ("argmax", "argmin"):
-        c.found.uncounted.add(c.op.name)
-    zero = c.op.name == "reduce_sum" and ins[0].number == 0.0
-    (c.fold if zero else c.count)(math.prod(c.shape(0)) - math.prod(c.out_shape()))
+def _reduce(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    gone = set(ctx.op.params["axes"])
+    ins = [spare(ctx, v, gone) for v in ins]
+    if ctx.op.name in ("argmax", "argmin"):
+        ctx.analysis.uncounted.add(ctx.op.name)
+    zero = ctx.op.name == "reduce_sum" and ins[0].number == 0.0
+    (ctx.count_foldable if zero else ctx.count)(math.prod(ctx.shape(0)) - math.prod(ctx.out_shape()))
     if zero:
-        return [Value((UNIFORM,) * len(c.out_shape()), number=0.0)]
+        return [AbstractValue((UNIFORM,) * len(ctx.out_shape()), number=0.0)]
     for v in ins:
         for i in gone:
-            if c.op.name == "reduce_sum" and v.weight and c.found.stored(v, v.axes[i]):
-                c.found.reads.append(v.axes[i])  # as the norm of a kernel, to which what is gated by 0 adds nothing
+            if ctx.op.name == "reduce_sum" and v.weight and ctx.analysis.is_stored(v, v.axes[i]):
+                ctx.analysis.contracted.append(v.axes[i])  # a kernel's norm, to which gated entries add nothing
             else:
-                c.freeze(v.axes[i], "its units are mixed by")
-    keep = [i for i in range(len(c.shape(0))) if i not in gone]
-    axes = [c.found.merge([v.axes[i] for v in ins if len(v.axes) > i], c) for i in keep]
-    linear = c.op.name == "reduce_sum" and all(v.linear for v in ins)
-    return [blend(ins, axes, linear)] * len(c.op.outputs)
+                ctx.freeze(v.axes[i], "its units are mixed by")
+    keep = [i for i in range(len(ctx.shape(0))) if i not in gone]
+    axes = [ctx.analysis.merge([v.axes[i] for v in ins if len(v.axes) > i], ctx) for i in keep]
+    linear = ctx.op.name == "reduce_sum" and all(v.linear for v in ins)
+    return [combine(ins, axes, linear)] * len(ctx.op.outputs)
 
 
-def _along(c: Context, ins: list[Value]) -> list[Value]:
-    """Sorts and cumulative operations: mix the indices of one axis."""
-    axis = c.op.params["axis"] if "axis" in c.op.params else c.op.params["dimension"]
-    ins = [_spare(c, v, [axis]) for v in ins]
-    c.found.uncounted.add(c.op.name)
+def _along(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """Sorts and cumulative operations, which mix the indices of one axis."""
+    axis = ctx.op.params["axis"] if "axis" in ctx.op.params else ctx.op.params["dimension"]
+    ins = [spare(ctx, v, [axis]) for v in ins]
+    ctx.analysis.uncounted.add(ctx.op.name)
     for v in ins:
-        c.freeze(v.axes[axis], "its units are mixed by")
-    axes = [c.found.merge([v.axes[i] for v in ins], c) for i in range(len(c.out_shape()))]
+        ctx.freeze(v.axes[axis], "its units are mixed by")
+    axes = [ctx.analysis.merge([v.axes[i] for v in ins], ctx) for i in range(len(ctx.out_shape()))]
     axes[axis] = FIXED
-    return [blend(ins, axes)] * len(c.op.outputs)
+    return [combine(ins, axes)] * len(ctx.op.outputs)
 
 
-def _top_k(c: Context, ins: list[Value]) -> list[Value]:
-    return _along(c, ins) if "axis" in c.op.params else unknown(c, ins)
+def _top_k(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    return _along(ctx, ins) if "axis" in ctx.op.params else unknown(ctx, ins)
 
 
-def _window(c: Context, ins: list[Value]) -> list[Value]:
-    """Pooling: free along axes whose window is 1."""
-    sizes = c.op.params["window_dimensions"]
-    pooled = [i for i, n in enumerate(c.out_shape()) if sizes[i] != 1 or n != c.shape(0)[i]]
-    ins = [_spare(c, v, pooled) for v in ins]
-    c.count(math.prod(c.out_shape()) * (math.prod(sizes) - 1))
+def _window(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """Pooling, free along axes whose window is 1."""
+    sizes = ctx.op.params["window_dimensions"]
+    pooled = [i for i, n in enumerate(ctx.out_shape()) if sizes[i] != 1 or n != ctx.shape(0)[i]]
+    ins = [spare(ctx, v, pooled) for v in ins]
+    ctx.count(math.prod(ctx.out_shape()) * (math.prod(sizes) - 1))
     axes: list[Axis] = list(ins[0].axes)
     for i in pooled:
-        c.freeze(axes[i], "its units are pooled by")
+        ctx.freeze(axes[i], "its units are pooled by")
         axes[i] = FIXED
-    return [blend(ins, axes)] * len(c.op.outputs)
+    return [combine(ins, axes)] * len(ctx.op.outputs)
 
 
-def _gather(c: Context, ins: list[Value]) -> list[Value]:
-    numbers, sizes = c.op.params["dimension_numbers"], c.op.params["slice_sizes"]
-    hidden = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    whole = [i for i, n in enumerate(c.shape(0)) if i not in hidden and sizes[i] == n]  # these can only start at 0
-    table = c.found.settle(ins[0], whole)
-    shown = [i for i in range(len(table.axes)) if i not in hidden]
-    axes: list[Axis] = [FIXED] * len(c.out_shape())
-    for target, i in zip(numbers.offset_dims, shown, strict=True):
-        if i in whole:
-            axes[target] = table.axes[i]
-    for i in range(len(table.axes)):
-        if i not in whole:
-            c.freeze(table.axes[i], "indexed by")
-    for axis in ins[1].axes:
-        c.freeze(axis, "used as an index in")
-    if c.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        c.count(math.prod(c.out_shape()) + 3 * math.prod(c.shape(1)))
-    # Linear in the stored kernels also where the network's inputs decide which are picked, as a token's experts.
-    return [blend(ins, axes)._replace(linear=table.linear, normalised=table.normalised)]
+def _fft(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """A Fourier transform of the last axes, linear along the others."""
+    rank, count = len(ctx.shape(0)), len(ctx.op.params["fft_lengths"])
+    kept = range(rank - count)
+    value = ctx.analysis.resolve_splits(ins[0], kept)
+    for axis in value.axes[rank - count :]:
+        ctx.freeze(axis, "its units are mixed by")
+    ctx.analysis.uncounted.add(ctx.op.name)
+    return [combine(ins, [*(value.axes[i] for i in kept), *[FIXED] * count], value.linear)]
 
 
-def _scatter(c: Context, ins: list[Value]) -> list[Value]:
-    """Free along axes of which the updates have all."""
-    c.found.uncounted.add(c.op.name)
-    numbers = c.op.params["dimension_numbers"]
-    hidden = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    shown = [i for i in range(len(c.shape(0))) if i not in hidden]
-    target = dict(zip(shown, numbers.update_window_dims, strict=True))
-    whole = {i: j for i, j in target.items() if c.shape(0)[i] == c.shape(2)[j]}
-    operand, updates = c.found.settle(ins[0], list(whole)), c.found.settle(ins[2], list(whole.values()))
-    return [_written(c, [operand, ins[1], updates], whole)]
+def _reduce_by_function(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """`jax.lax.reduce` by an arbitrary function; the second half of the operands are initial values."""
+    ctx.analysis.uncounted.add(ctx.op.name)
+    gone = ctx.op.params["dimensions"]
+    kept = [i for i in range(len(ctx.shape(0))) if i not in gone]
+    arrays = [ctx.analysis.resolve_splits(v, kept) for v in ins[: len(ins) // 2]]
+    for v in arrays:
+        for i in gone:
+            ctx.freeze(v.axes[i], "its units are mixed by")
+    return [combine(ins, [ctx.analysis.merge([v.axes[i] for v in arrays], ctx) for i in kept])] * len(ctx.op.outputs)
 
 
-def _dynamic_update_slice(c: Context, ins: list[Value]) -> list[Value]:
-    c.found.uncounted.add(c.op.name)
-    whole = {i: i for i, (n, m) in enumerate(zip(c.shape(0), c.shape(1), strict=True)) if n == m}
-    operand, updates = (c.found.settle(v, list(whole)) for v in ins[:2])
-    return [_written(c, [operand, *ins[2:], updates], whole)]
+def _approx_top_k(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    ctx.analysis.uncounted.add(ctx.op.name)
+    along = ctx.op.params["reduction_dimension"] % len(ctx.shape(0))
+    value = ctx.analysis.resolve_splits(ins[0], [i for i in range(len(ctx.shape(0))) if i != along])
+    ctx.freeze(value.axes[along], "its units are mixed by")
+    axes: list[Axis] = [FIXED if i == along else axis for i, axis in enumerate(value.axes)]
+    return [combine(ins, axes)] * len(ctx.op.outputs)
 
 
-def _written(c: Context, ins: list[Value], whole: dict[int, int]) -> Value:
-    """The first operand with parts of it replaced by the last; whole: axes that both have in full."""
-    operand, *indices, updates = ins
-    axes: list[Axis] = []
-    for i, axis in enumerate(operand.axes):
-        if i in whole:
-            axes.append(c.found.merge([axis, updates.axes[whole[i]]], c))
-        else:
-            c.freeze(axis, "written to at some of its indices by")
-            axes.append(FIXED)
-    for j, axis in enumerate(updates.axes):
-        if j not in whole.values():
-            c.freeze(axis, "written to places given by indices in")
-    for value in indices:
-        for axis in value.axes:
-            c.freeze(axis, "used as an index in")
-    return blend(ins, axes)
-
-
-def _dynamic_slice(c: Context, ins: list[Value]) -> list[Value]:
-    cut = [i for i, (n, m) in enumerate(zip(c.shape(0), c.out_shape(), strict=True)) if n != m]
-    starts = [v.number for v in ins[1:]]
-    if None not in starts:  # known, so that it is a slice
-        sizes = [(i, c.out_shape()[i], c.shape(0)[i]) for i in cut]
-        first = {i: min(max(int(starts[i] or 0), 0), size - n) for i, n, size in sizes}  # as the primitive clamps it
-        return [cut_axes(c, ins[0], {i: slice(first[i], first[i] + n) for i, n, _ in sizes})]
-    table = _spare(c, ins[0], cut)
-    axes: list[Axis] = list(table.axes)
-    for i in cut:
-        c.freeze(axes[i], "indexed by")
-        axes[i] = FIXED
-    return [blend(ins, axes, table.linear)]
+def _triangular_solve(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
+    """Free along the axis of the right-hand sides; the matrix mixes the other axis."""
+    ctx.analysis.uncounted.add(ctx.op.name)
+    rank = len(ctx.out_shape())
+    solved, sides = (rank - 2, rank - 1) if ctx.op.params["left_side"] else (rank - 1, rank - 2)
+    matrix, value = (
+        ctx.analysis.resolve_splits(ins[0], range(rank - 2)),
+        ctx.analysis.resolve_splits(ins[1], [*range(rank - 2), sides]),
+    )
+    for axis in (*matrix.axes[-2:], value.axes[solved]):
+        ctx.freeze(axis, "its units are mixed by")
+    axes: list[Axis] = [ctx.analysis.merge([matrix.axes[i], value.axes[i]], ctx) for i in range(rank - 2)] + [
+        FIXED,
+        FIXED,
+    ]
+    axes[sides] = value.axes[sides]
+    return [combine(ins, axes, value.linear and not matrix.weight)]
 
 
 RULES: dict[str, Rule] = {
-    "gather": _gather, "dynamic_slice": _dynamic_slice, "dynamic_update_slice": _dynamic_update_slice, "top_k": _top_k,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max"), _scatter),
+    "top_k": _top_k, "reduce": _reduce_by_function, "approx_top_k": _approx_top_k, "fft": _fft,
+    "triangular_solve": _triangular_solve,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor",
                      "argmax", "argmin"), _reduce),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort"), _along),

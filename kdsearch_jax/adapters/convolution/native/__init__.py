@@ -1,13 +1,13 @@
-"""Dense convolutions in C++ for XLA's CPU backend, compiled on first use by the machine's own compiler.
+"""Convolutions in C++ for XLA's CPU backend, compiled on first use by the machine's own compiler.
 
-XLA:CPU computes the gradient of a convolution's kernel about four times slower than PyTorch, and convolutions of few
+XLA:CPU computes the gradient of a convolution kernel about four times slower than PyTorch, and convolutions with few
 channels about twice as slow. `convolution.cc` has the three products of a convolution (values, gradient of the input,
-gradient of the kernel) as handlers of XLA's foreign function interface (`jax.ffi`). They use the compiler's portable
-vectors and XLA's own threads; results do not depend on the number of threads.
+gradient of the kernel) as handlers of XLA's foreign function interface (`jax.ffi`). They use the compiler's vector
+extensions and XLA's thread pool; results do not depend on the number of threads.
 
 `ready` compiles them once per machine, JAX version and source into the user's cache directory, compares them with
-XLA's own convolution, and registers them. It returns False, and says why in the log, where this is not Linux, there is
-no C++ compiler (`CXX`, `c++`, `g++`, `clang++`), the compiler fails, or KDSEARCH_NATIVE=0. Callers then use XLA's.
+XLA's own convolution, and registers them. It returns False and logs the reason if this is not Linux, there is no C++
+compiler (`CXX`, `c++`, `g++`, `clang++`), compilation fails, or KDSEARCH_NATIVE=0; callers then use XLA's convolutions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 
 
 class UnavailableError(RuntimeError):
-    """The kernels cannot be compiled, or compute something else than XLA."""
+    """The kernels cannot be compiled, or their results differ from XLA's."""
 
 
 @functools.cache
@@ -56,25 +56,25 @@ def ready() -> bool:
             return True
         log.info("compiling convolutions for this CPU, once: %s", final)
         with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-            made = Path(folder) / final.name
-            _compile(compiler, made)
-            _register(made)
+            library = Path(folder) / final.name
+            _compile(compiler, library)
+            _register(library)
             _check()
-            made.replace(final)
+            library.replace(final)
     except (UnavailableError, OSError, subprocess.SubprocessError) as error:
-        log.info("convolutions on this CPU are XLA's own, training takes about twice as long: %s", error)
+        log.info("using XLA's own convolutions on this CPU, training takes about twice as long: %s", error)
         return False
     return True
 
 
 def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Sequence[int]) -> Array:
-    """One of the three products, of float32 arrays with channels last.
+    """One of the three products of float32 arrays, channels last.
 
     Args:
       handler: "forward" of (x, w), "input_gradient" of (y, w), or "kernel_gradient" of (x, y).
       result: shape of what is returned.
-      shape: images, height, width, inputs, height and width of the kernel, outputs, height and width of the output, and
-        for both axes in turn: strides, padding before, dilation.
+      shape: images, height, width, inputs, kernel height, kernel width, outputs, output height, output width, then two
+        each of strides, padding before, and dilation.
     """
     call = jax.ffi.ffi_call(f"kdsearch_{handler}", jax.ShapeDtypeStruct(result, jnp.float32))
     return call(a, b, shape=np.asarray(shape, np.int64))
@@ -83,14 +83,14 @@ def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Se
 def _compiler() -> str:
     if sys.platform != "linux":
         raise UnavailableError(f"no kernels for {sys.platform}")
-    found = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if found is None or shutil.which(found) is None:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None or shutil.which(compiler) is None:
         raise UnavailableError("there is no C++ compiler; install g++ or set CXX")
-    return found
+    return compiler
 
 
 def _digest(compiler: str) -> str:
-    """Names a library by all that it depends on."""
+    """A hash of everything that the compiled library depends on."""
     parts = (compiler, *_FLAGS, jax.__version__, _processor())
     return hashlib.sha256(SOURCE.read_bytes() + "|".join(parts).encode()).hexdigest()[:20]
 
@@ -111,10 +111,9 @@ def _register(library: Path) -> None:
 
 
 def _processor() -> str:
-    """What the machine's processor can do: a home directory may be shared by different machines."""
+    """The processor's features, since machines with different processors may share a home directory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return platform.machine() + found
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _cache() -> Path:
@@ -123,8 +122,8 @@ def _cache() -> Path:
     folder = base / "kdsearch_jax"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if os.access(folder, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return folder
     except OSError:
         pass
@@ -132,7 +131,7 @@ def _cache() -> Path:
 
 
 def _check() -> None:
-    """Raises UnavailableError where the kernels differ from XLA's on small whole numbers, whose sums are exact."""
+    """Raises UnavailableError if the kernels differ from XLA's on small integers, whose sums are exact."""
     random, strides, pads = np.random.default_rng(0), (2, 1), ((1, 1), (2, 0))
     x, w = (random.integers(-3, 4, shape).astype(np.float32) for shape in ((3, 9, 20, 19), (3, 3, 19, 37)))
     shape = (3, 9, 20, 19, 3, 3, 37, 5, 20, *strides, 1, 2, 1, 1)
@@ -147,7 +146,7 @@ def _check() -> None:
         return [(product(name, c.shape, a, b, shape), c) for name, (a, b, c) in operands.items()]
 
     with jax.ensure_compile_time_eval():
-        found = jax.jit(both)(x, w)
-    for name, (ours, theirs) in zip(HANDLERS, found, strict=True):
+        results = jax.jit(both)(x, w)
+    for name, (ours, theirs) in zip(HANDLERS, results, strict=True):
         if not np.array_equal(ours, theirs):
             raise UnavailableError(f"the compiled {name} differs from XLA's")

@@ -1,9 +1,8 @@
-"""What the layers of flax.nnx say of their own sizes, read off the arrays that they hold.
+"""The size attributes of flax.nnx layers, derived from their arrays.
 
-An NNX layer keeps its sizes twice: in its arrays, and as attributes (`in_features`, `kernel_shape`, `num_heads`), some
-of which it reads when it is called. When the arrays have been cut, `attributes` says what the attributes must be, so
-that the layer works and tells the truth. Arrays may have leading axes that are mapped or scanned over: sizes are
-counted from the end.
+An NNX layer stores its sizes twice: as the shapes of its arrays, and as attributes (`in_features`, `kernel_shape`,
+`num_heads`), some of which it reads when it is called. `layer_attributes` says what the attributes must be once the
+arrays have been sliced. Arrays may have leading axes that are mapped or scanned over, so axes are counted from the end.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from typing import Any
 
 from flax import nnx
 
-Sizes = dict[str, Any]
+from kdsearch_jax.adapters.base import Sizes
 
 
-def attributes(old: Any, new: Any) -> Sizes:
-    """{attribute: value} of `new`, the layer `old` with arrays of other shapes; {} for a layer that is not Flax's own.
+def layer_attributes(old: Any, new: Any) -> Sizes:
+    """{attribute: value} that must change in `new`, which is the layer `old` with arrays of other shapes.
 
-    Attributes that are no longer as the layer's arrays say in `old` are the user's business, and left alone.
+    Attributes that disagree with the arrays of `old` were set by the user and are left alone.
     """
     rule = next((rule for kind, rule in _RULES if isinstance(old, kind)), None)
     if rule is None:
         return {}
     try:
         before, after = rule(old, old), rule(old, new)
-    except (AttributeError, IndexError, ZeroDivisionError):  # its parts were replaced by something else
+    except (AttributeError, IndexError, ZeroDivisionError):  # the user replaced a sublayer by something else
         return {}
     return {
         name: value
@@ -55,7 +54,7 @@ def _linear_general(old: Any, new: Any) -> Sizes:
 
 
 def _conv(old: Any, new: Any) -> Sizes:
-    # Whole groups go, so the outputs of each stay as many as they were.
+    # Whole groups are removed, so the number of outputs per group does not change.
     groups = old.feature_group_count
     groups = max(1, _kernel(new)[-1] * groups // _kernel(old)[-1]) if groups > 1 else 1
     return {
@@ -88,7 +87,7 @@ def _embed(old: Any, new: Any) -> Sizes:
 
 
 def _features(layer: Any) -> int:
-    """Of a normalisation, by any array that it has; AttributeError where it has none."""
+    """The features of a normalisation layer, from any of its arrays; AttributeError if it has none."""
     names = (name for name in ("mean", "scale", "bias") if getattr(layer, name, None) is not None)
     return _kernel(layer, next(names, "scale"))[-1]
 
@@ -98,7 +97,7 @@ def _norm(old: Any, new: Any) -> Sizes:
 
 
 def _group_norm(old: Any, new: Any) -> Sizes:
-    return {"num_groups": _features(new) // old.group_size}  # whole groups go
+    return {"num_groups": _features(new) // old.group_size}  # whole groups are removed
 
 
 def _attention(old: Any, new: Any) -> Sizes:
@@ -119,7 +118,7 @@ def _lora(old: Any, new: Any) -> Sizes:
 
 
 def _cell(ins: str, hidden: str) -> Callable[[Any, Any], Sizes]:
-    """A recurrent cell, by its layers that read the input and the state."""
+    """A recurrent cell, by the names of the layers that read its input and its state."""
     return lambda old, new: {
         "in_features": _kernel(getattr(new, ins))[-2],
         "hidden_features": _kernel(getattr(new, hidden))[-2],

@@ -1,9 +1,10 @@
-"""Residual branches, found from the equations alone.
+"""Finds residual branches from the equations alone.
 
-An addition of two activations where one operand has a part of the network to itself (its *region*: operations whose
-results go nowhere else) and reads something that the other operand is made of, is a residual connection; the operand
-with the costlier region is the branch. Its gate must scale it as a whole, so it scales the parameters that end it: the
-scale and bias of a last BatchNorm, the kernel and bias of a last Dense, whatever the walk back finds to be linear.
+An addition of two activations is a residual connection where one operand has an exclusive part of the network behind it
+(its *region*: operations whose results are used nowhere else) whose inputs the other operand also depends on. The
+operand with the more expensive region is the branch. The branch's gate must scale all of it, so it multiplies the
+parameters at its end: the scale and bias of a final BatchNorm, the kernel and bias of a final Dense, or whatever linear
+parameters are found by going back from the addition.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from kdsearch_jax.tracing.program import Program
 
-_PASS = {
+_LINEAR = {
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "neg", "slice",
     "reduce_sum", "copy", "reduce_precision", "rev", "split", "optimization_barrier", "reduce_window_sum", "cumsum",
     "gather", "fft", "real", "imag", "conj",
@@ -24,9 +25,16 @@ _PASS = {
 
 
 @dataclass(frozen=True)
-class Branch:
-    """end: the value that is added; ops: its region; scalers: leaves whose joint scaling scales it; leaves: those read
-    nowhere else; terms: by operation, the products it counts."""
+class ResidualBranch:
+    """A residual branch.
+
+    Attributes:
+      end: the value that is added to the shortcut.
+      ops: its region.
+      scalers: parameters; scaling all of them by g scales the branch by g.
+      leaves: parameters that only the region reads.
+      terms: {operation: its cost terms}.
+    """
 
     end: int
     ops: frozenset[int]
@@ -36,11 +44,13 @@ class Branch:
     scope: str
 
 
-def find(graph: Graph, cost: dict[int, tuple[float, tuple[int, ...]]]) -> tuple[list[Branch], list[str]]:
-    """All residual branches, and the scopes of additions that look like one but that no parameter scales.
+def find_branches(
+    graph: DataflowGraph, cost: dict[int, tuple[float, tuple[int, ...]]]
+) -> tuple[list[ResidualBranch], list[str]]:
+    """All residual branches, and the scopes of residual additions whose branch no parameter scales.
 
     Args:
-      cost: {op: (MACs, term numbers)} of convolutions, dots and loops.
+      cost: {operation: (MACs, term numbers)} of convolutions, dots and loops.
     """
     branches, refused = [], []
     for op in graph.program.ops:
@@ -61,23 +71,26 @@ def find(graph: Graph, cost: dict[int, tuple[float, tuple[int, ...]]]) -> tuple[
                 continue
             inside = frozenset(n for n in graph.leaf.values() if graph.users_of(n) and graph.users_of(n) <= region)
             terms = {o: cost[o][1] for o in sorted(region) if o in cost}
-            branches.append(Branch(op.inputs[pick], frozenset(region), frozenset(scalers), inside, terms, op.scope))
+            branches.append(
+                ResidualBranch(op.inputs[pick], frozenset(region), frozenset(scalers), inside, terms, op.scope)
+            )
             break
         else:
             refused += [op.scope] * unscaled
     return branches, refused
 
 
-class Graph:
-    """Who makes and who reads each value.
+class DataflowGraph:
+    """Producers and consumers of each value.
 
-    program: the network; its first `leaves` inputs are the parameters; active: (values,) whether a value depends on the
-    network's inputs.
+    Args:
+      program: its first `leaves` inputs are the parameters.
+      active: (values,) whether a value depends on the network's inputs.
     """
 
     def __init__(self, program: Program, active: np.ndarray, leaves: int):
         self.program, self.active = program, active
-        self.maker = {v: i for i, op in enumerate(program.ops) for v in op.outputs}
+        self.producer = {v: i for i, op in enumerate(program.ops) for v in op.outputs}
         self.uses: dict[int, list[int]] = {v: [] for v in range(len(program.avals))}
         for i, op in enumerate(program.ops):
             for v in op.inputs:
@@ -88,90 +101,90 @@ class Graph:
         self._sources: list[int] | None = None
 
     def users_of(self, leaf: int) -> set[int]:
-        """Operations that read a parameter."""
+        """The operations that read a parameter."""
         return set(self.uses[self.program.inputs[leaf]])
 
     def region(self, value: int) -> set[int]:
-        """Operations whose results reach nothing but the one reader of `value`, through it."""
-        if len(self.uses[value]) != 1 or value not in self.maker:
+        """The operations whose results are used only through `value`, which has a single consumer."""
+        if len(self.uses[value]) != 1 or value not in self.producer:
             return set()
         inside: set[int] = set()
-        met: Counter[int] = Counter()
-        waiting = [self.maker[value]]
+        uses_inside: Counter[int] = Counter()
+        waiting = [self.producer[value]]
         while waiting:
             op = waiting.pop()
             inside.add(op)
             for v in self.program.ops[op].inputs:
-                maker = self.maker.get(v)
-                if maker is None:
+                producer = self.producer.get(v)
+                if producer is None:
                     continue
-                met[maker] += 1
-                if met[maker] == sum(len(self.uses[out]) for out in self.program.ops[maker].outputs):
-                    waiting.append(maker)
+                uses_inside[producer] += 1
+                if uses_inside[producer] == sum(len(self.uses[out]) for out in self.program.ops[producer].outputs):
+                    waiting.append(producer)
         return inside
 
     def related(self, region: Collection[int], shortcut: int) -> bool:
-        """Whether what enters the region is made of the shortcut, or of something that the shortcut is made of too."""
+        """Whether an input of the region is the shortcut, or depends on an activation that the shortcut depends on."""
         sources = self.sources()
         entering = {v for op in region for v in self.program.ops[op].inputs if self.active[v]}
-        entering = {v for v in entering if self.maker.get(v, -1) not in region}
+        entering = {v for v in entering if self.producer.get(v, -1) not in region}
         if shortcut in entering:
             return True
-        ancestors = sources[self.maker[shortcut]] if shortcut in self.maker else 0
-        return any(v in self.maker and sources[self.maker[v]] & ancestors for v in entering)
+        ancestors = sources[self.producer[shortcut]] if shortcut in self.producer else 0
+        return any(v in self.producer and sources[self.producer[v]] & ancestors for v in entering)
 
     def sources(self) -> list[int]:
-        """For each operation, as the bits of a number, the operations on activations that its result is made of."""
+        """For each operation a bit mask of the operations on activations that its result depends on."""
         if self._sources is None:
             self._sources = []
             for index, op in enumerate(self.program.ops):
                 bits = 1 << index if any(self.active[v] for v in op.outputs) else 0
                 for v in op.inputs:
-                    bits |= self._sources[self.maker[v]] if v in self.maker else 0
+                    bits |= self._sources[self.producer[v]] if v in self.producer else 0
                 self._sources.append(bits)
         return self._sources
 
-    def left(self, branch: Branch, gone: Collection[int]) -> set[int]:
-        """Operations of a branch that its end still needs when the layers with the parameters `gone` return zeros."""
+    def remaining_ops(self, branch: ResidualBranch, gone: Collection[int]) -> set[int]:
+        """The operations that a branch still needs when the layers that hold the parameters `gone` return zeros."""
         without = {self.program.inputs[leaf] for leaf in gone}
         needed: set[int] = set()
         waiting = [branch.end]
         while waiting:
-            maker = self.maker.get(waiting.pop(), -1)
-            if maker not in branch.ops or maker in needed or self._reads(maker, without):
+            producer = self.producer.get(waiting.pop(), -1)
+            if producer not in branch.ops or producer in needed or self._reads(producer, without):
                 continue
-            needed.add(maker)
-            waiting.extend(self.program.ops[maker].inputs)
+            needed.add(producer)
+            waiting.extend(self.program.ops[producer].inputs)
         return needed
 
     def _reads(self, op: int, values: Collection[int]) -> bool:
-        """Whether an operation reads one of `values`, or what is made of these and of constants alone."""
+        """Whether an operation reads one of `values`, directly or through operations on parameters only."""
         waiting = [v for v in self.program.ops[op].inputs if not self.active[v]]
         while waiting:
             value = waiting.pop()
             if value in values:
                 return True
-            waiting.extend(self.program.ops[self.maker[value]].inputs if value in self.maker else ())
+            waiting.extend(self.program.ops[self.producer[value]].inputs if value in self.producer else ())
         return False
 
     def scalers(self, value: int, region: Collection[int]) -> set[int] | None:
-        """Parameters such that scaling all of them by g ≥ 0 scales `value` by g; None where there are none."""
+        """Parameters such that scaling all of them by g ≥ 0 scales `value` by g; None where there are no such."""
         if value in self.leaf:
             return {self.leaf[value]}
-        maker = self.maker.get(value, -1)
-        if maker not in region:
+        producer = self.producer.get(value, -1)
+        if producer not in region:
             return None
-        op = self.program.ops[maker]
-        if op.name in _PASS:
+        op = self.program.ops[producer]
+        if op.name in _LINEAR:
             return self.scalers(op.inputs[0], region)
         if op.name in ("add", "sub", "add_any", "complex", "concatenate"):
             parts = [self.scalers(v, region) for v in op.inputs]
             return None if any(part is None for part in parts) else set().union(*filter(None, parts))
         if op.name in ("mul", "dot_general", "conv_general_dilated", "einsum", "ragged_dot_general"):
             weights_first = sorted(op.inputs, key=lambda v: bool(self.active[v]))
-            return next((found for v in weights_first if (found := self.scalers(v, region))), None)
+            return next((leaves for v in weights_first if (leaves := self.scalers(v, region))), None)
         if op.name == "div":
             return self.scalers(op.inputs[0], region)
         if op.name == "max" and any(np.all(self.program.constants.get(v, 1) == 0) for v in op.inputs):
-            return next((found for v in op.inputs if (found := self.scalers(v, region))), None)
+            return next((leaves for v in op.inputs if (leaves := self.scalers(v, region))), None)
         return None

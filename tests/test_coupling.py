@@ -1,5 +1,7 @@
-"""The rules of the walk: small networks, each with the groups and the frozen axes that must be found in it, and each
-proved: random cuts give the logits of the gated network and cost what was counted."""
+"""Small networks with the groups and frozen axes that tracing must find.
+
+Each is proved: students with random units removed compute the gated network's logits and cost what was predicted.
+"""
 
 import flax.linen as nn
 import jax
@@ -120,7 +122,7 @@ def tied_embedding(m, x):
 
 @case(VECTOR, neurons(a=6, b=12))
 def size_derived_from_another(m, x):
-    """The code makes `b` twice as wide as `a`; a student's `b` may have any width."""
+    """`b` is twice as wide as `a`; a student's `b` may have any width."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     return out(nn.relu(nn.Dense(2 * x.shape[-1], name="b")(x)))
 
@@ -203,13 +205,13 @@ def sliced_at_a_written_place(m, x):
 
 @case(VECTOR, neurons(b=4), {"a/kernel[1]": "no kernel reads it"})
 def slice_that_would_show_others(m, x):
-    """The last three of eight: with one of the eight gone the code still takes three."""
+    """The last three of eight channels: with one removed, the code still takes three."""
     return out(nn.relu(nn.Dense(4, name="b")(nn.relu(nn.Dense(8, name="a")(x))[:, -3:])))
 
 
 @case(VECTOR, {**neurons(b=4), **branch("b")}, {"a/kernel[1]": "needs this size"})
 def window_in_the_middle(m, x):
-    """Sizes fit when one outside is gone: only the labels tell that the window shows others."""
+    """The sizes fit when a channel outside of the window is removed; only labels show that the window moved."""
     x = nn.relu(nn.Dense(8, name="a")(x))
     return out(nn.relu(nn.Dense(4, name="b")(x) + nn.Dense(4, name="c")(x[:, 2:5])))
 
@@ -222,7 +224,7 @@ def gated_linear_unit(m, x):
 
 @case(VECTOR, {**neurons(a=4, b=4), **branch("c")})
 def halves_that_go_separate_ways(m, x):
-    """`split` moves the middle when one half loses a unit: each unit of one half goes with one of the other."""
+    """`split` moves the middle when one half loses a unit, so the halves are paired unit by unit."""
     a, b = jnp.split(nn.relu(nn.Dense(8, name="a")(x)), 2, axis=-1)
     return out(nn.relu(nn.Dense(4, name="b")(a) + nn.Dense(4, name="c")(b)))
 
@@ -235,14 +237,14 @@ def halves_that_change_places(m, x):
 
 @case(VECTOR, neurons(a=2, b=2))
 def halves_of_two(m, x):
-    """Groups so small that losing one unit is all they can do."""
+    """Groups that can lose only one unit."""
     a, b = jnp.split(nn.relu(nn.Dense(4, name="a")(x)), 2, axis=-1)
     return out(jnp.tanh(nn.Dense(2, name="b")(a)) * nn.Dense(2, name="c")(b))
 
 
 @case(IMAGE, channels(a=4, b=5))
 def channel_shuffle(m, x):
-    """Runs at any even width, and computes something else unless one of each half goes with one of the other."""
+    """Runs at any even width, but computes something else unless the halves lose the same units."""
     x = nn.relu(nn.Conv(8, (1, 1), name="a")(x))
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, 2, c // 2).swapaxes(-1, -2).reshape(b, h, w, c)
@@ -271,7 +273,7 @@ def pooled_over_channels(m, x):
 
 @case(VECTOR, neurons(a=2, b=5), {"a/kernel[1]": "needs this size"})
 def last_two_in_place_of_the_first_two(m, x):
-    """The two in the middle are free: all places are counted from the ends."""
+    """The two channels in the middle are free, since all indices are counted from the ends."""
     x = nn.relu(nn.Dense(6, name="a")(x))
     return out(nn.relu(nn.Dense(5, name="b")(jnp.concatenate([x[:, ::-1][:, :2], x[:, 2:]], -1))))
 
@@ -362,7 +364,7 @@ def divided_by_a_count_of_ones(m, x):
     return out(nn.relu(nn.Dense(5, name="b")(x / jnp.ones_like(x[:1]).sum())))
 
 
-@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in tanh of an_operation_more_from_some_size_on (tests/test_walk.py:"})
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in tanh of an_operation_more_from_some_size_on (tests/test_coupling.py:"})
 def an_operation_more_from_some_size_on(m, x):
     x = nn.relu(nn.Dense(6, name="a")(x))
     x = jnp.tanh(x) if x.shape[-1] >= 6 else x
@@ -370,7 +372,9 @@ def an_operation_more_from_some_size_on(m, x):
 
 
 @case(
-    VECTOR, neurons(b=5), {"a/kernel[1]": "in sin of an_operation_more_below_some_size_at_the_end (tests/test_walk.py:"}
+    VECTOR,
+    neurons(b=5),
+    {"a/kernel[1]": "in sin of an_operation_more_below_some_size_at_the_end (tests/test_coupling.py:"},
 )
 def an_operation_more_below_some_size_at_the_end(m, x):
     x = nn.relu(nn.Dense(6, name="a")(x))
@@ -378,7 +382,7 @@ def an_operation_more_below_some_size_at_the_end(m, x):
     return y if x.shape[-1] >= 6 else jnp.sin(y)
 
 
-@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in add of as_many_operations_as_units (tests/test_walk.py:"})
+@case(VECTOR, neurons(b=5), {"a/kernel[1]": "in add of as_many_operations_as_units (tests/test_coupling.py:"})
 def as_many_operations_as_units(m, x):
     x = nn.relu(nn.Dense(6, name="a")(x))
     for _ in range(x.shape[-1]):

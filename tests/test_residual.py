@@ -1,4 +1,4 @@
-"""Residual branches in the ways in which strangers write them: found, dropped, proved, and gone from what runs."""
+"""Residual branches as third-party code writes them: found, removed, proved, and absent from the compiled student."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 from proof import groups, image, network, norm, out, pooled, prove, reasons, traced, variables_of
 
 from kdsearch_jax.pruning import gates, surgery
-from kdsearch_jax.tracing.program import flatten
+from kdsearch_jax.tracing.program import flatten_jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -17,7 +17,7 @@ CASES = []
 
 
 def case(left, *branches):
-    """A network with the names of its branches, and how many products are left without them."""
+    """A network with the names of its branches, and the number of products that remain without them."""
 
     def register(function):
         CASES.append(pytest.param(network(function), branches, left, id=function.__name__))
@@ -60,8 +60,8 @@ def norm_at_the_end_of_the_branch(m, x):
 
 
 @case(2, "a0", "f01+f02", "a1", "f11+f12")
-def attention_beside_mlp(m, x):
-    """As in GPT-J and PaLM: both read the same normalised input."""
+def parallel_attention_and_mlp(m, x):
+    """As in GPT-J and PaLM: attention and MLP read the same normalised input."""
     x = nn.Dense(8, name="e")(x)
     for i in range(2):
         h = layer_norm(f"n{i}", x)
@@ -110,7 +110,7 @@ def gated_by_a_number_and_by_itself(m, x):
 
 @case(2, "c1+tp")
 def with_another_input(m, x):
-    """As in networks of diffusion: the time's embedding is added inside the branch."""
+    """As in diffusion models: a time embedding is added inside the branch."""
     time = nn.silu(nn.Dense(6, name="t")(x[:, 0]))
     x = nn.Dense(8, name="e")(x)
     h = nn.Dense(8, name="c1")(nn.silu(layer_norm("n1", x))) + nn.Dense(8, name="tp")(time)[:, None]
@@ -138,7 +138,7 @@ def dense_connections(m, x):
 
 
 class UserTeacher(nn.Module):
-    """A stranger's own layer, with its kernel the other way round."""
+    """A custom layer with a transposed kernel."""
 
     features: int
 
@@ -149,13 +149,13 @@ class UserTeacher(nn.Module):
 
 
 @case(2, "c1+n")
-def strangers_layers(m, x):
+def custom_layers(m, x):
     x = UserTeacher(8, name="e")(x)
     return out(pooled(x + UserTeacher(8, name="c2")(nn.gelu(UserTeacher(8, name="c1")(layer_norm("n", x))))))
 
 
 class Whole(nn.Module):
-    """A stranger's own layer that has the addition inside: it cannot be left out."""
+    """A custom layer that contains the addition, so it cannot be left out."""
 
     @nn.compact
     def __call__(self, x):
@@ -178,7 +178,7 @@ def test_branches(module, names, left):
     keep = gates.keep_all(found.topology)
     keep |= {group.name: np.zeros(1, bool) for group in found.topology.groups if group.kind == "branches"}
     student, left_over = found.student(keep), surgery.slice_variables(variables, found, keep)
-    program = flatten(jax.make_jaxpr(student.apply)(left_over, x))
+    program = flatten_jaxpr(jax.make_jaxpr(student.apply)(left_over, x))
     assert sum(op.name in ("dot_general", "conv_general_dilated") for op in program.ops) == left
 
 
