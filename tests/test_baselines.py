@@ -1,4 +1,4 @@
-"""Hand-made students: at the cost of the searched one, what their rule says of units and branches."""
+"""Baselines: they cost what the searched student does, and keep what their rule says."""
 
 from functools import cache
 
@@ -26,7 +26,7 @@ NETWORKS = {
 }
 
 
-KEEPING = ("uniform", "magnitude", "random", "bn_scale")  # every branch
+KEEPING = ("uniform", "magnitude", "random", "bn_scale")  # these keep every branch
 BUDGETS = [BudgetConfig(0.5), BudgetConfig(None, 0.6), BudgetConfig(0.6, 0.7, 2)]
 
 
@@ -51,7 +51,7 @@ def test_a_baseline_costs_what_the_searched_student_may(baseline, name, bounds):
     limits = budgets.resolve(bounds, found)
     baselines.check(found, limits)
     if (baseline, name) == ("bn_scale", "vit"):
-        with pytest.raises(BudgetError, match="no unit that may go is followed by a BatchNorm"):
+        with pytest.raises(BudgetError, match="BatchNorm"):
             baselines.select(baseline, variables, found, limits)
         return
     keep = baselines.select(baseline, variables, found, limits)
@@ -73,7 +73,7 @@ def test_uniform_keeps_the_same_share_of_every_layer(name):
 
 
 def test_the_units_of_largest_norm_stay():
-    """Norms that are known: unit i of a layer is made of weights i + 1, in an order of its own."""
+    """With known norms: unit i of a layer has weights i + 1, in a random order."""
     traced, variables, _ = network("cnn")
     found, random = traced.topology, np.random.default_rng(1)
     order = {group.name: random.permutation(group.size) for group in found.groups if group.kind != "branches"}
@@ -93,7 +93,7 @@ def test_the_units_of_largest_norm_stay():
 
 
 def test_magnitude_compares_layers_by_norms_over_their_mean():
-    """A layer of equal norms, however small, loses little before the least of other layers has gone."""
+    """A layer of equal norms, however small, loses few units before the smallest norms of other layers are removed."""
     traced, variables, _ = network("resnet")
     found = traced.topology
     flat_group = next(group for group in found.groups if group.kind == "channels")
@@ -105,12 +105,12 @@ def test_magnitude_compares_layers_by_norms_over_their_mean():
                 leaf = leaf[part]
             leaf[...] = 1e-3
     keep = baselines.select("magnitude", level, found, budgets.resolve(BudgetConfig(0.9), found))
-    assert keep[flat_group.name].mean() >= 0.5  # tiny as its weights are
+    assert keep[flat_group.name].mean() >= 0.5  # although its weights are tiny
     assert sum((~mask).sum() for name, mask in keep.items() if name != flat_group.name) > 0
 
 
 def test_the_largest_batch_norm_scales_stay_over_all_layers():
-    """Scales that are all different, some negative: those that stay are the largest, but for a layer's last unit."""
+    """Scales are all different, some negative: the largest stay, except for the last unit of a layer."""
     traced, variables, _ = network("resnet")
     found, random = traced.topology, np.random.default_rng(3)
     variables = jax.tree.map(np.array, variables)
@@ -129,7 +129,7 @@ def test_the_largest_batch_norm_scales_stay_over_all_layers():
         assert own and (np.sort(own[0][0].units)[-group.size :] == np.arange(group.size)).all()
         stays += each[keep[group.name]].tolist() if keep[group.name].sum() > 1 else []
         goes += each[~keep[group.name]].tolist()
-    # What was taken back to fill the budget up lies between the two.
+    # Units that were restored to fill the budget are in between.
     assert goes and np.quantile(goes, 0.95) <= min(stays) and np.quantile(stays, 0.05) >= np.median(goes)
 
 
@@ -199,26 +199,26 @@ def test_a_baseline_is_a_network_that_runs():
     assert logits.shape == (1, 10) and not student.dropped and student.layers
 
 
-def test_what_cannot_be_is_named():
+def test_impossible_baselines_are_named():
     traced, variables, _ = network("cnn")
     found = traced.topology
     limits = budgets.resolve(BudgetConfig(), found)
-    with pytest.raises(ValueError, match="baselines: 'unifrom' is unknown; did you mean 'uniform'"):
+    with pytest.raises(ValueError, match="'unifrom'.*'uniform'"):
         baselines.select("unifrom", variables, found, limits)
-    with pytest.raises(BudgetError, match="no residual branch may go: the network has none, or gates.kinds"):
+    with pytest.raises(BudgetError, match=r"gates\.kinds"):
         baselines.select("layers", variables, found.select(("channels",)), limits)
     branches = found.select(("branches",))
-    with pytest.raises(BudgetError, match="gates allow nothing else; leave --baselines empty"):
+    with pytest.raises(BudgetError, match="--baselines"):
         baselines.check(branches, limits)
     least = found.cost({g.name: np.arange(g.size) < (g.kind != "branches") for g in found.groups})[0]
-    with pytest.raises(BudgetError, match="baselines: they drop no branches: budget: even the smallest student"):
+    with pytest.raises(BudgetError, match="--baselines"):
         baselines.check(found, Limits(0.99 * least, None))
-    with pytest.raises(BudgetError, match="whichever branches are left out, evenly over the depth, no widths"):
+    with pytest.raises(BudgetError, match="branches"):
         baselines.select("both", variables, found, Limits(1.0, None))
 
 
 @pytest.mark.parametrize("baseline", [*KEEPING, "both", "layers"])
-def test_where_no_student_of_a_rule_lands_the_nearest_below_is_taken_and_said(baseline):
+def test_if_no_student_of_a_rule_lands_the_closest_below_is_chosen_with_a_note(baseline):
     traced, variables, _ = network("cnn")
     found = traced.topology
     least = found.cost({g.name: np.arange(g.size) < 1 for g in found.groups})[0]
@@ -228,5 +228,5 @@ def test_where_no_student_of_a_rule_lands_the_nearest_below_is_taken_and_said(ba
     assert pressure <= 1 and (pressure < FLOOR) == bool(baselines.note(baseline, found, limits, keep))
     if baseline in KEEPING:
         assert found.cost(keep)[0] == least
-    else:  # its one branch is most of the network
+    else:  # its only branch is most of the network
         assert pressure < FLOOR and not all(mask.all() for mask in keep.values())
