@@ -1,4 +1,4 @@
-"""Surgery: every network, cut in every way, equals the gated network and costs what was counted; wrong students fail."""
+"""Surgery: every network, however cut, equals the gated network and costs what was counted; wrong students fail."""
 
 import flax.linen as nn
 import jax
