@@ -81,9 +81,9 @@ _MODULES = {
     "surgery": "pruning.surgery",
 }
 _HOMES = {
-    "budget": ("BudgetError",),
-    "network": ("Network", "trace"),
-    "prox": ("accelerated_proximal_l1", "soft_threshold"),
+    "pruning.budget": ("BudgetError",),
+    "pruning.network": ("Network", "trace"),
+    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
     "pruning.budgets": ("Budget",),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
@@ -94,7 +94,7 @@ _HOMES = {
     "storage.students": ("load", "save"),
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
-    "surgery": ("SurgeryError",),
+    "pruning.surgery": ("SurgeryError",),
     "tracing.topology": ("Topology",),
 }
 

@@ -9,11 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdsearch_jax.distill.search_step import make_transformation
 from kdsearch_jax.pruning.prox import accelerated_proximal_l1, group_soft_threshold, soft_threshold
-from kdsearch_jax.pruning.settings import GatesConfig
-from kdsearch_jax.training.optimizer import make_optimizer
-from kdsearch_jax.training.settings import StageConfig
 
 LAMBDA, RATE, MOMENTUM, COORDINATES = 0.3, 0.1, 0.9, 2000
 vectors = hnp.arrays(np.float32, st.integers(1, 8), elements=st.floats(-100, 100, width=32, allow_subnormal=False))
@@ -176,33 +172,6 @@ def test_it_takes_trees_and_keeps_structure_and_dtypes():
             )
         np.testing.assert_allclose(updates["a"], 1.9 * -0.15, rtol=1e-6)  # z − 1 is −.15, and .9 of it once more
         np.testing.assert_allclose(updates["b"]["c"].astype(jnp.float32), 1.9 * -0.15, rtol=2e-2)
-
-
-def test_weights_and_gates_go_each_their_own_way_in_one_transformation():
-    """`make_transformation`: weights as the stage's optimiser moves them alone, gates as the proximal step does."""
-    stage = StageConfig(steps=10, learning_rate=0.1, weight_decay=0.2, clip=1.0)
-    config = GatesConfig(learning_rate=0.05, momentum=0.8)
-    params = {"weights": {"conv": {"kernel": jnp.ones((2, 2))}}, "gates": {"one": jnp.ones(4), "two": jnp.ones(2)}}
-    penalty = jax.tree.map(jnp.zeros_like, params)
-    penalty["gates"] = {"one": jnp.array([0.0, 1.0, 100.0, 0.5]), "two": jnp.array([100.0, 0.0])}
-    gradient = jax.tree.map(jnp.ones_like, params)
-    both = make_transformation(stage, config)
-    weights, gates = make_optimizer(stage), accelerated_proximal_l1(0.05, 0.8)
-    states = both.init(params), weights.init(params["weights"]), gates.init(params["gates"])
-    update = jax.jit(both.update)
-    w, g = params["weights"], params["gates"]
-    for _ in range(3):
-        updates, state = update(gradient, states[0], params, penalty=penalty)
-        params = optax.apply_updates(params, updates)
-        change, of_weights = weights.update(gradient["weights"], states[1], w)
-        w = optax.apply_updates(w, change)
-        change, of_gates = gates.update(gradient["gates"], states[2], g, penalty=penalty["gates"])
-        g = optax.apply_updates(g, change)
-        states = state, of_weights, of_gates
-    np.testing.assert_allclose(params["weights"]["conv"]["kernel"], w["conv"]["kernel"], rtol=1e-6)
-    for name in g:
-        np.testing.assert_allclose(params["gates"][name], g[name], atol=1e-6)
-    assert params["gates"]["one"][2] == 0 == params["gates"]["two"][0] and params["gates"]["two"][1] > 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from kdsearch_jax.pruning import baselines
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.budget import BudgetError
 from kdsearch_jax.pruning.budgets import Budget, fewest_units
-from kdsearch_jax.pruning.landing import select
+from kdsearch_jax.pruning.landing import choose, warn_of
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, apply_rules
 from kdsearch_jax.pruning.student import Student, cut, variables_of
@@ -132,10 +132,11 @@ def prune(
     limits = budget.limits(topology, ruled.round_to, ruled.least, network.topology)
     least = np.array([fewest_units(limits.round_to, ruled.least, group) for group in topology.groups])
     per_cost = getattr(criterion, "per_cost", False)
-    keep = select(topology, limits, topology.flatten(found), least, per_cost=per_cost)
+    selection = choose(topology, limits, topology.flatten(found), least, per_cost=per_cost)
+    warn_of(selection)
     whole = {group.name: np.ones(group.size, bool) for group in ruled.network.topology.groups}
     gates = gates_lib.init(ruled.network.topology)
-    return cut(ruled.network, boxed(variables, boxes), gates, {**whole, **keep}, inputs)
+    return cut(ruled.network, boxed(variables, boxes), gates, {**whole, **selection.keep}, inputs)
 
 
 def _no_branches(network: Network) -> Any:

@@ -32,7 +32,7 @@ class GatesConfig:
     """Which structures may go, and how the proximal search treats their gates.
 
     kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`; include, exclude: patterns (fnmatch) of
-    group names. penalty: α_j, see `kdsearch_jax.pruning.penalty`. ramp: share of the steps over which the cost falls
+    group names. penalty: α_j, see `kdsearch_jax.pruning.control`. ramp: share of the steps over which the cost falls
     to the
     budget; warmup: share of the ramp in which nothing goes and importance is measured. lambda2: a fixed λ2, instead of
     the closed loop that follows the budget. init: gates start at 1 (`one`), or at the norm of the kernel slices that

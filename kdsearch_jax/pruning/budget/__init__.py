@@ -1,7 +1,7 @@
-"""Budgets: what the student may cost, the closed loop that moves λ2 there, and the exact landing.
+"""Budgets: what the student may cost, and the exact selection of units within it.
 
-`limits` says what is bounded, `estimate` models what can only be measured, `multipliers` weighs several bounds against
-each other, `loop` finds λ2, `selection` lands, by `pieces`, `exact` where these are few.
+`limits` holds the bounds, `estimate` models measured costs, `multipliers` weighs several bounds against each other,
+`selection` chooses units by `pieces`, and by `exact` search where these are few.
 """
 
 from kdsearch_jax.pruning.budget.estimate import Estimate
@@ -15,8 +15,6 @@ from kdsearch_jax.pruning.budget.limits import (
     resolve,
     smallest,
 )
-from kdsearch_jax.pruning.budget.loop import level, recalled, target, too_large
-from kdsearch_jax.pruning.budget.multipliers import cost_of, multipliers, protected
 from kdsearch_jax.pruning.budget.selection import Selection, choose, select
 
 __all__ = [
@@ -28,15 +26,8 @@ __all__ = [
     "Selection",
     "bound_of",
     "choose",
-    "cost_of",
-    "level",
     "multiple",
-    "multipliers",
-    "protected",
-    "recalled",
     "resolve",
     "select",
     "smallest",
-    "target",
-    "too_large",
 ]
