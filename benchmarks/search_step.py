@@ -3,9 +3,8 @@
 python benchmarks/search_step.py [--depth 20] [--batch 128] [--rounds 15] [--steps 4]
 
 Both distil a network into itself on random images, by the loop's own compiled calls, which take turns (A B A B …), so
-that whatever else the machine does meets both alike. The search's time has the host's part in it as well: the
-controller that moves λ2 once a call. Prints the median of both and the ratio of the medians, and the median of the
-ratios of neighbours.
+that other work on the machine affects both alike. The search's time includes the host's part, one row of metrics a
+call. Prints the median of both and the ratio of the medians, and the median of the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import search_step
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step
-from kdsearch_jax.pruning import budget_path, budgets
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop, optimizer
@@ -47,8 +46,6 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
     task = classification(DistillConfig())
     limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
-    pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = budget_path.legs((limits,), (1.0,), pressure, stage.steps, config.ramp, config.warmup, steps)
     random = np.random.default_rng(0)
     resident: Any = {
         "arrays": {
@@ -60,7 +57,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     }
     resident, constants = devices.replicate(resident, mesh), devices.replicate(variables, mesh)
 
-    def caller(state: TrainState, step: Step, between: Any) -> Callable[[int], None]:
+    def caller(state: TrainState, step: Step, progress: Callable[[TrainState], Any]) -> Callable[[int], None]:
         dispatch = loop.make_dispatch(
             step, mesh, DataConfig(crop=4, flip=True), 0, scanned=jax.default_backend() != "cpu"
         )
@@ -70,21 +67,22 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
             indices = np.random.default_rng(number).integers(0, IMAGES, (steps, batch)).astype(np.int32)
             state, metrics, _ = dispatch(held[0], indices, resident, constants)
             jax.block_until_ready(metrics)
-            held[0] = devices.replicate(between(state)[0], mesh) if between else state
+            progress(state)
+            held[0] = state
 
         return call
 
-    tx = search_step.make_transformation(stage, config)
+    gated, plain = search_step.gated_search(network, [limits], stage, config, run), optimizer.make_optimizer(stage)
+    tx = gated.optimizer(plain)
     search = caller(
-        search_step.begin(variables, network.topology, tx, stage),
-        search_step.search_step(network, module, tx, task, config, run),
-        search_step.controller(Part.of(network), path, stage, config, run),
+        search_step.begin(gated, variables, tx),
+        search_step.search_step(Subnetwork.of(gated), module, tx, stage, task, config, run),
+        lambda state: search_step.progress(gated, state),
     )
-    plain = optimizer.make_optimizer(stage)
     distill = caller(
         create_state(variables, plain),
         distill_step(module, module, plain, stage, run, task),
-        None,
+        lambda state: None,
     )
     return {"search": search, "distill": distill}
 

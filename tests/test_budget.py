@@ -309,7 +309,7 @@ def equal_weights(found: Topology, bounds: Limits, importance: np.ndarray) -> np
         stays[units[np.argmax(importance[units])]] = group.kind != "branches"
     while bounds.pressure(found, keep) > 1.0:
         ratio = importance / np.maximum(bounds.marginal(found, keep), 1e-30)
-        keep[np.argmin(np.where((keep > 0) & ~stays, ratio, np.inf))] = 0.0
+        keep[np.argmin(np.where((keep > 0) & (stays == 0), ratio, np.inf))] = 0.0
     return keep
 
 

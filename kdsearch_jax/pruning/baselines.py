@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits
-from kdsearch_jax.pruning.criteria import batch_norm_scales, kernel_norms, random_scores, relative_norms
+from kdsearch_jax.pruning.criteria import batch_norm_scales, producer_norms, random_scores, relative_norms
 from kdsearch_jax.pruning.selection import Selection, choose
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import format_distinct, nearest
@@ -192,7 +192,7 @@ def _complete(topology: Topology, keep: Mapping[str, np.ndarray], gone: tuple[st
 def _ranks(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
     """{group: (size,) rank by L1 norm as a share of the group}."""
     ranks = {}
-    for name, norms in kernel_norms(topology, variables).items():
+    for name, norms in producer_norms(topology, variables).items():
         rank = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
         ranks[name] = (rank + 1) / len(norms)
     return ranks

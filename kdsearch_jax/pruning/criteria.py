@@ -148,14 +148,14 @@ def prune(
 
 def relative_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
     """{group: (size,) L1 norms of the kernel slices that produce its units, over their mean}, without branches."""
-    norms = kernel_norms(topology, variables)
+    norms = producer_norms(topology, variables)
     return {name: values / max(values.mean(), 1e-30) for name, values in norms.items()}
 
 
-def kernel_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+def producer_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
     """{group: (size,) mean |weight| of the kernel slices that produce each unit, summed over kernels}, no branches."""
     flat = traverse_util.flatten_dict(variables, sep="/")
-    return {group.name: _kernel_norms(group, flat) for group in topology.groups if group.kind != "branches"}
+    return {group.name: _producer_norms(group, flat) for group in topology.groups if group.kind != "branches"}
 
 
 def batch_norm_scales(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
@@ -170,7 +170,7 @@ def random_scores(topology: Topology, rng: np.random.Generator) -> dict[str, np.
     return {group.name: 1.0 + rng.random(group.size) for group in topology.groups if group.kind != "branches"}
 
 
-def _kernel_norms(group: Group, flat: Mapping[str, Any]) -> np.ndarray:
+def _producer_norms(group: Group, flat: Mapping[str, Any]) -> np.ndarray:
     norms = np.zeros(group.size)
     for member in group.members:
         leaf = np.asarray(flat[member.leaf])

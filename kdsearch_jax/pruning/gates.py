@@ -26,6 +26,33 @@ def init(topology: Topology, value: float = 1.0) -> Gates:
     return {group.name: jnp.full(group.size, value, jnp.float32) for group in topology.groups}
 
 
+def kernel_norms(variables: Any, topology: Topology) -> Gates:
+    """{group: (size,) float32}: the L2 norm of all kernel entries that read each unit, 1 on average over the group.
+
+    A branch has the value 1, and so has a group that is read by zeros only.
+
+    Args:
+      variables: {"params": …} of the network, without boxes.
+    """
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]}
+    gates = init(topology)
+    for group in topology.groups:
+        squares = np.zeros(group.size + 1)  # the last one collects entries of no unit
+        for member in group.members:
+            if member.consumes and member.units is not None:
+                leaf = np.moveaxis(np.asarray(leaves[member.leaf], float), member.axis, 0)
+                np.add.at(squares, member.units, np.square(leaf).reshape(len(leaf), -1).sum(1))
+        norms = np.sqrt(squares[:-1])
+        if group.kind != "branches" and norms.any():
+            gates[group.name] = jnp.asarray(norms / norms.mean(), jnp.float32)
+    return gates
+
+
+def inverse(gates: Mapping[str, Any]) -> Gates:
+    """{group: (size,)}: 1/g, and 1 where g is 0."""
+    return {name: 1.0 / jnp.where(gate > 0, gate, 1.0) for name, gate in gates.items()}
+
+
 def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
     """The variables of the gated network: each kernel that reads a unit, times the gate of the unit.
 

@@ -1,62 +1,76 @@
-"""The landing: which units are kept in the end, decided on the host in exact integers.
+"""The landing: the final choice of units, made on the host with exact integer costs.
 
-What is alive stays as long as it is within the budget: then the student computes what the gated network does. What room
-is left goes to dead units, the most important first. Where the living cost more than the budget, the least important
-per cost go.
+Units with g > 0 stay if together they are within the budget, so the student computes what the gated network does;
+removed units return to fill the budget. If those units exceed the budget, or the budget cannot be filled with all of
+them, units are chosen anew, and the least important per cost go first.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 
 from kdsearch_jax.pruning.budgets import FLOOR, BudgetWarning, Limits, width_multiple
 from kdsearch_jax.pruning.costs import groups_inside_branches
-from kdsearch_jax.pruning.selection import choose
-from kdsearch_jax.tracing.topology import Topology
-
-Keep = dict[str, np.ndarray]
+from kdsearch_jax.pruning.selection import Selection, choose
+from kdsearch_jax.tracing.topology import Group, Topology
 
 
-def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.ndarray, least: np.ndarray) -> Keep:
-    """{group: (size,) bool}: the units to keep after a search.
+def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.ndarray, least: np.ndarray) -> Selection:
+    """The units to keep after a search.
 
     Args:
-      gates, importance: (units,) ≥ 0; least: (groups,) units that must stay.
+      gates, importance: (units,) not negative.
+      least: (groups,) units that must stay.
 
-    Warns:
-      BudgetWarning: the student costs less than 0.98 of the budget.
+    Returns:
+      the selection, with a note if it costs less than 0.98 of the budget.
 
     Raises:
       BudgetError: no choice of units is within the budget.
     """
-    matters = effective(topology, gates)
-    own = _filled(topology, limits, matters, importance, least)
     chosen = choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0), least)
-    if own is None or topology.flatten(chosen.keep)[matters].all():
-        _warn(chosen.note)
-        return chosen.keep
-    pressure = limits.pressure(topology, own.astype(float))
-    if pressure < FLOOR:
-        _warn(
-            f"finish: the student costs {pressure:.3f} of the budget: what died last was larger than what was too much,"
-            " and no dead unit fits into what is left"
-        )
-    return _named(topology, own)
+    open_units = effective_units(topology, gates)
+    widths = np.array(
+        [
+            _width(limits, group, int(open_units[units].sum()), count)
+            for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True)
+        ]
+    )
+    worth = importance + np.where(open_units, importance.max(initial=0.0) + 1.0, 0.0)
+    if limits.pressure(topology, _largest(topology, worth, widths)) > 1.0:
+        return chosen
+    preserving = choose(topology, limits, worth, widths)
+    if not preserving.note:
+        return preserving
+    better = min(chosen.pressure, FLOOR) > min(preserving.pressure, FLOOR)
+    return chosen if better else replace(preserving, note=chosen.note, exact=chosen.exact)
 
 
-def _warn(note: str) -> None:
-    if note:
-        warnings.warn(note, BudgetWarning, stacklevel=5)
+def _width(limits: Limits, group: Group, units: int, least: int) -> int:
+    """The smallest permitted width of a group that holds so many units."""
+    step = 1 if group.kind == "branches" else width_multiple(limits.round_to, group)
+    return min(-(-max(units, least) // step) * step, group.size)
 
 
-def _named(topology: Topology, keep: np.ndarray) -> Keep:
-    return {name: vector > 0 for name, vector in topology.unflatten(keep.astype(float)).items()}
+def _largest(topology: Topology, worth: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """(units,) 1.0 for the most important units of each group, so many as its width; 0.0 elsewhere."""
+    keep = np.zeros(topology.units)
+    for units, width in _groups(topology, widths):
+        keep[units[np.argsort(-worth[units], kind="stable")[:width]]] = 1.0
+    return keep
 
 
-def effective(topology: Topology, gates: np.ndarray) -> np.ndarray:
-    """(units,) bool: the living that the output can depend on: not those inside of a dead residual branch."""
+def warn_of(selection: Selection, stacklevel: int = 2) -> None:
+    """Emits the selection's note as a `BudgetWarning`; stacklevel: that of the caller's caller is 2."""
+    if selection.note:
+        warnings.warn(selection.note, BudgetWarning, stacklevel=stacklevel + 1)
+
+
+def effective_units(topology: Topology, gates: np.ndarray) -> np.ndarray:
+    """(units,) bool: units with g > 0 that are not inside a removed residual branch."""
     alive = {name: vector > 0 for name, vector in topology.unflatten(np.asarray(gates)).items()}
     for branch, inside in groups_inside_branches(topology).items():
         if not alive[branch].all():
@@ -65,36 +79,7 @@ def effective(topology: Topology, gates: np.ndarray) -> np.ndarray:
     return topology.flatten(alive).astype(bool)
 
 
-def _filled(
-    topology: Topology, limits: Limits, alive: np.ndarray, importance: np.ndarray, least: np.ndarray
-) -> np.ndarray | None:
-    """(units,) bool: the living in whole multiples, and dead units that fit besides; None where these are too many."""
-    keep = alive.copy()
-    ranks = []
-    for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True):
-        order = units[np.lexsort((-importance[units], ~alive[units]))]
-        step = 1 if group.kind == "branches" else width_multiple(limits.round_to, group)
-        wanted = max(int(alive[units].sum()), int(count))
-        width = min(-(-wanted // step) * step, group.size)
-        keep[order[:width]] = True
-        pieces = [order[i : i + step] for i in range(width, group.size, step)]
-        ranks += [(float(importance[piece].sum()), i, piece) for i, piece in enumerate(pieces)]
-    if limits.pressure(topology, keep.astype(float)) > 1.0:
-        return None
-    blocked: set[int] = set()
-    owner = np.repeat(np.arange(len(topology.groups)), [group.size for group in topology.groups])
-    for _, _, piece in sorted(ranks, key=lambda rank: (-rank[0], rank[1])):
-        group = int(owner[piece[0]])
-        if group in blocked:  # of a group, pieces go back in their order
-            continue
-        keep[piece] = True
-        if limits.pressure(topology, keep.astype(float)) > 1.0:
-            keep[piece] = False
-            blocked.add(group)
-    return keep
-
-
 def _groups(topology: Topology, least: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """(numbers of its units, how many must stay) of each group."""
+    """(indices of its units, how many must stay) of each group."""
     starts = np.cumsum([0] + [group.size for group in topology.groups])
     return [(np.arange(a, b), int(n)) for a, b, n in zip(starts, starts[1:], least, strict=False)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdsearch_jax.pruning.budget_path import Leg, legs
+from kdsearch_jax.pruning.budget_path import BudgetPath, budget_path
 from kdsearch_jax.pruning.budgets import Limits
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.config import Experiment, check
@@ -59,10 +59,10 @@ def driver(budget: BudgetConfig) -> str:
     return bounds[0] if bounds else "macs"
 
 
-def path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> tuple[Leg, ...]:
-    """The path of an experiment's search through the limits of its `points`."""
+def path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> BudgetPath:
+    """The schedule of an experiment's search through its `points`, which may be measured later."""
     values = sorted(experiment.budgets, reverse=True)
     falls = [1.0, *(low / high for high, low in itertools.pairwise(values))]
     pressure = limits[0].pressure(topology, np.ones(topology.units))
     gates, steps = experiment.gates, experiment.search.steps
-    return legs(limits, falls, pressure, steps, gates.ramp, gates.warmup, experiment.run.steps_per_dispatch)
+    return budget_path(falls, pressure, steps, gates.ramp, gates.warmup, experiment.run.steps_per_dispatch)

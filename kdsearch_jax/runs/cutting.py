@@ -17,12 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdsearch_jax.distill import search_step, shrinking
-from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import baselines, selection, surgery
+from kdsearch_jax.distill import shrinking
+from kdsearch_jax.distill.shrinking import Subnetwork
+from kdsearch_jax.pruning import baselines, landing, selection, surgery
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budgets import Limits
+from kdsearch_jax.pruning.budgets import Limits, fewest_units
 from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.search import search_state
+from kdsearch_jax.pruning.selection import Selection
+from kdsearch_jax.pruning.transform import GATES
 from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.budget_points import Point
 from kdsearch_jax.runs.fit_stage import meet, save, write, write_npz
@@ -35,6 +38,8 @@ from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
+
+Gates = dict[str, np.ndarray]
 
 
 def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: Any) -> Limits:
@@ -53,11 +58,12 @@ def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: A
     return dataclasses.replace(limits, floor=min(limits.floor, chosen.pressure))
 
 
-def keep(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, point: Point) -> None:
-    """Keeps the state of a search for `land`: the network as it is, not yet gated, with gates and importances."""
+def keep(setup: RunSetup, subnetwork: Subnetwork, state: TrainState, teacher: LoadedNetwork, point: Point) -> None:
+    """Keeps the state of a search for `land`: the network, gates not folded in, with gates and importances."""
     directory = point.cut(setup.search) / "kept"
     state = jax.tree.map(np.asarray, state)
-    variables, gates, importance = shrinking.expanded(part, state, teacher.variables)
+    variables, gates = shrinking.expanded(subnetwork, state, teacher.variables), state.params[GATES]
+    importance = subnetwork.whole.topology.unflatten(np.asarray(search_state(state.opt_state).importance))
     directory.mkdir(parents=True, exist_ok=True)
     units = {f"gate/{name}": gate for name, gate in gates.items()}
     write_npz(directory / "units.npz", units | {f"importance/{name}": value for name, value in importance.items()})
@@ -70,7 +76,7 @@ def check(setup: RunSetup, points: Sequence[Point]) -> None:
     network = traced(setup.experiment, teacher.architecture, teacher.module)
     for point, limits in zip(points, limits_of(setup.experiment, network, points, setup.search), strict=True):
         _, _, gates, importance = nearest(setup, point, network.topology, limits)
-        search_step.landing(network.topology, limits, gates, importance)
+        choose(network.topology, limits, gates, importance)
 
 
 def nearest(
@@ -117,6 +123,13 @@ def _units(place: Path, topology: Topology) -> tuple[dict[str, np.ndarray], dict
 _COMPLETE = "network/network.json"
 
 
+def choose(topology: Topology, limits: Limits, gates: Gates, importance: Gates) -> Selection:
+    """The units of a kept state to cut to; see `kdsearch_jax.pruning.landing`."""
+    flat_gates, flat_importance = (topology.flatten(values).astype(float) for values in (gates, importance))
+    least = np.array([fewest_units(limits.round_to, {}, group) for group in topology.groups])
+    return landing.land(topology, limits, flat_gates, flat_importance, least)
+
+
 def land(setup: RunSetup, point: Point, network: Network | None = None) -> int | None:
     """Cuts the student of a budget from a state that the search has kept, and proves it; done once.
 
@@ -132,7 +145,7 @@ def land(setup: RunSetup, point: Point, network: Network | None = None) -> int |
         topology, limits = network.topology, limits_of(setup.experiment, network, [point], setup.search)[0]
         place, loaded, gates, importance = nearest(setup, point, topology, limits)
         chosen, cost = latency.land(
-            lambda bounds: search_step.landing(topology, bounds, gates, importance),
+            lambda bounds: choose(topology, bounds, gates, importance),
             limits, network, teacher.variables, point.budget, setup.task.call,
         )  # fmt: skip
         stay = chosen.keep
