@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdsearch_jax.pruning.prox import accelerated_proximal_l1, group_soft_threshold, soft_threshold
+from kdsearch_jax.pruning.prox import accelerated_proximal_l1, soft_threshold
 
 LAMBDA, RATE, MOMENTUM, COORDINATES = 0.3, 0.1, 0.9, 2000
 vectors = hnp.arrays(np.float32, st.integers(1, 8), elements=st.floats(-100, 100, width=32, allow_subnormal=False))
@@ -28,31 +28,17 @@ def test_soft_threshold_satisfies_the_optimality_condition(x, threshold):
     assert (gap <= tolerance).all()
 
 
-@given(vectors, thresholds)
-def test_group_soft_threshold_satisfies_the_optimality_condition(x, threshold):
-    """x − y = t·y/‖y‖, or ‖x‖ ≤ t where the block is 0."""
-    y = np.asarray(group_soft_threshold(jnp.asarray(x), threshold)).astype(float)
-    size, norm = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-    if norm == 0:
-        assert size <= threshold * (1 + 1e-5) + 1e-6
-    else:
-        np.testing.assert_allclose(x - y, threshold * y / norm, atol=1e-5 * max(size, 1), rtol=1e-3)
-
-
 @given(vectors, vectors, thresholds)
-def test_proximal_operators_are_nonexpansive(x, y, threshold):
+def test_soft_threshold_is_nonexpansive(x, y, threshold):
     n = min(len(x), len(y))
-    for operator in (soft_threshold, group_soft_threshold):
-        a, b = (np.asarray(operator(jnp.asarray(v[:n]), threshold), float) for v in (x, y))
-        distance = np.linalg.norm(x[:n].astype(float) - y[:n])
-        assert np.linalg.norm(a - b) <= distance + 1e-4
+    a, b = (np.asarray(soft_threshold(jnp.asarray(v[:n]), threshold), float) for v in (x, y))
+    distance = np.linalg.norm(x[:n].astype(float) - y[:n])
+    assert np.linalg.norm(a - b) <= distance + 1e-4
 
 
-def test_a_zero_block_stays_zero_and_no_threshold_changes_nothing():
-    for threshold in (0.0, 0.5):
-        assert (group_soft_threshold(jnp.zeros(3), threshold) == 0).all()
+def test_a_threshold_may_be_zero_or_differ_by_entry():
     x = jnp.array([-2.0, 0.0, 3.0])
-    assert (group_soft_threshold(x, 0.0) == x).all() and (soft_threshold(x, 0.0) == x).all()
+    assert (soft_threshold(x, 0.0) == x).all()
     assert (soft_threshold(x, jnp.array([1.0, 1.0, 5.0])) == jnp.array([-1.0, 0.0, 0.0])).all()
 
 

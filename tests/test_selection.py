@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,13 @@ def students(topology: Topology, limits: Limits, importance: np.ndarray) -> list
     return [np.concatenate(each) for each in itertools.product(*choices)]
 
 
+def scaled(limits: Limits, factors: dict[str, float]) -> Limits:
+    """Every bound times its factor."""
+    counted = {name: bound * factors[name] for name in ("macs", "params") if (bound := getattr(limits, name))}
+    measured = tuple((cost, bound * factors[cost.name]) for cost, bound in limits.measured)
+    return replace(limits, **counted, measured=measured)
+
+
 def pieces_of(topology: Topology, limits: Limits, importance: np.ndarray) -> Pieces:
     least = [budgets.fewest_units(limits.round_to, {}, group) for group in topology.groups]
     return Pieces.of(topology, importance, limits.round_to, least)
@@ -135,7 +143,7 @@ def test_what_would_be_met_is_met_and_nothing_lies_between(seed):
     whole = dict(zip(limits.names, limits.pressures(topology, np.ones(topology.units)), strict=True))
     for text, wanted in zip(mentioned, (chosen.pressure, next_above), strict=False):
         shares = dict(re.findall(r"budget\.(\w+) ([\d.]+)", text))
-        asked = limits.times(np.array([float(shares[name]) * whole[name] * (1 + 1e-12) for name in limits.names]))
+        asked = scaled(limits, {name: float(share) * whole[name] * (1 + 1e-12) for name, share in shares.items()})
         nearest = [keep for keep, cost in zip(every, costs, strict=True) if cost == pytest.approx(wanted, rel=1e-9)]
         assert any(min(asked.pressures(topology, keep)) > 0.998 >= FLOOR for keep in nearest)
         assert any(asked.pressure(topology, keep) <= 1.0 for keep in nearest)

@@ -150,13 +150,6 @@ class Limits:
         estimates = [(bound * (1 - 1e-12), cost) for cost, bound in self.measured if isinstance(cost, Estimate)]
         return counted + [BoundedPolynomial(bound, *cost.polynomial(topology)) for bound, cost in estimates]
 
-    def times(self, factors: np.ndarray) -> Limits:
-        """Limits with every bound multiplied by its factor, in the order of `names`."""
-        scaled = dict(zip(self.names, (float(factor) for factor in factors), strict=True))
-        counted = {name: bound * scaled[name] for name, bound in self._counted()}
-        measured = tuple((cost, bound * scaled[cost.name]) for cost, bound in self.measured)
-        return replace(self, **counted, measured=measured)
-
     def _counted(self) -> list[tuple[str, float]]:
         return [(name, bound) for name in COUNTED if (bound := getattr(self, name))]
 

@@ -23,13 +23,6 @@ def soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0.0)
 
 
-def group_soft_threshold(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    """prox of threshold·‖x‖₂ over the whole array, which shrinks and becomes zero as one block."""
-    norm = jnp.linalg.norm(x)
-    safe = jnp.where(norm > 0, norm, 1.0)  # the gradient at a zero block would be NaN
-    return x * jnp.maximum(1.0 - threshold / safe, 0.0)
-
-
 class ProximalState(NamedTuple):
     """count: () int32, updates done; velocity: v, a pytree like the parameters."""
 
