@@ -8,7 +8,6 @@ does not score stay whole. `prune` keeps the units of the highest scores.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from flax import traverse_util
 
 from kdsearch_jax.adapters.boxes import boxed, boxes_of
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budgets import Budget, BudgetError, BudgetWarning, fewest_units
+from kdsearch_jax.pruning.budgets import Budget, BudgetError, fewest_units
+from kdsearch_jax.pruning.landing import warn_of
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, apply_rules
 from kdsearch_jax.pruning.selection import choose
@@ -136,8 +136,7 @@ def prune(
     least = [fewest_units(limits.round_to, ruled.least, group) for group in topology.groups]
     per_cost = getattr(criterion, "per_cost", False)
     selection = choose(topology, limits, topology.flatten(scores), least, per_cost=per_cost)
-    if selection.note:
-        warnings.warn(selection.note, BudgetWarning, stacklevel=2)
+    warn_of(selection)
     keep = {**gates_lib.keep_all(ruled.network.topology), **selection.keep}
     gates = gates_lib.init(ruled.network.topology)
     return cut_student(ruled.network, boxed(variables, boxes), gates, keep, inputs)

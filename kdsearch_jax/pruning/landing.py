@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdsearch_jax.pruning.budgets import FLOOR, BudgetWarning, Limits, width_multiple
+from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, BudgetWarning, Limits, fewest_units
 from kdsearch_jax.pruning.costs import groups_inside_branches
 from kdsearch_jax.pruning.selection import Selection, choose
-from kdsearch_jax.tracing.topology import Group, Topology
+from kdsearch_jax.tracing.topology import Topology
 
 
 def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.ndarray, least: np.ndarray) -> Selection:
@@ -32,35 +32,21 @@ def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.n
       BudgetError: no choice of units is within the budget.
     """
     chosen = choose(topology, limits, np.where(gates > 0, importance + 1e-30, 0.0), least)
-    open_units = effective_units(topology, gates)
-    widths = np.array(
-        [
-            _width(limits, group, int(open_units[units].sum()), count)
-            for (units, count), group in zip(_groups(topology, least), topology.groups, strict=True)
-        ]
-    )
-    worth = importance + np.where(open_units, importance.max(initial=0.0) + 1.0, 0.0)
-    if limits.pressure(topology, _largest(topology, worth, widths)) > 1.0:
+    effective = effective_units(topology, gates)
+    counts = [int(units.sum()) for units in topology.unflatten(effective).values()]
+    widths = [
+        fewest_units(limits.round_to, {group.name: max(count, int(fewest))}, group)
+        for group, count, fewest in zip(topology.groups, counts, least, strict=True)
+    ]
+    worth = importance + np.where(effective, importance.max(initial=0.0) + 1.0, 0.0)
+    try:
+        preserving = choose(topology, limits, worth, widths)
+    except BudgetError:  # the units with g > 0 exceed the budget
         return chosen
-    preserving = choose(topology, limits, worth, widths)
     if not preserving.note:
         return preserving
     better = min(chosen.pressure, FLOOR) > min(preserving.pressure, FLOOR)
     return chosen if better else replace(preserving, note=chosen.note, exact=chosen.exact)
-
-
-def _width(limits: Limits, group: Group, units: int, least: int) -> int:
-    """The smallest permitted width of a group that holds so many units."""
-    step = 1 if group.kind == "branches" else width_multiple(limits.round_to, group)
-    return min(-(-max(units, least) // step) * step, group.size)
-
-
-def _largest(topology: Topology, worth: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(units,) 1.0 for the most important units of each group, so many as its width; 0.0 elsewhere."""
-    keep = np.zeros(topology.units)
-    for units, width in _groups(topology, widths):
-        keep[units[np.argsort(-worth[units], kind="stable")[:width]]] = 1.0
-    return keep
 
 
 def warn_of(selection: Selection, stacklevel: int = 2) -> None:
@@ -77,9 +63,3 @@ def effective_units(topology: Topology, gates: np.ndarray) -> np.ndarray:
             for name in inside:
                 alive[name] = np.zeros_like(alive[name])
     return topology.flatten(alive).astype(bool)
-
-
-def _groups(topology: Topology, least: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """(indices of its units, how many must stay) of each group."""
-    starts = np.cumsum([0] + [group.size for group in topology.groups])
-    return [(np.arange(a, b), int(n)) for a, b, n in zip(starts, starts[1:], least, strict=False)]

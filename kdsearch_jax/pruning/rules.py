@@ -15,9 +15,9 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from kdsearch_jax.pruning import hardware
+from kdsearch_jax.pruning.budgets import RoundTo, width_multiple
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.tracing.topology import KINDS, Group, Topology
 
@@ -82,11 +82,11 @@ class Ruled:
     round_to: Mapping[str, int]
 
 
-def apply_rules(network: Network, rules: Sequence[Rule], round_to: int | Literal["hardware"] = 1) -> Ruled:
+def apply_rules(network: Network, rules: Sequence[Rule], round_to: RoundTo | Mapping[str, int] = 1) -> Ruled:
     """Applies rules to a network.
 
     Args:
-      round_to: multiple of widths for groups without such a rule, as in `Budget`.
+      round_to: multiple of widths for groups without such a rule, as in `Budget` or `Limits`.
 
     Raises:
       ValueError: a rule matches nothing, with the nearest path; or nothing is left to prune.
@@ -119,8 +119,8 @@ def apply_rules(network: Network, rules: Sequence[Rule], round_to: int | Literal
             multiples[group.name] = multiple
     kept = topology.without(reasons).require_groups()
     if multiples:
-        default = hardware.multiples(kept) if isinstance(round_to, str) else {g.name: round_to for g in kept.groups}
-        multiples = {name: multiples.get(name, width) for name, width in default.items()}
+        default = hardware.multiples(kept) if isinstance(round_to, str) else round_to
+        multiples = {group.name: multiples.get(group.name, width_multiple(default, group)) for group in kept.groups}
     return Ruled(replace(network, topology=kept), least, multiples)
 
 

@@ -132,7 +132,7 @@ class GatedSearch:
 
     @cached_property
     def _ruled(self) -> Ruled:
-        return apply_rules(self.network, tuple(self.rules), self.budgets[0].round_to)  # type: ignore[arg-type]
+        return apply_rules(self.network, tuple(self.rules), self.budgets[0].round_to)
 
     @property
     def topology(self) -> Topology:
