@@ -56,7 +56,7 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
     from kdsearch_jax.adapters import registry
     from kdsearch_jax.adapters.architecture import Architecture
     from kdsearch_jax.models.pretrained import load_torch
-    from kdsearch_jax.pruning import baselines, budget, gates, surgery
+    from kdsearch_jax.pruning import baselines, budgets, gates, surgery
     from kdsearch_jax.pruning.network import trace
     from kdsearch_jax.pruning.settings import BudgetConfig
 
@@ -67,10 +67,10 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
     else:
         variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
-    limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
-    keep = baselines.keep("random", variables, network.topology, limits, np.random.default_rng(0))
+    limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
+    keep = baselines.select("random", variables, network.topology, limits, np.random.default_rng(0))
     whole = Architecture("cifar_resnet", arguments, input_shape=(32, 32, 3))
-    small, architecture = surgery.prune(variables, gates.init(network.topology), keep, network, whole)
+    small, architecture = surgery.slice_network(variables, gates.init(network.topology), keep, network, whole)
     return {"whole": (module, variables), "half": (architecture.module(), small)}
 
 

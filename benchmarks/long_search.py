@@ -37,13 +37,14 @@ from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import search_step
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.distill.shrinking import Subnetwork
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop
 from kdsearch_jax.training.checkpoints import Checkpointer
 from kdsearch_jax.training.metrics import MetricsWriter
+from kdsearch_jax.training.optimizer import make_optimizer
 from kdsearch_jax.training.settings import RunConfig, StageConfig
 from kdsearch_jax.training.state import TrainState
 
@@ -63,15 +64,15 @@ class Search:
         shape = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
         self.variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros(shape.shape))
         network, task = trace(module, shape, train=False), classification(DistillConfig())
-        limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
-        pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-        path = budget_path.legs(
-            (limits,), (1.0,), pressure, stage.steps, config.ramp, config.warmup, self.run.steps_per_dispatch
-        )
-        tx = search_step.make_transformation(stage, config)
-        self.step = search_step.search_step(network, module, tx, task, config, self.run)
-        self.between = search_step.controller(Part.of(network), path, stage, config, self.run)
-        self.state = search_step.begin(self.variables, network.topology, tx, stage)
+        limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
+        self.search = search_step.gated_search(network, [limits], stage, config, self.run)
+        tx = self.search.optimizer(make_optimizer(stage))
+        self.step = search_step.search_step(Subnetwork.of(self.search), module, tx, stage, task, config, self.run)
+        self.state = search_step.begin(self.search, self.variables, tx)
+
+    def between(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The hook of a search: its row of metrics."""
+        return state, search_step.progress(self.search, state)
 
     def fit(self, directory: Path, between: Callable[[TrainState], Any]) -> TrainState:
         """The search in the loop of every run."""

@@ -36,10 +36,11 @@ from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import distiller, search_step, shrinking
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step
-from kdsearch_jax.pruning import baselines, budget, budget_path, surgery
+from kdsearch_jax.pruning import baselines, budgets, surgery
 from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.control import HOLD
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop
@@ -77,14 +78,14 @@ class Bench:
             random.integers(0, 256, (4 * batch, 32, 32, 3), np.uint8), random.integers(0, 10, 4 * batch, np.int32)
         )
         self.dataset = Dataset("random", split, split, split, 10, (0.5,) * 3, (0.25,) * 3, ())
-        self.mesh, self.tx = devices.data_mesh(), search_step.make_transformation(self.stage, GATES)
+        self.mesh = devices.data_mesh()
 
     def keep(self, rule: str, share: float) -> Any:
         """A hand-made choice of units with so much of the MACs."""
-        limits = budget.resolve(BudgetConfig(macs=share), self.network.topology)
-        return baselines.keep(rule, self.variables, self.network.topology, limits)
+        limits = budgets.resolve(BudgetConfig(macs=share), self.network.topology)
+        return baselines.select(rule, self.variables, self.network.topology, limits)
 
-    def caller(self, state: TrainState, step: Any, dataset: Dataset, constants: Any, between: Any = None) -> CallSpec:
+    def caller(self, state: TrainState, step: Any, dataset: Dataset, constants: Any, progress: Any = None) -> CallSpec:
         """The call that goes on from a state."""
         resident: Any = {"arrays": dataset.train.arrays, "mean": np.full(3, 0.5, np.float32)}
         resident["std"] = resident["mean"] / 2
@@ -98,8 +99,10 @@ class Bench:
             indices = batch_indices(0, len(dataset.train), self.stage.batch_size, first, STEPS)
             state, metrics, _ = dispatch(held[0], indices, resident, constants)
             jax.block_until_ready((state, metrics))
-            held[0] = devices.replicate(between(state)[0], self.mesh) if between else state
-            return held[0]
+            held[0] = state
+            if progress is not None:
+                progress(state)
+            return state
 
         return call
 
@@ -160,44 +163,38 @@ def retraining(bench: Bench, rounds: int) -> dict[str, Any]:
 
 def search(bench: Bench, share: float, rounds: int) -> dict[str, Any]:
     """What is left of a network, so much of whose MACs are alive, against all of it; on to four fifths of that."""
-    topology, keep, part = bench.network.topology, bench.keep("random", share), Part.of(bench.network)
-    goal = budget.resolve(BudgetConfig(macs=0.8 * share), topology)
-    path = budget_path.legs(
-        (goal,),
-        (1.0,),
-        goal.pressure(topology, topology.flatten(keep).astype(float)),
-        bench.stage.steps,
-        GATES.ramp,
-        GATES.warmup,
-        STEPS,
-    )
+    topology, keep = bench.network.topology, bench.keep("random", share)
+    goal = budgets.resolve(BudgetConfig(macs=0.8 * share), topology)
+    gated = search_step.gated_search(bench.network, [goal], bench.stage, GATES, bench.run)
+    subnetwork, tx = Subnetwork.of(gated), gated.optimizer(make_optimizer(bench.stage))
 
-    def searcher(part: Part, state: TrainState) -> tuple[TrainState, CallSpec]:
-        step = search_step.search_step(part.network, bench.module, bench.tx, bench.task, GATES, bench.run)
-        control = search_step.controller(part, path, bench.stage, GATES, bench.run)
-        state, _ = control(state)  # from the first update on the dead stay dead
-        return state, bench.caller(state, step, bench.dataset, bench.variables, control)
-
-    state = search_step.begin(bench.variables, topology, bench.tx, bench.stage)
-    gates = gates_lib.mask(state.extra["gates"], keep)
-    state, whole = searcher(part, state.replace(extra={**state.extra, "gates": gates}))
-
-    def cut() -> tuple[Part, CallSpec]:
-        smaller, left = shrinking.shrink(part, state, bench.tx)
-        folded = gates_lib.fold(
-            {"params": left.params, **left.model_state}, left.extra["gates"], smaller.network.topology
+    def searcher(subnetwork: Subnetwork, state: TrainState) -> CallSpec:
+        step = search_step.search_step(subnetwork, bench.module, tx, bench.stage, bench.task, GATES, bench.run)
+        return bench.caller(
+            state, step, bench.dataset, bench.variables, lambda state: search_step.progress(gated, state)
         )
+
+    state = search_step.begin(gated, bench.variables, tx)
+    gates = gates_lib.mask(state.params["gates"], keep)
+    penalty = jnp.where(jnp.concatenate([gates[group.name] for group in topology.groups]) > 0, 0.0, HOLD)
+    opt_state = state.opt_state._replace(penalty=penalty)  # so that from the first update on no removed unit returns
+    state = state.replace(params={**state.params, "gates": gates}, opt_state=opt_state)
+    whole = searcher(subnetwork, state)
+
+    def cut() -> tuple[Subnetwork, CallSpec]:
+        smaller, left = shrinking.shrink(subnetwork, state, tx)
+        folded = smaller.fold(left.params, left.model_state)
         images = np.random.default_rng(1).normal(size=(64, 32, 32, 3)).astype(np.float32)
         surgery.verify(bench.network, bench.variables, gates, smaller.keep, folded, images)
-        return smaller, searcher(smaller, left)[1]
+        return smaller, searcher(smaller, left)
 
     cutting, (smaller, less) = timed(cut)
     (first, b), a = timed(less), whole()
-    apart = float(np.abs(part.gates(a) - smaller.gates(b)).max())
+    apart = float(np.abs(search_step.flat_gates(gated, a) - search_step.flat_gates(gated, b)).max())
     assert apart < 1e-5, f"shrunk: gates differ by {apart:.1e} after {STEPS} updates"
     for _ in range(EQUAL // STEPS - 1):
         (warm, b), a = timed(less), whole()
-    alive, same = part.gates(a) > 0, smaller.gates(b) > 0
+    alive, same = (search_step.flat_gates(gated, state) > 0 for state in (a, b))
     ends = {"gates differ by": apart, "died since": int((topology.flatten(keep) > alive).sum())}
     ends["of these not in both"] = int((alive != same).sum())
     macs = topology.cost(smaller.keep)[0] / topology.total()[0]

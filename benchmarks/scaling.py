@@ -110,9 +110,11 @@ def updates(kinds: list[str], depth: int, size: int, batch: int) -> Iterator[tup
     from kdsearch_jax.distill import search_step
     from kdsearch_jax.distill.objective import classification
     from kdsearch_jax.distill.settings import DistillConfig
+    from kdsearch_jax.distill.shrinking import Subnetwork
     from kdsearch_jax.distill.steps import distill_step, supervised_step
+    from kdsearch_jax.pruning import budgets
     from kdsearch_jax.pruning.network import trace
-    from kdsearch_jax.pruning.settings import GatesConfig
+    from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
     from kdsearch_jax.training import loop, optimizer
     from kdsearch_jax.training.settings import RunConfig, StageConfig
     from kdsearch_jax.training.state import create_state
@@ -135,9 +137,12 @@ def updates(kinds: list[str], depth: int, size: int, batch: int) -> Iterator[tup
     plain = optimizer.make_optimizer(stage)
     for kind in kinds:
         if kind == "search":
-            network, tx = trace(module, image, train=False), search_step.make_transformation(stage, config)
-            step = search_step.search_step(network, module, tx, task, config, run)
-            state = jax.eval_shape(lambda v, n=network, t=tx: search_step.begin(v, n.topology, t, stage), variables)
+            network = trace(module, image, train=False)
+            limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
+            search = search_step.gated_search(network, [limits], stage, config, run)
+            tx = search.optimizer(plain)
+            step = search_step.search_step(Subnetwork.of(search), module, tx, stage, task, config, run)
+            state = jax.eval_shape(lambda v, s=search, t=tx: search_step.begin(s, v, t), variables)
         else:
             state = jax.eval_shape(lambda v: create_state(v, plain), variables)
             make = {"distill": distill_step, "teacher": supervised_step}[kind]

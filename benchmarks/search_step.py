@@ -3,8 +3,8 @@
 python benchmarks/search_step.py [--depth 20] [--batch 128] [--rounds 15] [--steps 4]
 
 Both distil a network into itself on random images, with the training loop's compiled calls, which alternate so that
-other load on the machine affects both alike. The search's time includes its host part, the controller that moves λ2
-once per call. Prints both medians and their ratio, and the median ratio of neighbours.
+other load on the machine affects both alike. The search's time includes its host part, a row of metrics per
+call. Prints both medians and their ratio, and the median ratio of neighbours.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import search_step
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step
-from kdsearch_jax.pruning import budget, budget_path
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop, optimizer
@@ -45,9 +45,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     run, config, mesh = RunConfig(steps_per_dispatch=steps), GatesConfig(), devices.data_mesh()
     network = trace(module, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32), train=False)
     task = classification(DistillConfig())
-    limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
-    pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = budget_path.legs((limits,), (1.0,), pressure, stage.steps, config.ramp, config.warmup, steps)
+    limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
     random = np.random.default_rng(0)
     resident: Any = {
         "arrays": {
@@ -59,7 +57,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     }
     resident, constants = devices.replicate(resident, mesh), devices.replicate(variables, mesh)
 
-    def caller(state: TrainState, step: Step, between: Any) -> Callable[[int], None]:
+    def caller(state: TrainState, step: Step, progress: Callable[[TrainState], Any]) -> Callable[[int], None]:
         dispatch = loop.make_dispatch(
             step, mesh, DataConfig(crop=4, flip=True), 0, scanned=jax.default_backend() != "cpu"
         )
@@ -69,21 +67,22 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
             indices = np.random.default_rng(number).integers(0, IMAGES, (steps, batch)).astype(np.int32)
             state, metrics, _ = dispatch(held[0], indices, resident, constants)
             jax.block_until_ready(metrics)
-            held[0] = devices.replicate(between(state)[0], mesh) if between else state
+            progress(state)
+            held[0] = state
 
         return call
 
-    tx = search_step.make_transformation(stage, config)
+    gated, plain = search_step.gated_search(network, [limits], stage, config, run), optimizer.make_optimizer(stage)
+    tx = gated.optimizer(plain)
     search = caller(
-        search_step.begin(variables, network.topology, tx, stage),
-        search_step.search_step(network, module, tx, task, config, run),
-        search_step.controller(Part.of(network), path, stage, config, run),
+        search_step.begin(gated, variables, tx),
+        search_step.search_step(Subnetwork.of(gated), module, tx, stage, task, config, run),
+        lambda state: search_step.progress(gated, state),
     )
-    plain = optimizer.make_optimizer(stage)
     distill = caller(
         create_state(variables, plain),
         distill_step(module, module, plain, stage, run, task),
-        None,
+        lambda state: None,
     )
     return {"search": search, "distill": distill}
 

@@ -50,7 +50,7 @@ def main() -> None:
         keep = halved(network)
         gates = {group: np.ones(mask.shape, np.float32) for group, mask in keep.items()}
         base = Architecture(model, {}, input_shape=x.shape[1:])
-        cutting = least(lambda: surgery.prune(variables, gates, keep, network, base)[0], 3)  # noqa: B023
+        cutting = least(lambda: surgery.slice_network(variables, gates, keep, network, base)[0], 3)  # noqa: B023
         copying = least(lambda: jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), variables), 3)  # noqa: B023
         print(f"{name}: trace {tracing:.2f} s, surgery {cutting:.2f} s, a copy of the parameters {copying:.2f} s")
 

@@ -23,8 +23,8 @@ from kdsearch_jax.search import search
 
 if TYPE_CHECKING:
     from kdsearch_jax.distill import losses
-    from kdsearch_jax.pruning.budget import BudgetError
-    from kdsearch_jax.pruning.budgets import Budget
+    from kdsearch_jax.pruning.budgets import Budget, BudgetError
+    from kdsearch_jax.pruning.costs import Part, Table
     from kdsearch_jax.pruning.criteria import batch_norm_scale, fisher, magnitude, prune, random, taylor
     from kdsearch_jax.pruning.gated_module import Gated
     from kdsearch_jax.pruning.network import Network, trace
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from kdsearch_jax.pruning.search import GatedSearch
     from kdsearch_jax.pruning.student import Student, fold, verify
     from kdsearch_jax.pruning.surgery import SurgeryError
-    from kdsearch_jax.pruning.tables import Part, Table
     from kdsearch_jax.pruning.transform import SearchState
     from kdsearch_jax.storage.export_formats import load_safetensors, load_stablehlo
     from kdsearch_jax.storage.networks import load, save
@@ -73,16 +72,17 @@ __all__ = [
 
 __version__ = "0.2.0"
 
-# Modules that are used by their names, as in `kd.losses.kl`.
+# Modules that are used by their names, as in `kd.losses.kl`; `budget` and `surgery` are those of 0.1.
 _MODULES = {
-    "budget": "pruning.budget",
+    "budget": "budget",
     "gates": "pruning.gates",
     "losses": "distill.losses",
-    "surgery": "pruning.surgery",
+    "surgery": "surgery",
 }
 _HOMES = {
-    "pruning.budget": ("BudgetError",),
-    "pruning.budgets": ("Budget",),
+    "pruning.budgets": ("Budget", "BudgetError"),
+    "pruning.costs": ("Part", "Table"),
+    "pruning.surgery": ("SurgeryError",),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
     "pruning.network": ("Network", "trace"),
@@ -90,8 +90,6 @@ _HOMES = {
     "pruning.rules": ("Rule",),
     "pruning.search": ("GatedSearch",),
     "pruning.student": ("Student", "fold", "verify"),
-    "pruning.surgery": ("SurgeryError",),
-    "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
     "storage.export_formats": ("load_safetensors", "load_stablehlo"),
     "storage.networks": ("load", "save"),

@@ -62,7 +62,7 @@ def prove(network: Network, variables: Any, *inputs: Any, hows: tuple[str, ...] 
     rng = np.random.default_rng(seed)
     for how in hows:
         gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng, how)
-        sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+        sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
         proof = surgery.verify(network, variables, gates, keep, sliced, *inputs)
         assert proof["difference"] <= surgery.TOLERANCE
         assert proof["macs"] <= network.topology.total()[0]

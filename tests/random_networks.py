@@ -242,7 +242,7 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
         folded, _, _ = gated(variables, gates, inputs)
         sliced, student = surgery.slice_variables(folded, network, keep), network.student(keep)
         run = jax.jit(student.apply)
-        expected = equality.measure(lambda v, *xs: _named(gated(v, ones, xs)[1]), folded, inputs)
+        expected = equality.reference_outputs(lambda v, *xs: _named(gated(v, ones, xs)[1]), folded, inputs)
         got, wrong = _named(run(sliced, *inputs)), _named(run(_noisy(sliced, rng), *inputs))
         difference = equality.difference(expected, got)
         assert difference <= surgery.TOLERANCE, f"{how}: the student differs by {difference:.1e} of its own scale"

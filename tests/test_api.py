@@ -14,8 +14,7 @@ import pytest
 from flax import serialization, struct
 
 import kdsearch_jax
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning import budgets, surgery
 from kdsearch_jax.search.__main__ import main as search_main
 from kdsearch_jax.storage.arrays import flatten
 
@@ -83,13 +82,13 @@ def test_a_budget_between_possible_students_takes_the_one_below_and_warns_once(t
     """Widths are multiples of 8 up to 24: of two budgets 0.5 cannot be met exactly; nor can the uniform students."""
     module = nn.Sequential([nn.Dense(24, name="hidden"), nn.relu, nn.Dense(5, name="out")])
     x = RANDOM.normal(size=(64, 7)).astype(np.float32)
-    with pytest.warns(budget_lib.BudgetWarning) as caught:
+    with pytest.warns(budgets.BudgetWarning) as caught:
         result = kdsearch_jax.search(
             module, some(module, x[:2]), {"x": x}, budget={"macs": [0.68, 0.5], "round_to": 8},
             baselines=("uniform",), workdir=tmp_path / "run", search_steps=8, retrain_steps=2, batch_size=8,
             settings={"run.steps_per_dispatch": 2},
         )  # fmt: skip
-    told = [str(w.message) for w in caught if issubclass(w.category, budget_lib.BudgetWarning)]
+    told = [str(w.message) for w in caught if issubclass(w.category, budgets.BudgetWarning)]
     assert len(told) == 2 and "budget.macs 0.5:" in told[0] and "budget.macs 0.3334" in told[0], told
     assert "uniform" in told[1]
     macs = {row["name"]: row["macs"] / (24 * 12) for row in result.results["rows"]}

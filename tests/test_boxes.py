@@ -118,7 +118,7 @@ def cut(module, variables, x=X):
     """(the student, its variables), proved."""
     network, rng = trace(module, x), np.random.default_rng(0)
     chosen, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
-    sliced, _ = surgery.prune(variables, chosen, keep, network, Architecture("none", {}, input_shape=(1,)))
+    sliced, _ = surgery.slice_network(variables, chosen, keep, network, Architecture("none", {}, input_shape=(1,)))
     surgery.verify(network, variables, chosen, keep, sliced, x)
     return network.student(keep), sliced
 
@@ -282,7 +282,6 @@ MESH = """
 import contextlib, jax, jax.numpy as jnp, numpy as np, flax.linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
-from kdsearch_jax.adapters import boxes
 from test_boxes import Net, NnxNet, X, check_nnx, cut, groups, initial, trace
 
 variables = {kind: initial(Net(kind, scan=True)) for kind in ("partitioned", "logical")}

@@ -141,7 +141,7 @@ def test_gated_features_are_those_of_the_student():
     for group in topology.groups:
         keep[group.name] = rng.permutation(group.size) < max(1, group.size // 2) if group.size > 1 else np.ones(1, bool)
         gate[group.name] = np.where(keep[group.name], rng.uniform(0.5, 2.0, group.size), 0.0).astype(np.float32)
-    sliced, architecture = surgery.prune(variables, gate, keep, network, Architecture("small_cnn"))
+    sliced, architecture = surgery.slice_network(variables, gate, keep, network, Architecture("small_cnn"))
     student, images = architecture.module(module), _batch()["images"]
     paths = list(features.find(module, variables, IMAGE))
     with features.recorded(module) as seen:

@@ -1,4 +1,4 @@
-"""The proof by each output's own scale: wrong students are caught whatever the network returns, right ones pass."""
+"""Equality by the scale of each output: wrong students are caught whatever the network returns, right ones pass."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ SMALLEST = float(np.finfo(np.float32).min)
 
 
 def masked(value, legal):
-    """A head that replaces the logits of what is not legal."""
+    """A head that replaces the logits of illegal classes."""
     return lambda z, w: jnp.where(legal, z[:, :5], value)
 
 
@@ -75,7 +75,7 @@ class Two(nn.Module):
 
 
 def noise(value):
-    """A kernel of the same spread, that of another network."""
+    """Another kernel of the same standard deviation."""
     return np.random.default_rng(1).normal(size=value.shape).astype(np.float32) * np.std(value)
 
 
@@ -83,11 +83,11 @@ WRONG = {"noise": noise, "transposed": lambda value: value.T, "lost": lambda val
 
 
 def students(module, *inputs):
-    """(network, its variables, gates, what stays, the student's variables)."""
+    """(network, its variables, gates, keep, the student's variables)."""
     network, rng = traced(module, *inputs), np.random.default_rng(3)
     variables, gates = variables_of(module, *inputs), random_gates(network.topology, rng)
     keep = {group.name: np.arange(group.size) % 2 == 0 for group in network.topology.groups}
-    return network, variables, gates, keep, surgery.prune(variables, gates, keep, network, ANY)[0]
+    return network, variables, gates, keep, surgery.slice_network(variables, gates, keep, network, ANY)[0]
 
 
 def changed(variables, path, change):
@@ -103,7 +103,7 @@ def test_wrong_students_are_caught_whatever_the_network_returns(end):
     for head in "zw":
         for leaf, change in (("kernel", "noise"), ("kernel", "transposed"), ("bias", "lost")):
             wrong = changed(sliced, f"params/{head}_second/{leaf}", WRONG[change])
-            with pytest.raises(surgery.SurgeryError, match=f"first in {head}_second"):
+            with pytest.raises(surgery.SurgeryError, match=f"{head}_second"):
                 surgery.verify(*cut, wrong, X)
 
 
@@ -111,7 +111,7 @@ def test_wrong_students_are_caught_whatever_the_network_returns(end):
 
 
 class Small(nn.Module):
-    """Two layers; how the second begins and what becomes of it may be chosen."""
+    """Two layers whose input or output may be replaced."""
 
     zero: bool = False
     deaf: bool = False
@@ -129,28 +129,28 @@ def test_a_batch_of_one_and_examples_that_are_alike_prove_as_much():
         *cut, sliced = students(Small(), x)
         assert surgery.verify(*cut, sliced, x)["responding"] == 1
         for path, change in (("first/kernel", "noise"), ("second/kernel", "noise"), ("first/bias", "lost")):
-            with pytest.raises(surgery.SurgeryError, match=f"first in {path.split('/')[0]}"):
+            with pytest.raises(surgery.SurgeryError, match=path.split("/")[0]):
                 surgery.verify(*cut, changed(sliced, f"params/{path}", WRONG[change]), x)
 
 
 def test_layers_are_compared_where_the_outputs_say_nothing():
-    """As after a head that begins with zeros."""
+    """As for a head whose kernel is initialised with zeros."""
     *cut, sliced = students(Small(zero=True), X)
     assert surgery.verify(*cut, sliced, X)["responding"] == 0
     for layer in ("first", "second"):
-        with pytest.raises(surgery.SurgeryError, match=f"first in {layer}, though not in the outputs"):
+        with pytest.raises(surgery.SurgeryError, match=layer):
             surgery.verify(*cut, changed(sliced, f"params/{layer}/kernel", noise), X)
 
 
 def test_an_empty_proof_is_refused():
     *cut, sliced = students(Small(deaf=True), X)
-    with pytest.raises(surgery.SurgeryError, match="the proof is empty"):
+    with pytest.raises(surgery.SurgeryError, match="empty"):
         surgery.verify(*cut, sliced, X)
 
 
 def test_a_network_of_nan_is_refused():
     *cut, sliced = students(Small(broken=True), X)
-    with pytest.raises(surgery.SurgeryError, match="returns nothing but NaN in the output"):
+    with pytest.raises(surgery.SurgeryError, match="NaN"):
         surgery.verify(*cut, sliced, X)
 
 
@@ -166,7 +166,7 @@ def test_integers_of_an_nnx_module_are_proved_by_its_layers():
     network = trace(functional, X)
     keep = {group.name: np.arange(group.size) % 2 == 0 for group in network.topology.groups}
     cut = network, variables, random_gates(network.topology, np.random.default_rng(3)), keep
-    sliced, _ = surgery.prune(*cut[1:], network, ANY)
+    sliced, _ = surgery.slice_network(*cut[1:], network, ANY)
     surgery.verify(*cut, sliced, X)
     with pytest.raises(surgery.SurgeryError, match="first in first"):
         surgery.verify(*cut, changed(sliced, "params/first/kernel", lambda value: 1.001 * value), X)
@@ -183,7 +183,7 @@ def compared(function, variables, change, x=X):
 
     run = jax.jit(named)
     rounding = equality.rounding_of(run.trace(variables, x).jaxpr)
-    expected = equality.measure(run, variables, (x,), rounding)
+    expected = equality.reference_outputs(run, variables, (x,), rounding)
     return equality.difference(expected, {name: change(np.array(value)) for name, value in run(variables, x).items()})
 
 
@@ -205,7 +205,7 @@ def one_entry(by):
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_an_entry_may_differ_by_a_hundred_thousandth_of_its_own_scale(offset, scale):
-    """Whatever is added to it and whatever stands next to it, up to the rounding of what was added."""
+    """Whatever is added to it and whatever is next to it, up to the rounding of the sum."""
 
     def function(variables, x):
         x = product(variables, x)
@@ -267,7 +267,7 @@ def test_rounding_is_that_of_the_coarsest_type(dtype):
 
 
 def test_another_structure_is_infinitely_different():
-    expected = equality.measure(lambda v, x: {"a": product(v, x)}, KERNEL, (X,))
+    expected = equality.reference_outputs(lambda v, x: {"a": product(v, x)}, KERNEL, (X,))
     assert equality.difference(expected, {"b": np.zeros((8, 7))}) == np.inf
     assert equality.difference(expected, {"a": np.zeros((8, 6))}) == np.inf
     found = equality.compare(lambda v, x: {"a": product(v, x)}, KERNEL, lambda v, x: {}, KERNEL, (X,))

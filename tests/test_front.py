@@ -3,56 +3,51 @@
 import itertools
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
-from kdsearch_jax.pruning import budget_path
-from kdsearch_jax.pruning.budget import Limits
-from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
+from kdsearch_jax.pruning.budget_path import budget_path
+from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs import budget_points
 from kdsearch_jax.runs.config import Experiment, changed
 
-GATES = GatesConfig(ramp=0.5, warmup=0.2)
 
-
-def legs(values, steps=400, dispatch=10, config=GATES):
-    limits = [Limits(value * 1000, None) for value in values]
+def path_of(values, steps=400, every=10):
     falls = [1.0, *(b / a for a, b in itertools.pairwise(values))]
-    return budget_path.legs(limits, falls, 1 / values[0], steps, config.ramp, config.warmup, dispatch)
+    return budget_path(falls, 1 / values[0], steps, ramp=0.5, warmup=0.2, every=every)
 
 
 def test_one_budget_is_the_path_of_a_single_search():
     """From the whole network's pressure at the end of the warm-up in a straight line to 1, then it stays."""
-    (leg,) = legs([0.5])
-    assert (leg.begin, leg.arrive, leg.end) == (40, 200, 400)
-    assert [leg.goal(step) for step in (0, 40, 120, 200, 399)] == [2.0, 2.0, 1.5, 1.0, 1.0]
+    path = path_of([0.5])
+    assert path == ((2.0,), (40,), (200,), (400,))
+    assert [float(path.goal(np.int32(step), np.int32(0))) for step in (0, 40, 120, 200, 399)] == [2, 2, 1.5, 1, 1]
 
 
 @pytest.mark.parametrize("values", [[0.7, 0.5, 0.3], [0.9, 0.2], [0.8, 0.7, 0.6, 0.5, 0.4]], ids=str)
 def test_the_path_falls_and_stays_at_each_budget(values):
-    path = legs(values)
-    cost = [
-        budget_path.at(path, step).goal(step) * budget_path.at(path, step).limits.macs / 1000 for step in range(400)
-    ]
+    path = path_of(values)
+    legs = jax.vmap(path.leg)(np.arange(400))
+    cost = np.asarray(jax.vmap(path.goal)(np.arange(400), legs)) * np.array(values)[legs]
     assert cost[0] == pytest.approx(1) and cost[-1] == pytest.approx(values[-1])
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(cost))
+    assert (np.diff(cost) <= 1e-6).all()
     stay = 200 / len(values)
-    for leg, value in zip(path, values, strict=True):
-        assert leg.limits.macs == value * 1000
-        assert stay - 10 <= leg.end - leg.arrive <= stay + 10 and leg.end % 10 == 0
-        assert cost[leg.end - 1] == pytest.approx(value)
+    for arrive, end, value in zip(path.arrive, path.end, values, strict=True):
+        assert stay - 10 <= end - arrive <= stay + 10 and end % 10 == 0
+        assert cost[end - 1] == pytest.approx(value)
     falling = -np.diff(cost)
-    steep = falling[falling > 1e-9]
-    assert path[-1].end == 400 and np.median(steep) == pytest.approx((1 - values[-1]) / 160, rel=0.15)
+    steep = falling[falling > 1e-5]
+    assert path.end[-1] == 400 and np.median(steep) == pytest.approx((1 - values[-1]) / 160, rel=0.15)
 
 
 def test_too_few_steps_for_the_budgets():
     with pytest.raises(
         ValueError, match=r"budgets: search.steps 20, in calls of .* 10, are too few to stay at 3 of them"
     ):
-        legs([0.7, 0.5, 0.3], steps=20)
+        path_of([0.7, 0.5, 0.3], steps=20)
     with pytest.raises(ValueError, match="give more steps, or fewer budgets"):
-        legs([0.7, 0.5], steps=0)
+        path_of([0.7, 0.5], steps=0)
 
 
 def test_points_are_named_by_their_budgets():

@@ -165,7 +165,8 @@ def test_the_names_of_0_1_are_found_with_a_warning(python):
         "    from kdsearch_jax.network import trace\n"
         "    from kdsearch_jax.student import Architecture\n"
         "import kdsearch_jax as kd\n"
-        "assert trace is kd.trace and kd.surgery is surgery\n"
+        "assert trace is kd.trace and kd.surgery is surgery and kd.budget is budget\n"
+        "assert callable(budget.select) and callable(budget.resolve) and callable(surgery.prune)\n"
         "assert {w.category for w in caught} == {DeprecationWarning} and len(caught) == 5, caught"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)

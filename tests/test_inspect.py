@@ -17,7 +17,7 @@ from proof import image, variables_of
 import kdsearch_jax as kd
 from kdsearch_jax.adapters.registry import build
 from kdsearch_jax.inspect import main as inspect_main
-from kdsearch_jax.pruning import budget
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.runs import inspection
 from kdsearch_jax.runs.config import Experiment
@@ -104,7 +104,7 @@ def test_measures_on_request_and_says_what_that_means_for_a_budget(capsys):
     assert record["budget"]["reachable"] is None and "--measure" in record["budget"]["reason"]
     try:
         record = records(capsys, *small, *asked, "--measure")
-    except budget.BudgetError as error:
+    except budgets.BudgetError as error:
         assert "too noisy" in str(error)
         return
     assert record["budget"]["reachable"] and record["batch_size"] == 8 and record["latency"] > 0
@@ -203,7 +203,7 @@ def test_unreachable_is_what_the_search_would_say():
     network = trace(build("mlp", {"hidden": [8], "num_classes": 3}), np.zeros((2, 4, 4, 1), np.float32), train=False)
     experiment = Experiment()
     assert inspection.report(network, experiment)["budget"]["reachable"]
-    budget.resolve(experiment.budget, network.topology)
+    budgets.resolve(experiment.budget, network.topology)
 
 
 def test_as_a_command(python, tmp_path):

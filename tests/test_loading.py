@@ -77,7 +77,9 @@ def saved(module, variables, directory):
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     network, rng = trace(module, X), np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
-    sliced, architecture = surgery.prune(variables, gates, keep, network, Architecture.of(network.module, (), call))
+    sliced, architecture = surgery.slice_network(
+        variables, gates, keep, network, Architecture.of(network.module, (), call)
+    )
     shapes = {name: list(shape) for name, shape in networks.initial_shapes(network.module, call).items()}
     info = {"macs": 1, "params": 1}
     if isinstance(network.module, FunctionalModule):

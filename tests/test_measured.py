@@ -12,9 +12,9 @@ import pytest
 
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning import budget
-from kdsearch_jax.pruning.budget import BudgetError, Estimate
-from kdsearch_jax.pruning.budget.estimate import within
+from kdsearch_jax.pruning import budgets, selection
+from kdsearch_jax.pruning.budgets import BudgetError
+from kdsearch_jax.pruning.costs import Estimate, groups_inside_branches
 from kdsearch_jax.pruning.network import trace
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs import latency, measurement
@@ -69,10 +69,10 @@ def chosen(name: str, tools: Instruments, seed=0, **asked):
     network, variables, call = traced_model(name)
     config = BudgetConfig(**{"macs": None, **asked})
     record = json.loads(json.dumps(latency.calibrate(network, variables, config, call, tools)))
-    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
+    limits = latency.with_measured(budgets.resolve(config, network.topology), config, record)
     importance = np.random.default_rng(seed).exponential(1.0, network.topology.units)
     landed = latency.land(
-        lambda bounds: budget.choose(network.topology, bounds, importance),
+        lambda bounds: selection.choose(network.topology, bounds, importance),
         limits,
         network,
         variables,
@@ -106,7 +106,7 @@ def test_prices_are_what_the_next_unit_adds_and_a_branch_takes_all_that_is_in_it
     topology = traced_model("resnet")[0].topology
     random = np.random.default_rng(1)
     units = {g.name: random.uniform(0.1, 1.0) for g in topology.groups}
-    estimate = Estimate("latency", 100.0, macs=1e-6, params=1e-4, units=units, inside=within(topology))
+    estimate = Estimate("latency", 100.0, macs=1e-6, params=1e-4, units=units, inside=groups_inside_branches(topology))
     keep = (random.uniform(size=topology.units) < 0.8).astype(float)
     price, starts = estimate.marginal(topology, keep), np.cumsum([0] + [g.size for g in topology.groups])
     for group, start in zip(topology.groups, starts, strict=False):
@@ -116,7 +116,7 @@ def test_prices_are_what_the_next_unit_adds_and_a_branch_takes_all_that_is_in_it
         assert (price >= 0).all() and price[start] == pytest.approx(difference, rel=0.3, abs=1e-6)
         if group.kind == "branches":
             assert price[start] == pytest.approx(difference, rel=1e-6)  # nothing but itself multiplies with it
-    assert within(topology)["stage2/block1:branch"] == ("stage2/block1/conv1",)
+    assert groups_inside_branches(topology)["stage2/block1:branch"] == ("stage2/block1/conv1",)
     assert estimate.total(topology, np.ones(topology.units)) == 100.0
     without = topology.without({g.name: "stay" for g in topology.groups if g.kind == "branches"})
     alike = np.concatenate(
@@ -132,7 +132,7 @@ def test_few_networks_are_measured_and_every_group_is_in_one_class():
     assert sorted(names) == sorted(group.name for group in topology.groups)
     keeps = calibration.designs(topology)
     assert len(keeps) <= calibration.CLASSES + 5 and keeps["whole"].all()
-    assert (keeps["smallest"] == budget.smallest(topology)).all()
+    assert (keeps["smallest"] == budgets.smallest_keep(topology)).all()
     for a, b in itertools.combinations(keeps.values(), 2):
         assert (a != b).any()
 
@@ -194,11 +194,11 @@ def test_a_limit_that_not_even_the_smallest_student_meets_says_what_that_takes()
     network, variables, call = traced_model("mlp")
     config = BudgetConfig(None, latency=0.5)
     record = latency.calibrate(network, variables, config, call, device(straight))
-    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
+    limits = latency.with_measured(budgets.resolve(config, network.topology), config, record)
     ones = np.ones(network.topology.units)
     with pytest.raises(BudgetError, match=r"budget: .*latency [12]\.\d+ of the budget"):
         latency.land(
-            lambda bounds: budget.choose(network.topology, bounds, ones),
+            lambda bounds: selection.choose(network.topology, bounds, ones),
             limits, network, variables, config, call, device(lambda n: 1.0 + 1e-6 * n),
         )  # fmt: skip
 
@@ -207,11 +207,11 @@ def test_where_the_model_is_wrong_about_all_but_the_smallest_student_that_is_tak
     network, variables, call = traced_model("mlp")
     config = BudgetConfig(None, latency=0.9, round_to=8)
     record = latency.calibrate(network, variables, config, call, device(straight))
-    limits = latency.with_measured(budget.resolve(config, network.topology), config, record)
-    flat = budget.smallest(network.topology, 8)
+    limits = latency.with_measured(budgets.resolve(config, network.topology), config, record)
+    flat = budgets.smallest_keep(network.topology, 8)
     least, ones = size(calibration.sliced_student(network, variables, flat)), np.ones(network.topology.units)
     found, cost = latency.land(
-        lambda bounds: budget.choose(network.topology, bounds, ones),
+        lambda bounds: selection.choose(network.topology, bounds, ones),
         limits, network, variables, config, call, device(lambda n: 1.0 if n <= least else 2.0 + 1e-6 * n),
     )  # fmt: skip
     assert (network.topology.flatten(found.keep) == flat).all() and cost["latency"]["within"]
@@ -266,7 +266,7 @@ def test_timing_that_is_too_noisy_is_an_error_with_the_spread(monkeypatch):
 
 def test_a_search_is_calibrated_once_and_reads_the_same_again(tmp_path):
     network, variables, call = traced_model("mlp")
-    config, limits = BudgetConfig(0.6, latency=0.7), budget.resolve(BudgetConfig(0.6), network.topology)
+    config, limits = BudgetConfig(0.6, latency=0.7), budgets.resolve(BudgetConfig(0.6), network.topology)
     latency.calibrate_once(network, variables, config, call, tmp_path, device(straight))
     first = latency.add_measured(limits, config, tmp_path)
     latency.calibrate_once(network, variables, config, call, tmp_path, device(lambda n: 7.0 * straight(n)))
@@ -285,7 +285,7 @@ def test_a_search_is_calibrated_once_and_reads_the_same_again(tmp_path):
 def test_the_final_student_is_within_or_the_run_fails(tmp_path):
     network, variables, call = traced_model("mlp")
     teacher = (network.module, variables)
-    student = calibration.sliced_student(network, variables, budget.smallest(network.topology))
+    student = calibration.sliced_student(network, variables, budgets.smallest_keep(network.topology))
     share = straight(size(student)) / straight(size(teacher))
     path = tmp_path / "measured.json"
     with pytest.raises(BudgetError, match=r"the student takes [\d.]+ ms a call, 1\.25\d of the budget .*--resume"):
@@ -306,7 +306,7 @@ def test_the_final_student_is_within_or_the_run_fails(tmp_path):
 
 def test_memory_is_at_least_what_goes_in_and_comes_out_and_falls_with_the_network():
     network, variables, call = traced_model("mlp")
-    student = calibration.sliced_student(network, variables, budget.smallest(network.topology))
+    student = calibration.sliced_student(network, variables, budgets.smallest_keep(network.topology))
     networks = {"teacher": (network.module, variables), "student": student}
     found = measurement.measure_memory(networks, 8, call)
     assert found == measurement.measure_memory(networks, 8, call)

@@ -287,7 +287,7 @@ def cut(name: str, how: str = "half") -> tuple[FunctionalModule, FunctionalModul
     module, variables = trained(make)
     network, rng = trace(module, x), np.random.default_rng(1)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng, how)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     return module, network.student(keep), sliced
 
 

@@ -15,7 +15,7 @@ from kdsearch_jax.pruning.transform import flatten
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budget.BudgetWarning"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budgets.BudgetWarning"),
 ]
 
 X = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)

@@ -10,24 +10,19 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import kdsearch_jax as kd
 from kdsearch_jax.adapters import registry
-from kdsearch_jax.distill import distiller, search_step
-from kdsearch_jax.distill.objective import classification
-from kdsearch_jax.distill.settings import DistillConfig
-from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import budget, budget_path, prox
+from kdsearch_jax.pruning import budgets, prox
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.rules import apply_rules
-from kdsearch_jax.pruning.settings import GatesConfig
+from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.transform import flatten
-from kdsearch_jax.training.optimizer import make_optimizer
-from kdsearch_jax.training.settings import RunConfig, StageConfig
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budget.BudgetWarning"),
+    pytest.mark.filterwarnings("ignore::kdsearch_jax.pruning.budgets.BudgetWarning"),
 ]
 
 STEPS, EVERY = 40, 4
@@ -117,7 +112,7 @@ def test_the_first_gated_network_is_the_network_and_a_student_is_the_last():
 
 def test_the_cost_follows_its_path_and_the_dead_stay_dead():
     search, _, seen = searched()
-    path = search.controller.path
+    path = search.path
     for (before, _), (after, _) in pairwise(seen):
         assert (after >= 0).all() and np.isfinite(after).all()
         assert not ((before == 0) & (after > 0)).any() or search.limits[0].pressure(search.topology, before > 0) < 1
@@ -129,50 +124,49 @@ def test_the_cost_follows_its_path_and_the_dead_stay_dead():
     assert search.limits[0].pressure(search.topology, seen[-1][0] > 0) <= 1.0
 
 
-def test_it_is_the_search_of_the_built_in_loop():
-    """The same gates and importances, update by update, as the search that a host drives."""
-    module, network, variables, (x, _) = teacher()
-    stage, config = StageConfig(learning_rate=0.02, schedule="constant"), GatesConfig(batch_norm="frozen")
-    stage, run = replace(stage, steps=STEPS), RunConfig(steps_per_dispatch=EVERY)
-    task, batch = classification(DistillConfig()), {"images": x, "labels": np.zeros(len(x), np.int32)}
-    other = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), variables)
-
-    limits = budget.resolve(kd.Budget(macs=0.5), network.topology)
-    host_tx = search_step.make_transformation(stage, config)
-    host = search_step.begin(variables, network.topology, host_tx, stage)
-    host_step = jax.jit(search_step.search_step(network, module, host_tx, task, config, run))
-    whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    way = budget_path.legs([limits], [1.0], whole, stage.steps, config.ramp, config.warmup, EVERY)
-    between = search_step.controller(Part.of(network), way, stage, config, run)
-
-    search = search_of()
-    tx = search.optimizer(make_optimizer(stage))
-    by, stats = distiller.Distiller.of(task, module, run), {"batch_stats": variables["batch_stats"]}
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_gates_may_start_at_the_norms_of_what_they_scale(library):
+    """1 on average in each group, as large as the kernel entries that read the unit; the network is unchanged."""
+    if library == "linen":
+        module, network, variables, (x, outputs) = teacher()
+        kernel = np.array(variables["params"]["dense"]["kernel"])
+        kernel[1] = 0.0  # nothing reads unit 1 of the last layer
+        params = {**variables["params"], "dense": {**variables["params"]["dense"], "kernel": kernel}}
+        variables = {**variables, "params": params}
+        outputs, group = module.apply(variables, x, train=False), "stage3/conv"
+    else:
+        rngs = nnx.Rngs(0)
+        module = nnx.Sequential(nnx.Linear(6, 12, rngs=rngs), nnx.relu, nnx.Linear(12, 4, rngs=rngs))
+        x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+        network, variables, outputs = kd.trace(module, x), module, module(x)
+        kernel, group = np.array(module.layers[2].kernel[...]), network_group(network)
+    search = kd.GatedSearch(network, kd.Budget(macs=0.5), 10, initial_gates="norm")
     params = search.init(variables)
-    state = tx.init(params)
+    gates = params["gates"] if library == "linen" else {k: gate[...] for k, gate in params.gates.items()}
+    for values in gates.values():
+        np.testing.assert_allclose(values.mean(), 1.0, rtol=1e-5)
+    norms = np.linalg.norm(kernel, axis=1)
+    np.testing.assert_allclose(gates[group], norms / norms.mean(), rtol=1e-5)
+    if library == "linen":
+        assert gates[group][1] == 0
+        folded = search.fold(params, batch_stats=variables["batch_stats"])
+        found = module.apply(folded, x, train=False)
+    else:
+        found = params(x)
+    np.testing.assert_allclose(found, outputs, atol=1e-5 * np.abs(outputs).max())
 
-    @jax.jit
-    def update(params, state):
-        def loss(params):
-            folded = search.fold(params)["params"]
-            shown, _ = by.train(module, folded, stats, batch, jax.random.key(0), None, frozen=True)
-            return by.distance(None, shown, by.target(other, batch), batch).mean()
 
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+def network_group(network):
+    (group,) = network.topology.groups
+    return group.name
 
-    metrics = {}
-    for done in range(1, STEPS + 1):
-        host, _ = host_step(host, batch, jax.random.key(0), other)
-        params, state = update(params, state)
-        gates = network.topology.flatten(jax.device_get(host.extra["gates"]))
-        importance = network.topology.flatten(jax.device_get(host.extra["importance"]))
-        np.testing.assert_array_equal(flat(search, params) > 0, gates > 0, err_msg=f"update {done}")
-        np.testing.assert_allclose(flat(search, params), gates, atol=2e-4)
-        np.testing.assert_allclose(state.importance, importance, rtol=0.02, atol=1e-4 * importance.max())
-        if done % EVERY == 0:
-            host, metrics = between(host)
-    assert metrics["macs"] < 0.6
+
+def test_limits_in_absolute_numbers_are_a_budget():
+    _, network, *_ = teacher()
+    limits = budgets.resolve(BudgetConfig(macs=0.5), network.topology)
+    search = kd.GatedSearch(network, replace(limits, floor=0.9), steps=40)
+    assert search.limits == (replace(limits, floor=0.9),) and search.controller.floor.tolist() == [0.9]
+    assert search.path == search_of(every=None).path
 
 
 def test_one_search_has_a_student_for_each_of_several_budgets():
@@ -335,7 +329,10 @@ def test_the_users_optimizer_sees_the_weights_alone():
         (lambda s, p, t: s.fold({"params": p["params"]}), "search.init"),
         (lambda s, p, t: s.fold({**p, "gates": {"other": jnp.ones(3)}}), "another network"),
         (lambda s, p, t: s.fold({**p, "gates": {name: jnp.ones(3) for name in p["gates"]}}), "another"),
-        (lambda s, p, t: s.finish(p, t, teacher()[3][0], batch_stats=teacher()[2]["batch_stats"]), "updates; train on"),
+        (
+            lambda s, p, t: s.finish(p, t, teacher()[3][0], batch_stats=teacher()[2]["batch_stats"]),
+            "continue training",
+        ),
         (lambda s, p, t: s.finish(jax.tree.map(jnp.zeros_like, p), t, teacher()[3][0]), "batch_stats="),
         (lambda s, p, t: s.finish(p, optax.EmptyState()), "search.optimizer"),
         (lambda s, p, t: s.init({"params": {}}), "traced"),

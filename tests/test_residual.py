@@ -175,7 +175,7 @@ def test_branches(module, names, left):
     assert sorted(branches) == sorted(f"{name}:branch" for name in names)
     variables = variables_of(module, x)
     prove(found, variables, x, hows=("half", "one"))
-    keep = gates.everything(found.topology)
+    keep = gates.keep_all(found.topology)
     keep |= {group.name: np.zeros(1, bool) for group in found.topology.groups if group.kind == "branches"}
     student, left_over = found.student(keep), surgery.slice_variables(variables, found, keep)
     program = flatten_jaxpr(jax.make_jaxpr(student.apply)(left_over, x))

@@ -1,4 +1,4 @@
-"""Students of students: any number of rounds of cutting, each proved, saved, loaded, and searched again."""
+"""Pruning in rounds: students are cut again, verified, saved, loaded, and searched again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEW = {"search_steps": 6, "retrain_steps": 2, "batch_size": 8}
 
 
 class Residual(nn.Module):
-    """A stream of features, to which blocks add."""
+    """A residual stream with blocks of two layers."""
 
     blocks: int = 3
 
@@ -41,7 +41,7 @@ class Residual(nn.Module):
 
 
 class Held(nn.Module):
-    """Layers whose attributes are no plain width: groups, cells, embeddings."""
+    """Layers whose attributes are not plain widths: groups, cells, embeddings."""
 
     @nn.compact
     def __call__(self, x):
@@ -62,7 +62,7 @@ class Block(nnx.Module):
 
 
 class ResidualNnx(nnx.Module):
-    """The same stream in NNX, and a setting that is not a size."""
+    """The same network in NNX, with an attribute that is not a size."""
 
     def __init__(self, features: int = 6, *, rngs):
         self.stem = nnx.Linear(features, 16, rngs=rngs)
@@ -79,7 +79,7 @@ class ResidualNnx(nnx.Module):
 
 
 def functional(module: nnx.Module) -> tuple[FunctionalModule, dict]:
-    """Its function, and random variables for it."""
+    """The functional module, and random variables for it."""
     function, variables = FunctionalModule.split(module)
     random = np.random.default_rng(0)
     return function, jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) / 3, variables)
@@ -90,13 +90,13 @@ def run(module, variables, x):
 
 
 def cut(module, variables, x, architecture, rng, how="half", branches=None):
-    """One round: (student, its variables, its architecture), proved. branches: which to drop, by number."""
+    """One verified round: (student, its variables, its architecture). branches: numbers of those to drop."""
     network = traced(module, x)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng, how)
     if branches is not None:
         names = [group.name for group in network.topology.groups if group.kind == "branches"]
         keep |= {name: np.array([number not in branches]) for number, name in enumerate(names)}
-    sliced, architecture = surgery.prune(variables, gates, keep, network, architecture)
+    sliced, architecture = surgery.slice_network(variables, gates, keep, network, architecture)
     surgery.verify(network, variables, gates, keep, sliced, x)
     return network.student(keep), sliced, architecture
 
@@ -110,7 +110,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_rounds_of_cuts(name):
-    """Each student is what was gated, and is described relative to the first model: by JSON it is made again."""
+    """Each student equals the gated network and is described relative to the first model; JSON restores it."""
     make, x = CASES[name]
     base, variables = make()
     module, architecture, rng = base, Architecture.of(base, x.shape[1:]), np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_rounds_of_cuts(name):
 
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_the_stream_stays_free_where_branches_were_dropped(name):
-    """The zeros of a layer that is gone follow the stream that they are added to, round by round."""
+    """The zeros of a dropped layer follow the size of the residual stream that they are added to, round by round."""
     make, x = CASES[name]
     module, variables = make()
     architecture, rng = Architecture.of(module, x.shape[1:]), np.random.default_rng(0)
@@ -141,7 +141,7 @@ def test_the_stream_stays_free_where_branches_were_dropped(name):
 
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_rounds_of_pruning_and_training(name, tmp_path):
-    """By `prune`, with weights that changed in between; each student is saved and loaded, and pruned as loaded."""
+    """By `kd.prune`, with weights that change in between; each student is saved, loaded, and pruned again."""
     x = image(6)
     base = ResidualNnx(rngs=nnx.Rngs(0)) if name == "nnx" else Residual()
     module, variables = base, base if name == "nnx" else variables_of(base, x)
@@ -167,7 +167,7 @@ def _function(module):
 
 
 def test_a_student_as_a_part_of_another_model():
-    """Its layers are cut again, and its own variables lie where they lay."""
+    """Its layers are cut again, and its variables keep their paths."""
 
     class Outer(nn.Module):
         inner: nn.Module
@@ -190,24 +190,24 @@ def test_a_student_as_a_part_of_another_model():
 
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_parts_of_parts_are_parts_of_the_whole(name):
-    """A network that is cut twice, as a search that shrinks does, is the network cut once; also without branches."""
+    """A network that is restricted twice, as in a search that shrinks, equals the network cut once."""
     make, x = CASES[name]
     module, variables = make()
     module, _, _ = cut(module, variables, x, Architecture.of(module), np.random.default_rng(0), branches=[0])
     network, rng = traced(module, x), np.random.default_rng(1)
     first = random_keep(network.topology, rng)
-    part = network.part(first)
+    part = network.restricted(first)
     assert part.module == network.student(first)
     second = random_keep(part.topology, rng)
     both = {group: mask.copy() for group, mask in first.items()}
     for group, mask in second.items():
         both[group][first[group]] = mask
-    assert part.student(second) == part.part(second).module == network.student(both)
+    assert part.student(second) == part.restricted(second).module == network.student(both)
     assert part.topology.cost(second) == network.topology.cost(both)
 
 
 def test_an_nnx_student_that_was_changed_is_a_model_of_its_own():
-    """Its mode aside: what it was cut from would not have the change."""
+    """Except for its mode: the model that it was cut from would not have the change."""
     x = image(6)
     base, variables = functional(ResidualNnx(rngs=nnx.Rngs(0)))
     student, variables, _ = cut(base, variables, x, Architecture.of(base), np.random.default_rng(0))
@@ -239,7 +239,7 @@ def _changed(module, change):
 
 
 def test_linen_students_are_searched_again(tmp_path):
-    """As loaded, which is as returned, with the first model as a second teacher; its files alone make it again."""
+    """As loaded, with the first model as a second teacher; the files alone restore each student."""
     first, second = tmp_path / "first", tmp_path / "second"
     module, variables = Residual(), variables_of(Residual(), DATA["x"][:2])
     found = kd.search(module, variables, DATA, budget=0.7, workdir=first, **FEW)
@@ -254,7 +254,7 @@ def test_linen_students_are_searched_again(tmp_path):
 
 
 def test_nnx_students_are_searched_again(tmp_path):
-    """As modules of the user's class: the architecture is that of the first module, which alone makes each again."""
+    """As modules of the user's class; the architecture is relative to the first module, which restores each of them."""
     x = DATA["x"]
     module = ResidualNnx(rngs=nnx.Rngs(0))
     for number in range(2):

@@ -1,10 +1,10 @@
-"""Selections of coarse pieces, on random costs: compared with every student that there is."""
+"""Selections of coarse pieces on random costs, compared with all possible students."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from kdsearch_jax.pruning import budget
-from kdsearch_jax.pruning.budget import FLOOR, BudgetError, BudgetWarning, Estimate, Limits, exact
-from kdsearch_jax.pruning.budget.pieces import Pieces
+from kdsearch_jax.pruning import budgets, selection
+from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits
+from kdsearch_jax.pruning.costs import Estimate
+from kdsearch_jax.pruning.exact_selection import best_selection
+from kdsearch_jax.pruning.pieces import Pieces
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import format_distinct, round_up
@@ -24,7 +26,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 def random_topology(random: np.random.Generator, groups: int | None = None, largest: int = 6) -> Topology:
-    """Groups of any size, with costs that are any sums of products of widths; some terms end with a branch."""
+    """Groups of random sizes, with costs that are random sums of products of widths; some terms end with a branch."""
     kinds = random.choice(["channels", "neurons", "branches"], groups or random.integers(1, 5))
     sizes = np.where(kinds == "branches", 1, random.integers(1, largest + 1, len(kinds)))
     made = tuple(Group(f"g{i}", k, int(n), ()) for i, (k, n) in enumerate(zip(kinds, sizes, strict=True)))
@@ -49,9 +51,9 @@ def random_cost(random: np.random.Generator, groups: tuple[Group, ...]) -> Cost:
 
 
 def random_limits(random: np.random.Generator, topology: Topology) -> Limits:
-    """One bound or more between the smallest student's cost and the network's, also of what is only modelled."""
+    """One or more bounds between the cost of the smallest student and the network's, also on a modelled cost."""
     round_to = int(random.choice([1, 1, 2, 3]))
-    ends = zip(topology.cost(budget.smallest(topology, round_to)), topology.total(), strict=True)
+    ends = zip(topology.cost(budgets.smallest_keep(topology, round_to)), topology.total(), strict=True)
     macs, params = (low + random.uniform(0, 1) * (high - low) for low, high in ends)
     units = {g.name: float(random.uniform(0, 3)) for g in topology.groups if random.random() < 0.7}
     names = [g.name for g in topology.groups]
@@ -60,7 +62,9 @@ def random_limits(random: np.random.Generator, topology: Topology) -> Limits:
     scale = [float(random.choice([0.0, 0.01])) for _ in range(2)]
     saved = sum(g.size * units.get(g.name, 0.0) for g in topology.groups) + 0.01 * sum(topology.total())
     estimate = Estimate("latency", 1.0 + saved, *scale, units, inside)
-    high, low = (estimate.total(topology, k) for k in (np.ones(topology.units), budget.smallest(topology, round_to)))
+    high, low = (
+        estimate.total(topology, k) for k in (np.ones(topology.units), budgets.smallest_keep(topology, round_to))
+    )
     measured = ((estimate, low + random.uniform(0.01, 1) * (high - low) + 1e-6),)
     which = random.integers(0, 5)
     bounds = [(macs, None, ()), (None, params, ()), (macs, params, ()), (None, None, measured), (macs, None, measured)]
@@ -69,14 +73,26 @@ def random_limits(random: np.random.Generator, topology: Topology) -> Limits:
 
 
 def students(topology: Topology, limits: Limits, importance: np.ndarray) -> list[np.ndarray]:
-    """All that there are, the most important units of each width."""
+    """All students, each with the most important units of its widths."""
     choices = []
     for group, values in zip(topology.groups, topology.unflatten(importance).values(), strict=True):
-        step = budget.multiple(limits.round_to, group)
+        step = budgets.width_multiple(limits.round_to, group)
         widths = (0, 1) if group.kind == "branches" else {group.size, *range(step, group.size, step)}
         place = np.argsort(np.argsort(values, kind="stable"), kind="stable")
         choices.append([(place >= group.size - width).astype(float) for width in sorted(widths)])
     return [np.concatenate(each) for each in itertools.product(*choices)]
+
+
+def scaled(limits: Limits, factors: dict[str, float]) -> Limits:
+    """Every bound times its factor."""
+    counted = {name: bound * factors[name] for name in ("macs", "params") if (bound := getattr(limits, name))}
+    measured = tuple((cost, bound * factors[cost.name]) for cost, bound in limits.measured)
+    return replace(limits, **counted, measured=measured)
+
+
+def pieces_of(topology: Topology, limits: Limits, importance: np.ndarray) -> Pieces:
+    least = [budgets.fewest_units(limits.round_to, {}, group) for group in topology.groups]
+    return Pieces.of(topology, importance, limits.round_to, least)
 
 
 def drawn(seed: int, **more) -> tuple[Topology, Limits, np.ndarray, np.random.Generator]:
@@ -87,7 +103,7 @@ def drawn(seed: int, **more) -> tuple[Topology, Limits, np.ndarray, np.random.Ge
     return topology, limits, importance * (random.random(topology.units) > 0.1), random
 
 
-def flat(topology: Topology, chosen: budget.Selection) -> np.ndarray:
+def flat(topology: Topology, chosen: selection.Selection) -> np.ndarray:
     return topology.flatten(chosen.keep).astype(float)
 
 
@@ -97,7 +113,7 @@ def test_of_few_pieces_the_best_is_found_or_the_nearest_below(seed, per_cost):
     topology, limits, importance, _ = drawn(seed)
     every = students(topology, limits, importance)
     costs = np.array([limits.pressure(topology, keep) for keep in every])
-    chosen = budget.choose(topology, limits, importance, per_cost=per_cost)
+    chosen = selection.choose(topology, limits, importance, per_cost=per_cost)
     keep = flat(topology, chosen)
     assert any((keep == each).all() for each in every)
     assert chosen.pressure == limits.pressure(topology, keep) <= 1.0
@@ -115,24 +131,25 @@ def test_of_few_pieces_the_best_is_found_or_the_nearest_below(seed, per_cost):
 @given(SEEDS)
 def test_what_would_be_met_is_met_and_nothing_lies_between(seed):
     topology, limits, importance, _ = drawn(seed)
-    chosen = budget.choose(topology, limits, importance)
+    chosen = selection.choose(topology, limits, importance)
     if chosen.landed or limits.pressure(topology, np.ones(topology.units)) <= 1.0:
         return
     every = students(topology, limits, importance)
     costs = [limits.pressure(topology, keep) for keep in every]
-    told = re.findall(
-        r"(budget\.\w+ [\d.]+(?: with budget\.\w+ [\d.]+)*)(?: would be met|, the nearest above)", chosen.note
+    mentioned = re.findall(
+        r"(budget\.\w+ [\d.]+(?: with budget\.\w+ [\d.]+)*)(?: would be met|, the closest)", chosen.note
     )
     next_above = min((p for p in costs if p > 1.0), default=None)
     whole = dict(zip(limits.names, limits.pressures(topology, np.ones(topology.units)), strict=True))
-    for text, wanted in zip(told, (chosen.pressure, next_above), strict=False):
+    for text, wanted in zip(mentioned, (chosen.pressure, next_above), strict=False):
         shares = dict(re.findall(r"budget\.(\w+) ([\d.]+)", text))
-        asked = limits.times(np.array([float(shares[name]) * whole[name] for name in limits.names]))
+        asked = scaled(limits, {name: float(share) * whole[name] * (1 + 1e-12) for name, share in shares.items()})
         nearest = [keep for keep, cost in zip(every, costs, strict=True) if cost == pytest.approx(wanted, rel=1e-9)]
         assert any(min(asked.pressures(topology, keep)) > 0.998 >= FLOOR for keep in nearest)
         assert any(asked.pressure(topology, keep) <= 1.0 for keep in nearest)
-        assert budget.choose(topology, asked, importance).landed
-    assert len(told) == 1 + (next_above is not None and "only the whole network" not in chosen.note)
+        assert selection.choose(topology, asked, importance).landed
+    only_whole = next_above == limits.pressure(topology, np.ones(topology.units))
+    assert len(mentioned) == 1 + (next_above is not None and not only_whole)
     assert "\n" not in chosen.note
 
 
@@ -141,8 +158,8 @@ def test_what_would_be_met_is_met_and_nothing_lies_between(seed):
 def test_no_addition_and_no_exchange_is_better(seed):
     """Of networks of many pieces, where the best is not looked for among all."""
     topology, limits, importance, _ = drawn(seed, groups=6, largest=40)
-    pieces = Pieces.of(topology, limits, importance)
-    chosen = budget.choose(topology, limits, importance)
+    pieces = pieces_of(topology, limits, importance)
+    chosen = selection.choose(topology, limits, importance)
     keep = flat(topology, chosen)
     assert chosen.pressure <= 1.0
 
@@ -151,9 +168,9 @@ def test_no_addition_and_no_exchange_is_better(seed):
 
     leaving, back = pieces.ends(keep)
     for other in back:
-        assert limits.pressure(topology, pieces.added(keep, other)) > 1.0
+        assert limits.pressure(topology, pieces.with_piece(keep, other)) > 1.0
         for piece in leaving:
-            trial = pieces.added(pieces.without(keep, [piece]), other)
+            trial = pieces.with_piece(pieces.without(keep, [piece]), other)
             if pieces.chain[piece] != pieces.chain[other] and limits.pressure(topology, trial) <= 1.0:
                 cost, worth = merit(trial)
                 assert cost <= merit(keep)[0] + 1e-9 and (cost < merit(keep)[0] or worth <= merit(keep)[1] * (1 + 1e-9))
@@ -163,11 +180,11 @@ def test_no_addition_and_no_exchange_is_better(seed):
 @given(SEEDS)
 def test_the_exact_search_is_within_the_limits_however_little_it_may_look_at(seed):
     topology, limits, importance, random = drawn(seed)
-    pieces = Pieces.of(topology, limits, importance)
+    pieces = pieces_of(topology, limits, importance)
     if not len(pieces):
         return
-    few = exact.search(topology, limits, pieces, work=int(random.integers(1, 30)))
-    every = exact.search(topology, limits, pieces)
+    few = best_selection(topology, limits, pieces, work=int(random.integers(1, 30)))
+    every = best_selection(topology, limits, pieces)
     assert every is not None and every.complete and limits.pressure(topology, every.best) <= 1.0
     if few is not None:
         reached = [min(limits.pressure(topology, outcome.best), FLOOR) for outcome in (few, every)]
@@ -183,28 +200,43 @@ def test_blocks_that_are_alike_are_counted_and_not_enumerated():
     )
     topology = Topology(branches, (), cost, cost, 0.0, {})
     importance = np.random.default_rng(0).permutation(40).astype(float)
-    chosen = budget.choose(topology, Limits(399.0, None), importance)  # 100 and 5 branches: 350
+    chosen = selection.choose(topology, Limits(399.0, None), importance)  # 100 and 5 branches: 350
     assert chosen.exact and chosen.pressure == 350 / 399
     assert sorted(importance[flat(topology, chosen) > 0]) == [35, 36, 37, 38, 39]
 
 
-def test_the_warning_is_one_and_the_error_only_where_nothing_fits():
+def test_a_note_is_given_if_no_student_lands_and_an_error_if_none_fits():
     topology = random_topology(np.random.default_rng(2), groups=3)
-    total, least = topology.total()[0], topology.cost(budget.smallest(topology, 3))[0]
+    total, least = topology.total()[0], topology.cost(budgets.smallest_keep(topology, 3))[0]
     ones = np.ones(topology.units)
-    seen = 0
+    notes = 0
     for bound in np.linspace(least, total - 1, 23):
         limits = Limits(float(bound), None, 3)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            keep = budget.select(topology, limits, ones)
-        pressure = limits.pressure(topology, topology.flatten(keep).astype(float))
-        assert [each.category for each in caught] == [BudgetWarning] * (pressure < FLOOR)
-        assert all(each.filename == __file__ for each in caught)  # the caller's line
-        seen += len(caught)
-    assert seen
-    with pytest.raises(BudgetError, match=r"smallest student .* budget\.macs 0\.\d+"):
-        budget.select(topology, Limits(least - 0.5, None, 3), ones)
+        chosen = selection.choose(topology, limits, ones)
+        pressure = limits.pressure(topology, flat(topology, chosen))
+        assert bool(chosen.note) == (pressure < FLOOR) and "\n" not in chosen.note
+        notes += bool(chosen.note)
+    assert notes
+    with pytest.raises(BudgetError, match=r"budget\.macs 0\.\d+"):
+        selection.choose(topology, Limits(least - 0.5, None, 3), ones)
+
+
+@given(SEEDS)
+def test_no_group_keeps_fewer_units_than_it_must(seed):
+    topology, limits, importance, random = drawn(seed)
+    asked = {g.name: int(random.integers(0, g.size + 1)) for g in topology.groups}
+    least = [budgets.fewest_units(limits.round_to, asked, group) for group in topology.groups]
+    try:
+        chosen = selection.choose(topology, limits, importance, least)
+    except BudgetError:
+        smallest = budgets.smallest_keep(topology, limits.round_to, asked)
+        assert limits.pressure(topology, smallest) > 1.0
+        return
+    assert chosen.pressure <= 1.0
+    for group, fewest in zip(topology.groups, least, strict=True):
+        width = chosen.keep[group.name].sum()
+        step = budgets.width_multiple(limits.round_to, group)
+        assert width >= fewest and (width in (0, group.size) or width % step == 0)
 
 
 @given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=4))
@@ -226,6 +258,6 @@ def test_a_setting_that_lands_nowhere_is_reported_by_its_own_name():
         sparse.csr_matrix(np.eye(2, 9, -1)[:, :1] * np.ones(9)),
     )
     topology = Topology(neurons, (), cost, cost, 0.0, {})
-    with pytest.warns(BudgetWarning, match=r"budget\.params 0\.6.*budget\.params 0\.4445 .*round_to"):
-        keep = budget.select(topology, budget.resolve(BudgetConfig(None, 0.6, 4), topology), np.ones(9))
-    assert keep["dense"].sum() == 4
+    chosen = selection.choose(topology, budgets.resolve(BudgetConfig(None, 0.6, 4), topology), np.ones(9))
+    assert "budget.params 0.4445" in chosen.note and "budget.round_to" in chosen.note
+    assert chosen.keep["dense"].sum() == 4

@@ -28,7 +28,7 @@ class Cut:
         self.variables = variables_of(self.module, self.images)
         rng = np.random.default_rng(seed)
         gates, self.keep = random_gates(self.network.topology, rng), random_keep(self.network.topology, rng, how)
-        self.sliced, self.architecture = surgery.prune(self.variables, gates, self.keep, self.network, ANY)
+        self.sliced, self.architecture = surgery.slice_network(self.variables, gates, self.keep, self.network, ANY)
         self.student = StudentModule.of(self.module, self.architecture.layers, self.architecture.dropped)
 
 

@@ -1,5 +1,4 @@
-"""The proof: every network, cut in every way, computes what the gated network computes and costs what was counted; and
-a proof that fails when it should."""
+"""Surgery: every network, however cut, equals the gated network and costs what was counted; wrong students fail."""
 
 import flax.linen as nn
 import jax
@@ -29,7 +28,7 @@ def cnn():
 
 @pytest.mark.parametrize("case", SMALL)
 def test_every_network_however_cut(case):
-    """Half of everything; one unit of each group and no branch; and the gates of each kind by itself."""
+    """Half of everything; one unit of each group and no branch; and each kind of group by itself."""
     module, shape = small(case)
     images = image(*shape)
     network = traced(module, images)
@@ -50,17 +49,17 @@ def test_large_resnets(depth):
 def test_keeping_everything_changes_nothing(cnn):
     network, variables, _ = cnn
     ones = gates_lib.init(network.topology)
-    sliced, architecture = surgery.prune(variables, ones, gates_lib.everything(network.topology), network, ANY)
+    sliced, architecture = surgery.slice_network(variables, ones, gates_lib.keep_all(network.topology), network, ANY)
     jax.tree.map(np.testing.assert_array_equal, sliced, variables)
     assert architecture == ANY
 
 
 def test_a_student_has_the_gates_folded_in(cnn):
-    """Its own gates are ones: searching a student again begins where it was."""
+    """Its own gates are ones, so a second search starts from the student."""
     network, variables, images = cnn
     rng = np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     student = network.student(keep)
     again = trace(student, images)
     sizes = {group.name: group.size for group in again.topology.groups if group.kind != "branches"}
@@ -71,25 +70,25 @@ def test_a_student_has_the_gates_folded_in(cnn):
 
 def test_emptying_a_group_is_refused(cnn):
     network, variables, _ = cnn
-    keep = gates_lib.everything(network.topology)
+    keep = gates_lib.keep_all(network.topology)
     keep["block/conv2"] = np.zeros_like(keep["block/conv2"])
-    with pytest.raises(ValueError, match=r"keep\['block/conv2'\]: at least one of its 8 units must stay"):
-        surgery.prune(variables, gates_lib.init(network.topology), keep, network, ANY)
+    with pytest.raises(ValueError, match=r"block/conv2"):
+        surgery.slice_network(variables, gates_lib.init(network.topology), keep, network, ANY)
 
 
 @pytest.mark.parametrize("group", ["stage1/conv", "block/conv2", "block/conv1"])
 def test_a_wrong_leaf_is_found_and_its_layer_named(cnn, group):
-    """Every leaf of the student matters to the proof; the first layer that differs is the one that holds it."""
+    """Every leaf of the student matters to the proof; the first layer that differs is the layer of the leaf."""
     network, variables, images = cnn
     keep = random_keep(network.topology, np.random.default_rng(3), "branches")
     keep = {name: np.ones_like(mask) if "branch" in name else mask for name, mask in keep.items()}
     keep[group][0] = False
     gates = gates_lib.init(network.topology)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     flat = traverse_util.flatten_dict(sliced, sep="/")
     path = f"params/{group}/kernel"
     wrong = traverse_util.unflatten_dict({**flat, path: flat[path] * 1.001}, sep="/")
-    with pytest.raises(surgery.SurgeryError, match=rf"of its own scale in the output, first in {group}$"):
+    with pytest.raises(surgery.SurgeryError, match=rf"{group}$"):
         surgery.verify(network, variables, gates, keep, wrong, images)
 
 
@@ -97,11 +96,11 @@ def test_a_wrong_statistic_and_a_nan_are_found(cnn):
     network, variables, images = cnn
     keep = random_keep(network.topology, np.random.default_rng(3), "half")
     gates = gates_lib.init(network.topology)
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     flat = traverse_util.flatten_dict(sliced, sep="/")
     for path, change in [("batch_stats/stage1/bn/mean", 0.01), ("params/dense/bias", jnp.nan)]:
         wrong = traverse_util.unflatten_dict({**flat, path: flat[path] + change}, sep="/")
-        with pytest.raises(surgery.SurgeryError, match="differs from the gated network"):
+        with pytest.raises(surgery.SurgeryError, match="gated network"):
             surgery.verify(network, variables, gates, keep, wrong, images)
 
 
@@ -110,17 +109,17 @@ def test_a_wrong_count_is_found(cnn):
     keep = random_keep(network.topology, np.random.default_rng(3), "half")
     other = {**keep, "stage1/conv": ~keep["stage1/conv"] | (np.arange(4) == 0)}
     assert keep["stage1/conv"].sum() != other["stage1/conv"].sum()
-    with pytest.raises(surgery.SurgeryError, match=r"the student costs [\d,]+ MACs and [\d,]+ parameters, but"):
+    with pytest.raises(surgery.SurgeryError, match=r"[\d,]+ MACs and [\d,]+ parameters"):
         surgery.verify_cost(network, keep, network.student(other))
 
 
 def test_architecture_builds_the_student_from_json(cnn):
-    """What `prune` returns is all that is needed: through JSON, to a module with equal logits at the same paths."""
+    """What `slice_network` returns is sufficient: through JSON, to a module of equal logits with the same paths."""
     network, variables, images = cnn
     rng = np.random.default_rng(5)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
     base = Architecture("small_cnn", {"num_classes": 5, "width": 4}, input_shape=(8, 8, 1))
-    sliced, architecture = surgery.prune(variables, gates, keep, network, base)
+    sliced, architecture = surgery.slice_network(variables, gates, keep, network, base)
     module = Architecture.from_json(architecture.to_json()).module()
     gated = gates_lib.fold(variables, gates_lib.mask(gates, keep), network.topology)
     expected = jax.jit(network.module.apply)(gated, images)
@@ -128,7 +127,7 @@ def test_architecture_builds_the_student_from_json(cnn):
 
 
 class Projects(nn.Module):
-    """Projects where the channels differ, as many residual networks do: at other sizes it may not."""
+    """Projects if the channels differ, as many residual networks do, so other sizes may change the code path."""
 
     @nn.compact
     def __call__(self, x):
@@ -144,10 +143,9 @@ def test_code_that_decides_by_its_sizes_is_found_by_the_proof():
     network = traced(Projects(), x)
     variables = variables_of(network.module, x)
     prove(network, variables, x, hows=("branches",))
-    gates, keep = gates_lib.init(network.topology), gates_lib.everything(network.topology)
+    gates, keep = gates_lib.init(network.topology), gates_lib.keep_all(network.topology)
     keep["b"][:9] = False  # 7 and 7: no projection
-    sliced, _ = surgery.prune(variables, gates, keep, network, ANY)
+    sliced, _ = surgery.slice_network(variables, gates, keep, network, ANY)
     with pytest.raises(surgery.SurgeryError) as raised:
         surgery.verify(network, variables, gates, keep, sliced, x)
-    for part in ("does not run at these sizes", "no layer 'p', or does not call it", "keep a unit more or fewer"):
-        assert part in str(raised.value)
+    assert "'p'" in str(raised.value) and "\n" not in str(raised.value)

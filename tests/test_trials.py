@@ -146,7 +146,7 @@ def test_a_number_of_heads_follows(where):
         "Attention_0/k",
         "Attention_1/k",
     }
-    assert len(found.follows) == (0 if where == "rest" else 2)
+    assert len(found.size_attributes) == (0 if where == "rest" else 2)
 
 
 class Shared(nn.Module):
@@ -211,7 +211,7 @@ def test_numbers_of_nnx_modules_follow_and_are_true():
     functional, variables = FunctionalModule.split(module)
     keep = {g.name: np.arange(g.size) < g.size // 2 for g in found.topology.groups}
     ones = {g.name: np.ones(g.size, np.float32) for g in found.topology.groups}
-    sliced, architecture = surgery.prune(variables, ones, keep, found, Architecture("none", input_shape=(5, 6)))
+    sliced, architecture = surgery.slice_network(variables, ones, keep, found, Architecture("none", input_shape=(5, 6)))
     student = Architecture.from_json(architecture.to_json()).module(functional).bind(sliced)
     assert (student.heads, student.inner, student.config.width) == (2, 6, 5)
     assert module.config.width == 10  # the teacher's own record is not shared with the student
@@ -257,7 +257,10 @@ def test_a_module_follows_its_own_attributes_rather_than_its_configuration():
 
     found = proved(Model(), image(5, 6))
     assert sizes(found)["attention/qkv"] == 4
-    assert sorted((each.path, each.name) for each in found.follows) == [("attention", "heads"), ("attention", "width")]
+    assert sorted((each.path, each.name) for each in found.size_attributes) == [
+        ("attention", "heads"),
+        ("attention", "width"),
+    ]
 
 
 def test_a_student_whose_sizes_coincide_by_chance_is_refused():

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.coverage.variant import CallSpec, Record, Variant
 from kdsearch_jax.adapters.architecture import Architecture
-from kdsearch_jax.pruning import budget, equality, gates, surgery
+from kdsearch_jax.pruning import budgets, equality, gates, surgery
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 
 MATTERS = 1e-3  # of an output's own scale: the least change that counts as one
@@ -49,7 +49,7 @@ def _traced_and_proved(record: Record, call: CallSpec, variant: Variant, seed: i
     record.trace_seconds = round(time.process_time() - start, 2)
     topology = network.topology
     record.macs, record.params = topology.total()
-    record.share = round(1 - topology.cost(budget.smallest(topology))[0] / max(record.macs, 1), 4)
+    record.share = round(1 - topology.cost(budgets.smallest_keep(topology))[0] / max(record.macs, 1), 4)
     record.kinds = dict(Counter(group.kind for group in topology.groups))
     record.frozen = len({(item.leaf, item.axis) for item in topology.frozen})
     if variant.full:
@@ -73,17 +73,19 @@ def _difference(
     sound: it is known already that the network answers to its input and that what is removed matters.
     """
     scales = {group.name: rng.uniform(0.5, 1.5, group.size).astype(np.float32) for group in network.topology.groups}
-    sliced, _ = surgery.prune(variables, scales, keep, network, Architecture("none", {}, input_shape=(1,)))
+    sliced, _ = surgery.slice_network(variables, scales, keep, network, Architecture("none", {}, input_shape=(1,)))
     worst = surgery.verify(network, variables, scales, keep, sliced, *inputs)["difference"]
     if sound:
         return worst, 0.0
-    whole = surgery.gated(variables, scales, gates.everything(network.topology), network)
+    whole = surgery.gated(variables, scales, gates.keep_all(network.topology), network)
     before, after = (surgery.function_of(m, network.kwargs) for m in (network.module, network.student(keep)))
     with jax.default_matmul_precision("highest"):  # as `surgery.verify` does, so that it is compiled once for both
-        effect = equality.difference(equality.measure(before, whole, inputs), after(sliced, *inputs))
+        effect = equality.difference(equality.reference_outputs(before, whole, inputs), after(sliced, *inputs))
         if not effect > MATTERS:
             raise ValueError(f"what was removed changed the output by {effect:.1e} only: equality shows nothing")
-        answer = equality.difference(equality.measure(after, sliced, inputs), after(sliced, *other(inputs, rng)))
+        answer = equality.difference(
+            equality.reference_outputs(after, sliced, inputs), after(sliced, *other(inputs, rng))
+        )
         if not answer > MATTERS:
             raise ValueError(f"another input changed the student's output by {answer:.1e} only: equality shows nothing")
     return worst, effect

@@ -1,110 +1,115 @@
-"""Physical shrinking: a search goes on with the network that is still alive, and gets cheaper as it goes.
+"""Physical shrinking: a search continues with the units that are left, so its updates become cheaper.
 
-A unit whose gate is 0 contributes nothing and has no gradient, and while its penalty is `gated.HOLD` its gate stays 0;
-so the same sequence of updates results without it, up to the rounding of sums of other lengths (and but for dropout,
-whose masks have other shapes). A `Part` is what is left: the network cut as a student is, with gates for its units.
-All that decides (pressure, α, λ2, history, the landing) stays in the units of the whole network; what is gone has the
-gate 0 there. `extra["whole"]` remembers what gates and importances were when units went: those inside of a branch that
-has died are not 0, nor do they matter.
+A unit whose gate is 0 contributes nothing to the output and has no gradient, and the penalty `control.HOLD` keeps its
+gate at 0. Leaving it out therefore gives the same sequence of updates, up to the rounding of sums of other lengths (and
+up to dropout, whose masks have other shapes). A `Subnetwork` is the network cut to the units that are left. Only
+weights, statistics and the state of the weights' optimiser are cut: gates, importances, costs and history stay in units
+of the whole network, so nothing changes for `GatedSearch`. It cannot cut by itself, since arrays under `jit` cannot
+change their shapes.
 
-What went cannot return. A search lets dead gates return while too many have died, so it shrinks only where the living
-alone cost at least the floor of the limits in force: those that die later are then enough to come back to it.
+A unit that was left out cannot return. The search recalls units after removing too many, so it shrinks only while the
+remaining ones cost at least the floor of the limits in force. Units removed later are then enough to come back to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from kdsearch_jax.pruning import budget_path
-from kdsearch_jax.pruning.budget_path import Leg
+from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.search import GatedSearch, search_state
+from kdsearch_jax.pruning.transform import GATES
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.topology import Topology
+from kdsearch_jax.tracing.topology import Topology, path_string
 from kdsearch_jax.training.state import TrainState
 
 Keep = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is still computed of the network `whole`: `network` has only its units in `keep`, {group: (size,) bool}.
+@dataclass(frozen=True, eq=False)
+class Subnetwork:
+    """The part of a network that a search still computes.
 
-    present: (units of the part,) their numbers among the units of the whole.
+    Attributes:
+      search: of the whole network.
+      network: the whole network cut to the units in `keep`.
+      keep: {group: (size,) bool} of the whole network.
     """
 
-    whole: Network
+    search: GatedSearch
     network: Network
     keep: Keep
-    present: np.ndarray
 
     @staticmethod
-    def of(whole: Network, keep: Keep | None = None) -> Part:
-        """The part with the units in `keep`; all of the network where that is None."""
-        topology = whole.topology
+    def of(search: GatedSearch, keep: Keep | None = None) -> Subnetwork:
+        """The subnetwork with the units in `keep`; None: all of them."""
+        whole = search.network
         if keep is None:
-            keep = {group.name: np.ones(group.size, bool) for group in topology.groups}
-            return Part(whole, whole, keep, np.arange(topology.units))
-        network = whole.part(keep)
-        names = {group.name for group in network.topology.groups}
-        flat = [np.asarray(keep[g.name], bool) & (g.name in names) for g in topology.groups]
-        return Part(whole, network, keep, np.flatnonzero(np.concatenate(flat)))
+            return Subnetwork(search, whole, gates_lib.keep_all(whole.topology))
+        return Subnetwork(search, whole.restricted(keep), keep)
 
-    def spread(self, tree: Mapping[str, Any], elsewhere: Any) -> np.ndarray:
-        """(units of the whole,) float64: the part's values in `tree`, those of `elsewhere` where it has none."""
-        flat = np.array(elsewhere, float)
-        flat[self.present] = self.network.topology.flatten(jax.tree.map(np.asarray, dict(tree)))
-        return flat
+    @property
+    def whole(self) -> Network:
+        """The network that is searched."""
+        return self.search.network
 
-    def take(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """{group: vector} of the part, out of a (units of the whole,) vector."""
-        return self.network.topology.unflatten(flat[self.present])
+    @property
+    def module(self) -> Any:
+        """The module that is trained."""
+        return self.network.module
 
-    def gates(self, state: TrainState) -> np.ndarray:
-        """(units of the whole,) gates."""
-        return self.spread(state.extra["gates"], state.extra["whole"]["gates"])
+    def gates(self, gates: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The subnetwork's gates, out of those of the whole network."""
+        if self.network is self.whole:
+            return gates
+        return {group.name: gates[group.name][self.keep[group.name]] for group in self.network.topology.groups}
 
-    def importance(self, state: TrainState) -> np.ndarray:
-        """(units of the whole,) importances."""
-        return self.spread(state.extra["importance"], state.extra["whole"]["importance"])
-
-
-# --- when, and to what ----------------------------------------------------------------------------------------------
+    def fold(self, params: Any, model_state: Any) -> Any:
+        """Variables of the gated subnetwork; params: {"params": of the subnetwork, "gates": of the whole network}."""
+        if self.network is self.whole:
+            return self.search.fold(params, **model_state)
+        variables = {"params": params["params"], **model_state}
+        return gates_lib.fold(variables, self.gates(params[GATES]), self.network.topology)
 
 
-def left_alive(part: Part, state: TrainState) -> dict[str, np.ndarray]:
-    """{group: bool} of the whole: units whose gates live; of a group that has died inside its best, if it has one."""
-    topology = part.whole.topology
-    gates, importance = part.gates(state), part.importance(state)
-    alive, best = topology.unflatten(gates > 0), topology.unflatten(importance)
+# --- when to shrink, and to which units -----------------------------------------------------------------------------
+
+
+def remaining_units(subnetwork: Subnetwork, state: TrainState) -> dict[str, np.ndarray]:
+    """{group: (size,) bool}: units with g > 0; of a group that has none, the most important unit that is left."""
+    topology = subnetwork.whole.topology
+    importance = topology.unflatten(np.asarray(search_state(state.opt_state).importance))
     keep = {}
     for group in topology.groups:
-        chosen = np.array(alive[group.name], bool)
+        chosen = np.asarray(state.params[GATES][group.name]) > 0
         if group.kind != "branches" and not chosen.any():
-            there = np.asarray(part.keep[group.name], bool)
-            chosen[np.argmax(np.where(there, best[group.name], -1.0))] = True
+            left = np.asarray(subnetwork.keep[group.name], bool)
+            chosen[np.argmax(np.where(left, importance[group.name], -1.0))] = True
         keep[group.name] = chosen
     return keep
 
 
-def until(part: Part, path: Sequence[Leg], share: float | None, steps: int) -> Callable[[TrainState], bool]:
-    """Whether a state is to be shrunk: the living cost less than `share` of the MACs that are computed; None: never."""
-    topology = part.whole.topology
+def shrinks(subnetwork: Subnetwork, share: float | None) -> Callable[[TrainState], bool]:
+    """Whether to shrink at a state: the units left cost less than `share` of the MACs computed. None: never."""
+    search, topology = subnetwork.search, subnetwork.whole.topology
 
     def ask(state: TrainState) -> bool:
-        done = int(state.step)
-        if not share or done >= steps:
+        step = int(state.step)
+        if not share or step >= search.steps:
             return False
-        alive = (part.gates(state) > 0).astype(float)
-        limits = budget_path.at(path, done).limits
+        gates = {name: np.asarray(gate) for name, gate in state.params[GATES].items()}
+        alive = (topology.flatten(gates) > 0).astype(float)
+        limits = search.limits_at(step)
         if limits.pressure(topology, alive) < limits.floor:
             return False
-        return topology.cost(left_alive(part, state))[0] < share * topology.cost(part.keep)[0]
+        return topology.cost(remaining_units(subnetwork, state))[0] < share * topology.cost(subnetwork.keep)[0]
 
     return ask
 
@@ -112,91 +117,76 @@ def until(part: Part, path: Sequence[Leg], share: float | None, steps: int) -> C
 # --- states ---------------------------------------------------------------------------------------------------------
 
 
-def shrink(part: Part, state: TrainState, tx: Any) -> tuple[Part, TrainState]:
-    """The part that is left alive, and the state in its shapes."""
-    topology = part.whole.topology
-    smaller = Part.of(part.whole, left_alive(part, state))
-    cuts = _cuts(topology, part.keep, smaller.keep)
-    gone = topology.dropped(smaller.keep)
+def shrink(
+    subnetwork: Subnetwork, state: TrainState, tx: optax.GradientTransformation
+) -> tuple[Subnetwork, TrainState]:
+    """The subnetwork of the units that are left, and its state; tx: the search's optimiser."""
+    topology = subnetwork.whole.topology
+    smaller = Subnetwork.of(subnetwork.search, remaining_units(subnetwork, state))
+    masks = _masks(topology, subnetwork.keep, smaller.keep)
 
     def cut(name: str, leaf: Any) -> Any:
-        for axis, mask in cuts.get(name, ()):
+        for axis, mask in masks.get(name, ()):
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
         return jnp.asarray(leaf)
 
-    variables = topology_lib.map_left(cut, {"params": state.params, **state.model_state}, gone)
-    gates, importance = part.gates(state), part.importance(state)
-    vectors = {
-        name: {group: jnp.asarray(value, jnp.float32) for group, value in smaller.take(flat).items()}
-        for name, flat in (("gates", gates), ("importance", importance))
-    }
-    penalty = smaller.take(part.spread(state.extra["penalty"], np.zeros(topology.units)))
-    whole = {"gates": jnp.asarray(gates, jnp.float32), "importance": jnp.asarray(importance, jnp.float32)}
-    extra = {**state.extra, **vectors, "whole": whole}
-    extra["penalty"] = {group: jnp.asarray(value, jnp.float32) for group, value in penalty.items()}
-    params = variables.get("params", {})
+    variables = {"params": state.params["params"], **state.model_state}
+    variables = topology_lib.map_left(cut, variables, topology.dropped(smaller.keep))
+    params = {"params": variables.get("params", {}), GATES: state.params[GATES]}
     model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
-    opt_state = _cut_optimizer(state, params, vectors["gates"], part, smaller, cut, tx)
-    return smaller, state.replace(params=params, model_state=model_state, opt_state=opt_state, extra=extra)
+    return smaller, state.replace(
+        params=params, model_state=model_state, opt_state=_cut_optimizer(state, params, cut, tx)
+    )
 
 
-def _cuts(topology: Topology, before: Keep, after: Keep) -> dict[str, list[tuple[int, np.ndarray]]]:
-    """{leaf: [(axis, which of its indices before stay)]}."""
-    had, result = topology.masks(before), {}
+def _masks(topology: Topology, before: Keep, after: Keep) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """{leaf: [(axis, which of its current indices stay)]}."""
+    current, result = topology.masks(before), {}
     for (leaf, axis), mask in topology.masks(after).items():
-        there = had.get((leaf, axis))
-        result.setdefault(leaf, []).append((axis, mask if there is None else mask[there]))
+        present = current.get((leaf, axis))
+        result.setdefault(leaf, []).append((axis, mask if present is None else mask[present]))
     return result
 
 
 def _cut_optimizer(
-    state: TrainState, params: Any, gates: Any, part: Part, smaller: Part, cut: Callable[[str, Any], Any], tx: Any
+    state: TrainState, params: Any, cut: Callable[[str, Any], Any], tx: optax.GradientTransformation
 ) -> Any:
-    """The optimiser's state in the new shapes; the path of what it holds of a parameter ends in the parameter's."""
+    """The optimiser's state in the new shapes; the path of a slot ends in the path of its parameter."""
     old = dict(jax.tree_util.tree_flatten_with_path(state.opt_state)[0])
-    known = {
-        path: leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(
-            {"weights": state.params, "gates": state.extra["gates"]}
-        )[0]
-    }
-    wanted = jax.eval_shape(tx.init, {"weights": params, "gates": gates})
+    weights = {"params": state.params["params"]}
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]}
 
-    def fill(path: Any, leaf: Any) -> Any:
+    def fill(path: Any, wanted: Any) -> Any:
         value = old[path]
-        own = next((path[i:] for i in range(len(path)) if known.get(path[i:]) == value.shape), None)
-        if own is not None and own[0].key == "weights":
-            value = cut("/".join(["params", *(str(entry.key) for entry in own[1:])]), value)
-        elif own is not None:
-            group = own[1].key
-            value = value[np.asarray(smaller.keep[group])[np.asarray(part.keep[group])]]
-        if jnp.shape(value) != leaf.shape:
+        parameter = next((path[i:] for i in range(len(path)) if shapes.get(path[i:]) == value.shape), None)
+        if parameter is not None:
+            value = cut(path_string(parameter), value)
+        if jnp.shape(value) != wanted.shape:
             raise ValueError(f"gates.shrink: the optimiser's {jax.tree_util.keystr(path)} cannot be cut; leave it out")
         return value
 
-    return jax.tree_util.tree_map_with_path(fill, wanted)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(tx.init, params))
 
 
-def expanded(part: Part, state: TrainState, reference: Any) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(variables, gates, importances) of the whole network: where units went, `reference`'s, with gates of 0."""
-    topology = part.whole.topology
+def expanded(subnetwork: Subnetwork, state: TrainState, reference: Any) -> Any:
+    """Variables of the whole network, gates not folded in; those of `reference` for what was left out."""
     left = {
-        topology_lib.path_string(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path({"params": state.params, **state.model_state})[0]
+        path_string(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path({"params": state.params["params"], **state.model_state})[
+            0
+        ]
     }
     masks: dict[str, dict[int, np.ndarray]] = {}
-    for (leaf, axis), mask in topology.masks(part.keep).items():
+    for (leaf, axis), mask in subnetwork.whole.topology.masks(subnetwork.keep).items():
         masks.setdefault(leaf, {})[axis] = mask
 
     def put(path: Any, leaf: Any) -> np.ndarray:
-        name = topology_lib.path_string(path)
+        name = path_string(path)
         if name not in left:
             return np.asarray(leaf)
         full = np.array(leaf)
-        own = [np.flatnonzero(masks.get(name, {}).get(axis, np.ones(n))) for axis, n in enumerate(full.shape)]
-        full[np.ix_(*own)] = left[name]
+        indices = [np.flatnonzero(masks.get(name, {}).get(axis, np.ones(n))) for axis, n in enumerate(full.shape)]
+        full[np.ix_(*indices)] = left[name]
         return full
 
-    variables = jax.tree_util.tree_map_with_path(put, reference)
-    gates, importance = part.gates(state).astype(np.float32), part.importance(state).astype(np.float32)
-    return variables, topology.unflatten(gates), topology.unflatten(importance)
+    return jax.tree_util.tree_map_with_path(put, reference)

@@ -1,4 +1,4 @@
-"""One update of a network by labels or by a teacher: a `Step` each for the training loop."""
+"""Training steps: one update of a network by labels, or by a teacher."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from kdsearch_jax.training.state import Batch, Metrics, Step, TrainState, update
 
 
 def supervised_step(
-    module: Any, tx: optax.GradientTransformation, stage: StageConfig, run: RunConfig, task: Objective
+    module: Any, tx: optax.GradientTransformation, stage: StageConfig, run: RunConfig, objective: Objective
 ) -> Step:
     """One update on the cross-entropy with the labels; takes no constants."""
 
     def loss(params: Any, _: Any, state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[Array, Any]:
-        inputs = task.call.bind(batch)
-        outputs, kept = apply_train(module, params, state.model_state, inputs, key, run.precision, task.call)
-        return task.supervised(outputs, batch).mean(), (outputs, kept)
+        inputs = objective.call.bind(batch)
+        outputs, model_state = apply_train(
+            module, params, state.model_state, inputs, key, run.precision, objective.call
+        )
+        return objective.supervised(outputs, batch).mean(), (objective.right(outputs, batch), model_state)
 
-    return _gradient_step(tx, stage, run, task, loss)
+    return gradient_step(tx, stage, run, loss)
 
 
 def distill_step(
@@ -37,47 +39,56 @@ def distill_step(
     tx: optax.GradientTransformation,
     stage: StageConfig,
     run: RunConfig,
-    task: Objective,
+    objective: Objective,
     distiller: Distiller | None = None,
 ) -> Step:
-    """One update on the distance from a fixed teacher; constants: its variables, or those that the distiller wants.
+    """One update on the distance from fixed teachers.
 
-    distiller: what teaches, and by which losses; None: `teacher`, by the task's distance.
+    Args:
+      module, teacher: modules of student and teacher.
+      distiller: teachers and losses; None: `teacher` alone, compared by the objective's distance. The step's constants
+        are those that it needs, for one teacher its variables.
     """
-    by = distiller or Distiller.of(task, teacher, run)
+    distiller = distiller or Distiller.of(objective, teacher, run)
 
     def loss(params: Any, maps: Any, state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[Array, Any]:
-        shown, kept = by.train(module, params, state.model_state, batch, key)
-        return by.distance(maps, shown, by.target(constants, batch), batch).mean(), (shown.outputs, kept)
+        student, model_state = distiller.train(module, params, state.model_state, batch, key)
+        distance = distiller.distance(maps, student, distiller.target(constants, batch), batch)
+        return distance.mean(), (objective.right(student.outputs, batch), model_state)
 
-    return _gradient_step(tx, stage, run, task, loss, by)
+    return gradient_step(tx, stage, run, loss, distiller)
 
 
-def _gradient_step(
+def gradient_step(
     tx: optax.GradientTransformation,
     stage: StageConfig,
     run: RunConfig,
-    task: Objective,
     loss: Callable[..., tuple[Array, Any]],
     distiller: Distiller | None = None,
 ) -> Step:
-    """An update by the gradient of `loss`, (params, maps, state, batch, key, constants) → (value, (outputs, kept))."""
+    """An update by the gradient of a loss.
+
+    Args:
+      tx: updates the state's parameters.
+      loss: (params, maps, state, batch, key, constants) → (loss, (metrics per example, new model_state)).
+      distiller: owner of the maps that losses of features learn, if any.
+    """
     schedule = make_schedule(stage)
     dtype_of(run.precision)
 
     def step(state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[TrainState, Metrics]:
         maps = None if distiller is None else distiller.learned(state.extra)
-        both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, (outputs, kept)), (gradient, slope) = both(state.params, maps, state, batch, key, constants)
-        metrics = {
+        differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, aux), (gradient, maps_gradient) = differentiated(state.params, maps, state, batch, key, constants)
+        metrics, model_state = aux
+        new = update(state, gradient, model_state, tx, stage.ema)
+        if maps is not None and distiller is not None:
+            new = new.replace(extra={**state.extra, **distiller.advance(state.extra, maps_gradient)})
+        return new, {
             "loss": value,
-            **{name: each.mean() for name, each in task.right(outputs, batch).items()},
+            **{name: values.mean() for name, values in metrics.items()},
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        new = update(state, gradient, kept, tx, stage.ema)
-        if maps is not None and distiller is not None:
-            new = new.replace(extra={**state.extra, **distiller.advance(state.extra, slope)})
-        return new, metrics
 
     return step

@@ -1,16 +1,16 @@
-"""Students made by hand, to compare with: which units of the teacher they keep.
+"""Baselines to compare a search with: students whose units are chosen from the teacher by a simple rule.
 
-- `uniform`: the same share of every layer; in each, the units of largest L1 norm.
-- `magnitude`: the units of largest L1 norm over all layers, each layer's norms divided by their mean.
-- `bn_scale`: the units of largest |scale| in the BatchNorm that follows them, over all layers: the criterion of Network
-  Slimming (Liu et al. 2017), without its training. Layers without BatchNorm stay whole.
-- `random`: units drawn at random over all layers.
-- `layers`: whole residual branches, left out evenly over the depth.
-- `both`: half of the reduction, on a log scale, by leaving out branches as `layers` does; the rest as `uniform`.
+- `uniform`: the same share of every layer; in each layer, the units of the largest L1 norm.
+- `magnitude`: the units of the largest L1 norm over all layers, relative to the mean of their layer.
+- `bn_scale`: the units of the largest |scale| in the BatchNorm after them, over all layers: the criterion of Network
+  Slimming (Liu et al. 2017) without its training. Layers without BatchNorm stay whole.
+- `random`: random units of all layers.
+- `layers`: removes whole residual branches, evenly over the depth.
+- `both`: half of the reduction, on a log scale, by removing branches as `layers` does; the rest as `uniform`.
 
-The L1 norm is that of the kernel slices that make a unit (Li et al., Pruning Filters for Efficient ConvNets, 2017).
-Each is a rule (topology, variables, limits, rng) → keep. All but `layers` land in the budget as the searched student
-does, or at the nearest cost below; `layers` takes the even choice that ends nearest. The first four drop no branch.
+The L1 norm is that of the kernel slices that produce a unit (Li et al., Pruning Filters for Efficient ConvNets, 2017).
+All but `layers` land in the budget as the searched student does, or at the closest cost below; `layers` takes the even
+choice that ends closest. The first four keep all branches.
 """
 
 from __future__ import annotations
@@ -21,53 +21,56 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection
+from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits
+from kdsearch_jax.pruning.criteria import batch_norm_scales, producer_norms, random_scores, relative_norms
+from kdsearch_jax.pruning.selection import Selection, choose
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.messages import format_distinct, nearest
-from kdsearch_jax.tracing.topology import Group, Topology
+from kdsearch_jax.tracing.topology import Topology
 
 Keep = dict[str, np.ndarray]  # {group: (size,) bool}
-Rule = Callable[[Topology, Any, Limits, np.random.Generator], Keep]
+Baseline = Callable[[Topology, Any, Limits, np.random.Generator], Keep]  # (topology, variables, limits, rng) → keep
 
 
-def keep(name: str, variables: Any, topology: Topology, limits: Limits, rng: np.random.Generator | None = None) -> Keep:
-    """{group: (size,) bool} of the named rule, within the limits; rng: for rules that draw.
+def select(
+    name: str, variables: Any, topology: Topology, limits: Limits, rng: np.random.Generator | None = None
+) -> Keep:
+    """{group: (size,) bool} that the named baseline keeps within the limits; rng: for `random`.
 
     Raises:
-      ValueError: for an unknown name. BudgetError: where no choice of the rule fits the budget.
+      ValueError: there is no baseline of this name.
+      BudgetError: none of its students is within the budget.
     """
-    if name not in RULES:
-        raise ValueError(f"baselines: {name!r} is unknown; {nearest(name, NAMES)}")
-    return RULES[name](topology, variables, limits, rng or np.random.default_rng(0))
+    if name not in BASELINES:
+        raise ValueError(f"baselines: {name!r} is unknown; {nearest(name, BASELINES)}")
+    return BASELINES[name](topology, variables, limits, rng or np.random.default_rng(0))
 
 
-def note(name: str, topology: Topology, limits: Limits, kept: Mapping[str, np.ndarray]) -> str:
-    """What is to be said of a student that costs less than the budget; empty where it is near enough."""
-    pressure = limits.pressure(topology, topology.flatten(kept).astype(float))
+def note(name: str, topology: Topology, limits: Limits, keep: Mapping[str, np.ndarray]) -> str:
+    """A warning about a baseline that costs less than the budget; empty if it is close enough."""
+    pressure = limits.pressure(topology, topology.flatten(keep).astype(float))
     if pressure >= FLOOR:
         return ""
     cost = format_distinct(pressure, FLOOR)[0]
-    return f"baselines: the student {name} costs {cost} of the budget; none by this rule is nearer"
+    return f"baselines: {name} costs {cost} of the budget, which is the closest this rule allows"
 
 
 def check(topology: Topology, limits: Limits) -> None:
-    """Raises BudgetError where rules that keep branches have no student within the budget, whatever the weights."""
-    _select(topology, limits, {group.name: 1.0 + np.arange(group.size) for group in _free(topology).groups})
+    """Raises BudgetError if baselines that keep all branches have no student within the budget."""
+    _select(topology, limits, {group.name: 1.0 + np.arange(group.size) for group in _without_branches(topology).groups})
 
 
-# --- channels -------------------------------------------------------------------------------------------------------
+# --- units ----------------------------------------------------------------------------------------------------------
 
 
 def uniform(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
     """The same share of every layer, the largest L1 norms in each."""
-    return _select(topology, limits, _shares(topology, variables))
+    return _select(topology, limits, _ranks(topology, variables))
 
 
 def magnitude(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
-    """The largest L1 norms over all layers, relative to their layer's mean."""
+    """The largest L1 norms over all layers, relative to the mean of their layer."""
     return _select(topology, limits, relative_norms(topology, variables))
 
 
@@ -75,62 +78,63 @@ def bn_scale(topology: Topology, variables: Any, limits: Limits, rng: np.random.
     """The largest |BatchNorm scale| over all layers that have one."""
     scores = batch_norm_scales(topology, variables)
     if not scores:
-        raise BudgetError("no unit that may go is followed by a BatchNorm, by whose scale it could be chosen")
-    rest = {g.name: "no BatchNorm follows" for g in _free(topology).groups if g.name not in scores}
-    return _whole(topology, _select(topology.without(rest), limits, scores))
+        raise BudgetError("baselines: bn_scale is not possible, no prunable unit is followed by a BatchNorm")
+    unscored = [group.name for group in _without_branches(topology).groups if group.name not in scores]
+    scored = topology.without(dict.fromkeys(unscored, "no BatchNorm follows"))
+    return _complete(topology, _select(scored, limits, scores))
 
 
 def random(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
-    """Units drawn at random over all layers."""
-    return _select(topology, limits, {group.name: 1.0 + rng.random(group.size) for group in _free(topology).groups})
+    """Random units of all layers."""
+    return _select(topology, limits, random_scores(topology, rng))
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------
+# --- residual branches ----------------------------------------------------------------------------------------------
 
 
 def layers(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
-    """As few branches left out as meet the budget, evenly over the depth; nearest below it among such choices."""
-    pressures = [(limits.pressure(topology, _without(topology, gone)), gone) for gone in _spread(topology)]
+    """Removes as few branches as the budget allows, evenly over the depth; of such choices the costliest within it."""
+    pressures = [(limits.pressure(topology, _flat_without(topology, gone)), gone) for gone in _even_removals(topology)]
     within = [(pressure, gone) for pressure, gone in pressures if pressure <= 1.0]
     if not within:
-        least = min(pressure for pressure, _ in pressures)
-        cost = format_distinct(least, 1.0, digits=2)[0]
-        raise BudgetError(f"without any of its residual branches the network still costs {cost} of the budget")
+        cost = format_distinct(min(pressure for pressure, _ in pressures), 1.0, digits=2)[0]
+        raise BudgetError(f"baselines: without any residual branch the network still costs {cost} of the budget")
     fewest = min(len(gone) for _, gone in within)
     _, gone = max((pressure, gone) for pressure, gone in within if len(gone) == fewest)
-    return _bools(topology, _without(topology, gone))
+    return {name: vector > 0 for name, vector in topology.unflatten(_flat_without(topology, gone)).items()}
 
 
 def both(topology: Topology, variables: Any, limits: Limits, rng: np.random.Generator) -> Keep:
-    """Branches left out for half of the reduction on a log scale, as near as they allow; then `uniform`."""
+    """Removes branches for half of the reduction on a log scale, or as close as possible; then `uniform`."""
     half = 0.5 * np.log(limits.pressure(topology, np.ones(topology.units)))
-    off = [
-        (abs(np.log(limits.pressure(topology, _without(topology, gone))) - half), gone) for gone in _spread(topology)
+    distances = [
+        (abs(np.log(limits.pressure(topology, _flat_without(topology, gone))) - half), gone)
+        for gone in _even_removals(topology)
     ]
     below: list[tuple[float, Keep]] = []
-    for _, gone in sorted(off):  # the nearest choice from which widths lead into the budget, or else the costliest
-        free = _free(_gone(topology, gone))
+    for _, gone in sorted(distances):  # the closest choice whose widths land in the budget, or else the costliest
+        remaining = _without_branches(_with_removed(topology, gone))
         with contextlib.suppress(BudgetError):
-            found = _landed(free, limits, _shares(free, variables))
-            whole = _whole(topology, found.keep, gone)
-            if found.landed:
-                return whole
-            below.append((found.pressure, whole))
+            selection = _choose(remaining, limits, _ranks(remaining, variables))
+            keep = _complete(topology, selection.keep, gone)
+            if selection.landed:
+                return keep
+            below.append((selection.pressure, keep))
     if below:
-        return max(below, key=lambda each: each[0])[1]
-    raise BudgetError("whichever branches are left out, evenly over the depth, no widths of the rest meet the budget")
+        return max(below, key=lambda student: student[0])[1]
+    raise BudgetError("baselines: whichever branches are removed, no widths of the other layers meet the budget")
 
 
-def _spread(topology: Topology) -> list[tuple[str, ...]]:
-    """Names of branches to leave out: every number of them, evenly over the depth, from each possible place on."""
+def _even_removals(topology: Topology) -> list[tuple[str, ...]]:
+    """Names of branches to remove: for every number of them, all choices that are even over the depth."""
     names = [group.name for group in topology.groups if group.kind == "branches"]
     if not names:
-        raise BudgetError("no residual branch may go: the network has none, or gates.kinds leaves them out")
+        raise BudgetError("baselines: no residual branch may be removed; the network or gates.kinds has none")
     return [tuple(names[i] for i in places) for count in range(1, len(names) + 1) for places in even(len(names), count)]
 
 
 def even(total: int, count: int) -> Iterator[tuple[int, ...]]:
-    """The ways to choose `count` of `total` places with distances that differ by one at most; the middle one first."""
+    """The choices of `count` of `total` places whose distances differ by one at most, the most central one first."""
     seen = set()
     for shift in sorted(range(total), key=lambda shift: abs(shift - (total - 1) / 2)):
         places = tuple((i * total + shift) // count for i in range(count))
@@ -139,112 +143,62 @@ def even(total: int, count: int) -> Iterator[tuple[int, ...]]:
             yield places
 
 
-def _without(topology: Topology, gone: tuple[str, ...]) -> np.ndarray:
+def _flat_without(topology: Topology, gone: tuple[str, ...]) -> np.ndarray:
     """The flat keep of the network without these branches."""
     return topology.flatten({g.name: np.full(g.size, g.name not in gone) for g in topology.groups}).astype(float)
 
 
-def _bools(topology: Topology, flat: np.ndarray) -> Keep:
-    return {name: vector > 0 for name, vector in topology.unflatten(flat).items()}
-
-
-def _gone(topology: Topology, gone: tuple[str, ...]) -> Topology:
-    """The topology in which these branches are left out for good."""
-    numbers = np.flatnonzero(_without(topology, gone) == 0)
+def _with_removed(topology: Topology, gone: tuple[str, ...]) -> Topology:
+    """The topology of the network without these branches."""
+    numbers = np.flatnonzero(_flat_without(topology, gone) == 0)
 
     def reduced(cost: Cost) -> Cost:
         return replace(cost, constants=np.where(np.isin(cost.alive, numbers).any(1), 0.0, cost.constants))
 
-    less = replace(topology, macs=reduced(topology.macs), params=reduced(topology.params))
-    return less.without(dict.fromkeys(gone, "left out"))
+    topology = replace(topology, macs=reduced(topology.macs), params=reduced(topology.params))
+    return topology.without(dict.fromkeys(gone, "removed"))
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------------------------
 
 
-def relative_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
-    """{group: (size,) L1 norms of the kernel slices that make its units, over their mean}; branches have none."""
-    norms = {group.name: _norms(group, _flat(variables)) for group in _free(topology).groups}
-    return {name: each / max(each.mean(), 1e-30) for name, each in norms.items()}
-
-
-def batch_norm_scales(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
-    """{group: (size,) mean |scale| in the BatchNorms behind its units}, for groups that have one."""
-    found = {group.name: _scales(group, _flat(variables)) for group in _free(topology).groups}
-    return {name: scales for name, scales in found.items() if scales is not None}
-
-
-# --- shared ---------------------------------------------------------------------------------------------------------
-
-
-def _free(topology: Topology) -> Topology:
-    """The topology in which no branch may go."""
+def _without_branches(topology: Topology) -> Topology:
+    """The topology with all branches frozen."""
     return topology.without({g.name: "baselines keep branches" for g in topology.groups if g.kind == "branches"})
 
 
 def _select(topology: Topology, limits: Limits, scores: Mapping[str, np.ndarray]) -> Keep:
     if not scores:
-        raise BudgetError("baselines: they drop no branches, and gates allow nothing else; leave --baselines empty")
+        raise BudgetError("baselines: they keep branches, and gates allow nothing else; leave --baselines empty")
     try:
-        return _whole(topology, _landed(_free(topology), limits, scores).keep)
+        return _complete(topology, _choose(_without_branches(topology), limits, scores).keep)
     except BudgetError as error:
-        raise BudgetError(f"baselines: they drop no branches: {error}; or leave --baselines empty") from error
+        raise BudgetError(f"baselines: they keep branches: {error}; or leave --baselines empty") from error
 
 
-def _landed(free: Topology, limits: Limits, scores: Mapping[str, np.ndarray]) -> Selection:
-    """The units of highest score, over all groups, that the budget has room for."""
+def _choose(topology: Topology, limits: Limits, scores: Mapping[str, np.ndarray]) -> Selection:
+    """The units of the highest scores over all groups."""
     if not scores:
-        raise BudgetError("there is nothing but branches that may go")
-    return budget_lib.choose(free, limits, free.flatten(scores), per_cost=False, rounds=1)
+        raise BudgetError("baselines: nothing but branches may be removed")
+    return choose(topology, limits, topology.flatten(scores), per_cost=False)
 
 
-def _whole(topology: Topology, found: Mapping[str, np.ndarray], gone: tuple[str, ...] = ()) -> Keep:
-    """What was found, for all groups of the topology: the others stay whole, but for the branches in `gone`."""
+def _complete(topology: Topology, keep: Mapping[str, np.ndarray], gone: tuple[str, ...] = ()) -> Keep:
+    """`keep` for all groups of the topology: other groups stay whole, except for the branches in `gone`."""
     rest = {group.name: np.full(group.size, group.name not in gone) for group in topology.groups}
-    return {name: found.get(name, stays) for name, stays in rest.items()}
+    return {name: keep.get(name, whole) for name, whole in rest.items()}
 
 
-def _flat(variables: Any) -> dict[str, Any]:
-    return traverse_util.flatten_dict(variables, sep="/")
-
-
-def _shares(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+def _ranks(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
     """{group: (size,) rank by L1 norm as a share of the group}."""
-    flat, shares = _flat(variables), {}
-    for group in _free(topology).groups:
-        rank = np.argsort(np.argsort(_norms(group, flat), kind="stable"), kind="stable")
-        shares[group.name] = (rank + 1) / group.size
-    return shares
+    ranks = {}
+    for name, norms in producer_norms(topology, variables).items():
+        rank = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
+        ranks[name] = (rank + 1) / len(norms)
+    return ranks
 
 
-def _norms(group: Group, flat: Mapping[str, Any]) -> np.ndarray:
-    """(size,) mean absolute weight of the kernel slices that make each unit, summed over the kernels."""
-    norms = np.zeros(group.size)
-    for member in group.members:
-        leaf = np.asarray(flat[member.leaf])
-        if member.units is None or member.consumes or leaf.ndim < 2 or not member.leaf.startswith("params/"):
-            continue
-        slices = np.abs(np.moveaxis(leaf, member.axis, 0)).reshape(leaf.shape[member.axis], -1).mean(1)
-        owned = member.units >= 0
-        np.add.at(norms, member.units[owned], slices[owned])
-    return norms
-
-
-def _scales(group: Group, flat: Mapping[str, Any]) -> np.ndarray | None:
-    """(size,) mean |scale| of each unit in the normalisations over the batch; None where there is none."""
-    total, count = np.zeros(group.size), np.zeros(group.size)
-    for member in group.members:
-        layer, _, last = member.leaf.removeprefix("params/").rpartition("/")
-        own = member.leaf.startswith("params/") and last == "scale"
-        if not own or member.units is None or not any(name.endswith(f"/{layer}/mean") for name in flat):
-            continue
-        owned = member.units >= 0
-        np.add.at(total, member.units[owned], np.abs(np.asarray(flat[member.leaf]))[owned])
-        np.add.at(count, member.units[owned], 1)
-    return total / count if (count > 0).all() else None
-
-
-RULES: dict[str, Rule] = {
+BASELINES: dict[str, Baseline] = {
     "uniform": uniform,
     "magnitude": magnitude,
     "bn_scale": bn_scale,
@@ -252,4 +206,3 @@ RULES: dict[str, Rule] = {
     "layers": layers,
     "both": both,
 }
-NAMES = tuple(RULES)

@@ -1,81 +1,80 @@
-"""A front from one search: the budgets that its path passes, and when.
+"""The schedule of a search's cost: from the whole network down to its budget, or through several budgets in turn.
 
-The path of the search goes down to the largest budget, stays there for a while, goes on to the next, and so on; at the
-end of each stay the state is kept, and a student is cut from it. With K budgets, the `ramp` share of the steps is spent
-on the way down, each stretch as long as it is steep, so that the cost falls as fast as in a search for the smallest
-budget alone; the rest is shared evenly among the K stays. A stay is needed: λ2 falls to 0 in it, so that the loop lands
-on the budget, and importances settle, by which the landing chooses. One budget is the path of a single search.
+The cost falls to the largest budget, stays there for a while, falls to the next, and so on; a student is cut at the end
+of each stay. With K budgets, the cost falls during the `ramp` share of the steps, each fall as long as it is steep, so
+it is as fast as in a search for the smallest budget alone. The K stays share the remaining steps evenly. During a stay
+λ2 drops to 0 and importances settle, which the selection of units needs. One budget is the schedule with K = 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import Limits
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of the path, in updates: the pressure asked for is `start` at `begin`, and 1 from `arrive` to `end`."""
-
-    limits: Limits
-    start: float
-    begin: int
-    arrive: int
-    end: int
-
-    def goal(self, step: int) -> float:
-        """The pressure asked for at `step`."""
-        return budget_lib.target(self.start, step, self.begin, self.arrive)
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 
-def legs(
-    limits: Sequence[Limits],
-    falls: Sequence[float],
-    pressure: float,
-    steps: int,
-    ramp: float,
-    warmup: float,
-    dispatch: int,
-) -> tuple[Leg, ...]:
-    """The path through the limits, the largest first.
+class BudgetPath(NamedTuple):
+    """The target pressure as a function of the update, with one entry for each budget, the largest budget first.
+
+    Toward budget k it is `start[k]` up to update `begin[k]`, falls in a straight line to 1 at `arrive[k]`, and stays
+    there up to `end[k]`. Pressure is the largest cost over its limit (`kdsearch_jax.pruning.budgets`).
+    """
+
+    start: tuple[float, ...]
+    begin: tuple[int, ...]
+    arrive: tuple[int, ...]
+    end: tuple[int, ...]
+
+    def leg(self, step: Array) -> Array:
+        """() int32: the index of the budget that the update after `step` approaches."""
+        return (step >= np.array(self.end[:-1], np.int32)).sum().astype(jnp.int32)
+
+    def goal(self, step: Array, leg: Array) -> Array:
+        """() float32: the target pressure at a step on the way to budget number `leg`."""
+        start = jnp.asarray(self.start, jnp.float32)[leg]
+        begin, arrive = (jnp.asarray(updates, jnp.int32)[leg] for updates in (self.begin, self.arrive))
+        share = (step - begin).astype(jnp.float32) / jnp.maximum(arrive - begin, 1).astype(jnp.float32)
+        return start + (1.0 - start) * jnp.clip(share, 0.0, 1.0)
+
+
+def budget_path(
+    falls: Sequence[float], pressure: float, steps: int, ramp: float, warmup: float, every: int
+) -> BudgetPath:
+    """The schedule through several budgets, the largest first.
 
     Args:
-      falls: by what factor each budget is below the one before; the first is not looked at.
-      pressure: of the whole network under the first limits; at most 1 where its bounds are to be measured yet.
-      steps: of the search; ramp: share of them in which the cost falls; warmup: share of that in which nothing goes.
-      dispatch: updates a call; legs end with a call.
+      falls: each budget divided by the one before it; the first entry is not used.
+      pressure: of the whole network under the first budget; at most 1 while its bounds are still to be measured.
+      steps: of the search. ramp: share of them in which the cost falls. warmup: share of the ramp in which no unit is
+        removed.
+      every: updates between two decisions of the controller; each stay but the last ends at a multiple.
 
     Raises:
-      ValueError: there are too few steps to stay at each.
+      ValueError: there are too few steps to stay at each budget.
     """
-    count, falling = len(limits), int(ramp * steps)
-    waiting, stay = int(warmup * falling), (steps - falling) / len(limits)
+    count, falling = len(falls), int(ramp * steps)
+    waiting, stay = int(warmup * falling), (steps - falling) / len(falls)
     starts = [max(pressure, 1.0), *(1.0 / fall for fall in falls[1:])]
     shares = [1.0]
     for start in starts:
         shares.append(shares[-1] / start)
     drop = 1.0 - shares[-1]
-    found: list[Leg] = []
+    begins, arrives, ends = [], [], []
     begin = waiting
     for k in range(count):
         way = [(1.0 - share) / drop if drop > 0 else 1.0 for share in shares[k : k + 2]]
-        arrive = begin + (falling - waiting) * (way[1] - (way[0] if k else 0.0))
-        left = waiting + (falling - waiting) * way[1] + stay * (k + 1)  # by the schedule, which rounding does not move
-        end = steps if k == count - 1 else min(steps, dispatch * math.ceil(left / dispatch))
-        found.append(Leg(limits[k], starts[k], begin, int(arrive), end))
-        begin = end
-    if count > 1 and any(leg.arrive >= leg.end for leg in found):
+        begins.append(begin)
+        arrives.append(int(begin + (falling - waiting) * (way[1] - (way[0] if k else 0.0))))
+        left = waiting + (falling - waiting) * way[1] + stay * (k + 1)  # not from `begin`: rounding must not add up
+        begin = steps if k == count - 1 else min(steps, every * math.ceil(left / every))
+        ends.append(begin)
+    if count > 1 and any(arrive >= end for arrive, end in zip(arrives, ends, strict=True)):
         raise ValueError(
-            f"budgets: search.steps {steps}, in calls of run.steps_per_dispatch {dispatch}, are too few to stay "
+            f"budgets: search.steps {steps}, in calls of run.steps_per_dispatch {every}, are too few to stay "
             f"at {count} of them; give more steps, or fewer budgets"
         )
-    return tuple(found)
-
-
-def at(way: Sequence[Leg], step: int) -> Leg:
-    """The leg that the update after `step` belongs to."""
-    return next((leg for leg in way if step < leg.end), way[-1])
+    return BudgetPath(tuple(starts), tuple(begins), tuple(arrives), tuple(ends))

@@ -1,9 +1,25 @@
-"""The closed loop of the search on the device: α, λ2 and recall as pure functions of gates and importances.
+"""The closed loop of the search: penalties, λ2 and recall as pure functions of gates and importances.
 
-The mathematics is that of `kdsearch_jax.pruning.penalty` and `kdsearch_jax.pruning.budget`, in float32 and without a
-sort of pieces: a
-threshold is found by bisection over the bits of a float32, 32 evaluations of the cost. Large ratios are kept as
-logarithms. `Controller.__call__` is what the optimiser calls every few updates; all of it can be jitted, scanned and
+The penalty on gate j is γ_j = λ2 α_j. The weights α_j decide which units go:
+
+- `importance` (the default): α_j = (c_j / I_j)^s. c_j is the cost that unit j adds, weighted under several bounds so
+  that they are met together. I_j is the running mean of (g_j ∂L/∂g_j)², the Fisher information of the distillation loss
+  at the gate: to second order, the loss increase when the unit goes. A penalty that is constant over the gates
+  shrinks all of them for free where BatchNorm follows and damages units that should stay. This one is a re-weighted L1
+  that takes unimportant gates to zero in a few steps and barely shrinks important ones. The sharpness s ≥ 1 sets the
+  contrast: a unit worth k times the threshold shrinks k^s times slower than one at the threshold.
+- `macs`, `params`: α_j is the marginal cost. `one`: α_j = 1. These are the literal readings of the method.
+
+The most important unit of each group has α_j = 0, so no layer is emptied. A residual branch has a gate of its own, and
+α_j = 0 while removing it would take the cost below the budget.
+
+λ2 follows the budget. A proximal step with penalty γ_j takes η γ_j / (1 − μ) off gate j once its momentum has built up,
+so gate j reaches zero within n steps if λ2 ≥ g_j (1 − μ) / (n η α_j). The controller takes the smallest λ2 that brings
+the cost to its target. Gates at zero have the penalty `HOLD` and stay there, unless more units were removed than
+necessary: then the most important ones per cost are recalled, as many as the budget allows.
+
+Everything is float32 and runs on the device. Thresholds are found by bisection over the bits of a float32, which takes
+32 evaluations of the cost. Large ratios are kept as logarithms. `Controller.__call__` can be jitted, scanned and
 sharded.
 """
 
@@ -18,21 +34,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from kdsearch_jax.pruning.budget import FLOOR
+from kdsearch_jax.pruning.budget_path import BudgetPath
 from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.tracing.topology import Topology
 
-HOLD = 1e6  # penalty of a dead gate: it stays dead even while λ2 is 0, unless it is recalled
+HOLD = 1e6  # penalty on a gate at 0, which holds it there even while λ2 is 0, unless its unit is recalled
 LAG, GAIN, MOST_GAIN = 1.02, 1.5, 1e6  # λ2 grows by GAIN at each call while the cost is LAG times its target or more
-RECALLED = 1000  # dead units that one call looks at
-WEIGHTINGS, TURNS = 10, 30  # steps towards the weights of two bounds; of more
-_LARGEST = 69.0  # log of the largest penalty, 1e30: far beyond what takes any gate to 0
+RECALLED = 1000  # units that one call tries to recall
+BISECTIONS, SUBGRADIENT_STEPS = 10, 30  # to find μ under two bounds, and under more
+_LARGEST = 69.0  # log of the largest penalty, 1e30, which takes any gate to 0 in one step
 
 Penalty = Literal["importance", "macs", "params", "one"]
 
 
 class Decision(NamedTuple):
-    """penalty: (units,) γ of each gate; gain: () of the closed loop; lambda2, pressure: (); shares: (costs,)."""
+    """The controller's output.
+
+    Attributes:
+      penalty: (units,) γ of each gate.
+      gain: () factor on λ2, raised while the cost lags behind its target.
+      lambda2: () λ2.
+      pressure: () largest cost over its limit.
+      shares: (costs,) costs of the units with g > 0, as shares of the whole network's.
+    """
 
     penalty: Array
     gain: Array
@@ -41,68 +65,59 @@ class Decision(NamedTuple):
     shares: Array
 
 
-class Path(NamedTuple):
-    """The pressure asked for, by legs, one for each budget: `start` up to update `begin`, 1 from `arrive` to `end`."""
-
-    start: tuple[float, ...]
-    begin: tuple[int, ...]
-    arrive: tuple[int, ...]
-    end: tuple[int, ...]
-
-    def leg(self, step: Array) -> Array:
-        """() int32: the leg that the update after `step` belongs to."""
-        return (step >= np.array(self.end[:-1], np.int32)).sum().astype(jnp.int32)
-
-    def goal(self, step: Array, leg: Array) -> Array:
-        """() float32: the pressure that a leg asks for at a step; in a straight line between `begin` and `arrive`."""
-        start = jnp.asarray(self.start, jnp.float32)[leg]
-        begin, arrive = (jnp.asarray(each, jnp.int32)[leg] for each in (self.begin, self.arrive))
-        share = (step - begin).astype(jnp.float32) / jnp.maximum(arrive - begin, 1).astype(jnp.float32)
-        return start + (1.0 - start) * jnp.clip(share, 0.0, 1.0)
-
-
 @dataclass(frozen=True, eq=False)
 class Controller:
-    """What moves the penalty.
+    """Sets the penalty every few updates.
 
-    costs: of the network; bounded: numbers of those with a bound; per_limit: (legs, bounded) the whole network's cost
-    over each limit of each leg; least: (groups,) units that stay in each group, 0 for branches. every: updates between
-    calls; rate: η / (1 − μ) of the gates' proximal step. lambda2: fixed instead of the closed loop. floor: the pressure
-    from which on a budget counts as met.
+    All methods but `__call__` work on a single budget: on `at(k)`, where `per_limit` is (bounded,) and `floor` is ().
 
-    Everything but `__call__` is of one leg's limits: `at(leg)`, where `per_limit` is (bounded,).
+    Attributes:
+      costs: of the network.
+      bounded: indices of the costs that have a bound.
+      path: the target pressure over the search.
+      per_limit: (budgets, bounded) the whole network's cost over each limit.
+      floor: (budgets,) pressure above which a budget counts as used up.
+      least: (groups,) units that must stay in each group, 0 for branches.
+      every: updates between two calls.
+      rate: η / (1 − μ) of the proximal step on gates.
+      penalty, sharpness: α, as in the module's docstring.
+      lambda2: a fixed λ2 instead of the closed loop.
     """
 
     topology: Topology
     costs: Costs
     bounded: tuple[int, ...]
+    path: BudgetPath
     per_limit: np.ndarray | Array
-    path: Path
+    floor: np.ndarray | Array
     least: np.ndarray
     every: int
     rate: float
     penalty: Penalty = "importance"
     sharpness: float = 8.0
     lambda2: float | None = None
-    floor: float = FLOOR
 
     def __call__(self, step: Array, gates: Array, importance: Array, gain: Array) -> Decision:
         """The penalty for the next `every` updates.
 
         Args:
-          step: () int32, updates done; gates, importance: (units,) float32 ≥ 0; gain: () from the call before.
+          step: () int32, updates done.
+          gates, importance: (units,) float32, not negative.
+          gain: () that of the previous decision, 1 at first.
         """
         leg = self.path.leg(step)
         goals = self.path.goal(step, leg), self.path.goal(step + self.every, leg)
         return self.at(leg).decide(goals, gates, importance, gain)
 
     def at(self, leg: int | Array) -> Controller:
-        """The controller with the limits of one leg."""
-        several = len(self.path.start) > 1
-        return replace(self, per_limit=jnp.asarray(self.per_limit, jnp.float32)[leg] if several else self.per_limit[0])
+        """The controller for one of the budgets."""
+        if len(self.path.start) == 1:
+            return replace(self, per_limit=self.per_limit[0], floor=self.floor[0])
+        per_limit, floor = (jnp.asarray(limits, jnp.float32)[leg] for limits in (self.per_limit, self.floor))
+        return replace(self, per_limit=per_limit, floor=floor)
 
     def decide(self, goals: tuple[Array, Array], gates: Array, importance: Array, gain: Array) -> Decision:
-        """`__call__` for one leg; goals: the pressures asked for now and after the next `every` updates."""
+        """`__call__` for one budget; goals: target pressures now and after the next `every` updates."""
         alive = gates > 0
         counts = self.costs.classes.counts(alive)
         shares = self.costs.of_counts(counts)
@@ -126,14 +141,14 @@ class Controller:
         lambda2 = jnp.exp(jnp.minimum(log_lambda, _LARGEST))
         return Decision(penalty, gain.astype(jnp.float32), lambda2, pressure, shares)
 
-    # --- what is bounded -------------------------------------------------------------------------------------------
+    # --- bounded costs ----------------------------------------------------------------------------------------------
 
     def _pressures(self, shares: Array) -> Array:
-        """(bounded,) costs over their limits, of (costs,) shares."""
+        """(bounded,) costs over their limits; shares: (costs,)."""
         return shares[np.array(self.bounded)] * self.per_limit.astype(np.float32)
 
     def _pressures_of(self, counts: Array) -> Array:
-        """(bounded,) the same of (classes,) counts, without the costs that have no bound."""
+        """(bounded,) costs over their limits; counts: (classes,)."""
         shares = jnp.stack([self.costs.shares[number](counts) for number in self.bounded])
         return shares * self.per_limit.astype(np.float32)
 
@@ -153,7 +168,7 @@ class Controller:
             mean = (slope * alive).sum() / jnp.maximum(alive.sum(), 1)
             logs = _log(slope) - jnp.log(jnp.maximum(mean, 1e-30))
         else:
-            # The scale is that of the living: what the dead are worth falls at every step, and would carry it away.
+            # Normalised over units with g > 0: the importance of the others decays and would move the scale.
             mean = (importance * alive).sum() / jnp.maximum(alive.sum(), 1)
             logs = self.sharpness * (_log(cost) - jnp.log(importance + jnp.maximum(1e-12 * mean, 1e-37)))
             middle = jnp.nanmedian(jnp.where(alive & jnp.isfinite(logs), logs, jnp.nan))
@@ -171,7 +186,10 @@ class Controller:
         return jnp.zeros(len(group), bool).at[order].set(rank < self.least[group])
 
     def too_large(self, alive: Array) -> Array:
-        """(units,) bool: living branches without which the cost would fall below what a landing can fill."""
+        """(units,) bool: branches with g > 0 without which the cost would fall below the floor.
+
+        Their gates must not reach zero: the selection at the end would have to keep such a branch, although it is off.
+        """
         branches = _branch_units(self.topology)
         if not len(branches):
             return jnp.zeros_like(alive)
@@ -185,7 +203,13 @@ class Controller:
         return jnp.zeros_like(alive).at[branches].set(short & alive[branches])
 
     def cost_of(self, alive: Array, importance: Array, goal: Array) -> Array:
-        """(units,) what one more unit costs, in shares of the budget: Σ_b μ_b c_bj; see `budget.multipliers`."""
+        """(units,) cost of one more unit in shares of the budget: Σ_b μ_b c_bj over the bounds b.
+
+        Keeping the most important units under several bounds is a knapsack. Its Lagrangian keeps unit j if
+        I_j > Σ_b λ_b c_bj. With μ = λ / Σλ, removing units in the order of I_j / Σ_b μ_b c_bj takes all active bounds
+        to their limits at once; an inactive bound has μ_b = 0. While `goal` is above 1, μ is chosen for the way to
+        `goal` only, on which each bound goes the same share of the rest of its way.
+        """
         prices, factors = self._prices(alive), jnp.ones(len(self.bounded))
         if len(self.bounded) == 1:
             return prices[0]
@@ -198,7 +222,7 @@ class Controller:
         return self._multipliers(alive, importance, prices, factors) @ prices
 
     def _multipliers(self, alive: Array, importance: Array, prices: Array, factors: Array) -> Array:
-        """(bounded,) μ ≥ 0 of sum 1 at which all bounds that bind do so together."""
+        """(bounded,) μ ≥ 0, of sum 1, at which all active bounds are met together."""
         free = alive & ~self.protected(jnp.where(alive, importance, -1.0))
 
         def outcome(weights: Array) -> Array:
@@ -212,7 +236,7 @@ class Controller:
     # --- λ2 --------------------------------------------------------------------------------------------------------
 
     def log_level(self, gates: Array, log_alpha: Array, goal: Array) -> Array:
-        """() log of the smallest λ2 that brings the pressure to `goal` in `every` updates; −inf where it is there."""
+        """() log of the smallest λ2 that brings the pressure to `goal` within `every` updates; −inf if it is there."""
         alive = gates > 0
         critical = jnp.log(jnp.where(alive, gates, 1.0)) - np.log(self.every * self.rate) - log_alpha
         critical = jnp.where(alive, critical, jnp.inf)
@@ -221,27 +245,31 @@ class Controller:
         return jnp.where(there | ~jnp.isfinite(critical).any(), -jnp.inf, found)
 
     def threshold(self, alive: Array, order: Array, met: Callable[[Array], Array]) -> Array:
-        """() the smallest τ at which `met` holds of the pressures without the living units of `order` ≤ τ.
+        """() smallest τ such that `met` holds for the pressures once all units with `order` ≤ τ are removed.
 
-        The largest finite value of `order` where none is enough. Exact: `order` is float32, and its bits are bisected.
+        If no τ suffices, the largest finite value of `order`. Exact, since the bits of float32 are bisected.
         """
         keys = _sortable(order)
         top = jnp.max(jnp.where(jnp.isfinite(order), keys, _LOWEST))
 
         def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = ends
-            distance = lax.bitcast_convert_type(high - low, jnp.uint32)  # may be more than an int32 holds
+            distance = lax.bitcast_convert_type(high - low, jnp.uint32)  # may exceed the range of int32
             middle = low + (distance >> 1).astype(jnp.int32)
             enough = met(self._pressures_of(self.costs.classes.counts(alive & (keys > middle))))
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        low = jnp.min(jnp.where(alive, keys, top)) - 2  # where nothing has to go, τ is below all of them
+        low = jnp.min(jnp.where(alive, keys, top)) - 2  # τ is below all of them if none has to go
         return _unsortable(lax.fori_loop(0, 32, halve, (low, top))[1])
 
     # --- recall ----------------------------------------------------------------------------------------------------
 
     def recalled(self, alive: Array, counts: Array, importance: Array, cost: Array) -> Array:
-        """(units,) bool: the dead units that may live again where more died than had to; see `budget.recalled`."""
+        """(units,) bool: removed units that may return, where more were removed than necessary.
+
+        The most important per cost first, as few as bring the cost back to the floor, and none that would take it above
+        the budget. Releasing all would undo the search: without a penalty the loss lifts every gate.
+        """
         worth = jnp.where(~alive & (cost > 0), importance / jnp.where(cost > 0, cost, 1.0), 0.0)
         order = jnp.argsort(-worth, stable=True)
         many = jnp.minimum((worth > 0).sum(), RECALLED)
@@ -306,7 +334,7 @@ def _bisected(outcome: Callable[[Array], Array]) -> Array:
         return jnp.where(binds, middle, low), jnp.where(binds, high, middle)
 
     zero, one = jnp.float32(0.0), jnp.float32(1.0)
-    low, high = lax.fori_loop(0, WEIGHTINGS, halve, (zero, one))
+    low, high = lax.fori_loop(0, BISECTIONS, halve, (zero, one))
     share = jnp.where(first_binds(one), one, jnp.where(first_binds(zero), (low + high) / 2, zero))
     return jnp.stack([share, 1.0 - share])
 
@@ -322,4 +350,4 @@ def _subgradient(outcome: Callable[[Array], Array], bounds: int) -> Array:
 
     even = jnp.full(bounds, 1.0 / bounds, jnp.float32)
     start = (jnp.zeros(bounds, jnp.float32), even, even, jnp.float32(jnp.inf))
-    return lax.fori_loop(0, TURNS, turn, start)[2]
+    return lax.fori_loop(0, SUBGRADIENT_STEPS, turn, start)[2]

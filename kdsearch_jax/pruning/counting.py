@@ -8,7 +8,7 @@ Units with equal columns in every cost are interchangeable, so a cost depends on
 Each cost is a share of the whole network's, in float32: a count of 10¹² MACs fits neither float32 nor int32, but sizes
 are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at most
 (factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶. That steers a search; which units stay in the end is decided on the host, in
-exact integers (`kdsearch_jax.pruning.cutting`).
+exact integers (`kdsearch_jax.pruning.landing`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdsearch_jax.pruning.budget.estimate import Estimate
-from kdsearch_jax.pruning.tables import Table
+from kdsearch_jax.pruning.costs import Estimate, Table
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.topology import Topology
 

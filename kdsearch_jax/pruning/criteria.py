@@ -1,9 +1,9 @@
-"""Pruning without a search: criteria by which units are ranked, and `prune`.
+"""Pruning without a search: criteria that score units, and `prune`.
 
     student = kd.prune(kd.trace(model, x), variables, kd.magnitude(), kd.Budget(macs=0.5))
 
-A criterion is a function (network, variables) → {group: (size,) scores ≥ 0}, of groups it says nothing about none; so
-one of your own is a function like these. `prune` keeps the units of the largest scores.
+A criterion is a function (network, variables) → {group: (size,) scores ≥ 0}, so you can write your own. Groups that it
+does not score stay whole. `prune` keeps the units of the highest scores.
 """
 
 from __future__ import annotations
@@ -14,69 +14,63 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from kdsearch_jax.adapters.boxes import boxed, boxes_of
-from kdsearch_jax.pruning import baselines
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budget import BudgetError
-from kdsearch_jax.pruning.budgets import Budget, fewest_units
-from kdsearch_jax.pruning.landing import select
+from kdsearch_jax.pruning.budgets import Budget, BudgetError, fewest_units
+from kdsearch_jax.pruning.landing import warn_of
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, apply_rules
-from kdsearch_jax.pruning.student import Student, cut, variables_of
+from kdsearch_jax.pruning.selection import choose
+from kdsearch_jax.pruning.student import Student, cut_student, variables_of
+from kdsearch_jax.tracing.topology import Group, Topology
 
 Scores = Mapping[str, np.ndarray]
 Criterion = Callable[[Network, Any], Scores]
 
 
 def magnitude() -> Criterion:
-    """Mean |weight| of the kernel slices that make a unit, over its layer's mean (Li et al. 2017, L1 norm)."""
-
-    def scores(network: Network, variables: Any) -> Scores:
-        return baselines.relative_norms(network.topology, variables)
-
-    return scores
+    """Mean |weight| of the kernel slices that produce a unit, over the mean of its layer (L1 norm, Li et al. 2017)."""
+    return lambda network, variables: relative_norms(network.topology, variables)
 
 
 def batch_norm_scale() -> Criterion:
-    """|scale| of the BatchNorm behind a unit (Network Slimming, Liu et al. 2017); layers without one stay whole."""
+    """|scale| of the BatchNorm after a unit (Network Slimming, Liu et al. 2017); layers without one stay whole."""
 
     def scores(network: Network, variables: Any) -> Scores:
-        found = baselines.batch_norm_scales(network.topology, variables)
-        if not found:
-            raise BudgetError("batch_norm_scale: no unit that may go is followed by a BatchNorm; take magnitude()")
-        return found
+        scales = batch_norm_scales(network.topology, variables)
+        if not scales:
+            raise BudgetError("batch_norm_scale: no prunable unit is followed by a BatchNorm; use magnitude()")
+        return scales
 
     return scores
 
 
 def random(seed: int = 0) -> Criterion:
     """Random scores."""
-
-    def scores(network: Network, variables: Any) -> Scores:
-        rng = np.random.default_rng(seed)
-        return {group.name: 1.0 + rng.random(group.size) for group in _no_branches(network)}
-
-    return scores
+    return lambda network, variables: random_scores(network.topology, np.random.default_rng(seed))
 
 
 def taylor(loss: Callable[..., Any], batches: Iterable[Any]) -> Criterion:
-    """|Σ g ∂loss/∂g| over batches: what the loss loses to first order (Molchanov et al. 2017), branches included.
+    """|Σ g ∂loss/∂g| over batches: first-order change of the loss (Molchanov et al. 2017), residual branches included.
 
-    loss: (variables, batch) → (); variables are the gated network's, as for `module.apply`.
+    Args:
+      loss: (variables, batch) → (), where variables are those of the gated network, as for `module.apply`.
     """
     return _by_gradient(loss, batches, lambda slope: slope, np.abs)
 
 
 def fisher(loss: Callable[..., Any], batches: Iterable[Any]) -> Criterion:
-    """Mean over batches of (g ∂loss/∂g)², the Fisher information at each gate, by which a search chooses as well.
+    """Sum over batches of (g ∂loss/∂g)², the Fisher information at each gate, which the search uses as well.
 
-    loss: (variables, batch) → (); variables are the gated network's, as for `module.apply`.
+    Args:
+      loss: (variables, batch) → (), where variables are those of the gated network, as for `module.apply`.
     """
     return _by_gradient(loss, batches, jnp.square, lambda total: total)
 
 
-def _by_gradient(loss: Any, batches: Iterable[Any], each: Any, end: Any) -> Criterion:
+def _by_gradient(loss: Any, batches: Iterable[Any], per_batch: Any, at_end: Any) -> Criterion:
     def scores(network: Network, variables: Any) -> Scores:
         topology = network.topology
 
@@ -84,15 +78,17 @@ def _by_gradient(loss: Any, batches: Iterable[Any], each: Any, end: Any) -> Crit
         def slopes(variables: Any, batch: Any) -> Any:
             gates = gates_lib.init(topology)
             gradient = jax.grad(lambda gates: loss(gates_lib.fold(variables, gates, topology), batch))(gates)
-            return jax.tree.map(each, gradient)
+            return jax.tree.map(per_batch, gradient)
 
         total = None
         for batch in batches:
-            found = slopes(variables, batch)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            values = slopes(variables, batch)
+            total = values if total is None else jax.tree.map(jnp.add, total, values)
         if total is None:
-            raise ValueError("batches: there is none to take the gradient of the loss on; give a list of batches")
-        return {name: end(np.asarray(value, float)) for name, value in total.items()}
+            raise ValueError(
+                "batches: there are no batches to compute the gradient of the loss on; give a list of them"
+            )
+        return {name: at_end(np.asarray(value, float)) for name, value in total.items()}
 
     scores.per_cost = True  # type: ignore[attr-defined]
     return scores
@@ -106,37 +102,94 @@ def prune(
     *inputs: Any,
     rules: Sequence[Rule] = (),
 ) -> Student:
-    """Cuts the units of the smallest scores until the budget is met, and proves the student on a batch.
+    """Removes the units of the lowest scores until the budget is met, and verifies the student on a batch.
 
     Args:
-      network: from `trace`. variables: Linen variables, or the nnx.Module that was traced; neither is changed.
-      criterion: such as `magnitude()`. Units of a loss's criteria are ranked by score per cost, others by score.
-      inputs: a batch as the module takes it; random numbers where none is given. rules: what may go.
+      network: from `trace`.
+      variables: Linen variables, or the nnx.Module that was traced; neither is changed.
+      criterion: such as `magnitude()`. `taylor` and `fisher` rank units by score per cost, the others by score.
+      budget: what the student may cost.
+      inputs: a batch as the module takes it; random numbers if none is given.
+      rules: what may be removed, see `Rule`.
 
     Returns:
-      the student, not trained further, at a cost in [0.98, 1] of the budget.
+      The student, not trained any further, at a cost in [0.98, 1] of the budget.
+
+    Warns:
+      BudgetWarning: no student lands in the budget; the costliest below it is returned.
 
     Raises:
-      ValueError: a rule matches nothing. BudgetError: no choice lands in the budget. SurgeryError: it would differ.
+      ValueError: a rule matches nothing, or the criterion scores unknown groups.
+      BudgetError: no student is within the budget.
+      SurgeryError: the student would compute something else than the network.
     """
     boxes, variables = boxes_of(variables), variables_of(network, variables)
     ruled = apply_rules(network, tuple(rules), budget.round_to)
-    found = dict(criterion(ruled.network, variables))
+    scores = dict(criterion(ruled.network, variables))
     names = {group.name for group in ruled.network.topology.groups}
-    if odd := sorted(set(found) - names):
+    if unknown := sorted(set(scores) - names):
         raise ValueError(
-            f"criterion: it scores {', '.join(map(repr, odd[:3]))}, which the network has not or may not lose"
+            f"criterion: it scores {', '.join(map(repr, unknown[:3]))}, which are not prunable groups of the network"
         )
-    silent = dict.fromkeys(names - set(found), "the criterion says nothing of it")
-    topology = ruled.network.topology.without(silent)
+    topology = ruled.network.topology.without(dict.fromkeys(names - set(scores), "the criterion does not score it"))
     limits = budget.limits(topology, ruled.round_to, ruled.least, network.topology)
-    least = np.array([fewest_units(limits.round_to, ruled.least, group) for group in topology.groups])
+    least = [fewest_units(limits.round_to, ruled.least, group) for group in topology.groups]
     per_cost = getattr(criterion, "per_cost", False)
-    keep = select(topology, limits, topology.flatten(found), least, per_cost=per_cost)
-    whole = {group.name: np.ones(group.size, bool) for group in ruled.network.topology.groups}
+    selection = choose(topology, limits, topology.flatten(scores), least, per_cost=per_cost)
+    warn_of(selection)
+    keep = {**gates_lib.keep_all(ruled.network.topology), **selection.keep}
     gates = gates_lib.init(ruled.network.topology)
-    return cut(ruled.network, boxed(variables, boxes), gates, {**whole, **keep}, inputs)
+    return cut_student(ruled.network, boxed(variables, boxes), gates, keep, inputs)
 
 
-def _no_branches(network: Network) -> Any:
-    return [group for group in network.topology.groups if group.kind != "branches"]
+# --- scores by weights ------------------------------------------------------------------------------------------------
+
+
+def relative_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) L1 norms of the kernel slices that produce its units, over their mean}, without branches."""
+    norms = producer_norms(topology, variables)
+    return {name: values / max(values.mean(), 1e-30) for name, values in norms.items()}
+
+
+def producer_norms(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) mean |weight| of the kernel slices that produce each unit, summed over kernels}, no branches."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    return {group.name: _producer_norms(group, flat) for group in topology.groups if group.kind != "branches"}
+
+
+def batch_norm_scales(topology: Topology, variables: Any) -> dict[str, np.ndarray]:
+    """{group: (size,) mean |scale| of the BatchNorms after its units}, for groups that have one."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    scales = {group.name: _scales(group, flat) for group in topology.groups if group.kind != "branches"}
+    return {name: values for name, values in scales.items() if values is not None}
+
+
+def random_scores(topology: Topology, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """{group: (size,) numbers from 1 to 2}, without branches."""
+    return {group.name: 1.0 + rng.random(group.size) for group in topology.groups if group.kind != "branches"}
+
+
+def _producer_norms(group: Group, flat: Mapping[str, Any]) -> np.ndarray:
+    norms = np.zeros(group.size)
+    for member in group.members:
+        leaf = np.asarray(flat[member.leaf])
+        if member.units is None or member.consumes or leaf.ndim < 2 or not member.leaf.startswith("params/"):
+            continue
+        slices = np.abs(np.moveaxis(leaf, member.axis, 0)).reshape(leaf.shape[member.axis], -1).mean(1)
+        owned = member.units >= 0
+        np.add.at(norms, member.units[owned], slices[owned])
+    return norms
+
+
+def _scales(group: Group, flat: Mapping[str, Any]) -> np.ndarray | None:
+    """(size,) mean |scale| of each unit over layers that have a running mean; None if a unit has none."""
+    total, count = np.zeros(group.size), np.zeros(group.size)
+    for member in group.members:
+        layer, _, last = member.leaf.removeprefix("params/").rpartition("/")
+        is_scale = member.leaf.startswith("params/") and last == "scale"
+        if not is_scale or member.units is None or not any(name.endswith(f"/{layer}/mean") for name in flat):
+            continue
+        owned = member.units >= 0
+        np.add.at(total, member.units[owned], np.abs(np.asarray(flat[member.leaf]))[owned])
+        np.add.at(count, member.units[owned], 1)
+    return total / count if (count > 0).all() else None

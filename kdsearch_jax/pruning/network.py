@@ -1,7 +1,8 @@
-"""A network: a module with what tracing it found, whichever library of layers it is written in.
+"""A network: a Flax module together with the result of tracing it, for Linen and NNX alike.
 
-`trace` runs the module abstractly, walks its operations and assembles its topology. A size that is written into the
-module's code is found by trial cuts (`trials`). What a library adds is behind `kdsearch_jax.adapters.base.Adapter`.
+`trace` runs the module abstractly, walks its operations and assembles its topology. Sizes that are written into the
+module's code are found by trial cuts (`trials`). What differs between Linen and NNX is behind
+`kdsearch_jax.adapters.base.Adapter`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kdsearch_jax.adapters.devices import off_mesh
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.pruning import trials
-from kdsearch_jax.pruning.gates import everything
+from kdsearch_jax.pruning.gates import keep_all
 from kdsearch_jax.pruning.restrict import restricted
 from kdsearch_jax.tracing import topology as topology_lib
 from kdsearch_jax.tracing.analysis import Contraction
@@ -35,11 +36,15 @@ from kdsearch_jax.tracing.topology import Topology
 
 @dataclass(frozen=True)
 class Network:
-    """A module with what tracing it found.
+    """A traced module.
 
-    inputs: shapes of the example inputs; kwargs: keywords of its call; follows: numbers in the model's own code that
-    are sizes of its groups.
-    whole, kept: the network that this one is a part of, and which of its units are left, {group: (size,) bool}.
+    Attributes:
+      module: the Linen module, or the `FunctionalModule` of an nnx.Module.
+      topology: the units that can be removed, and their costs.
+      layers: {path: layer} of the module's layers.
+      inputs: shapes of the example inputs. kwargs: keywords of the call.
+      size_attributes: numbers in the user's code that are sizes of groups.
+      whole, kept: the network that this one is a part of, and {group: (size,) bool} which of its units are left.
     """
 
     module: Any
@@ -47,77 +52,79 @@ class Network:
     layers: dict[str, LayerInfo]
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
-    follows: tuple[trials.Follow, ...] = ()
+    size_attributes: tuple[trials.SizeAttribute, ...] = ()
     whole: Network | None = None
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
-    def library(self) -> Adapter:
-        """The library that the module is written in."""
+    def adapter(self) -> Adapter:
+        """The adapter for the module's library, Linen or NNX."""
         return adapter_for(self.module)
 
     def resized(self, keep: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` holds them.
+        """(layer sizes, dropped layers) of the student that keeps `keep`, as `Architecture` stores them.
 
-        Both say all that differs from the base model, also where the network's module is a student already.
+        Both are relative to the base model, also if the network's module is a student already.
         """
         if self.whole is not None:
             return self.whole.resized(self._in_whole(keep))
-        layers, dropped = resized(self.layers, self.topology, keep)
+        layers, dropped = _resized(self.layers, self.topology, keep)
         if layers:
             shapes = self.topology.sliced_shapes(keep)
-            for each in self.follows:
-                layers.setdefault(each.path, {})[each.name] = each.value(shapes)
-        before, gone = pruned_sizes(self.module)
-        layers = {path: {**before.get(path, {}), **layers.get(path, {})} for path in {**before, **layers}}
-        return layers, tuple(sorted({*gone, *dropped}))
+            for attribute in self.size_attributes:
+                layers.setdefault(attribute.path, {})[attribute.name] = attribute.value(shapes)
+        layers_before, dropped_before = pruned_sizes(self.module)
+        paths = {**layers_before, **layers}
+        layers = {path: {**layers_before.get(path, {}), **layers.get(path, {})} for path in paths}
+        return layers, tuple(sorted({*dropped_before, *dropped}))
 
     def _in_whole(self, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """`keep` of this part in units of the whole."""
+        """`keep` of this part in units of the whole network."""
         result = {name: np.array(mask, bool) for name, mask in self.kept.items()}
         for name, mask in keep.items():
             result[name][result[name]] = mask
         return result
 
-    def part(self, keep: Mapping[str, np.ndarray]) -> Network:
-        """What is left of the network with only the units in `keep`: its student, with a topology of its own."""
-        left = restricted(self.topology, keep)
-        return replace(self, module=self.student(keep), topology=left, whole=self, kept=keep)
+    def restricted(self, keep: Mapping[str, np.ndarray]) -> Network:
+        """The network with only the units in `keep`: the student's module, with a topology of its own."""
+        topology = restricted(self.topology, keep)
+        return replace(self, module=self.student(keep), topology=topology, whole=self, kept=keep)
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
-        return adapter_for(self.module).resized(self.module, *self.resized(keep))
+        return self.adapter.resized(self.module, *self.resized(keep))
 
     def select(self, kinds: Sequence[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Network:
-        """The network with only these groups free; see `Topology.select`."""
+        """The network in which only these groups may be pruned; see `Topology.select`."""
         return replace(self, topology=self.topology.select(kinds, include, exclude).require_groups())
 
 
 def adapter_for(module: Any) -> Adapter:
-    """The library that a module is written in; an nnx.Module comes as a `FunctionalModule`."""
+    """The adapter for a module's library; an nnx.Module is given as a `FunctionalModule`."""
     return nnx if isinstance(module, FunctionalModule) else linen
 
 
 @off_mesh
 def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
-    """Traces a call `module(*inputs, **kwargs)` abstractly: no parameter is made, nothing is computed.
+    """Traces the call `module(*inputs, **kwargs)` abstractly: no parameter is created, nothing is computed.
 
     Args:
-      module: any Flax module; its randomness must be off (`train=False`, `deterministic=True`). Of an nnx.Module the
-        network's module is its `FunctionalModule`.
+      module: any Flax module, with its randomness turned off (`train=False`, `deterministic=True`). For an nnx.Module,
+        the network's module is its `FunctionalModule`.
       inputs: pytrees of arrays or `jax.ShapeDtypeStruct`s with a leading batch axis.
+      kwargs: keywords of the call.
 
     Raises:
-      ValueError: where nothing can be pruned, with the reasons, or the inputs have no batch axis.
+      ValueError: nothing can be pruned, with the reasons, or the inputs have no batch axis.
     """
     module = FunctionalModule.split(module)[0] if isinstance(module, flax.nnx.Module) else module
-    if (found := _without_branches(module, inputs, kwargs)) is not None:
-        return found
-    library, shapes = adapter_for(module), _shapes(inputs)
+    if (network := _without_branches(module, inputs, kwargs)) is not None:
+        return network
+    adapter, shapes = adapter_for(module), _shapes(inputs)
     batch = topology_lib.batch_size(shapes)
-    variables = library.abstract_variables(module, shapes, kwargs)
+    variables = adapter.abstract_variables(module, shapes, kwargs)
     leaves = topology_lib.leaf_shapes(variables)
-    layers, jaxpr = library.trace_layers(module, variables, shapes, kwargs)
+    layers, jaxpr = adapter.trace_layers(module, variables, shapes, kwargs)
 
     def droppable(path: str) -> bool:
         return path in layers and layers[path].droppable
@@ -127,22 +134,22 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
     while True:
         found = analyze(program, leaves, paired)
         topology = build_topology(found, leaves, batch, droppable)
-        more = trials.idle(found, topology) - released
-        follows = trials.kept_groups(found, list(leaves), layers)
-        network = Network(module, topology, layers, shapes, dict(kwargs), follows)
-        verdict = trials.Verdict(pair=more) if more else trials.judge(network, found, variables, released)
+        idle = trials.idle(found, topology) - released
+        kept_groups = trials.kept_groups(found, list(leaves), layers)
+        network = Network(module, topology, layers, shapes, dict(kwargs), kept_groups)
+        verdict = trials.Verdict(pair=idle) if idle else trials.judge(network, found, variables, released)
         if not verdict.pair and not verdict.release:
             break
         paired, released = (paired | verdict.pair) - verdict.release, released | verdict.release
     topology = topology.without(verdict.frozen).require_groups()
-    return replace(network, topology=topology, follows=(*network.follows, *verdict.follows))
+    return replace(network, topology=topology, size_attributes=(*kept_groups, *verdict.size_attributes))
 
 
 def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Network | None:
-    """The network of a student that has lost residual branches, as a part of the one that still has them.
+    """The network of a student without some residual branches, as a part of the network that still has them.
 
-    Layers that return zeros have no parameters by which their sizes could be followed. None where there are no such
-    layers, or where the branches that they ended are not found.
+    Dropped layers return zeros and have no parameters by which sizes could be tracked. None if no layer is dropped, or
+    if the branches that the dropped layers ended are not found.
     """
     layers, dropped = pruned_sizes(module)
     if not dropped:
@@ -151,19 +158,19 @@ def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, A
         whole = trace(adapter_for(module).resized(module, layers, ()), *inputs, **kwargs)
     except ValueError:
         return None
-    keep = everything(whole.topology)
+    keep = keep_all(whole.topology)
     for group in whole.topology.groups:
         if group.kind == "branches" and set(group.layers) <= set(dropped):
             keep[group.name] = np.zeros(1, bool)
     if set(whole.topology.dropped(keep)) != set(dropped):
         return None
-    part = whole.part(keep)
+    part = whole.restricted(keep)
     return replace(part, module=module) if part.topology.groups else None
 
 
 @off_mesh
 def shapes_of(module: Any, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the variables that the module's own code makes."""
+    """{path: shape} of the variables that the module's own code creates."""
     return topology_lib.leaf_shapes(adapter_for(module).abstract_variables(module, _shapes(inputs), kwargs))
 
 
@@ -171,24 +178,24 @@ def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: input_spec(x.shape, x.dtype), inputs)
 
 
-def resized(
+def _resized(
     layers: Mapping[str, LayerInfo], topology: Topology, keep: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """(sizes by layer, dropped layers); no sizes where nothing is cut.
+    """(sizes by layer, dropped layers); no sizes if nothing is removed.
 
-    Layers that keep their size are named as well: the model's code may derive it from one that changes.
+    Layers that keep their size are included as well: the model's code may derive it from a size that changes.
     """
     shapes, dropped = topology.sliced_shapes(keep), topology.dropped(keep)
     if shapes == topology.shapes:
         return {}, dropped
-    own: dict[str, dict[str, str]] = {}
+    leaves_of: dict[str, dict[str, str]] = {}
     for leaf in shapes:  # "params/block/conv/kernel" is "params/kernel" of block/conv and "params/conv/kernel" of block
         collection, *parts = leaf.split("/")
         for i in range(len(parts)):
-            own.setdefault("/".join(parts[:i]), {})["/".join([collection, *parts[i:]])] = leaf
+            leaves_of.setdefault("/".join(parts[:i]), {})["/".join([collection, *parts[i:]])] = leaf
     result: dict[str, dict[str, Any]] = {}
-    for path, layer in layers.items():  # dropped ones too: their zeros have a size
-        leaves = own.get(path, {})
+    for path, layer in layers.items():  # dropped layers too: their zeros have a size
+        leaves = leaves_of.get(path, {})
         before = {name: topology.shapes[leaf] for name, leaf in leaves.items()}
         after = {name: shapes[leaf] for name, leaf in leaves.items()}
         if leaves and (sizes := layer.resize(before, after)):
@@ -198,11 +205,15 @@ def resized(
 
 @dataclass(frozen=True)
 class Count:
-    """What a module costs: MACs of one example, parameters, and operations of a batch as counted here and by XLA.
+    """The cost of a module.
 
-    uncounted: primitives whose operations are counted by XLA only; foldable: operations on constants, which XLA counts
-    or does not, and which are not among `flops`; batch_macs: multiply-accumulates of a batch; orders: those in which
-    einsums of three or more operands are contracted.
+    Attributes:
+      macs: multiply-accumulates of one example. params: parameters.
+      flops, xla_flops: operations of a batch as counted here, and by XLA.
+      uncounted: primitives whose operations only XLA counts.
+      foldable: operations on constants, which XLA may or may not count; not part of `flops`.
+      batch_macs: multiply-accumulates of a batch.
+      orders: contraction orders of einsums of three or more operands.
     """
 
     macs: int
@@ -217,7 +228,7 @@ class Count:
 
 @off_mesh
 def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
-    """Counts a freshly built module from its own code and asks XLA to do the same; nothing is computed."""
+    """Counts the operations of a module from its own code, and by XLA; nothing is computed."""
     leaves, structure = jax.tree.flatten(_shapes(inputs))
     return _counted(module, structure, tuple(leaves), tuple(sorted(kwargs.items())))
 
@@ -225,9 +236,9 @@ def count(module: Any, *inputs: Any, **kwargs: Any) -> Count:
 @memoize(8)
 def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]) -> Count:
     kwargs, shapes = dict(keywords), jax.tree.unflatten(structure, leaves)
-    library = adapter_for(module)
-    variables = library.abstract_variables(module, shapes, kwargs)
-    traced = library.traced(module, variables, shapes, kwargs)
+    adapter = adapter_for(module)
+    variables = adapter.abstract_variables(module, shapes, kwargs)
+    traced = adapter.traced(module, variables, shapes, kwargs)
     found = analyze(flatten_jaxpr(traced.jaxpr), topology_lib.leaf_shapes(variables))
     macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
@@ -239,24 +250,24 @@ def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tup
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:
-    """The MACs of one example if the student contracted its einsums in the order of the network.
+    """MACs of one example if the student contracted its einsums in the order of the network.
 
-    JAX contracts the operands of an einsum in the order that is cheapest at their sizes. Candidates are costed in the
-    network's order, so a student for which JAX finds a better one costs less than its candidate did.
+    JAX contracts the operands of an einsum in the order that is cheapest at their sizes. Costs of candidates assume the
+    network's order, so a student for which JAX finds a better order costs less than was counted.
     """
-    library = adapter_for(network.module)
-    variables = library.abstract_variables(network.module, network.inputs, network.kwargs)
-    jaxpr = library.jaxpr(network.module, variables, network.inputs, network.kwargs)
+    adapter = network.adapter
+    variables = adapter.abstract_variables(network.module, network.inputs, network.kwargs)
+    jaxpr = adapter.jaxpr(network.module, variables, network.inputs, network.kwargs)
     products: dict[str, list[Any]] = {}
     for order, _, scope in analyze(flatten_jaxpr(jaxpr), topology_lib.leaf_shapes(variables)).contractions:
-        products.setdefault(_inside(scope), []).append(order.products)
+        products.setdefault(_scope_in_base(scope), []).append(order.products)
     macs = student.batch_macs
     for order, times, scope in student.orders:
-        same = products.get(_inside(scope))
+        same = products.get(_scope_in_base(scope))
         macs += times * (order.macs(same.pop(0)) - order.macs()) if same else 0
     return round(macs / topology_lib.batch_size(network.inputs))
 
 
-def _inside(scope: str) -> str:
-    """The scope of an operation in the module that a student runs."""
+def _scope_in_base(scope: str) -> str:
+    """The scope of an operation within the base module of a student."""
     return scope.removeprefix(f"{StudentModule.__name__}/")

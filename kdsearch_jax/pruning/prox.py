@@ -2,10 +2,10 @@
 
     z ← S(g − η ∇, η γ),   v ← z − g + μ v,   g ← max(0, z + μ v),      S(x, t) = sign(x) max(|x| − t, 0)
 
-with step η, momentum μ and penalty γ = λ2 α_j per gate (the accelerated form that Huang & Wang, Sparse Structure
-Selection, ECCV 2018, use for scaling factors). It cannot be a chain of momentum and shrinkage: heavy-ball momentum
-carries a coordinate past the zero that the shrinkage gave it, so zeros are rare and wrong. Step size, shrinkage and
-extrapolation belong to one transformation.
+with step size η, momentum μ and penalty γ = λ2 α_j per gate (the accelerated form that Huang & Wang, Sparse Structure
+Selection, ECCV 2018, use for scaling factors). A chain of momentum and shrinkage is not equivalent: heavy-ball momentum
+carries a coordinate past the zero that the shrinkage set, so zeros are rare and wrong. Step size, shrinkage and
+extrapolation have to be in one transformation.
 """
 
 from __future__ import annotations
@@ -23,15 +23,8 @@ def soft_threshold(x: jax.Array, threshold: ArrayLike) -> jax.Array:
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0.0)
 
 
-def group_soft_threshold(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    """prox of threshold·‖x‖₂ over the whole array: a block shrinks as one, and dies as one."""
-    norm = jnp.linalg.norm(x)
-    safe = jnp.where(norm > 0, norm, 1.0)  # a zero block has no direction; its gradient would be NaN
-    return x * jnp.maximum(1.0 - threshold / safe, 0.0)
-
-
 class ProximalState(NamedTuple):
-    """count: steps done; velocity: v, like the parameters."""
+    """count: () int32, updates done; velocity: v, a pytree like the parameters."""
 
     count: jax.Array
     velocity: Any
@@ -40,19 +33,24 @@ class ProximalState(NamedTuple):
 def accelerated_proximal_l1(
     learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, *, nonnegative: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation above.
+    """The accelerated proximal L1 step of the module's docstring, as an optax transformation.
 
-    Its `update(gradients, state, params, *, penalty)` takes γ as a pytree like `params` (or a scalar); the penalty is
-    an argument since the closed loop of the search moves it. Without `nonnegative` the maximum with 0 is left out.
+    Its `update(gradients, state, params, *, penalty)` takes γ as a pytree like `params`, or a scalar. The penalty is an
+    argument because the controller of the search changes it.
 
-    Zeros are exact: the update is `new − old`, and `old + (0 − old)` is 0 in floating point. With `nonnegative` a gate
-    whose shrinkage z is 0 is 0 at once: μ v ≤ g holds from v = 0 on, so that then v = −g + μ v ≤ 0.
+    Zeros are exact: the update is `new − old`, and `old + (0 − old)` is 0 in floating point. With `nonnegative`, a gate
+    with shrinkage z = 0 becomes 0 at once: starting from v = 0, μ v ≤ g always holds, so v = −g + μ v ≤ 0.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of it.
+      momentum: μ in [0, 1).
+      nonnegative: applies the maximum with 0.
 
     Raises:
-      ValueError: for momentum outside [0, 1), a negative learning rate, or where params or penalty are missing.
+      ValueError: momentum or learning rate is out of range; or, in `update`, params or penalty are missing.
     """
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: {momentum} must lie in [0, 1)")
+        raise ValueError(f"momentum: {momentum} must be in [0, 1)")
     if not callable(learning_rate) and learning_rate < 0:
         raise ValueError(f"learning_rate: {learning_rate} must not be negative")
 

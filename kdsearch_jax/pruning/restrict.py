@@ -1,7 +1,7 @@
-"""The topology of a part of a network: what is left of groups, shapes and costs when only some units stay.
+"""The topology of a part of a network: the groups, shapes and costs that remain if only some units stay.
 
-Nothing is traced again. Units that go take their entries with them; units inside of a residual branch that goes vanish
-with its layers.
+Nothing is traced again. Removed units take their indices with them; units inside of a removed residual branch disappear
+together with its layers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Keep = Mapping[str, np.ndarray]
 
 
 def restricted(topology: Topology, keep: Keep) -> Topology:
-    """The topology of the network that is left of `keep`: groups, their members, shapes and costs."""
+    """The topology of the network with only the units in `keep`: groups, their members, shapes and costs."""
     masks, gone = topology.masks(keep), frozenset(topology.dropped(keep))
     shapes = {leaf: shape for leaf, shape in topology.sliced_shapes(keep).items() if _layer(leaf) not in gone}
-    groups, stays = [], []
+    groups, remaining = [], []
     for group in topology.groups:
         alive = np.asarray(keep[group.name], bool)
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), -1)
         members = tuple(_member(member, number, masks) for member in group.members if member.leaf in shapes)
-        there = alive.any() and any(member.consumes for member in members)
-        stays.append(alive & there)
-        if there:
+        remains = alive.any() and any(member.consumes for member in members)
+        remaining.append(alive & remains)
+        if remains:
             groups.append(Group(group.name, group.kind, int(alive.sum()), members, group.layers))
-    flat, kept = np.concatenate(stays), topology.flatten(keep).astype(bool)
+    flat, kept = np.concatenate(remaining), topology.flatten(keep).astype(bool)
     macs, params = (_left(cost, flat, kept) for cost in (topology.macs, topology.params))
     frozen = tuple(item for item in topology.frozen if item.leaf in shapes)
     return replace(topology, groups=tuple(groups), frozen=frozen, macs=macs, params=params, shapes=shapes)
@@ -45,7 +45,7 @@ def _member(member: AxisSlice, number: np.ndarray, masks: Mapping[tuple[str, int
 
 
 def _left(cost: Cost, stays: np.ndarray, kept: np.ndarray) -> Cost:
-    """The cost over the units in `stays`; others of `kept` (inside of dead branches) are there for good."""
+    """The cost as a function of the units in `stays`; other kept units (inside removed branches) become constants."""
     ended = ((cost.alive >= 0) & ~np.append(kept, True)[cost.alive]).any(1)
     number = np.append(np.where(stays, np.cumsum(stays) - 1, -1), -1)
     base = cost.base + np.asarray(cost.counts[:, kept & ~stays].sum(1)).ravel()

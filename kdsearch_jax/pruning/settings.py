@@ -11,12 +11,15 @@ BOUNDS = ("macs", "params", "latency", "memory")
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What the student may cost: at most 1 is a fraction of the teacher's, above 1 an absolute number; None: no bound.
+    """What the student may cost: up to 1 a fraction of the teacher's cost, above 1 an absolute number; None: no bound.
 
-    macs: multiply-accumulates of one example; params: trainable parameters. latency: milliseconds of a call with
-    `batch_size` examples; memory: bytes that such a call takes; both as measured on the device that runs, in inference
-    mode and float32 (`kdsearch_jax.evaluate`). round_to: widths are multiples of it; `hardware`: of what this device
-    does not pad (`kdsearch_jax.pruning.hardware`).
+    Attributes:
+      macs: multiply-accumulates of one example. params: trainable parameters.
+      latency: milliseconds of a call with `batch_size` examples. memory: bytes that such a call takes. Both are
+        measured on the current device, in inference mode and float32 (`kdsearch_jax.evaluate`).
+      round_to: widths are multiples of this number; `hardware`: of numbers that this device does not pad
+        (`kdsearch_jax.pruning.hardware`).
+      batch_size: examples of a call for latency and memory.
     """
 
     macs: float | None = 0.5
@@ -29,18 +32,22 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class GatesConfig:
-    """Which structures may go, and how the proximal search treats their gates.
+    """Which structures may be removed, and how the proximal search treats their gates.
 
-    kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`; include, exclude: patterns (fnmatch) of
-    group names. penalty: α_j, see `kdsearch_jax.pruning.penalty`. ramp: share of the steps over which the cost falls
-    to the
-    budget; warmup: share of the ramp in which nothing goes and importance is measured. lambda2: a fixed λ2, instead of
-    the closed loop that follows the budget. init: gates start at 1 (`one`), or at the norm of the kernel slices that
-    they scale, 1 on average (`norm`), which are divided by it; either way the gated network starts as the teacher.
-    batch_norm: in the search it normalises by the batch and learns (`train`), or by the teacher's statistics (`frozen`;
-    then all of the network runs in inference mode, without dropout). shrink: whenever the living cost less than this
-    share of the MACs that are computed, the search goes on without the dead (`kdsearch_jax.distill.shrinking`); None:
-    never.
+    Attributes:
+      kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`.
+      include, exclude: patterns (fnmatch) of group names.
+      penalty: α_j, see `kdsearch_jax.pruning.control`. sharpness: exponent of α_j for `importance`.
+      learning_rate, momentum: of the proximal step. importance_decay: of the running mean of importances.
+      ramp: share of the steps over which the cost falls to the budget. warmup: share of the ramp in which nothing is
+        removed and importances are measured.
+      lambda2: a fixed λ2, instead of the closed loop that follows the budget.
+      init: gates start at 1 (`one`), or at the norm of the kernel slices that they scale, 1 on average, by which the
+        slices are divided (`norm`). Either way the gated network starts as the teacher.
+      batch_norm: during the search BatchNorm uses batch statistics and is trained (`train`), or uses the teacher's
+        statistics (`frozen`); then the whole network runs in inference mode, without dropout.
+      shrink: if the cost of the remaining units is less than this share of the computed MACs, the search continues
+        without the removed units (`kdsearch_jax.distill.shrinking`). None: never.
     """
 
     kinds: tuple[str, ...] = ("channels", "neurons", "heads", "values", "groups", "branches")
@@ -66,7 +73,7 @@ def _amount(value: float) -> bool:
 _AMOUNT = "give a fraction of the teacher's in (0, 1], or a whole number above 1 for an absolute bound"
 _KINDS = GatesConfig().kinds
 
-# {setting or *.ending: (what holds, what to give instead)}; None is left alone.
+# {setting: (condition, what to give instead)}; None is always allowed.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gates.warmup": (lambda v: 0 <= v < 1, "give a share of the ramp from 0 to below 1"),
     "gates.kinds": (

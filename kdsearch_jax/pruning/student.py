@@ -1,4 +1,4 @@
-"""What pruning hands over: a network of its own, ready to use, and how it is cut, proved, saved and loaded."""
+"""`Student`, the result of pruning: a network of its own, ready to use; how it is cut and verified."""
 
 from __future__ import annotations
 
@@ -25,23 +25,21 @@ from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.tracing.topology import leaf_shapes
 
-EXAMPLES = 4  # of a batch on which equality is proved where none is given
-
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A network: `module, variables = student`.
+    """A pruned network: `module, variables = student`.
 
     Attributes:
-      module: of a Linen network a Linen module, called by `module.apply(variables, …)`; of an NNX network an
+      module: for a Linen network a Linen module, called by `module.apply(variables, …)`; for an NNX network an
         nnx.Module of the user's own class at smaller sizes, which holds its arrays.
-      variables: {"params": …, other collections: …}, as arrays; in boxes (`nn.Partitioned`) if those that were pruned
-        were.
-      architecture: the network as plain JSON (`architecture.to_json()`).
-      keep: {group: (size,) bool}, the units of the pruned network that stayed; {} where nobody knows.
-      gates: {group: (size,)}, what was folded into the weights; {} as well.
-      macs, params: exact costs, as counted when it was cut; 0 for one that was loaded. difference: largest one between
-        its outputs and the gated network's, over their scale, as verified; NaN as well.
+      variables: {"params": …, other collections: …}, in boxes (`nn.Partitioned`) if the pruned network's were.
+      architecture: description of the network as plain JSON (`architecture.to_json()`).
+      keep: {group: (size,) bool}, the units of the pruned network that stayed; {} for a student that was loaded.
+      gates: {group: (size,)}, folded into the weights; {} for a student that was loaded.
+      macs, params: exact costs, counted when it was cut; 0 for a student that was loaded.
+      difference: largest difference to the outputs of the gated network over their scale, as verified; NaN for a
+        student that was loaded.
     """
 
     module: Any
@@ -58,18 +56,21 @@ class Student:
         return iter((self.module, self.variables))
 
 
-def cut(network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], inputs: Any) -> Student:
-    """The verified student of the gated network with only the units in `keep`.
+def cut_student(
+    network: Network, variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], inputs: Any
+) -> Student:
+    """Cuts the gated network down to the units in `keep`, and verifies the student.
 
     Args:
-      variables: of the network, gates not folded in. inputs: a batch, () for random numbers.
+      variables: of the network, gates not folded in.
+      inputs: a batch; () for random numbers.
 
     Raises:
-      SurgeryError: it would not compute, or cost, what the gated network does.
+      SurgeryError: the student does not compute, or cost, what the gated network does.
     """
     inputs = inputs or random_inputs(network)
     base = architecture_of(network)
-    sliced, architecture = surgery.prune(variables, gates, keep, network, base)
+    sliced, architecture = surgery.slice_network(variables, gates, keep, network, base)
     proof = surgery.verify(network, variables, gates, keep, sliced, *inputs)
     module = network.student(keep)
     if isinstance(module, FunctionalModule):
@@ -80,62 +81,74 @@ def cut(network: Network, variables: Any, gates: Mapping[str, Any], keep: Mappin
 
 
 def verify(network: Network, variables: Any, student: Student, *inputs: Any) -> float:
-    """Proves on a batch that a student computes what the network with its gates does, within 1e-5 in float32.
+    """Verifies on a batch that a student equals the gated network that it was cut from, within 1e-5 in float32.
 
     Args:
-      network: the one that was pruned; variables: its own, gates not folded in, or the nnx.Module.
-      inputs: a batch as the module takes it; random numbers where none is given.
+      network: the network that was pruned.
+      variables: of that network, gates not folded in; or the nnx.Module.
+      student: as it was cut.
+      inputs: a batch as the module takes it; random numbers if none is given.
 
     Returns:
-      the largest difference of an output over its scale.
+      The largest difference of an output over its scale.
 
     Raises:
-      SurgeryError: they differ; names the first layer that does. ValueError: the student does not say what it kept.
+      SurgeryError: they differ, with the first layer that does.
+      ValueError: the student was loaded, so the units that it kept are not known.
     """
     if not student.keep:
-        raise ValueError("verify: this student was loaded and does not say what it kept; verify it where it is cut")
+        raise ValueError(
+            "verify: this student was loaded and does not know which units it kept; verify it when it is cut"
+        )
     variables = variables_of(network, variables)
     sliced = student.variables
-    if isinstance(student.module, flax.nnx.Module):  # which may have changed since
+    if isinstance(student.module, flax.nnx.Module):  # its arrays may have changed since
         sliced = FunctionalModule.split(student.module)[1]
     inputs = inputs or random_inputs(network)
     return float(surgery.verify(network, variables, student.gates, student.keep, sliced, *inputs)["difference"])
 
 
 def fold(variables: Any, gates: Mapping[str, Any], network: Network) -> Any:
-    """The variables of the gated network: each kernel that reads a unit, times the unit's gate; {group: (size,)}."""
+    """The variables of the gated network: each kernel that reads a unit, times the gate of the unit.
+
+    Args:
+      variables: Linen variables, {"params": …} and other collections, or a part of them.
+      gates: {group: (size,)}.
+
+    Raises:
+      ValueError: the gates do not match the network.
+    """
     return gates_lib.fold(variables, gates, network.topology)
 
 
 def variables_of(network: Network, variables: Any) -> Any:
-    """{"params": …, other collections} as plain dictionaries without boxes, of Linen variables or an nnx.Module.
+    """{"params": …, other collections} as plain dictionaries without boxes, from Linen variables or an nnx.Module.
 
     Raises:
-      ValueError: they are not the network's; names the first leaf that differs.
+      ValueError: the variables do not match the network, with the first leaf that differs.
     """
     if isinstance(variables, flax.nnx.Module):
         variables = FunctionalModule.split(variables)[1]
     if isinstance(variables, (dict, FrozenDict)):
         variables = gathered(unboxed(unfreeze(variables)))
-    check_variables(network, variables)
+    _check_variables(network, variables)
     return variables
 
 
-def check_variables(network: Network, variables: Any) -> None:
-    """Raises ValueError where variables are not the network's."""
+def _check_variables(network: Network, variables: Any) -> None:
     if not isinstance(variables, Mapping) or "params" not in variables:
         kind = type(variables).__name__
-        raise ValueError(f"variables: {{'params': …}} as the module's init returns them are expected, not {kind}")
-    own, given = network.topology.shapes, leaf_shapes(variables)
-    for path in [*own, *given]:
-        if path.startswith("params/") and own.get(path) != given.get(path):
-            expected = f"{own[path]} is expected" if path in own else "the network has none"
-            found = f"of shape {given[path]}" if path in given else "missing"
-            raise ValueError(f"variables: {path} is {found}, {expected}; give those of the network that was traced")
+        raise ValueError(f"variables: expected {{'params': …}} as returned by the module's init, not {kind}")
+    expected, shapes = network.topology.shapes, leaf_shapes(variables)
+    for path in [*expected, *shapes]:
+        if path.startswith("params/") and expected.get(path) != shapes.get(path):
+            wanted = f"expected {expected[path]}" if path in expected else "which the network does not have"
+            actual = f"of shape {shapes[path]}" if path in shapes else "missing"
+            raise ValueError(f"variables: {path} is {actual}, {wanted}; give those of the network that was traced")
 
 
 def random_inputs(network: Network) -> tuple[Any, ...]:
-    """A batch to try the network with: normal numbers, and zeros and ones where there are none of floating point."""
+    """A batch for the network: normal numbers for floating point inputs, zeros and ones for all others."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: Any) -> Any:
@@ -147,12 +160,12 @@ def random_inputs(network: Network) -> tuple[Any, ...]:
 
 
 def architecture_of(network: Network) -> Architecture:
-    """The architecture of the network itself: its model's name, if it has one, and how it is called."""
-    return Architecture.of(network.module, (), _call(network))
+    """The architecture of the network itself: the name of its model, if it has one, and how it is called."""
+    return Architecture.of(network.module, (), _call_spec(network))
 
 
-def _call(network: Network) -> CallSpec:
-    """How the network was called when it was traced; the leading axis of every input is the batch."""
+def _call_spec(network: Network) -> CallSpec:
+    """How the network was called when it was traced; the leading axis of every input is the batch axis."""
     inputs, keywords = network.inputs, {}
     if inputs and isinstance(inputs[-1], Keywords):
         inputs, keywords = inputs[:-1], dict(inputs[-1])

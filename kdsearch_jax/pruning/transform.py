@@ -1,9 +1,9 @@
-"""The search as one optax transformation: the user's optimiser for weights, proximal L1 for gates.
+"""The search as an optax transformation: the user's optimiser for weights, proximal L1 for gates.
 
     min over w, g ≥ 0 of   E loss(w, g)  +  λ2 Σ_j α_j |g_j|
 
-Importances, penalties, λ2 with its controller and the history are arrays in the optimiser's state. The update is pure:
-it needs gradients and parameters only, so it runs wherever an optimiser does.
+Importances, penalties, λ2, its controller's memory and the history are arrays in the optimiser's state. The update is a
+pure function of gradients, state and parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from kdsearch_jax.pruning.control import Controller, Decision
 from kdsearch_jax.pruning.prox import ProximalState, accelerated_proximal_l1
 from kdsearch_jax.tracing.topology import Topology
 
-GATES = "gates"  # the collection of gates among the parameters
+GATES = "gates"  # name of the node of gates among the parameters
 
 
 class History(NamedTuple):
-    """A row for each snapshot, NaN where there is none yet.
+    """Snapshots of the search, NaN in rows that are not written yet.
 
-    rows: (snapshots, 4) updates done, share of MACs, share of parameters, λ2; gates: (snapshots, units).
+    Attributes:
+      rows: (snapshots, 4) updates done, share of MACs, share of parameters, λ2.
+      gates: (snapshots, units).
     """
 
     rows: Array
@@ -35,11 +37,17 @@ class History(NamedTuple):
 
 
 class SearchState(NamedTuple):
-    """All that the search knows, in the units of `Topology.flatten`.
+    """State of the search; units are in the order of `Topology.flatten`.
 
-    weights: state of the user's optimiser. gates: of the proximal step, (units,). importance: (units,) running mean of
-    (g ∂loss/∂g)². penalty: (units,) γ of each gate. gain: () of the closed loop. lambda2: () λ2. pressure: () largest
-    cost over its limit, of the living units at the last call of the controller. history: snapshots.
+    Attributes:
+      weights: state of the user's optimiser.
+      gates: state of the proximal step, (units,).
+      importance: (units,) running mean of (g ∂loss/∂g)².
+      penalty: (units,) γ of each gate.
+      gain: () factor on λ2, see `Controller`.
+      lambda2: () λ2.
+      pressure: () largest cost over its limit at the last call of the controller.
+      history: snapshots.
     """
 
     weights: Any
@@ -70,8 +78,11 @@ def gated_optimizer(
     """The transformation of the module's docstring, over parameters with a node "gates": {group: (size,)}.
 
     Args:
-      weights: what updates everything else; it sees the parameters without the gates.
-      spacing: updates between snapshots, of which there are `snapshots`.
+      weights: updates everything else; it sees the parameters without the gates.
+      learning_rate, momentum: of the proximal step on gates.
+      importance_decay: of the running mean of importances.
+      spacing: updates between two snapshots.
+      snapshots: rows of the history.
     """
     topology = controller.topology
     inner = optax.with_extra_args_support(weights)
@@ -96,7 +107,7 @@ def gated_optimizer(
     def update(gradients: Any, state: SearchState, params: Any = None, **extra: Any) -> tuple[Any, SearchState]:
         if params is None:
             raise ValueError(
-                "GatedSearch: update needs params, which the proximal step moves: tx.update(gradients, state, params)"
+                "GatedSearch: update needs params for its proximal step: tx.update(gradients, state, params)"
             )
         rest, gates = split(params, topology, "params")
         rest_gradients, slopes = split(gradients, topology, "gradients")
@@ -112,7 +123,7 @@ def gated_optimizer(
             return Decision(state.penalty, state.gain, state.lambda2, state.pressure, shares)
 
         decision = lax.cond(due, decide, stay)
-        history = _noted(state.history, due, step // spacing, step, flat, decision)
+        history = _recorded(state.history, due, step // spacing, step, flat, decision)
         rate = jnp.minimum(np.float32(importance_decay), step / (step + 1.0)).astype(jnp.float32)
         importance = rate * state.importance + (1 - rate) * jnp.square(flat * slope)
         moved, proximal_state = proximal.update(slope, state.gates, flat, penalty=decision.penalty)
@@ -132,8 +143,8 @@ def gated_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _noted(history: History, due: Array, row: Array, step: Array, gates: Array, decision: Decision) -> History:
-    """The history with a row, if one is due. It is written in place, outside of any branch: a copy would cost more."""
+def _recorded(history: History, due: Array, row: Array, step: Array, gates: Array, decision: Decision) -> History:
+    """The history with one more row, if due. Outside of `lax.cond`, so that it is updated in place."""
     row = jnp.minimum(row, len(history.rows) - 1)
     counts = jnp.stack([step.astype(jnp.float32), decision.shares[0], decision.shares[1], decision.lambda2])
     return History(
@@ -149,7 +160,7 @@ def split(tree: Any, topology: Topology, what: str = "params") -> tuple[Any, Map
     """(the tree without its gates, the gates).
 
     Raises:
-      ValueError: there are no gates in the tree, or those of another network.
+      ValueError: the tree has no gates, or those of another network.
     """
     places = list(_places(tree, ()))
     names = {group.name for group in topology.groups}
@@ -177,8 +188,8 @@ def flatten(gates: Mapping[str, Any], topology: Topology) -> Array:
         shape = tuple(_array(gates[group.name]).shape)
         if shape != (group.size,):
             raise ValueError(
-                f"gates[{group.name!r}]: shape {shape}, not {(group.size,)}; they are of another network: take those "
-                "of this search's init"
+                f"gates[{group.name!r}]: shape {shape}, not {(group.size,)}; they belong to another network: take "
+                "those of this search's init"
             )
     return jnp.concatenate([jnp.asarray(_array(gates[group.name]), jnp.float32) for group in topology.groups])
 
@@ -195,12 +206,12 @@ def unflatten(flat: Array, like: Mapping[str, Any], topology: Topology) -> Mappi
 
 
 def _array(leaf: Any) -> Any:
-    """The array of a leaf, which NNX may have wrapped in a Variable."""
+    """The array of a leaf, which may be an nnx.Variable."""
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
 def _places(tree: Any, path: tuple[str, ...]) -> Any:
-    """(path, node) of every mapping called "gates"."""
+    """(path, node) of every mapping with the key "gates"."""
     if not isinstance(tree, Mapping):
         return
     for key, node in _inside(tree).items():
@@ -211,7 +222,7 @@ def _places(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _replaced(tree: Any, place: tuple[str, ...], gates: Mapping[str, Any] | None) -> Any:
-    """The tree with other gates at a place; without any for None."""
+    """The tree with the gates at a path replaced, or removed for None."""
     key, rest = place[0], place[1:]
     items = dict(_inside(tree))
     if rest:
@@ -224,20 +235,20 @@ def _replaced(tree: Any, place: tuple[str, ...], gates: Mapping[str, Any] | None
 
 
 def _inside(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries of a mapping as they are; an nnx.State would make States of those that are dictionaries."""
+    """The entries of a mapping, unchanged; nnx.State's own access turns dictionaries into States."""
     return getattr(tree, "raw_mapping", tree)
 
 
 def _explained(places: Any, fitting: Any, names: set[str], what: str) -> str:
     if not places:
         return (
-            f"{what}: there are no gates in this tree; begin with params = search.init(variables), and take the "
-            "gradient with respect to all of params"
+            f"{what}: has no gates; begin with params = search.init(variables), and differentiate with respect to all "
+            "of params"
         )
     if fitting:
-        return f"{what}: there are gates in {len(fitting)} places, {', '.join('/'.join(p) for p in fitting)}; give one"
+        return f"{what}: has gates in {len(fitting)} places, {', '.join('/'.join(p) for p in fitting)}; give one"
     odd = sorted(set(places[0][1]) ^ names)
     return (
-        f"{what}: the gates are of another network, they differ in {', '.join(odd[:5])}; begin with params = "
+        f"{what}: the gates belong to another network; they differ in {', '.join(odd[:5])}; begin with params = "
         "search.init(variables) of this search"
     )

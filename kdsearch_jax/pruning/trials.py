@@ -1,14 +1,14 @@
-"""Trial cuts: which groups the model's own code can shrink, and what has to follow them.
+"""Trial cuts: which groups the model's own code can shrink, and which other sizes have to follow them.
 
-The walk reads a network at one set of sizes. Its author may have written a size down: `reshape(b, n, 4, 16)`,
-`self.heads`, `split(x, 2)`. So the student's code is traced with units removed and compared with what the walk foresaw
-(`tracing.size_check`). Where a set of groups fails, the ones at fault are found by bisection, and for each of them, in
-turn:
+The analysis reads a network at one set of sizes. Its author may have hard-coded a size: `reshape(b, n, 4, 16)`,
+`self.heads`, `split(x, 2)`. So the student's code is traced with units removed and compared with what the analysis
+predicted (`tracing.size_check`). If a set of groups fails, bisection finds the groups at fault, and for each of them,
+in this order:
 
-1. *Follow.* A whole number that one of the user's modules holds is set to the group's new size (`Follow`).
+1. *Set a number.* An integer attribute of one of the user's modules is set to the group's new size (`SizeAttribute`).
 2. *Pair.* Parts that the code treats alike, such as the halves of `split(x, 2)`, are joined index by index, so that
-   they stay equally long (`tracing.analysis.SplitSite`). The walk then has to be repeated.
-3. *Freeze.* The group stays whole, with the error of the trial that it failed by itself.
+   they stay equally long (`tracing.analysis.SplitSite`). The analysis is then repeated.
+3. *Freeze.* The group stays whole; the reason is the error of the trial with this group alone.
 
 Nothing is computed: every trial is an abstract trace.
 """
@@ -41,10 +41,11 @@ _CANDIDATES = 8  # numbers to try for one group, and as many sets of them
 
 
 @dataclass(frozen=True)
-class Follow:
-    """A number in the user's own code that is a size: `name` of the module at `path` is `times / over` of an axis.
+class SizeAttribute:
+    """An integer in the user's code that is a size: `name` of the module at `path` is `times / over` of an axis.
 
-    leaf, axis: the axis of a parameter whose length it follows; "" for a number that keeps its value, `times`.
+    Attributes:
+      leaf, axis: the axis of a parameter whose length it is proportional to. leaf "": the number stays `times`.
     """
 
     path: str
@@ -55,19 +56,20 @@ class Follow:
     axis: int = 0
 
     def value(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The number, where parameters have these shapes."""
+        """The number for parameters of these shapes."""
         return self.times if not self.leaf else shapes[self.leaf][self.axis] * self.times // self.over
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the trials found.
+    """The result of the trials. If there is anything to pair or release, only that counts and the analysis is repeated.
 
-    follows: numbers that follow groups; frozen: {group: reason}. Where there is something to pair or to release,
-    nothing else counts, and the walk is to be repeated.
+    Attributes:
+      size_attributes: numbers that change with the size of a group. frozen: {group: reason}.
+      pair: sites and axes to pair. release: pairings to undo because they did not help.
     """
 
-    follows: tuple[Follow, ...] = ()
+    size_attributes: tuple[SizeAttribute, ...] = ()
     frozen: dict[str, str] = field(default_factory=dict)
     pair: frozenset[Pairing] = frozenset()
     release: frozenset[Pairing] = frozenset()
@@ -77,7 +79,9 @@ def judge(network: Network, found: Analysis, variables: Any, released: Collectio
     """Finds the groups that the network's code cannot shrink.
 
     Args:
-      network: not yet tried; found: the walk that its topology comes from; variables: its shapes.
+      network: as traced, before any trial.
+      found: the analysis that its topology comes from.
+      variables: shapes of its variables.
       released: pairings that did not help.
     """
     trials = _Trials(network, found, variables)
@@ -86,8 +90,8 @@ def judge(network: Network, found: Analysis, variables: Any, released: Collectio
     while free and (reason := trials.failure(free)):
         name, partner, reason = _culprit(trials, free, reason)
         together = [name] if partner is None else [name, partner]
-        if trials.follow(name, together):
-            _follow_alike(trials, name, free)
+        if trials.set_attributes(name, together):
+            _set_similar_attributes(trials, name, free)
             continue
         if verdict := _paired_or_released(trials, name, free, released):
             return verdict
@@ -98,15 +102,15 @@ def judge(network: Network, found: Analysis, variables: Any, released: Collectio
                 return verdict
             frozen[other] = why
             free.remove(other)
-    return Verdict(tuple(trials.follows), frozen)
+    return Verdict(tuple(trials.size_attributes), frozen)
 
 
 def _paired_or_released(
     trials: _Trials, name: str, free: Sequence[str], released: Collection[Pairing]
 ) -> Verdict | None:
-    """What to pair for a group that fails, or what was paired for it without help; None where it is to be frozen."""
+    """What to pair for a group that fails, or which pairing to release; None if the group has to be frozen."""
     touched, paired = trials.sites(name), set(trials.found.paired)
-    if new := (alike(touched, trials.found) | trials.ties(name, free)) - paired - set(released):
+    if new := (similar_sites(touched, trials.found) | trials.ties(name, free)) - paired - set(released):
         return Verdict(pair=frozenset(new))
     if touched & paired:
         return Verdict(release=frozenset(touched & paired))
@@ -114,7 +118,7 @@ def _paired_or_released(
 
 
 def _culprit(trials: _Trials, free: Sequence[str], reason: str) -> tuple[str, str | None, str]:
-    """(a group that fails its trial, the group without which it does not, the reason), of a set that fails."""
+    """(a group that fails, a group without which it does not fail or None, the reason), for a set that fails."""
     prefix, reason = _shortest(lambda n: trials.failure(free[:n]), len(free), reason)
     name = free[prefix - 1]
     if why := trials.failure([name]):
@@ -124,7 +128,7 @@ def _culprit(trials: _Trials, free: Sequence[str], reason: str) -> tuple[str, st
 
 
 def _shortest(failure: Callable[[int], str | None], wrong: int, reason: str) -> tuple[int, str]:
-    """The smallest n up to `wrong`, which fails, for which n fails and n - 1 does not; and its reason."""
+    """(n, reason): an n up to `wrong`, which fails, such that n fails and n - 1 does not."""
     intact = 0
     while wrong - intact > 1:
         middle = (intact + wrong) // 2
@@ -134,7 +138,7 @@ def _shortest(failure: Callable[[int], str | None], wrong: int, reason: str) -> 
 
 
 def _failing(trials: _Trials, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(group, reason) of those that fail by themselves; one trial where none does."""
+    """(group, reason) of those that fail by themselves; a single trial if none does."""
     if len(names) > 1 and trials.failure(names) is None:
         return
     for name in names:
@@ -142,24 +146,24 @@ def _failing(trials: _Trials, names: Sequence[str]) -> Iterator[tuple[str, str]]
             yield name, why
 
 
-def _follow_alike(trials: _Trials, name: str, free: Sequence[str]) -> None:
-    """Lets the numbers of layers that are named alike follow their groups, as they did for `name`, without a trial.
+def _set_similar_attributes(trials: _Trials, name: str, free: Sequence[str]) -> None:
+    """Sets the attributes of layers with a similar name for their groups, as was done for `name`, without a trial.
 
-    The trial of all groups that comes next tells where that is wrong.
+    The next trial of all groups shows if that is wrong.
     """
-    found = {(each.name, _pattern(each.path)) for each in trials.follows if trials.owner.get(each) == name}
+    keys = {(a.name, _pattern(a.path)) for a in trials.size_attributes if trials.owner.get(a) == name}
     for other in free:
         if other != name and _pattern(other) == _pattern(name):
-            near: dict[tuple[str, str], Follow] = {}
-            for each in trials.candidates(other):
-                near.setdefault((each.name, _pattern(each.path)), each)
-            for each in (near[key] for key in found & set(near)):
-                if not trials.taken(each):
-                    trials.add(each, other)
+            candidates: dict[tuple[str, str], SizeAttribute] = {}
+            for candidate in trials.candidates(other):
+                candidates.setdefault((candidate.name, _pattern(candidate.path)), candidate)
+            for candidate in (candidates[key] for key in keys & set(candidates)):
+                if not trials.is_taken(candidate):
+                    trials.add(candidate, other)
 
 
 class _Trials:
-    """Trials of one network. follows: the numbers that follow a group by now; owner: {follow: group}."""
+    """Trials of one network. size_attributes: those found so far; owner: {attribute: group}."""
 
     def __init__(self, network: Network, found: Analysis, variables: Any):
         self.network, self.found, self.variables = network, found, variables
@@ -168,26 +172,27 @@ class _Trials:
         self.small = [g.name for g in self.topology.groups if g.size < _SMALL and g.kind != "branches"]
         self.numbers = {g.name: i for i, g in enumerate(self.topology.groups)}
         self.numbers |= {name: i for i, name in enumerate(self.small)}
-        self.follows: list[Follow] = []
-        self.owner: dict[Follow, str] = {}
+        self.size_attributes: list[SizeAttribute] = []
+        self.owner: dict[SizeAttribute, str] = {}
 
-    def failure(self, names: Collection[str], extra: Sequence[Follow] = ()) -> str | None:
-        """Why the code does not work when units of all these groups go, in any of the turns; None where it does."""
+    def failure(self, names: Collection[str], extra: Sequence[SizeAttribute] = ()) -> str | None:
+        """Why the code fails without some units of all these groups, in any of the turns; None if it works."""
         chosen = set(names)
         turns = 2 * max(2, (len(self.small) - 1).bit_length()) if not chosen.isdisjoint(self.small) else 1
         return next((why for turn in range(turns) if (why := self._failure(chosen, turn, extra))), None)
 
-    def _failure(self, chosen: Collection[str], turn: int, extra: Sequence[Follow]) -> str | None:
+    def _failure(self, chosen: Collection[str], turn: int, extra: Sequence[SizeAttribute]) -> str | None:
         keep = {g.name: _units_left(self.numbers[g.name], turn, g.size, g.name in chosen) for g in self.topology.groups}
         masks = self.topology.masks(keep)
         if not masks:
             return None
-        network = replace(self.network, follows=(*self.network.follows, *self.follows, *extra))
+        attributes = (*self.network.size_attributes, *self.size_attributes, *extra)
+        network = replace(self.network, size_attributes=attributes)
         left = size_check.remaining_labels(self.found, masks, list(self.topology.shapes))
-        return _unforeseen(network, self.found, keep, left, _sliced(self.topology, self.variables, keep))
+        return _mismatch(network, self.found, keep, left, _sliced(self.topology, self.variables, keep))
 
     def sites(self, name: str) -> set[SplitSite]:
-        """Where parts of a group's axes are treated alike."""
+        """The sites at which the code treats parts of a group's axes alike."""
         component = self.found.components()
         own = np.zeros(int(component.max()) + 1, bool)
         for member in self.groups[name].members:
@@ -197,37 +202,37 @@ class _Trials:
         return {site for site, parts in self.found.split_sites.items() if any(own[component[p]].any() for p in parts)}
 
     def ties(self, name: str, free: Sequence[str]) -> set[AxisTie]:
-        """What would keep a group as large as others that fail too and are served by the same number in the code."""
+        """Ties that keep a group as large as other failing groups whose size is the same number in the code."""
         group = self.groups[name]
-        own = {(each.path, each.name) for each in self.candidates(name, around=True)}
+        numbers = {(c.path, c.name) for c in self.candidates(name, around=True)}
         mates = [
             other
             for other in free
             if other != name
             and self.groups[other].size == group.size
-            and any((each.path, each.name) in own for each in self.candidates(other, around=True))
+            and any((c.path, c.name) in numbers for c in self.candidates(other, around=True))
             and self.failure([other])
         ]
         axes = [[a for a in _axes(self.groups[n], self.topology) if a[2] == group.size][:1] for n in (name, *mates)]
         first, *others = axes
         return {AxisTie(*first[0][:2], *other[0][:2]) for other in others if first and other}
 
-    def candidates(self, name: str, around: bool = False) -> list[Follow]:
-        """Numbers that may be sizes of a group: those of the modules around its layers, the innermost first.
+    def candidates(self, name: str, around: bool = False) -> list[SizeAttribute]:
+        """Integers that may be sizes of a group: those of the modules around its layers, the innermost first.
 
-        around: of the modules around the layer that makes the group only.
+        around: only those of the modules around the layer that produces the group.
         """
         group = self.groups[name]
         axes = _axes(group, self.topology)
         layers = {m.leaf.split("/", 1)[1].rpartition("/")[0] for m in group.members}
-        made = group.name.split("#")[0]
+        producer = group.name.split("#")[0]
 
         def distance(path: str) -> tuple[int, int]:
-            around = not path or f"{made}/".startswith(f"{path}/")
+            around = not path or f"{producer}/".startswith(f"{path}/")
             near = around or any(not path or f"{layer}/".startswith(f"{path}/") for layer in layers)
             return (0 if around else 1 if near else 2), -path.count("/") - bool(path)
 
-        found = []
+        result = []
         for path in sorted(self.network.layers, key=distance):
             if around and distance(path)[0]:
                 break
@@ -235,56 +240,57 @@ class _Trials:
             for attribute, number in sorted(integers.items(), key=lambda item: item[0].count(".")):
                 for leaf, axis, length in axes:
                     if number in (length, group.size) and (length * number) % length == 0 and number % group.size == 0:
-                        found.append(Follow(path, attribute, number, length, leaf, axis))
+                        result.append(SizeAttribute(path, attribute, number, length, leaf, axis))
                         break
-        return found
+        return result
 
-    def follow(self, name: str, together: Sequence[str]) -> bool:
-        """Whether numbers of the user's modules, set to the group's size, make its trial pass; they are kept then."""
-        free = [each for each in self.candidates(name) if not self.taken(each)]
-        choices = [[each] for each in free[:_CANDIDATES]]
-        choices += [[each for each in free if each.path == path] for path in dict.fromkeys(each.path for each in free)]
-        choices += [[each for each in free if each.name == same] for same in dict.fromkeys(each.name for each in free)]
+    def set_attributes(self, name: str, together: Sequence[str]) -> bool:
+        """Looks for attributes that make the trial pass if they follow the group's size, and keeps those it finds."""
+        free = [candidate for candidate in self.candidates(name) if not self.is_taken(candidate)]
+        single = [[candidate] for candidate in free[:_CANDIDATES]]
+        by_path = [[c for c in free if c.path == path] for path in dict.fromkeys(c.path for c in free)]
+        by_name = [[c for c in free if c.name == same] for same in dict.fromkeys(c.name for c in free)]
+        choices = [*single, *by_path, *by_name]
         several = [choice for i, choice in enumerate(choices) if len(choice) > 1 and choice not in choices[:i]]
-        for chosen in [*choices[: len(free[:_CANDIDATES])], *several[:_CANDIDATES]]:
+        for chosen in [*single, *several[:_CANDIDATES]]:
             if self.failure(together, chosen) is None:
-                for each in self._needed(together, chosen):
-                    self.add(each, name)
+                for attribute in self._needed(together, chosen):
+                    self.add(attribute, name)
                 return True
         return False
 
-    def _needed(self, together: Sequence[str], chosen: Sequence[Follow]) -> Sequence[Follow]:
+    def _needed(self, together: Sequence[str], chosen: Sequence[SizeAttribute]) -> Sequence[SizeAttribute]:
         """Those without which the trial fails; a module's own attributes rather than those of its configuration.
 
         A number that need not change may be another size that happens to be equal.
         """
-        own = [each for each in chosen if "." not in each.name]
+        own = [attribute for attribute in chosen if "." not in attribute.name]
         if 0 < len(own) < len(chosen) and self.failure(together, own) is None:
             chosen = own
-        for each in sorted(chosen, key=lambda each: -each.name.count(".")) if len(chosen) > 1 else ():
-            rest = [other for other in chosen if other != each]
+        for attribute in sorted(chosen, key=lambda a: -a.name.count(".")) if len(chosen) > 1 else ():
+            rest = [other for other in chosen if other != attribute]
             if self.failure(together, rest) is None:
                 chosen = rest
         return chosen
 
-    def taken(self, candidate: Follow) -> bool:
-        """Whether the number follows a group already."""
-        return any((each.path, each.name) == (candidate.path, candidate.name) for each in self.follows)
+    def is_taken(self, candidate: SizeAttribute) -> bool:
+        """Whether the number is the size of a group already."""
+        return any((a.path, a.name) == (candidate.path, candidate.name) for a in self.size_attributes)
 
-    def add(self, follow: Follow, name: str) -> None:
-        """Lets a number follow a group from now on."""
-        self.follows.append(follow)
-        self.owner[follow] = name
+    def add(self, attribute: SizeAttribute, name: str) -> None:
+        """From now on the number follows the size of a group."""
+        self.size_attributes.append(attribute)
+        self.owner[attribute] = name
 
 
-def alike(sites: Collection[SplitSite], found: Analysis) -> set[Pairing]:
-    """All sites of the lines of code that `sites` are on; those of unknown lines, by their modules' names."""
+def similar_sites(sites: Collection[SplitSite], found: Analysis) -> set[Pairing]:
+    """All sites on the same lines of code as `sites`; sites of unknown lines are matched by module names."""
     lines = {_pattern(site.line) if ":" not in site.line else site.line for site in sites}
     return {s for s in found.split_sites if (_pattern(s.line) if ":" not in s.line else s.line) in lines}
 
 
 def idle(found: Analysis, topology: Topology) -> frozenset[SplitSite]:
-    """Sites of grouped convolutions none of whose channels are in any group, as where two groups are joined whole."""
+    """Sites of grouped convolutions none of whose channels is in a group, for example because two groups are joined."""
     names = list(topology.shapes)
     free = np.zeros(len(found.labels.leaf), bool)
     for group in topology.groups:
@@ -304,30 +310,30 @@ def idle(found: Analysis, topology: Topology) -> frozenset[SplitSite]:
     return frozenset(site for site, parts in found.split_sites.items() if site not in found.paired and stuck(parts))
 
 
-def kept_groups(found: Analysis, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[Follow, ...]:
-    """Layers whose convolution loses channels of every group keep the number of their groups."""
+def kept_groups(found: Analysis, names: Sequence[str], layers: Mapping[str, Any]) -> tuple[SizeAttribute, ...]:
+    """Convolutions that lose channels from every one of their groups keep the number of groups."""
     result = []
     for leaf, groups in found.kept_groups.items():
         path = names[leaf].split("/", 1)[1].rpartition("/")[0]
         if path in layers and layers[path].grouped:
-            result.append(Follow(path, "feature_group_count", groups))
+            result.append(SizeAttribute(path, "feature_group_count", groups))
     return tuple(dict.fromkeys(result))
 
 
 def _axes(group: Group, topology: Topology) -> list[tuple[str, int, int]]:
-    """(leaf, axis, length) of the axes that belong to a group wholly, where it is made first."""
+    """(leaf, axis, length) of the axes that belong entirely to a group, those that produce it first."""
     whole = [m for m in group.members if m.units is not None and (m.units >= 0).all()]
     ordered = sorted(whole, key=lambda m: m.consumes)
     return [(m.leaf, m.axis, topology.shapes[m.leaf][m.axis]) for m in ordered if m.units is not None]
 
 
 def _units_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
-    """What to keep of a group in a trial, (size,) bool.
+    """The units of a group to keep in a trial, (size,) bool.
 
-    Each loses its first and its last unit, since places are counted from either end; more in its first half than in its
-    second, and another number than the group before it, since what is lost evenly may go unnoticed. A small group has
-    no room for all that: it loses its first unit, or most of its last (7 // 2 is 6 // 2: one unit may go unnoticed), in
-    turns that are the bits of its number, so that of any two groups each shrinks without the other at some turn.
+    Every group loses its first and its last unit, since code may index from either end; it loses more units in its
+    first half than in its second, and not as many as the group before it, since even losses may go unnoticed. A small
+    group has too few units for that: it loses its first unit, or most of its last ones (one may go unnoticed, 7 // 2 is
+    6 // 2), in turns given by the bits of its number, so that of any two groups each shrinks alone in some turn.
     """
     keep = np.ones(size, bool)
     if shrinks and size < _SMALL:
@@ -340,12 +346,12 @@ def _units_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
     return keep
 
 
-def _unforeseen(network: Network, found: Analysis, keep: Any, left: np.ndarray, variables: Any) -> str | None:
-    """Why the module's code does not do at these sizes what the walk foresaw; None where it does."""
+def _mismatch(network: Network, found: Analysis, keep: Any, left: np.ndarray, variables: Any) -> str | None:
+    """Why the module's code does not do at these sizes what the analysis predicted; None if it does."""
     try:
         student = network.student(keep)
-        jaxpr = network.library.jaxpr(student, variables, network.inputs, network.kwargs)
-    except Exception as error:  # whatever the user's code raises when a size changes
+        jaxpr = network.adapter.jaxpr(student, variables, network.inputs, network.kwargs)
+    except Exception as error:  # the user's code may raise anything when a size changes
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
         line = line_of(frames[::-1])
@@ -356,7 +362,7 @@ def _unforeseen(network: Network, found: Analysis, keep: Any, left: np.ndarray, 
 
 
 def _sliced(topology: Topology, variables: Any, keep: Mapping[str, Any]) -> Any:
-    """Shapes of the student's variables."""
+    """The variables of the student, as shapes."""
     shapes = topology.sliced_shapes(keep)
     return topology_lib.map_left(
         lambda path, leaf: jax.ShapeDtypeStruct(shapes[path], leaf.dtype), variables, topology.dropped(keep)

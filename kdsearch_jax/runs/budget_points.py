@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdsearch_jax.pruning.budget import Limits
-from kdsearch_jax.pruning.budget_path import Leg, legs
+from kdsearch_jax.pruning.budget_path import BudgetPath, budget_path
+from kdsearch_jax.pruning.budgets import Limits
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.runs.config import Experiment, check
 from kdsearch_jax.tracing.topology import Topology
@@ -62,10 +62,10 @@ def varied_bound(budget: BudgetConfig) -> str:
     return next((name for name in BOUNDS if getattr(budget, name) is not None), "macs")
 
 
-def search_path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> tuple[Leg, ...]:
-    """The schedule of a search that passes through `limits`, those of the experiment's `points`."""
+def search_path(experiment: Experiment, limits: Sequence[Limits], topology: Topology) -> BudgetPath:
+    """The schedule of an experiment's search through its `points`, which may be measured later."""
     values = sorted(experiment.budgets, reverse=True)
     falls = [1.0, *(low / high for high, low in itertools.pairwise(values))]
     pressure = limits[0].pressure(topology, np.ones(topology.units))
     gates, steps = experiment.gates, experiment.search.steps
-    return legs(limits, falls, pressure, steps, gates.ramp, gates.warmup, experiment.run.steps_per_dispatch)
+    return budget_path(falls, pressure, steps, gates.ramp, gates.warmup, experiment.run.steps_per_dispatch)

@@ -17,13 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdsearch_jax.distill import search_step, shrinking
-from kdsearch_jax.distill.shrinking import Part
-from kdsearch_jax.pruning import baselines, surgery
-from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.distill import shrinking
+from kdsearch_jax.distill.shrinking import Subnetwork
+from kdsearch_jax.pruning import baselines, landing, selection, surgery
 from kdsearch_jax.pruning import gates as gates_lib
-from kdsearch_jax.pruning.budget import Limits
+from kdsearch_jax.pruning.budgets import Limits, fewest_units
 from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.search import search_state
+from kdsearch_jax.pruning.selection import Selection
+from kdsearch_jax.pruning.transform import GATES
 from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
@@ -37,6 +39,8 @@ from kdsearch_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+Gates = dict[str, np.ndarray]
+
 
 def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: Any) -> Limits:
     """Cuts at random and proves it, before the long work: a model whose student would differ is found now.
@@ -46,19 +50,22 @@ def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: A
     """
     topology, random = network.topology, np.random.default_rng(0)
     worth = random.uniform(0.1, 1.0, topology.units)
-    chosen = budget_lib.choose(topology, limits, worth, per_cost=False, rounds=1)
+    chosen = selection.choose(topology, limits, worth, per_cost=False)
     keep = chosen.keep
     gates = {group.name: random.uniform(0.5, 1.0, group.size).astype(np.float32) for group in topology.groups}
-    sliced, _ = surgery.prune(teacher.variables, gates, keep, network, teacher.architecture)
+    sliced, _ = surgery.slice_network(teacher.variables, gates, keep, network, teacher.architecture)
     surgery.verify(network, teacher.variables, gates, keep, sliced, *inputs)
     return dataclasses.replace(limits, floor=min(limits.floor, chosen.pressure))
 
 
-def keep(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, point: BudgetPoint) -> None:
-    """Keeps the state of a search for `land`: the network as it is, not yet gated, with gates and importances."""
+def keep(
+    setup: RunSetup, subnetwork: Subnetwork, state: TrainState, teacher: LoadedNetwork, point: BudgetPoint
+) -> None:
+    """Keeps the state of a search for `land`: the network, gates not folded in, with gates and importances."""
     directory = point.cut_directory(setup.search_directory) / "kept"
     state = jax.tree.map(np.asarray, state)
-    variables, gates, importance = shrinking.expanded(part, state, teacher.variables)
+    variables, gates = shrinking.expanded(subnetwork, state, teacher.variables), state.params[GATES]
+    importance = subnetwork.whole.topology.unflatten(np.asarray(search_state(state.opt_state).importance))
     directory.mkdir(parents=True, exist_ok=True)
     units = {f"gate/{name}": gate for name, gate in gates.items()}
     write_run_arrays(
@@ -76,7 +83,7 @@ def check(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
         points, resolve_limits(setup.experiment, network, points, setup.search_directory), strict=True
     ):
         _, _, gates, importance = nearest(setup, point, network.topology, limits)
-        search_step.landing(network.topology, limits, gates, importance)
+        choose(network.topology, limits, gates, importance)
 
 
 def nearest(
@@ -123,6 +130,13 @@ def _units(place: Path, topology: Topology) -> tuple[dict[str, np.ndarray], dict
 _COMPLETE = "network/network.json"
 
 
+def choose(topology: Topology, limits: Limits, gates: Gates, importance: Gates) -> Selection:
+    """The units of a kept state to cut to; see `kdsearch_jax.pruning.landing`."""
+    flat_gates, flat_importance = (topology.flatten(values).astype(float) for values in (gates, importance))
+    least = np.array([fewest_units(limits.round_to, {}, group) for group in topology.groups])
+    return landing.land(topology, limits, flat_gates, flat_importance, least)
+
+
 def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) -> int | None:
     """Cuts the student of a budget from a state that the search has kept, and proves it; done once.
 
@@ -141,17 +155,17 @@ def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) ->
         )
         place, loaded, gates, importance = nearest(setup, point, topology, limits)
         chosen, cost = latency.land(
-            lambda bounds: search_step.landing(topology, bounds, gates, importance),
+            lambda bounds: choose(topology, bounds, gates, importance),
             limits, network, teacher.variables, point.budget, setup.objective.call,
         )  # fmt: skip
         stay = chosen.keep
         setup.warn(chosen.note)
-        sliced, architecture = surgery.prune(loaded.variables, gates, stay, network, teacher.architecture)
+        sliced, architecture = surgery.slice_network(loaded.variables, gates, stay, network, teacher.architecture)
         inputs = setup.objective.call.bind(proof_batch(setup.dataset))
         proof = surgery.verify(network, loaded.variables, gates, stay, sliced, *inputs)
         log.info("the student is the gated network: outputs agree to %.1e of their own scale", proof["difference"])
         macs, params = topology.cost(stay)
-        selection = {
+        record = {
             "kept": {name: np.flatnonzero(mask).tolist() for name, mask in stay.items()},
             "macs": macs,
             "params": params,
@@ -164,7 +178,7 @@ def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) ->
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_run_arrays(directory / "gates.npz", gates)
-        write_run_json(directory / "selection.json", selection, seal=True)
+        write_run_json(directory / "selection.json", record, seal=True)
         write_run_json(directory / "architecture.json", architecture.to_json())
         save_run_network(directory / "network", setup, architecture, architecture.module(setup.base_module), sliced)
     return read_sealed(directory / "selection.json").get("step")
@@ -206,10 +220,10 @@ def by_hand(
     teacher = setup.load(setup.teacher_directory)
     network = setup.trace_teacher()
     limits = resolve_limits(setup.experiment, network, [point], setup.search_directory)[0]
-    stay = baselines.keep(rule, teacher.variables, network.topology, limits, rng)
+    stay = baselines.select(rule, teacher.variables, network.topology, limits, rng)
     setup.warn(baselines.note(rule, network.topology, limits, stay))
     gates = gates_lib.init(network.topology)
-    sliced, architecture = surgery.prune(teacher.variables, gates, stay, network, teacher.architecture)
+    sliced, architecture = surgery.slice_network(teacher.variables, gates, stay, network, teacher.architecture)
     inputs = setup.objective.call.bind(proof_batch(setup.dataset))
     surgery.verify(network, teacher.variables, gates, stay, sliced, *inputs)
     save_run_network(directory, setup, architecture, architecture.module(setup.base_module), sliced)

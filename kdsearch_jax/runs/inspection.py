@@ -14,7 +14,7 @@ import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.registry import accepts, build
-from kdsearch_jax.pruning import budget, hardware
+from kdsearch_jax.pruning import budgets, hardware, selection
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
 from kdsearch_jax.runs import latency, measurement
@@ -101,12 +101,12 @@ def report(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Groups, frozen axes, costs, the smallest student and whether the budget can be met, as plain JSON."""
     topology, config = network.topology, experiment.budget
     round_to = hardware.multiples(topology) if config.round_to == "hardware" else config.round_to
-    keep = budget.smallest(topology, round_to)
+    keep = budgets.smallest_keep(topology, round_to)
     smallest = {
         name: {"count": cost, "share": cost / max(total, 1)}
         for name, cost, total in zip(("macs", "params"), topology.cost(keep), topology.total(), strict=True)
     }
-    ones, platform = np.ones(topology.units), hardware.platform()
+    ones, platform = np.ones(topology.units), hardware.current_platform()
     padded = {"platform": platform, "share": hardware.padded_share(topology, ones, platform)}
     return {**topology.to_json(), "smallest": smallest, "padded": padded, "budget": _reach(network, experiment)}
 
@@ -115,12 +115,12 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Whether the experiment's budget can be met (None if that must be measured), and the reason if not."""
     bounds = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        limits = budget.resolve(experiment.budget, network.topology)
-    except budget.BudgetError as error:
+        limits = budgets.resolve(experiment.budget, network.topology)
+    except budgets.BudgetError as error:
         return {**bounds, "reachable": False, "reason": str(error)}
     if measured := latency.measured_bounds(experiment.budget):
         return {**bounds, "reachable": None, "reason": f"{' and '.join(measured)} must be measured: --measure"}
-    note = budget.choose(network.topology, limits, np.ones(network.topology.units)).note
+    note = selection.choose(network.topology, limits, np.ones(network.topology.units)).note
     return {**bounds, "reachable": True, "reason": note or None}
 
 
@@ -131,7 +131,7 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
         "whole": (network.module, drawn),
-        "smallest": latency.sliced_student(network, drawn, budget.smallest(network.topology)),
+        "smallest": latency.sliced_student(network, drawn, budgets.smallest_keep(network.topology)),
     }
     costs = {
         "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),
@@ -147,7 +147,7 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
         try:
             for name in latency.measured_bounds(config):
                 latency.check_reach(name, getattr(config, name), costs[name]["whole"], costs[name]["smallest"])
-        except budget.BudgetError as error:
+        except budgets.BudgetError as error:
             reach |= {"reachable": False, "reason": str(error)}
     return {**record, **whole, "batch_size": config.batch_size, "smallest": smallest, "budget": reach}
 

@@ -30,10 +30,10 @@ from kdsearch_jax.data.examples import SPLITS, Dataset
 from kdsearch_jax.distill import distiller
 from kdsearch_jax.distill import objective as objective_lib
 from kdsearch_jax.distill.objective import Objective
-from kdsearch_jax.pruning import baselines
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import BudgetWarning, Limits
+from kdsearch_jax.pruning import baselines, budgets
+from kdsearch_jax.pruning.budgets import BudgetWarning, Limits
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
+from kdsearch_jax.pruning.selection import choose
 from kdsearch_jax.runs import budget_points, latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.config import Experiment, to_json
@@ -230,7 +230,7 @@ def resolve_limits(
       BudgetError: one of the budgets cannot be met.
     """
     points = budget_points.points(experiment) if points is None else points
-    limits = [budget_lib.resolve(point.budget, network.topology) for point in points]
+    limits = [budgets.resolve(point.budget, network.topology) for point in points]
     if search is not None:
         limits = [latency.add_measured(each, point.budget, search) for each, point in zip(limits, points, strict=True)]
     return tuple(limits)
@@ -270,7 +270,7 @@ def _check_budgets(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     all_limits = resolve_limits(setup.experiment, setup.trace_teacher(), points)
     budget_points.search_path(setup.experiment, all_limits, topology)  # raises if there are too few steps
     for limits, point in zip(all_limits, points, strict=True):
-        selection = budget_lib.choose(topology, limits, random_importance)
+        selection = choose(topology, limits, random_importance)
         if selection.exact and not latency.measured_bounds(point.budget):  # the same whatever the search finds
             setup.warn(selection.note)
         if setup.experiment.baselines:

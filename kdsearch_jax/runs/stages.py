@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ import numpy as np
 
 from kdsearch_jax import reporting
 from kdsearch_jax.distill import distiller, search_step, shrinking
-from kdsearch_jax.distill.shrinking import Part
+from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step, supervised_step
-from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning import surgery
-from kdsearch_jax.pruning.budget_path import Leg
-from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.search import GatedSearch
+from kdsearch_jax.pruning.transform import GATES
 from kdsearch_jax.runs import budget_points, cutting, latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.results import export_student, write_results
@@ -147,69 +145,70 @@ def search(setup: RunSetup, resume: bool) -> None:
     log.info("%s", network.topology.describe())
     inputs = setup.objective.call.bind(proof_batch(setup.dataset))
     limits = [cutting.rehearse(network, teacher, each, inputs) for each in limits]
-    path = budget_points.search_path(experiment, limits, network.topology)
-    part, state = _descend(setup, network, teacher, path, resume)
-    cutting.keep(setup, part, state, teacher, points[-1])
-    write_run_arrays(directory / "history.npz", search_step.history(network.topology, state))
+    gated_search = search_step.gated_search(network, limits, experiment.search, experiment.gates, experiment.run)
+    subnetwork, state = _descend(setup, gated_search, teacher, resume)
+    cutting.keep(setup, subnetwork, state, teacher, points[-1])
+    write_run_arrays(directory / "history.npz", gated_search.history(state.params, state.opt_state))
     for point in points:
         cutting.land(setup, point, network)
     cutting.publish(points[-1].cut_directory(directory), directory)
 
 
 def _descend(
-    setup: RunSetup, network: Network, teacher: LoadedNetwork, path: Sequence[Leg], resume: bool
-) -> tuple[Part, TrainState]:
-    """The search's training, through all budgets, with what is alive of the network; the state at its end, in NumPy."""
-    experiment, points, stage = setup.experiment, budget_points.points(setup.experiment), setup.experiment.search
-    tx = search_step.make_transformation(stage, experiment.gates)
-    part = Part.of(network)
-    lesson = _lesson(setup, stage, teacher.module, teacher.variables, network.topology)
-    state = search_step.begin(teacher.variables, network.topology, tx, stage, experiment.gates.init, lesson.learned)
+    setup: RunSetup, search: GatedSearch, teacher: LoadedNetwork, resume: bool
+) -> tuple[Subnetwork, TrainState]:
+    """Trains the gated network through all budgets; returns what it still computes at the end, and its state in NumPy.
+
+    The state at each budget but the last is kept on the way.
+    """
+    experiment, stage = setup.experiment, setup.experiment.search
+    tx = search.optimizer(make_optimizer(stage))
+    subnetwork = Subnetwork.of(search)
+    lesson = _lesson(setup, stage, teacher.module, teacher.variables, search.topology)
+    state = search_step.begin(search, teacher.variables, tx, lesson.learned)
     checkpoints = setup.search_directory / "checkpoints"
+    kept_at = dict(zip(search.ends[:-1], budget_points.points(experiment)[:-1], strict=True))
     while True:
-        module, topology = part.network.module, part.network.topology
         step = search_step.search_step(
-            part.network, teacher.module, tx, lesson.task, experiment.gates, experiment.run, lesson.distiller
+            subnetwork, teacher.module, tx, stage, lesson.task, experiment.gates, experiment.run, lesson.distiller
         )
-        control = search_step.controller(part, path, stage, experiment.gates, experiment.run)
-        ends = {leg.end: point for leg, point in zip(path[:-1], points[:-1], strict=True)}
 
-        def between(state: TrainState, part: Part = part, control: Any = control, ends: Any = ends) -> Any:
-            if point := ends.get(int(state.step)):
-                cutting.keep(setup, part, state, teacher, point)
-            return control(state)
+        def between(state: TrainState, subnetwork: Subnetwork = subnetwork) -> tuple[TrainState, dict[str, float]]:
+            if point := kept_at.get(int(state.step)):
+                cutting.keep(setup, subnetwork, state, teacher, point)
+            return state, search_step.progress(search, state)
 
-        def variables_of(state: TrainState, topology: Any = topology) -> Any:
-            return gates_lib.fold({"params": state.params, **state.model_state}, state.extra["gates"], topology)
+        def variables_of(state: TrainState, subnetwork: Subnetwork = subnetwork) -> Any:
+            return subnetwork.fold(state.params, state.model_state)
 
-        dead = shrinking.until(part, path, experiment.gates.shrink, stage.steps)
+        shrinks = shrinking.shrinks(subnetwork, experiment.gates.shrink)
         state = train_stage(
             setup, state, step, stage, setup.search_directory, resume,
-            module=module, teacher=teacher, variables_of=variables_of, constants=lesson.constants, between=between,
-            until=dead, checkpoints_in=checkpoints, dataset=lesson.dataset,
+            module=subnetwork.module, teacher=teacher, variables_of=variables_of, constants=lesson.constants,
+            between=between, until=shrinks, checkpoints_in=checkpoints, dataset=lesson.dataset,
         )  # fmt: skip
         state = jax.tree.map(np.asarray, state)  # off the devices of other processes
-        if not dead(state):
-            return part, state
-        part, state = _shrink(setup, part, state, teacher, tx)
-        if lesson.distiller.taps:  # the layers compared have other channels now
-            variables = {"params": state.params, **state.model_state}
-            lesson = _lesson(setup, stage, part.network.module, variables, part.network.topology)
-            state = _relearning(state, lesson)
+        if not shrinks(state):
+            return subnetwork, state
+        subnetwork, state = _shrink(setup, subnetwork, state, teacher, tx)
+        if lesson.distiller.taps:  # compared layers have other channels now
+            variables = {"params": state.params["params"], **state.model_state}
+            lesson = _lesson(setup, stage, subnetwork.module, variables, subnetwork.network.topology)
+            state = _with_maps(state, lesson)
         checkpoints = setup.search_directory / f"checkpoints-{int(state.step)}"
 
 
-def _shrink(setup: RunSetup, part: Part, state: TrainState, teacher: LoadedNetwork, tx: Any) -> tuple[Part, TrainState]:
-    """The living part and its state, proved to be the gated network."""
-    topology = part.whole.topology
-    variables, gates, _ = shrinking.expanded(part, state, teacher.variables)
-    smaller, state = shrinking.shrink(part, state, tx)
-    folded = gates_lib.fold(
-        {"params": state.params, **state.model_state}, state.extra["gates"], smaller.network.topology
-    )
+def _shrink(
+    setup: RunSetup, subnetwork: Subnetwork, state: TrainState, teacher: LoadedNetwork, tx: Any
+) -> tuple[Subnetwork, TrainState]:
+    """The subnetwork of the units that are left and its state, verified to be the gated network."""
+    topology = subnetwork.whole.topology
+    variables = shrinking.expanded(subnetwork, state, teacher.variables)
+    smaller, state = shrinking.shrink(subnetwork, state, tx)
+    folded = smaller.fold(state.params, state.model_state)
     inputs = setup.objective.call.bind(proof_batch(setup.dataset))
-    surgery.verify(part.whole, variables, gates, smaller.keep, folded, *inputs)
-    costs = [topology.cost(each.keep)[0] for each in (part, smaller)]
+    surgery.verify(subnetwork.whole, variables, state.params[GATES], smaller.keep, folded, *inputs)
+    costs = [topology.cost(each.keep)[0] for each in (subnetwork, smaller)]
     log.info("search: shrunk at step %d from %s to %s MACs", int(state.step), *(f"{cost:,}" for cost in costs))
     return smaller, state
 
@@ -258,8 +257,8 @@ def _lesson(
     )  # fmt: skip
 
 
-def _relearning(state: TrainState, lesson: distiller.Lesson) -> TrainState:
-    """The state with what the losses learn begun anew, where its shapes are others now."""
+def _with_maps(state: TrainState, lesson: distiller.Lesson) -> TrainState:
+    """The state with the lesson's learned maps, initialised again if their shapes have changed."""
     old = (state.extra or {}).get("learned")
     if lesson.learned is None or jax.tree.map(np.shape, old) == jax.tree.map(np.shape, lesson.learned):
         return state

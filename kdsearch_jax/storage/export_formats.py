@@ -25,7 +25,7 @@ from kdsearch_jax.adapters.convolution.dispatch import fast_convolutions
 from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.adapters.registry import OBJECT_PREFIX, check_trust
 from kdsearch_jax.pruning import equality
-from kdsearch_jax.pruning.equality import TOLERANCE, Measured
+from kdsearch_jax.pruning.equality import TOLERANCE, Reference
 from kdsearch_jax.storage import safe_readers
 from kdsearch_jax.storage.arrays import check_digests, describe, flatten, unflatten
 from kdsearch_jax.storage.files import (
@@ -44,7 +44,7 @@ Format = Literal["safetensors", "stablehlo"]
 FORMATS: tuple[Format, ...] = ("safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 _BATCH_SIZES = (2, 5)  # on which exported files are compared with the network
-ExpectedOutputs = dict[int, Measured]  # by batch size
+ExpectedOutputs = dict[int, Reference]  # by batch size
 _EXPECTED_FILE = ".expected.npz"
 _USAGE = {
     "safetensors": "module, variables = kdsearch_jax.load_safetensors({file!r}{trust}); "
@@ -276,7 +276,7 @@ def _expected_outputs(module: Any, variables: Any, architecture: Architecture) -
     for size in _BATCH_SIZES:
         inputs = _inputs(architecture, size)
         rounding = equality.rounding_of(run.trace(variables, *inputs).jaxpr)
-        expected[size] = equality.measure(run, variables, inputs, rounding)
+        expected[size] = equality.reference_outputs(run, variables, inputs, rounding)
     return expected
 
 
@@ -314,7 +314,7 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> ExpectedOutputs:
     expected: ExpectedOutputs = {}
     for key, array in arrays.items():
         size, kind, name = key.split("/")
-        measured = expected.setdefault(int(size), Measured({}, {}, {}, int(size)))
+        measured = expected.setdefault(int(size), Reference({}, {}, {}, int(size)))
         (measured.values if kind == "values" else measured.scales)[name] = array
     return expected
 

@@ -1,7 +1,7 @@
 """The training state, and what one update does to it.
 
-A `Step` is a pure function (state, batch, key, constants) → (state, metrics). Supervised and distilling steps are in
-`kdsearch_jax.distill.steps`, the search's in `kdsearch_jax.distill.search_step`.
+A `Step` is a pure function (state, batch, key, constants) → (state, metrics); `kdsearch_jax.distill` has those for
+labels, for distillation and for the search.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
       model_state: the module's other collections, {"batch_stats": …}; {} if it has none.
       opt_state: the optimiser's state.
       ema: averaged {"params": …, **model_state}, or None.
-      extra: further state of a `Step` or of `between`, or None.
+      extra: whatever else a `Step` or `between` carries along, such as maps that a loss learns; or None.
     """
 
     step: Array

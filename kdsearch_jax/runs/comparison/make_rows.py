@@ -21,7 +21,7 @@ from kdsearch_jax import storage
 from kdsearch_jax.distill import objective as objective_lib
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.pruning import baselines
-from kdsearch_jax.pruning.budget import BudgetError
+from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import SurgeryError
 from kdsearch_jax.runs import budget_points, cutting, directories, stages
@@ -78,7 +78,7 @@ def matched_budget(setup: RunSetup, match: str) -> BudgetConfig:
     teacher, network = setup.load(setup.teacher_directory), setup.trace_teacher()
     limits = resolve_limits(setup.experiment, network)[0]
     try:
-        keep = baselines.keep("uniform", teacher.variables, network.topology, limits)
+        keep = baselines.select("uniform", teacher.variables, network.topology, limits)
     except BudgetError as error:
         raise ValueError(f"match: both needs the costs of the uniform student ({error}); give --match macs") from error
     macs, params = map(float, network.topology.cost(keep))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from kdsearch_jax.pruning import budget as budget_lib
+from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.runs import measurement
 from kdsearch_jax.runs.comparison.make_rows import comparison_scores, read_results, row_setup
@@ -86,8 +86,8 @@ def _note_unused_budget(setup: RunSetup, budget: BudgetConfig, rows: Sequence[di
     for row in rows:
         if "why" not in row and bounds:
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
-            if share < budget_lib.FLOOR:
-                percent = format_distinct(100 * share, 100 * budget_lib.FLOOR, digits=1)[0]
+            if share < budgets.FLOOR:
+                percent = format_distinct(100 * share, 100 * budgets.FLOOR, digits=1)[0]
                 row["note"] = f"costs {percent}% of the budget, the closest that this row can get"
 
 

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning import budget as budget_lib
-from kdsearch_jax.pruning.budget import BudgetError, Estimate, Limits
-from kdsearch_jax.pruning.budget.estimate import within
+from kdsearch_jax.pruning import budgets
+from kdsearch_jax.pruning.budgets import BudgetError, Limits
+from kdsearch_jax.pruning.costs import Estimate, groups_inside_branches
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import slice_variables
@@ -99,8 +99,7 @@ def check_reach(name: str, value: float, whole: float, least: float) -> float:
     Raises:
       BudgetError: the bound is not below `whole`, or is below `least`.
     """
-    bound = budget_lib.bound_of(name, value, whole, UNITS[name])
-    assert bound is not None
+    bound = budgets.absolute_bound(name, value, whole, UNITS[name])
     if least > bound:
         raise BudgetError(
             f"budget.{name}: {value} is out of reach: the smallest student takes {least:,.4g}{UNITS[name]} here, "
@@ -186,7 +185,7 @@ def designs(topology: Topology) -> dict[str, np.ndarray]:
         masks[f"class{number}"] = keep(lambda g, left=left: left.get(g.name, 1.0))
     for share in (0.75, 0.5, 0.25):
         masks[f"all at {share}"] = keep(lambda g, share=share: 1.0 if g.kind == "branches" else share)
-    return {**masks, "smallest": budget_lib.smallest(topology)}
+    return {**masks, "smallest": budgets.smallest_keep(topology)}
 
 
 def fit_estimate(
@@ -199,7 +198,7 @@ def fit_estimate(
     """
     from scipy.optimize import nnls
 
-    inside, prices = within(topology), _shares(topology)
+    inside, prices = groups_inside_branches(topology), _shares(topology)
     basis = [Estimate(name, 0.0, macs=1.0), Estimate(name, 0.0, params=1.0)]
     basis += [
         Estimate(name, 0.0, units={g.name: max(prices[g.name], 1e-12) for g in groups}, inside=inside)

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning.budget import FLOOR, BudgetError, Limits, Selection, smallest
+from kdsearch_jax.pruning.budgets import FLOOR, BudgetError, Limits, smallest_keep
 from kdsearch_jax.pruning.network import Network
+from kdsearch_jax.pruning.selection import Selection
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.coordination import broadcast_json
 from kdsearch_jax.runs.latency.calibration import sliced_student
@@ -143,7 +144,7 @@ def _smallest(
 ) -> tuple[Selection, dict[str, Any]]:
     """The smallest student, if it is within the budget as measured."""
     topology = network.topology
-    flat = smallest(topology, limits.round_to)
+    flat = smallest_keep(topology, limits.round_to)
     keep = {name: units > 0 for name, units in topology.unflatten(flat).items()}
     verdicts = measure(keep)
     shares = ", ".join(

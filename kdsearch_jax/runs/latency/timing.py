@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.pruning.budget import BudgetError
+from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.reporting.intervals import MAX_SPREAD, median_interval
 from kdsearch_jax.runs import measurement
