@@ -31,8 +31,8 @@ from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
 from kdsearch_jax.runs.stage_training import save_run_network, write_run_arrays, write_run_json
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
-from kdsearch_jax.storage.checkpoint_files import meet, written_whole
-from kdsearch_jax.storage.files import DamagedError, read_arrays, read_sealed
+from kdsearch_jax.storage import sync_processes
+from kdsearch_jax.storage.files import DamagedError, atomic_directory, read_arrays, read_sealed
 from kdsearch_jax.tracing.messages import format_distinct
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.state import TrainState
@@ -145,7 +145,7 @@ def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) ->
     """
     directory = point.cut_directory(setup.search_directory)
     cut = _is_cut(directory)
-    meet("cut looked at")  # before the first process writes what others may still be looking at
+    sync_processes("cut looked at")  # before the first process writes what others may still be looking at
     if not cut:
         teacher = setup.load(setup.teacher_directory)
         network = network or setup.trace_teacher()
@@ -202,9 +202,9 @@ def publish(source: Path, directory: Path) -> None:
     if source != directory and jax.process_index() == 0:
         for name in ("gates.npz", "selection.json", "architecture.json"):
             shutil.copy(source / name, directory / name)
-        with written_whole(directory / "network") as part:
+        with atomic_directory(directory / "network") as part:
             shutil.copytree(source / "network", part, dirs_exist_ok=True)
-    meet("search published")
+    sync_processes("search published")
 
 
 def by_hand(

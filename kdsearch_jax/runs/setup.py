@@ -49,8 +49,7 @@ from kdsearch_jax.runs.teacher_source import (
     load_teacher,
     model_architecture,
 )
-from kdsearch_jax.storage.checkpoint_files import CheckpointError
-from kdsearch_jax.storage.files import read_sealed, total_memory
+from kdsearch_jax.storage.files import CheckpointError, read_sealed, total_memory
 from kdsearch_jax.storage.networks import BOXES, initial_boxes, initial_shapes
 
 log = logging.getLogger(__name__)

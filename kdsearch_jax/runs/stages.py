@@ -33,7 +33,8 @@ from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_
 from kdsearch_jax.runs.stage_training import save_run_network, train_stage, write_run_arrays, write_run_json
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, model_architecture
 from kdsearch_jax.runs.teacher_weights import init_variables
-from kdsearch_jax.storage.checkpoint_files import meet, written_whole
+from kdsearch_jax.storage import sync_processes
+from kdsearch_jax.storage.files import atomic_directory
 from kdsearch_jax.storage.safe_readers import check_directory
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
@@ -96,13 +97,13 @@ def _take_over(setup: RunSetup) -> None:
     for name in ("teacher", "search"):
         if is_finished(setup.directory / name):
             continue
-        meet(f"{name} is taken over")
+        sync_processes(f"{name} is taken over")
         if jax.process_index() == 0:
             check_directory(setup.search_from.parent / name, allow_links=False)
-            with written_whole(setup.directory / name) as part:
+            with atomic_directory(setup.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(setup.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
-        meet(f"{name} was taken over")
+        sync_processes(f"{name} was taken over")
 
 
 def teach(setup: RunSetup, resume: bool) -> None:

@@ -27,7 +27,7 @@ from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import slice_variables
 from kdsearch_jax.runs.coordination import broadcast_json
 from kdsearch_jax.runs.latency.timing import UNITS, Instruments, measured_bounds, medians
-from kdsearch_jax.storage.checkpoint_files import meet
+from kdsearch_jax.storage import sync_processes
 from kdsearch_jax.storage.files import DamagedError, read_sealed, write_sealed
 from kdsearch_jax.tracing.messages import round_up
 from kdsearch_jax.tracing.topology import Group, Topology
@@ -58,7 +58,7 @@ def calibrate_once(
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_sealed(path, record)
-    meet("measured")
+    sync_processes("measured")
 
 
 def add_measured(limits: Limits, budget: BudgetConfig, directory: Path) -> Limits:
