@@ -231,30 +231,30 @@ def swapped(**changes) -> dict[str, np.ndarray]:
 
 
 BAD = {
-    "no labels": (swapped(labels=None), "holds images; it must hold images and labels"),
-    "nothing": ({}, "holds nothing"),
-    "no test": ({"train_images": numbered(40), "train_labels": np.arange(40) % 2}, "it must hold .* test_images"),
+    "no labels": (swapped(labels=None), "images and labels"),
+    "nothing": ({}, "images and labels"),
+    "no test": ({"train_images": numbered(40), "train_labels": np.arange(40) % 2}, "test_images"),
     "shape": (swapped(images=np.zeros((40, 9), np.uint8)), r"shape \(40, 9\) is not \(examples, height"),
     "empty": (swapped(images=np.zeros((0, 8, 8, 3), np.uint8), labels=np.arange(0)), r"shape \(0, 8, 8, 3\)"),
-    "channels first": (swapped(images=np.zeros((40, 3, 8, 8), np.uint8)), "channels first; transpose"),
+    "channels first": (swapped(images=np.zeros((40, 3, 8, 8), np.uint8)), "channels first"),
     "nan": (swapped(images=np.full((40, 8, 8, 3), np.nan)), "NaN or infinite"),
     "infinite": (swapped(images=np.full((40, 8, 8, 3), np.inf)), "NaN or infinite"),
-    "scale": (swapped(images=255.0 * np.ones((40, 8, 8, 3))), r"from 255 to 255; scale to \[0, 1\]"),
+    "scale": (swapped(images=255.0 * np.ones((40, 8, 8, 3))), r"from 255 to 255.*\[0, 1\]"),
     "negative": (swapped(images=-np.ones((40, 8, 8, 3))), "from -1 to -1"),
-    "integers": (swapped(images=numbered(40).astype(np.int64)), "dtype int64 is neither uint8 nor a float"),
+    "integers": (swapped(images=numbered(40).astype(np.int64)), "dtype int64"),
     "lengths": (swapped(labels=np.arange(39) % 2), r"40 images, but labels of shape \(39,\)"),
-    "one-hot": (swapped(labels=np.eye(2)[np.arange(40) % 2]), r"labels of shape \(40, 2\); give one label an image"),
-    "fractions": (swapped(labels=np.arange(40) / 2), "labels of dtype float64; give whole numbers"),
-    "below zero": (swapped(labels=np.arange(40) % 3 - 1), "labels from -1 to 1; number the classes from 0"),
-    "from one": (swapped(labels=np.arange(40) % 3 + 1), "no training example of class 0, but of class 3"),
+    "one-hot": (swapped(labels=np.eye(2)[np.arange(40) % 2]), r"labels of shape \(40, 2\)"),
+    "fractions": (swapped(labels=np.arange(40) / 2), "labels of dtype float64"),
+    "below zero": (swapped(labels=np.arange(40) % 3 - 1), "labels from -1 to 1"),
+    "from one": (swapped(labels=np.arange(40) % 3 + 1), "class 0.*class 3"),
     "huge": (swapped(labels=np.arange(40) % 2 * 2**40), "labels from 0 to 1099511627776"),
-    "one class": (swapped(labels=np.zeros(40, int)), "has 1 class; give 2 or more"),
+    "one class": (swapped(labels=np.zeros(40, int)), "1 class"),
     "more than named": (swapped(class_names=np.asarray(["a"] * 2), labels=np.arange(40) % 3),
-                        "train labels from 0 to 2, but 2 classes"),
+                        "train labels from 0 to 2.* 2 classes"),
     "only in test": (parts(0, {"train": 50, "test": 20}) | {"test_labels": np.arange(20)},
-                     "test labels from 0 to 19, but 5 classes"),
-    "two examples": (swapped(images=numbered(2), labels=np.arange(2)), "too few examples"),
-    "objects": (swapped(labels=np.asarray([None] * 40)), "is damaged, or holds no plain arrays"),
+                     "test labels from 0 to 19.* 5 classes"),
+    "two examples": (swapped(images=numbered(2), labels=np.arange(2)), "too few"),
+    "objects": (swapped(labels=np.asarray([None] * 40)), "numpy.savez"),
 }  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     middle = len(whole) // 2
     for damaged in (b"", b"text", whole[:middle], whole[:middle] + b"\0" * 64 + whole[middle + 64 :]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged, or holds no plain arrays") as caught:
+        with pytest.raises(ValueError, match="^data.name: .*numpy.savez") as caught:
             load(config)
         assert "\n" not in str(caught.value)
     with path.open("wb") as file:
@@ -290,10 +290,10 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     [
         ({"name": "data.npz"}, "did you mean npz:data.npz?"),
         ({"validation": 0.0}, "data.validation: 0.0"),
-        ({"validation": 0.99}, "too few examples"),
+        ({"validation": 0.99}, "too few"),
         ({"image_size": 0}, "data.image_size: 0"),
         ({"train_limit": 0}, "data.train_limit: 0"),
-        ({"mean": (0.5, 0.5)}, r"data.mean: \(0.5, 0.5\) is not possible; images of .* have 3 channels"),
+        ({"mean": (0.5, 0.5)}, r"data.mean: \(0.5, 0.5\) .*3 channels"),
         ({"std": (1.0,) * 4}, r"data.std: \(1.0, 1.0, 1.0, 1.0\)"),
     ],
 )
@@ -308,7 +308,7 @@ def test_too_much_for_a_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3)
     load(config)
     monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="train takes .* stream it"):
+    with pytest.raises(ValueError, match="data.stream"):
         load(config)
 
 
@@ -432,7 +432,7 @@ def test_only_training_is_split_three_ways(prepare):
 
 def test_images_of_different_sizes_need_an_image_size(prepare):
     config = prepare({"train": examples(30) + examples(30, size=11), "test": examples(9)})
-    with pytest.raises(ValueError, match=r"data.image_size: None keeps sizes, but images of tiny train differ"):
+    with pytest.raises(ValueError, match=r"data.image_size: None .*tiny train"):
         load(config)
     assert load(dataclasses.replace(config, image_size=9)).train.images.shape == (54, 9, 9, 3)
 
@@ -451,7 +451,7 @@ def test_the_usual_names_and_single_features_are_found(prepare, tfds):
     splits = {"train": examples(30), "test": examples(9)}
     for example_features in ({"a": image, "b": label}, {"image": image, "label": label}):
         assert load(prepare(splits, features=example_features)).num_classes == 3
-    with pytest.raises(ValueError, match="no single ClassLabel among its features"):
+    with pytest.raises(ValueError, match="ClassLabel"):
         tfds_lib.feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
     assert tfds_lib.feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
     assert tfds_lib.feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
@@ -468,19 +468,19 @@ def test_data_sets_of_something_else_are_refused(prepare, tfds):
     text = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
     with tfds.core.registered.skip_registration():
         builder = make_builder(tfds, "words", {}, features=text)
-    with pytest.raises(ValueError, match=r"no single Image among its features \(text, label\)"):
+    with pytest.raises(ValueError, match=r"Image .*\(text, label\)"):
         tfds_lib.feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
     deep = tfds.features.Image(shape=(8, 8, 3), dtype=np.uint16, encoding_format="png")
     config = prepare({"train": examples(9)}, features={"image": deep, "label": text["label"]})
-    with pytest.raises(ValueError, match="uint16 images of 3 channels; they must be uint8"):
+    with pytest.raises(ValueError, match="uint16 images of 3 channels"):
         load(config)
 
 
 def test_an_unreadable_image_is_named(prepare):
-    with pytest.raises(ValueError, match=r"image \d+ of tiny test cannot be decoded \(no image in"):
+    with pytest.raises(ValueError, match=r"image \d+ of tiny test .*JPEG"):
         load(prepare({"train": examples(30), "test": [*examples(9), (b"not an image", 1)]}))
     noise = numbered(1, size=64)[0]
-    with pytest.raises(ValueError, match=r"image 0 of tiny test cannot be decoded \(.*truncated"):
+    with pytest.raises(ValueError, match="image 0 of tiny test .*truncated"):
         load(prepare({"train": examples(30, size=64), "test": [(png(noise)[:6000], 1)]}))
 
 
@@ -498,7 +498,7 @@ def test_damaged_records_are_refused_in_one_line(prepare, damage):
         path.write_bytes(b"")
     else:
         path.unlink()
-    with pytest.raises(ValueError, match="data.name: tiny train is damaged or incomplete") as caught:
+    with pytest.raises(ValueError, match="data.name: tiny train ") as caught:
         load(config)
     assert "\n" not in str(caught.value)
 
@@ -507,14 +507,14 @@ def test_tfrecord_is_refused_with_the_way_out(prepare):
     config = prepare({"train": examples(30), "test": examples(9)})
     (path,) = Path(str(config.data_dir)).rglob("dataset_info.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match=r"as tfrecord, but only array_record .* file_format='array_record'"):
+    with pytest.raises(ValueError, match=r"tfrecord.* file_format='array_record'"):
         load(config)
 
 
 def test_too_many_records_are_refused_before_they_are_decoded(prepare, monkeypatch):
     config = prepare({"train": [*examples(1), *[(png(numbered(1)[0]), 1)] * 30], "test": examples(9)})
     monkeypatch.setattr(datasets, "LARGEST", 31 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="tiny train takes .* stream it"):
+    with pytest.raises(ValueError, match="tiny train .*data.stream"):
         load(dataclasses.replace(config, stream=False))
     for fits in ({"image_size": 7}, {"train_limit": 20}):
         assert isinstance(load(dataclasses.replace(config, **fits)).train.images, np.ndarray)
@@ -522,18 +522,18 @@ def test_too_many_records_are_refused_before_they_are_decoded(prepare, monkeypat
 
 
 def test_an_unknown_name_brings_the_nearest(tfds, tmp_path):
-    with pytest.raises(ValueError, match="'cifar1O' is unknown; did you mean cifar10 "):
+    with pytest.raises(ValueError, match="'cifar1O' .*cifar10 "):
         load(DataConfig("cifar1O", str(tmp_path)))
-    with pytest.raises(ValueError, match="'digit' is unknown; did you mean digits"):
+    with pytest.raises(ValueError, match="'digit' .*digits"):
         load(DataConfig("digit", str(tmp_path)))
-    with pytest.raises(ValueError, match="'cifar10:0.0.1' cannot be opened by TFDS") as caught:
+    with pytest.raises(ValueError, match="'cifar10:0.0.1' ") as caught:
         load(DataConfig("cifar10:0.0.1", str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
 def test_without_tfds_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"is missing: pip install 'kdsearch-jax\[tfds\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'kdsearch-jax\[tfds\]'"):
         load(DataConfig("cifar10"))
 
 
@@ -544,7 +544,7 @@ def test_without_a_network_the_error_says_what_to_run(tfds, tmp_path, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"no network; .* python -c .*builder\('mnist'") as caught:
+    with pytest.raises(FileNotFoundError, match=r"python -c .*builder\('mnist'") as caught:
         load(DataConfig("mnist", str(tmp_path)))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 

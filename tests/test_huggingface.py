@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from kdsearch_jax import models
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.models import pretrained
-from kdsearch_jax.models.pretrained import huggingface_config, huggingface_names, matching
+from kdsearch_jax.models.pretrained import huggingface_models, huggingface_names, tensor_mapping
 
 VIT: dict[str, Any] = {
     "hidden_size": 24,
@@ -99,7 +99,7 @@ def of_transformers(case: str, kind: str, config: dict[str, Any]) -> Any:
     return network.eval()
 
 
-def check_same_logits(network: Any, teacher: pretrained.Teacher, shape: tuple[int, ...]) -> None:
+def check_same_logits(network: Any, teacher: pretrained.PretrainedNetwork, shape: tuple[int, ...]) -> None:
     import torch  # pyright: ignore[reportMissingImports]
 
     rng = np.random.default_rng(1)  # noise on two colours, so that the images differ on average too
@@ -150,13 +150,13 @@ def written(directory: Path, case: str, **changes: Any) -> dict[str, np.ndarray]
     family, _, config, shape = CASES[case]
     config = {"model_type": family, **config, **changes}
     head = "cls_classifier" if "distilled" in case else huggingface_names.HEADS[family][-1]
-    described = huggingface_config.describe(Path("config.json"), config, head, 7)
+    described = huggingface_models.model_spec(Path("config.json"), config, head, 7)
     module = registry.build(described.model, described.arguments)
     naming = huggingface_names.naming(family, module)
     rng = np.random.default_rng(0)
     tensors = {
         source.names[0]: rng.normal(size=source.shape).astype(np.float32)
-        for source in matching.sources(module, shape, naming).values()
+        for source in tensor_mapping.leaf_sources(module, shape, naming).values()
     }
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors")
@@ -365,16 +365,16 @@ def changed(directory: Path, case: str, **changes: Any) -> str:
         ("vit", {"hidden_act": "gelu_new"}, ["'hidden_act'", "'gelu'", "'gelu_new'", "not supported"]),
         ("vit", {"qkv_bias": False}, ["'qkv_bias'", "True", "False"]),
         ("vit", {"pruned_heads": {"1": [0]}}, ["'pruned_heads'"]),
-        ("vit", {"head_dim": 4}, ["'head_dim'", "not known"]),
+        ("vit", {"head_dim": 4}, ["'head_dim'"]),
         ("vit", {"hidden_size": 10**9}, ["'hidden_size'", "from 1 to", "1000000000"]),
         ("vit", {"num_hidden_layers": 100_000}, ["'num_hidden_layers'", "from 1 to"]),
         ("vit", {"hidden_size": True}, ["'hidden_size'", "True"]),
         ("vit", {"num_attention_heads": 5}, ["'num_attention_heads'", "hidden_size=24"]),
-        ("vit", {"patch_size": [8, 4]}, ["'patch_size'", "the same in both directions"]),
+        ("vit", {"patch_size": [8, 4]}, ["'patch_size'", "square"]),
         ("vit", {"image_size": 4096, "patch_size": 1}, ["'image_size'", "256 patches"]),
         ("vit", {"layer_norm_eps": "1e-12"}, ["'layer_norm_eps'", "number"]),
         ("vit", {"layer_norm_eps": math.nan}, ["'layer_norm_eps'", "nan"]),
-        ("vit", {"quantization_config": {"bits": 4}}, ["'quantization_config'", "not known"]),
+        ("vit", {"quantization_config": {"bits": 4}}, ["'quantization_config'"]),
         ("swin", {"use_absolute_embeddings": True}, ["'use_absolute_embeddings'", "False"]),
         ("swin", {"depths": [2, 2]}, ["'num_heads'", "as long as 'depths'"]),
         ("swin", {"depths": [2] * 9}, ["'depths'", "1 to 8"]),
@@ -408,7 +408,7 @@ def test_whatever_a_configuration_says_it_is_read_or_refused(data):
     key = data.draw(st.sampled_from([*config, "layer_norm_eps", "num_channels", "hidden_act", "model_type"]))
     config = {"model_type": family, **config, key: data.draw(JSON)}
     try:
-        described = huggingface_config.describe(Path("config.json"), config, "classifier", 7)
+        described = huggingface_models.model_spec(Path("config.json"), config, "classifier", 7)
         registry.build(described.model, described.arguments)
     except ValueError as error:
         assert repr(key) in str(error) or key in str(error) or "depths" in str(error) or "hidden_sizes" in str(error)
@@ -439,9 +439,9 @@ def test_another_module_than_the_directory_holds_is_refused(tmp_path):
     arguments = teacher.arguments
     held = pretrained.load_torch(tmp_path, models.vit(**arguments, dropout=0.1), (32, 48, 3))
     jax.tree.map(np.testing.assert_array_equal, held, teacher.variables)
-    with pytest.raises(ValueError, match="holds a ViT, not a MLP"):
+    with pytest.raises(ValueError, match="ViT.*MLP"):
         pretrained.load_torch(tmp_path, models.mlp(num_classes=7), (32, 48, 3))
-    with pytest.raises(ValueError, match=r"a ViT with epsilon=1e-12, not 1e-06"):
+    with pytest.raises(ValueError, match="epsilon"):
         pretrained.load_torch(tmp_path, models.vit(**{**arguments, "epsilon": 1e-6}), (32, 48, 3))
     with pytest.raises(ValueError, match=r"position_embeddings: 1x25x24 in the file, 1x17x24 in the network"):
         pretrained.load_torch(tmp_path, models.vit(**arguments), (32, 32, 3))

@@ -54,20 +54,20 @@ def test_a_place(flags, environment, place):
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
-        ({"coordinator": "b:2"}, {}, r"--coordinator given, but not --num-processes .* and --process-id"),
-        ({"process_id": "0"}, {}, "not --coordinator"),
-        ({}, {"JAX_NUM_PROCESSES": "2"}, r"JAX_NUM_PROCESSES given, but not --coordinator \(or JAX_COORDINATOR_"),
-        ({**FLAGS, "process_id": "4"}, {}, "--process-id: 4 is not possible with 4 processes"),
-        ({**FLAGS, "process_id": "-1"}, {}, "--process-id: '-1' is not possible"),
-        ({**FLAGS, "num_processes": "0"}, {}, "--num-processes: '0' is not possible"),
-        ({**FLAGS, "num_processes": "two"}, {}, "--num-processes: 'two' is not possible"),
-        ({}, {**JAX, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: 'x' is not possible"),
-        ({**FLAGS, "coordinator": "host"}, {}, "--coordinator: 'host' is not possible; give HOST:PORT"),
+        ({"coordinator": "b:2"}, {}, r"--coordinator .*--num-processes .*--process-id"),
+        ({"process_id": "0"}, {}, "--coordinator"),
+        ({}, {"JAX_NUM_PROCESSES": "2"}, r"JAX_NUM_PROCESSES .*--coordinator \(or JAX_COORDINATOR_"),
+        ({**FLAGS, "process_id": "4"}, {}, "--process-id: 4 .*4 processes"),
+        ({**FLAGS, "process_id": "-1"}, {}, "--process-id: '-1'"),
+        ({**FLAGS, "num_processes": "0"}, {}, "--num-processes: '0'"),
+        ({**FLAGS, "num_processes": "two"}, {}, "--num-processes: 'two'"),
+        ({}, {**JAX, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: 'x'"),
+        ({**FLAGS, "coordinator": "host"}, {}, "--coordinator: 'host'.*HOST:PORT"),
         ({**FLAGS, "coordinator": ":80"}, {}, "HOST:PORT"),
         ({**FLAGS, "coordinator": "host:99999"}, {}, "HOST:PORT"),
     ],
 )  # fmt: skip
-def test_an_impossible_place(flags, environment, message):
+def test_invalid_settings_are_named(flags, environment, message):
     with pytest.raises(ValueError, match=message) as refusal:
         detect(flags, environment)
     assert "\n" not in str(refusal.value)
@@ -190,9 +190,9 @@ def test_alone_in_a_slurm_step_of_one_task(start, tmp_path):
 @pytest.mark.parametrize(
     ("rank", "host", "message"),
     [
-        ("1", "127.0.0.1", "process 0 does not answer at 127.0.0.1:"),
-        ("0", "127.0.0.1", "but not each of 0 to 1 is running"),
-        ("0", "192.0.2.1", "is not an address of this machine"),  # of a range that nobody has
+        ("1", "127.0.0.1", "127.0.0.1:"),
+        ("0", "127.0.0.1", "0 to 1"),
+        ("0", "192.0.2.1", "192.0.2.1"),  # of a range that nobody has
     ],
 )
 def test_others_that_do_not_come(start, rank, host, message):
@@ -201,7 +201,7 @@ def test_others_that_do_not_come(start, rank, host, message):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: the processes of this run have not come together within 1 s") and message in line
+    assert "within 1 s" in line and message in line
     assert "stack trace" not in err  # JAX's own end
 
 

@@ -26,7 +26,7 @@ from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.data import datasets, images
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.evaluate import main as evaluate_main
-from kdsearch_jax.models.pretrained.files import read_tensors
+from kdsearch_jax.models.pretrained.torch_files import read_tensors
 from kdsearch_jax.runs import command_line
 from kdsearch_jax.storage import export_formats, files, safe_readers
 from kdsearch_jax.storage.networks import load_network, save_network
@@ -172,7 +172,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         for read in (files.read_json, safe_readers.read_safetensors, safe_readers.read_msgpack):
             with pytest.raises(files.DamagedError, match="regular file"):
                 read(tmp_path / name)
-        with pytest.raises(FileNotFoundError, match="is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             datasets.load(DataConfig(f"npz:{tmp_path / name}"))
         with pytest.raises(FileNotFoundError, match="is not a file"):
             export_formats.load_stablehlo(tmp_path / name)
@@ -245,7 +245,7 @@ def test_images_of_known_formats_are_decoded(kind, channels):
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA", "WEBP", "PDF"])
 def test_images_of_others_are_not(kind):
-    with pytest.raises(files.DamagedError, match="no image in the formats JPEG, PNG, GIF, BMP"):
+    with pytest.raises(files.DamagedError, match="JPEG, PNG, GIF, BMP"):
         images.decode(encoded(kind, "RGB", (32, 32)), 3)
 
 
@@ -255,7 +255,7 @@ def test_images_are_bounded_before_they_are_decoded():
         large = head + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0) + bytes(4)
         with pytest.raises(files.DamagedError):
             images.decode(large, 1)
-    with pytest.raises(files.DamagedError, match="more than 8 bits a channel"):
+    with pytest.raises(files.DamagedError, match="more than 8 bits"):
         images.decode(encoded("PNG", "I;16"), 1)
 
 

@@ -28,7 +28,7 @@ from kdsearch_jax.data.batches import batch_indices
 from kdsearch_jax.data.datasets import load
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.data.settings import DataConfig
-from kdsearch_jax.data.streaming import Framing, Order, SequentialOrder, framing, reader_of, resize
+from kdsearch_jax.data.streaming import Framing, SequentialOrder, ShuffledOrder, framing, reader_of, resize
 from kdsearch_jax.distill import teacher_cache
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.evaluate import main as evaluate_main
@@ -295,7 +295,7 @@ def test_processes_see_parts_of_the_batch_of_one(processes, each, update, random
         found = {row: place(tuple(held))(update * each + at)[0] for held in parts for at, row in enumerate(held)}
         return [found[row] for row in range(size)]
 
-    assert seen(lambda held: Order(3, examples, size, held)) == trained.tolist()
+    assert seen(lambda held: ShuffledOrder(3, examples, size, held)) == trained.tolist()
     last = looked_at[-1]  # fills the batch up
     assert seen(lambda held: SequentialOrder(last, size, held)) == [*looked_at[:-1], 0]
 
@@ -402,12 +402,12 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no image", r"image \d+ of pictures train cannot be decoded \(.*pictures-train.array_record-00000-of-00001\)"),
-        ("cut image", r"image \d+ of pictures train cannot be decoded \((?i:.*truncated).*pictures-train"),
-        ("bomb", r"image \d+ of pictures train cannot be decoded \(8193x8193 pixels; at most .*pictures-train"),
-        ("missing file", r"damaged or incomplete at example \d+ of .*pictures-train.array_record.*No such file"),
-        ("cut file", r"damaged or incomplete at example \d+ of .*pictures-train.array_record.*; delete it and prepare"),
-        ("flipped byte", r"damaged or incomplete at example \d+ of .*pictures-train.*hash mismatch"),
+        ("no image", r"image \d+ of pictures train .*pictures-train.array_record-00000-of-00001\)"),
+        ("cut image", r"image \d+ of pictures train (?i:.*truncated).*pictures-train"),
+        ("bomb", r"image \d+ of pictures train .*8193x8193 pixels.*pictures-train"),
+        ("missing file", r"example \d+ of .*pictures-train.array_record.*No such file"),
+        ("cut file", r"example \d+ of .*pictures-train.array_record"),
+        ("flipped byte", r"example \d+ of .*pictures-train.*hash mismatch"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, feed_of, how, message):
@@ -423,7 +423,7 @@ def test_a_label_beyond_the_classes_is_named(settings, feed_of):
     reader = reader_of(dataset.train.arrays)
     short = replace(reader, records=replace(reader.records, classes=CLASSES - 1))
     broken = replace(dataset, train=replace(dataset.train, arrays=dict(short.columns())))
-    with pytest.raises(ValueError, match=r"pictures train has label 2 at example \d+, but 2 classes"):
+    with pytest.raises(ValueError, match=r"pictures train .*label 2 at example \d+"):
         taken(feed_of(broken), 0, 5)
     with pytest.raises(ValueError, match="has label 2"):
         np.asarray(broken.train.labels)
@@ -432,16 +432,16 @@ def test_a_label_beyond_the_classes_is_named(settings, feed_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": -1}, "data.workers: -1 is not possible; give 0 or more"),
-        ({"prefetch": 0}, "data.prefetch: 0 is not possible; give at least 1"),
-        ({"least_area": 0.0}, "data.least_area: 0.0 is not possible"),
-        ({"least_area": 1.5}, "data.least_area: 1.5 is not possible"),
+        ({"workers": -1}, "data.workers: -1"),
+        ({"prefetch": 0}, "data.prefetch: 0"),
+        ({"least_area": 0.0}, "data.least_area: 0.0"),
+        ({"least_area": 1.5}, "data.least_area: 1.5"),
         ({"framing": "crop", "image_size": None}, "data.framing: 'crop' needs .*data.image_size"),
         ({"framing": "crop", "crop": 4}, "data.crop: 4 .*give 0"),
-        ({"framing": "crop", "stream": False}, "data.stream: False .*leave one"),
+        ({"framing": "crop", "stream": False}, "data.stream: False .*data.framing"),
         ({"image_size": None}, "images of .*; give data.image_size"),
-        ({"name": "digits"}, "data.stream: True needs a TFDS data set; 'digits' is read whole"),
-        ({"name": "digits", "stream": None, "framing": "crop"}, "data.framing: 'crop' needs a TFDS data set"),
+        ({"name": "digits"}, "data.stream: True .*'digits'"),
+        ({"name": "digits", "stream": None, "framing": "crop"}, "data.framing: 'crop' .*TFDS"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, feed_of, changes, message):
@@ -450,12 +450,12 @@ def test_settings_that_cannot_be_are_refused(settings, feed_of, changes, message
 
 
 def test_a_batch_larger_than_the_data_is_refused(settings, tmp_path):
-    with pytest.raises(ValueError, match="batch_size: 8 is more than the 6 training examples; give 6 or less"):
+    with pytest.raises(ValueError, match="batch_size: 8 .*6 training examples"):
         linear(load(replace(settings, train_limit=6)), settings, tmp_path)
 
 
 def test_images_are_not_all_taken_into_memory_by_mistake(settings):
-    with pytest.raises(ValueError, match="streamed because they do not fit"):
+    with pytest.raises(ValueError, match="^images: "):
         np.asarray(load(settings).train.images)
 
 
@@ -505,5 +505,5 @@ def test_processes_that_decode_make_the_batches_of_threads(crops, feed_of):
     dataset, other = load(crops), load(replace(crops, workers=2))
     assert_equal(taken(feed_of(other), 0, 7), taken(feed_of(dataset), 0, 7))
     broken = replace(reader_of(other.train.arrays), framing=Framing("stretch", 17))
-    with pytest.raises(ValueError, match="images of pictures train differ"):
+    with pytest.raises(ValueError, match="data.image_size: None .*pictures train"):
         taken(feed_of(replace(other, train=Split(dict(broken.columns())))), 0, 1)
