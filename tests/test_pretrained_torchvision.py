@@ -110,5 +110,5 @@ def test_logits_equal_torchvision(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "mobilenet_v3_small"])
 def test_logits_equal_torchvision_on_images_of_odd_sizes(name):
-    """Where a stride does not divide the image, rows are left over."""
+    """If a stride does not divide the image, rows are left over."""
     check_logits(name, (97, 65, 3))

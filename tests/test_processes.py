@@ -1,4 +1,4 @@
-"""Who is alone and who is one of many, and how a run of two processes begins and fails."""
+"""Detection of other processes, and how a run of two processes starts and fails."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
         ({}, {**POD, "TPU_WORKER_HOSTNAMES": "a,b"}, ProcessSpec(launcher="a TPU slice")),
     ],
 )
-def test_a_place(flags, environment, place):
+def test_detection(flags, environment, place):
     assert detect(flags, environment) == place
 
 
@@ -121,7 +121,7 @@ def start(tmp_path, python):
     return start
 
 
-def test_two_processes_by_flags_of_which_one_fails(start, tmp_path):
+def test_two_processes_of_which_one_fails(start, tmp_path):
     """One is late, and finds what the other is about to write: both write it. Then one fails alone, in training: its
     own status comes out, and nobody waits for minutes."""
     port = 14000 + os.getpid() % 1000
@@ -157,8 +157,8 @@ cli.run(main)
 """
 
 
-def test_sigterm_outside_of_training_ends_all_processes_at_one_boundary(start, tmp_path):
-    """It is sent to one of them."""
+def test_sigterm_outside_of_training_ends_all_processes_together(start, tmp_path):
+    """The signal is sent to one of them."""
     (tmp_path / "command.py").write_text(STAGES)
     port = 15000 + os.getpid() % 1000
     flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes=2")
@@ -195,7 +195,7 @@ def test_alone_in_a_slurm_step_of_one_task(start, tmp_path):
         ("0", "192.0.2.1", "192.0.2.1"),  # of a range that nobody has
     ],
 )
-def test_others_that_do_not_come(start, rank, host, message):
+def test_missing_processes_are_reported(start, rank, host, message):
     address = f"{host}:{13000 + os.getpid() % 1000}"
     process = start("--coordinator", address, "--num-processes", "2", "--process-id", rank, "--join-timeout", "1")
     _, err = process.communicate(timeout=120)
@@ -205,7 +205,7 @@ def test_others_that_do_not_come(start, rank, host, message):
     assert "stack trace" not in err  # JAX's own end
 
 
-def test_a_launcher_that_jax_does_not_know(start):
+def test_a_launcher_that_jax_does_not_support(start):
     process = start(PMI_SIZE="2", PMI_RANK="0")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -213,8 +213,8 @@ def test_a_launcher_that_jax_does_not_know(start):
     assert err.count("\n") == 1 and "--num-processes 1 to run alone" in err
 
 
-def test_alone_where_jax_cannot_find_out(start, tmp_path):
-    """The only pod of a Job, which may not ask Kubernetes about itself: the run goes on, and says so."""
+def test_alone_if_jax_cannot_detect_others(start, tmp_path):
+    """The only pod of a Job, without permission to query Kubernetes: the run continues with a warning."""
     (tmp_path / "kubernetes.py").write_text(
         "class config:\n"
         "    @staticmethod\n"
@@ -236,7 +236,7 @@ def test_alone_where_jax_cannot_find_out(start, tmp_path):
         (["--join-timeout", "0"], "--join-timeout: '0' is not possible"),
     ],
 )
-def test_a_mistake_on_the_line(argv, message, monkeypatch):
+def test_usage_errors(argv, message, monkeypatch):
     from kdsearch_jax.runs import command_line
 
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
