@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were or not at all, whatever kills, fills or damages the disk; so do networks."""
+"""Checkpoints and networks are restored exactly or refused, whatever is killed, full or damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Pair = namedtuple("Pair", "first second")
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
-    """Same structure, same types of leaves, same bits."""
+    """Equal structure, types of leaves and bits."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert type(a) is type(b)
@@ -78,7 +78,7 @@ def test_flat_names_are_unique_and_reversible(tree):
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
-def test_a_name_cannot_be_array_and_folder(names):
+def test_a_name_cannot_be_both_array_and_folder(names):
     with pytest.raises(ValueError, match="folder"):
         arrays.unflatten(dict.fromkeys(names, 0))
 
@@ -86,7 +86,7 @@ def test_a_name_cannot_be_array_and_folder(names):
 # Saving and restoring
 
 
-def test_whatever_a_state_is_made_of_comes_back(tmp_path, key):
+def test_round_trip_of_a_state(tmp_path, key):
     params = {"a/b": {"kernel": jax.random.normal(key, (3, 4))}, "empty": {}, "none": None, "cut": jnp.zeros((3, 0))}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 10)))
     state = {
@@ -110,7 +110,7 @@ def test_whatever_a_state_is_made_of_comes_back(tmp_path, key):
     assert_equal(restored, state)
 
 
-def test_buffers_are_free_once_save_returns(tmp_path):
+def test_buffers_may_be_donated_once_save_returns(tmp_path):
     update = jax.jit(lambda x: x * 2.0 + 1.0, donate_argnums=0)
     on_device, on_host = jnp.ones((1000, 300)), np.ones((1000, 300), np.float32)
     with Checkpointer(tmp_path, keep=9) as checkpoints:
@@ -137,7 +137,7 @@ def test_buffers_are_free_once_save_returns(tmp_path):
         ("max", [None] * 5, None),
     ],
 )
-def test_the_newest_stay_and_the_best(tmp_path, mode, scores, best):
+def test_the_newest_and_the_best_are_kept(tmp_path, mode, scores, best):
     with Checkpointer(tmp_path, keep=2, best_metric="score", best_mode=mode) as checkpoints:
         for step, score in enumerate(scores):
             checkpoints.save(step, small_state(step), {}, None if score is None else {"score": score, "other": 1})
@@ -151,13 +151,13 @@ def test_the_newest_stay_and_the_best(tmp_path, mode, scores, best):
             assert_equal(checkpoints.restore(small_state(0), step=best)[1], small_state(best))
 
 
-def test_a_directory_is_never_mixed_of_two_runs(tmp_path):
+def test_a_directory_never_mixes_two_runs(tmp_path):
     save_all(tmp_path, range(1, 3))
     with Checkpointer(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match="step 1: .*step 2"):
             checkpoints.save(1, small_state(1), {})
         checkpoints.save(3, small_state(3), {})
-        checkpoints.save(3, small_state(3), {}, wait=True)  # a last save at the step of a regular one
+        checkpoints.save(3, small_state(3), {}, wait=True)  # the final save at the step of a regular one
         assert checkpoints.steps() == [2, 3]
 
 
@@ -187,7 +187,7 @@ def test_a_save_is_affordable_within_its_share_of_the_time(tmp_path, monkeypatch
         ({"a": np.ones(2)}, {"x": object()}, "^meta "),
     ],
 )
-def test_what_cannot_be_saved_is_refused_at_once(tmp_path, state, meta, problem):
+def test_unsupported_states_are_refused(tmp_path, state, meta, problem):
     with Checkpointer(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match=problem):
             checkpoints.save(1, state, meta)
@@ -200,7 +200,7 @@ def test_arguments_are_checked(tmp_path, arguments):
         Checkpointer(**{"directory": tmp_path, **arguments})
 
 
-def test_another_configuration_is_refused_with_its_differences(tmp_path):
+def test_another_configuration_is_refused(tmp_path):
     config = {"run": {"seed": 0, "keep": 2}, "data": {"mean": (0.1, 0.2)}, "old": {"x": 1}}
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, small_state(1), {"config": config})
@@ -252,7 +252,7 @@ def largest(directory: Path) -> Path:
 
 
 def other_dtype(directory: Path) -> None:
-    """Puts arrays of the same shapes and another dtype where those of the newest checkpoint were."""
+    """Replaces the arrays of the newest checkpoint by arrays of another dtype."""
     arrays = {"kernel": small_state(2)["kernel"].astype(np.float64), "step": small_state(2)["step"]}
     with Checkpointer(directory.parent / "other") as checkpoints:
         checkpoints.save(2, arrays, {})
@@ -286,7 +286,7 @@ def no_files(directory: Path) -> None:
     ],
     ids=["flip", "truncated", "deleted", "no-state", "dtype", "json", "empty-json", "nothing", "copy-of-another"],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, problem, caplog):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, damage, problem, caplog):
     save_all(tmp_path, range(1, 3))
     damage(tmp_path / "2")
     with Checkpointer(tmp_path) as checkpoints:
@@ -298,12 +298,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, prob
         assert str(tmp_path / "2") in warning and "\n" not in warning
         assert problem in warning
         assert len(warning) < 600
-        checkpoints.save(2, small_state(20), {"config": {"a": 1}})  # the run goes on and passes the step once more
+        checkpoints.save(2, small_state(20), {"config": {"a": 1}})  # the run continues and saves the step again
         assert_equal(checkpoints.restore(small_state(0))[1], small_state(20))
         assert checkpoints.steps() == [1, 2]
 
 
-def test_every_flipped_byte_is_found_or_harmless(tmp_path):
+def test_flipped_bytes_are_detected_or_harmless(tmp_path):
     save_all(tmp_path, range(1, 3))
     chance = random.Random(0)
     for path in files_of(tmp_path / "2"):
@@ -316,7 +316,7 @@ def test_every_flipped_byte_is_found_or_harmless(tmp_path):
             path.write_bytes(content)
 
 
-def test_no_good_checkpoint_is_an_error_and_no_new_start(tmp_path):
+def test_only_damaged_checkpoints_is_an_error(tmp_path):
     save_all(tmp_path, range(1, 3))
     for step in "12":
         flip(largest(tmp_path / step), largest(tmp_path / step).stat().st_size // 2)
@@ -342,7 +342,7 @@ with Checkpointer(sys.argv[1]) as checkpoints:
 """
 
 
-def test_kill_9_while_saving_loses_at_most_that_save(tmp_path, python):
+def test_a_kill_while_saving_loses_at_most_that_save(tmp_path, python):
     target = {"kernel": np.zeros((1000, 1000), np.float32), "step": np.zeros((), np.int32)}
     chance, reached = random.Random(1), 0
     for _ in range(2):
@@ -366,10 +366,10 @@ def test_kill_9_while_saving_loses_at_most_that_save(tmp_path, python):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([str(reached), str(reached + 1)])
 
 
-# Disks that will not take it
+# Disks
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_full_disk(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, small_state(1), {}, wait=True)
         with monkeypatch.context() as patch:
@@ -383,7 +383,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads shout as well
-def test_a_write_that_fails_half_way_is_one_clear_error(tmp_path):
+def test_a_write_that_fails_halfway(tmp_path):
     big = {"kernel": np.random.default_rng(0).random(300_000)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpointer(tmp_path) as checkpoints:
@@ -398,7 +398,7 @@ def test_a_write_that_fails_half_way_is_one_clear_error(tmp_path):
         assert_equal(checkpoints.restore(big)[1], big)
 
 
-def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
+def test_a_directory_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpointer(tmp_path / "file" / "run")
     checkpoints.save(1, small_state(1), {})
@@ -409,7 +409,7 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_directory_restores_and_does_not_save(tmp_path):
+def test_a_read_only_directory(tmp_path):
     save_all(tmp_path, range(1, 3))
     tmp_path.chmod(0o500)
     try:
@@ -480,7 +480,7 @@ with catch_sigterm() as stop, Checkpointer(directory) as checkpoints:
 """
 
 
-def test_two_processes_save_together_and_stop_together(tmp_path, python):
+def test_two_processes_save_and_stop_together(tmp_path, python):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -515,8 +515,8 @@ def test_sigterm_sets_a_flag_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_too_late_to_be_asked_about_is_passed_on():
-    """Between the last question and the end of the loop."""
+def test_an_unchecked_signal_is_raised_again():
+    """A signal between the last check and the end of the loop."""
     with pytest.raises(Preempted, match="SIGTERM"), raise_on_sigterm():
         with catch_sigterm():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -524,7 +524,7 @@ def test_a_signal_too_late_to_be_asked_about_is_passed_on():
     assert Preempted.exit_status == 143 and not issubclass(Preempted, Exception)
 
 
-def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
+def test_sigterm_outside_of_training_raises(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted), raise_on_sigterm(), atomic_directory(tmp_path / "new") as part:
         (part / "file").write_text("")
@@ -535,8 +535,8 @@ def test_outside_of_training_sigterm_ends_what_is_under_way(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_within_a_finaliser_is_not_lost():
-    """Python drops what is raised there; JAX has a callback of the garbage collector of that kind."""
+def test_a_signal_in_a_finaliser_is_not_lost():
+    """Python drops exceptions raised there, and in callbacks of the garbage collector, of which JAX has one."""
     before = sys.unraisablehook
 
     class Dying:
@@ -553,7 +553,7 @@ def test_a_signal_within_a_finaliser_is_not_lost():
     assert sys.unraisablehook is before
 
 
-def test_other_threads_leave_the_signal_alone():
+def test_other_threads_do_not_handle_the_signal():
     seen = []
 
     def ask() -> None:
@@ -588,7 +588,7 @@ def copy(tmp_path, network) -> Path:
 
 
 def reseal(directory: Path, architecture: Any = None, **changes: Any) -> None:
-    """Writes changed JSON with digests to match, as someone who means harm would."""
+    """Writes changed JSON with matching digests, as an attacker would."""
     payload = json.loads((directory / "network.json").read_text())["payload"] | changes
     if architecture is not None:
         (directory / "architecture.json").write_text(json.dumps(architecture))
@@ -596,7 +596,7 @@ def reseal(directory: Path, architecture: Any = None, **changes: Any) -> None:
     (directory / "network.json").write_text(json.dumps(files.seal(payload)))
 
 
-def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_path, python):
+def test_a_network_is_loaded_by_another_process(network, tmp_path, python):
     directory, variables = network
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
     np.save(tmp_path / "images.npy", images)
@@ -613,7 +613,7 @@ def test_a_network_comes_back_in_a_process_that_knows_nothing_else(network, tmp_
     assert_equal(load_network(directory)[1], variables)
 
 
-def test_arrays_without_elements_and_odd_names_come_back(tmp_path):
+def test_round_trip_of_empty_arrays_and_odd_names(tmp_path):
     variables = {"params": {"a/b%": {"cut": np.zeros((3, 0, 4), np.float32)}, "dense": np.ones((2, 2), np.float32)}}
     flat = arrays.flatten(variables)
     save_network(tmp_path / "network", MLP, variables, {})
@@ -622,7 +622,7 @@ def test_arrays_without_elements_and_odd_names_come_back(tmp_path):
     assert_equal(arrays.unflatten(flat), variables)
 
 
-def test_a_network_is_replaced_whole_or_not_at_all(copy, network, monkeypatch):
+def test_networks_are_replaced_atomically(copy, network, monkeypatch):
     _, variables = network
     other = jax.tree.map(lambda x: x + 1, variables)
     (copy / "student.safetensors").write_text("belongs to the old one")
@@ -646,7 +646,7 @@ def test_a_network_is_replaced_whole_or_not_at_all(copy, network, monkeypatch):
     assert not (copy / "student.safetensors").exists()
 
 
-def test_what_is_no_network_is_never_replaced(tmp_path, network):
+def test_other_directories_are_never_replaced(tmp_path, network):
     _, variables = network
     (tmp_path / "precious").write_text("")
     with pytest.raises(ValueError, match="not overwritten"):
@@ -654,7 +654,7 @@ def test_what_is_no_network_is_never_replaced(tmp_path, network):
     assert (tmp_path / "precious").exists()
 
 
-def test_every_flip_in_a_network_is_found_or_harmless(copy, network):
+def test_flipped_bytes_in_a_network_are_detected_or_harmless(copy, network):
     chance = random.Random(0)
     for path in files_of(copy):
         content = path.read_bytes()
@@ -686,7 +686,7 @@ def test_a_missing_part_is_named(copy, missing):
         load_network(copy)
 
 
-def test_no_directory_is_said_so(copy):
+def test_a_missing_directory_is_named(copy):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_network(copy / "nowhere")
     copy.rename(copy.with_name(".network.dead.old"))  # killed between the two renames of a replacement
@@ -708,7 +708,7 @@ def test_no_directory_is_said_so(copy):
         ({"leaves": {}}, "is damaged"),
     ],
 )
-def test_network_json_from_elsewhere_is_checked(copy, changes, problem):
+def test_untrusted_network_json_is_checked(copy, changes, problem):
     reseal(copy, **changes)
     with pytest.raises(CheckpointError, match=problem) as caught:
         load_network(copy)
@@ -736,7 +736,7 @@ def test_network_json_from_elsewhere_is_checked(copy, changes, problem):
     ],
     ids=str,
 )
-def test_an_architecture_from_elsewhere_is_one_line(copy, change):
+def test_untrusted_architectures_are_checked(copy, change):
     reseal(copy, architecture=json.loads((copy / "architecture.json").read_text()) | change)
     with pytest.raises(ValueError) as caught:
         load_network(copy)
@@ -745,7 +745,7 @@ def test_an_architecture_from_elsewhere_is_one_line(copy, change):
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "{}", "null", '"text"', "\x00"])
 @pytest.mark.parametrize("name", ["architecture.json", "network.json"])
-def test_json_that_is_none_is_one_line(copy, name, text):
+def test_invalid_json_is_refused_in_one_line(copy, name, text):
     (copy / name).write_text(text)
     with pytest.raises(ValueError) as caught:
         load_network(copy)

@@ -1,4 +1,4 @@
-"""Data sets: what is read is what was written, splits are disjoint, orders are permutations, errors say what to do."""
+"""Data sets: round trips, disjoint splits, orders that are permutations, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write(path: Path, **arrays: np.ndarray) -> DataConfig:
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_all_there_once():
+def test_digits_are_complete_without_duplicates():
     dataset = load(DataConfig())
     original = [tuple(image.astype(int)) for image in load_digits().data]
     images = np.concatenate([getattr(dataset, split).images for split in SPLITS])
@@ -75,8 +75,8 @@ def test_digits_are_all_there_once():
 
 
 @pytest.mark.parametrize("prefixes", [[""], ["train_", "test_"]])
-def test_the_only_entry_beside_labels_is_the_input(tmp_path, prefixes):
-    """As `kdsearch_jax.search` takes it; whoever names it gets the same."""
+def test_the_only_entry_besides_labels_is_the_input(tmp_path, prefixes):
+    """As in `kdsearch_jax.search`; naming it gives the same."""
     x, labels = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32), np.arange(60) % 3
     config = write(tmp_path, **{f"{p}x": x for p in prefixes}, **{f"{p}labels": labels for p in prefixes})
     experiments = [Experiment(data=dataclasses.replace(config, crop=0, inputs=inputs)) for inputs in (None, ("x",))]
@@ -84,7 +84,7 @@ def test_the_only_entry_beside_labels_is_the_input(tmp_path, prefixes):
     assert plain == named and plain[0] is not None and plain[0].arguments == ("x",) and not plain[1]
 
 
-def test_the_splits_are_those_of_earlier_versions():
+def test_splits_equal_those_of_earlier_versions():
     dataset = load(DataConfig(train_limit=100), seed=3)
     found = {split: zlib.crc32(getattr(dataset, split).images.tobytes()) for split in SPLITS}
     assert found == {"train": 2742199133, "validation": 1213799924, "test": 3366297244}, (
@@ -111,7 +111,7 @@ def test_one_set_of_arrays_is_split_by_class(tmp_path, share):
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_every_class_gives_its_share_give_or_take_one(sizes, share, stream):
+def test_splits_are_stratified_to_within_one_example(sizes, share, stream):
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     count = max(1, round(share * len(labels)))
     split = Split.of(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
@@ -135,7 +135,7 @@ def test_given_splits_are_kept(tmp_path):
     assert found == {"train": [*range(50)], "validation": [*range(50, 65)], "test": [*range(65, 85)]}
 
 
-def test_without_a_validation_split_it_comes_from_training(tmp_path):
+def test_validation_is_held_out_of_training(tmp_path):
     found = numbers(load(write(tmp_path, **parts(0, {"train": 50, "test": 20}))))
     assert found["test"] == [*range(50, 70)]
     assert len(found["validation"]) == 5 and sorted(found["train"] + found["validation"]) == [*range(50)]
@@ -155,7 +155,7 @@ def test_every_seed_is_validated_on_the_same_images(tmp_path, sizes, limit):
 
 
 @pytest.mark.parametrize("limit", [1, 89, 90, 91, 1000])
-def test_a_limit_is_exact_and_takes_its_share_of_validation(tmp_path, limit):
+def test_a_limit_is_exact_and_reduces_validation(tmp_path, limit):
     config = dataclasses.replace(write(tmp_path, **parts(0, {"train": 100, "test": 20})), train_limit=limit)
     found = numbers(load(config))
     assert len(found["train"]) == min(limit, 90)
@@ -192,7 +192,7 @@ def test_classes_may_have_names(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
 def test_resizing_keeps_channels_apart(tmp_path, channels):
-    """A channel that is the same everywhere stays so, and what is as large as it should be is left alone."""
+    """A constant channel stays constant, and images of the right size are unchanged."""
     images = np.tile(np.arange(0, 50 * channels, 50, dtype=np.uint8), (40, 12, 9, 1))
     config = write(tmp_path, images=images, labels=np.arange(40) % 2)
     small = load(dataclasses.replace(config, image_size=6)).train.images
@@ -210,7 +210,7 @@ def test_splits_of_different_sizes_need_an_image_size(tmp_path):
     assert load(dataclasses.replace(config, image_size=7)).test.images.shape == (20, 7, 7, 3)
 
 
-def test_the_training_split_is_measured(tmp_path):
+def test_mean_and_std_of_the_training_split(tmp_path):
     images = numbered(2500, channels=2)
     images[..., 1] = 51  # a channel that never changes has no deviation to divide by
     dataset = load(write(tmp_path, images=images, labels=np.arange(2500) % 2))
@@ -231,30 +231,30 @@ def swapped(**changes) -> dict[str, np.ndarray]:
 
 
 BAD = {
-    "no labels": (swapped(labels=None), "holds images; it must hold images and labels"),
-    "nothing": ({}, "holds nothing"),
-    "no test": ({"train_images": numbered(40), "train_labels": np.arange(40) % 2}, "it must hold .* test_images"),
+    "no labels": (swapped(labels=None), "images and labels"),
+    "nothing": ({}, "images and labels"),
+    "no test": ({"train_images": numbered(40), "train_labels": np.arange(40) % 2}, "test_images"),
     "shape": (swapped(images=np.zeros((40, 9), np.uint8)), r"shape \(40, 9\) is not \(examples, height"),
     "empty": (swapped(images=np.zeros((0, 8, 8, 3), np.uint8), labels=np.arange(0)), r"shape \(0, 8, 8, 3\)"),
-    "channels first": (swapped(images=np.zeros((40, 3, 8, 8), np.uint8)), "channels first; transpose"),
+    "channels first": (swapped(images=np.zeros((40, 3, 8, 8), np.uint8)), "channels first"),
     "nan": (swapped(images=np.full((40, 8, 8, 3), np.nan)), "NaN or infinite"),
     "infinite": (swapped(images=np.full((40, 8, 8, 3), np.inf)), "NaN or infinite"),
-    "scale": (swapped(images=255.0 * np.ones((40, 8, 8, 3))), r"from 255 to 255; scale to \[0, 1\]"),
+    "scale": (swapped(images=255.0 * np.ones((40, 8, 8, 3))), r"from 255 to 255.*\[0, 1\]"),
     "negative": (swapped(images=-np.ones((40, 8, 8, 3))), "from -1 to -1"),
-    "integers": (swapped(images=numbered(40).astype(np.int64)), "dtype int64 is neither uint8 nor a float"),
+    "integers": (swapped(images=numbered(40).astype(np.int64)), "dtype int64"),
     "lengths": (swapped(labels=np.arange(39) % 2), r"40 images, but labels of shape \(39,\)"),
-    "one-hot": (swapped(labels=np.eye(2)[np.arange(40) % 2]), r"labels of shape \(40, 2\); give one label an image"),
-    "fractions": (swapped(labels=np.arange(40) / 2), "labels of dtype float64; give whole numbers"),
-    "below zero": (swapped(labels=np.arange(40) % 3 - 1), "labels from -1 to 1; number the classes from 0"),
-    "from one": (swapped(labels=np.arange(40) % 3 + 1), "no training example of class 0, but of class 3"),
+    "one-hot": (swapped(labels=np.eye(2)[np.arange(40) % 2]), r"labels of shape \(40, 2\)"),
+    "fractions": (swapped(labels=np.arange(40) / 2), "labels of dtype float64"),
+    "below zero": (swapped(labels=np.arange(40) % 3 - 1), "labels from -1 to 1"),
+    "from one": (swapped(labels=np.arange(40) % 3 + 1), "class 0.*class 3"),
     "huge": (swapped(labels=np.arange(40) % 2 * 2**40), "labels from 0 to 1099511627776"),
-    "one class": (swapped(labels=np.zeros(40, int)), "has 1 class; give 2 or more"),
+    "one class": (swapped(labels=np.zeros(40, int)), "1 class"),
     "more than named": (swapped(class_names=np.asarray(["a"] * 2), labels=np.arange(40) % 3),
-                        "train labels from 0 to 2, but 2 classes"),
+                        "train labels from 0 to 2.* 2 classes"),
     "only in test": (parts(0, {"train": 50, "test": 20}) | {"test_labels": np.arange(20)},
-                     "test labels from 0 to 19, but 5 classes"),
-    "two examples": (swapped(images=numbered(2), labels=np.arange(2)), "too few examples"),
-    "objects": (swapped(labels=np.asarray([None] * 40)), "is damaged, or holds no plain arrays"),
+                     "test labels from 0 to 19.* 5 classes"),
+    "two examples": (swapped(images=numbered(2), labels=np.arange(2)), "too few"),
+    "objects": (swapped(labels=np.asarray([None] * 40)), "numpy.savez"),
 }  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     middle = len(whole) // 2
     for damaged in (b"", b"text", whole[:middle], whole[:middle] + b"\0" * 64 + whole[middle + 64 :]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged, or holds no plain arrays") as caught:
+        with pytest.raises(ValueError, match="^data.name: .*numpy.savez") as caught:
             load(config)
         assert "\n" not in str(caught.value)
     with path.open("wb") as file:
@@ -290,14 +290,14 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     [
         ({"name": "data.npz"}, "did you mean npz:data.npz?"),
         ({"validation": 0.0}, "data.validation: 0.0"),
-        ({"validation": 0.99}, "too few examples"),
+        ({"validation": 0.99}, "too few"),
         ({"image_size": 0}, "data.image_size: 0"),
         ({"train_limit": 0}, "data.train_limit: 0"),
-        ({"mean": (0.5, 0.5)}, r"data.mean: \(0.5, 0.5\) is not possible; images of .* have 3 channels"),
+        ({"mean": (0.5, 0.5)}, r"data.mean: \(0.5, 0.5\) .*3 channels"),
         ({"std": (1.0,) * 4}, r"data.std: \(1.0, 1.0, 1.0, 1.0\)"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
+def test_invalid_settings_are_refused(tmp_path, changes, message):
     config = dataclasses.replace(write(tmp_path, **swapped()), **changes)
     with pytest.raises(ValueError, match=message):
         load(config)
@@ -308,7 +308,7 @@ def test_too_much_for_a_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3)
     load(config)
     monkeypatch.setattr(datasets, "LARGEST", 32 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="train takes .* stream it"):
+    with pytest.raises(ValueError, match="data.stream"):
         load(config)
 
 
@@ -374,7 +374,7 @@ def examples(count: int, first: int = 0, label=lambda i: i % 3, **options) -> li
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_what_tfds_has_is_what_is_read(prepare, channels):
+def test_tfds_examples_are_read_exactly(prepare, channels):
     config = prepare(
         {"train": examples(60, channels=channels), "test": examples(20, 60, channels=channels)},
         shape=(8, 8, channels), keys=("picture", "kind"),
@@ -392,7 +392,7 @@ def test_what_tfds_has_is_what_is_read(prepare, channels):
     assert dataset.class_names == ("ant", "bee", "cow")
 
 
-def test_tfds_splits_serve_as_they_are_named(prepare):
+def test_tfds_splits_are_used_as_named(prepare):
     config = prepare(
         {"train": examples(30), "validation": examples(9, 30), "test": examples(9, 39), "rest": examples(3)}
     )
@@ -400,16 +400,16 @@ def test_tfds_splits_serve_as_they_are_named(prepare):
     assert [sorted(found[split]) for split in SPLITS] == [[*range(30)], [*range(30, 39)], [*range(39, 48)]]
 
 
-def test_a_secret_test_split_is_replaced_by_the_validation_split(prepare):
-    """ImageNet's test labels are −1, and its validation split is what everybody tests on."""
+def test_a_test_split_without_labels_is_replaced_by_validation(prepare):
+    """As for ImageNet, whose test labels are −1."""
     secret = examples(9, 39, label=lambda i: -1)
     found = numbers(load(prepare({"train": examples(30), "validation": examples(9, 30), "test": secret})))
     assert sorted(found["test"]) == [*range(30, 39)]
     assert sorted(found["train"] + found["validation"]) == [*range(30)]
 
 
-def test_only_what_a_limit_leaves_is_decoded(prepare):
-    """All but one training image are unreadable, and with luck that is the one."""
+def test_only_selected_images_are_decoded(prepare):
+    """All training images but the selected one are unreadable."""
     readable = numbered(60)[7]
     config = prepare({"train": [(png(readable), 0), *[(b"", 1)] * 19], "validation": examples(6), "test": examples(6)})
     wins = 0
@@ -432,7 +432,7 @@ def test_only_training_is_split_three_ways(prepare):
 
 def test_images_of_different_sizes_need_an_image_size(prepare):
     config = prepare({"train": examples(30) + examples(30, size=11), "test": examples(9)})
-    with pytest.raises(ValueError, match=r"data.image_size: None keeps sizes, but images of tiny train differ"):
+    with pytest.raises(ValueError, match=r"data.image_size: None .*tiny train"):
         load(config)
     assert load(dataclasses.replace(config, image_size=9)).train.images.shape == (54, 9, 9, 3)
 
@@ -451,36 +451,36 @@ def test_the_usual_names_and_single_features_are_found(prepare, tfds):
     splits = {"train": examples(30), "test": examples(9)}
     for example_features in ({"a": image, "b": label}, {"image": image, "label": label}):
         assert load(prepare(splits, features=example_features)).num_classes == 3
-    with pytest.raises(ValueError, match="no single ClassLabel among its features"):
+    with pytest.raises(ValueError, match="ClassLabel"):
         tfds_lib.feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
     assert tfds_lib.feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
     assert tfds_lib.feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
 
 
 class Info:
-    """As much of a builder as says what its features are."""
+    """The part of a builder that describes features."""
 
     def __init__(self, features, keys=None):
         self.info, self.features, self.supervised_keys = self, features, keys
 
 
-def test_data_sets_of_something_else_are_refused(prepare, tfds):
+def test_other_kinds_of_data_sets_are_refused(prepare, tfds):
     text = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
     with tfds.core.registered.skip_registration():
         builder = make_builder(tfds, "words", {}, features=text)
-    with pytest.raises(ValueError, match=r"no single Image among its features \(text, label\)"):
+    with pytest.raises(ValueError, match=r"Image .*\(text, label\)"):
         tfds_lib.feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
     deep = tfds.features.Image(shape=(8, 8, 3), dtype=np.uint16, encoding_format="png")
     config = prepare({"train": examples(9)}, features={"image": deep, "label": text["label"]})
-    with pytest.raises(ValueError, match="uint16 images of 3 channels; they must be uint8"):
+    with pytest.raises(ValueError, match="uint16 images of 3 channels"):
         load(config)
 
 
 def test_an_unreadable_image_is_named(prepare):
-    with pytest.raises(ValueError, match=r"image \d+ of tiny test cannot be decoded \(no image in"):
+    with pytest.raises(ValueError, match=r"image \d+ of tiny test .*JPEG"):
         load(prepare({"train": examples(30), "test": [*examples(9), (b"not an image", 1)]}))
     noise = numbered(1, size=64)[0]
-    with pytest.raises(ValueError, match=r"image 0 of tiny test cannot be decoded \(.*truncated"):
+    with pytest.raises(ValueError, match="image 0 of tiny test .*truncated"):
         load(prepare({"train": examples(30, size=64), "test": [(png(noise)[:6000], 1)]}))
 
 
@@ -498,7 +498,7 @@ def test_damaged_records_are_refused_in_one_line(prepare, damage):
         path.write_bytes(b"")
     else:
         path.unlink()
-    with pytest.raises(ValueError, match="data.name: tiny train is damaged or incomplete") as caught:
+    with pytest.raises(ValueError, match="data.name: tiny train ") as caught:
         load(config)
     assert "\n" not in str(caught.value)
 
@@ -507,33 +507,33 @@ def test_tfrecord_is_refused_with_the_way_out(prepare):
     config = prepare({"train": examples(30), "test": examples(9)})
     (path,) = Path(str(config.data_dir)).rglob("dataset_info.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match=r"as tfrecord, but only array_record .* file_format='array_record'"):
+    with pytest.raises(ValueError, match=r"tfrecord.* file_format='array_record'"):
         load(config)
 
 
 def test_too_many_records_are_refused_before_they_are_decoded(prepare, monkeypatch):
     config = prepare({"train": [*examples(1), *[(png(numbered(1)[0]), 1)] * 30], "test": examples(9)})
     monkeypatch.setattr(datasets, "LARGEST", 31 * 8 * 8 * 3 - 1)
-    with pytest.raises(ValueError, match="tiny train takes .* stream it"):
+    with pytest.raises(ValueError, match="tiny train .*data.stream"):
         load(dataclasses.replace(config, stream=False))
     for fits in ({"image_size": 7}, {"train_limit": 20}):
         assert isinstance(load(dataclasses.replace(config, **fits)).train.images, np.ndarray)
     assert reader_of(load(config).train.arrays) is not None  # without being asked to
 
 
-def test_an_unknown_name_brings_the_nearest(tfds, tmp_path):
-    with pytest.raises(ValueError, match="'cifar1O' is unknown; did you mean cifar10 "):
+def test_an_unknown_name_suggests_the_nearest(tfds, tmp_path):
+    with pytest.raises(ValueError, match="'cifar1O' .*cifar10 "):
         load(DataConfig("cifar1O", str(tmp_path)))
-    with pytest.raises(ValueError, match="'digit' is unknown; did you mean digits"):
+    with pytest.raises(ValueError, match="'digit' .*digits"):
         load(DataConfig("digit", str(tmp_path)))
-    with pytest.raises(ValueError, match="'cifar10:0.0.1' cannot be opened by TFDS") as caught:
+    with pytest.raises(ValueError, match="'cifar10:0.0.1' ") as caught:
         load(DataConfig("cifar10:0.0.1", str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
 def test_without_tfds_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"is missing: pip install 'kdsearch-jax\[tfds\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'kdsearch-jax\[tfds\]'"):
         load(DataConfig("cifar10"))
 
 
@@ -544,7 +544,7 @@ def test_without_a_network_the_error_says_what_to_run(tfds, tmp_path, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"no network; .* python -c .*builder\('mnist'") as caught:
+    with pytest.raises(FileNotFoundError, match=r"python -c .*builder\('mnist'") as caught:
         load(DataConfig("mnist", str(tmp_path)))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -560,7 +560,7 @@ def test_with_a_network_a_data_set_is_prepared_first(tfds, tmp_path, monkeypatch
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.data())
-def test_every_epoch_is_a_permutation_of_its_own(seed, size, draw):
+def test_each_epoch_is_another_permutation(seed, size, draw):
     examples = draw.draw(st.integers(size, 200))
     steps = examples // size
     first, second = (batch_indices(seed, examples, size, epoch * steps, steps) for epoch in (0, 1))
@@ -573,7 +573,7 @@ def test_every_epoch_is_a_permutation_of_its_own(seed, size, draw):
 
 
 @given(st.integers(0, 5), st.integers(1, 30), st.integers(0, 50), st.lists(st.integers(0, 20), max_size=5))
-def test_resumed_batches_are_those_of_an_uninterrupted_run(seed, size, start, lengths):
+def test_resumed_batches_equal_those_of_an_uninterrupted_run(seed, size, start, lengths):
     whole = batch_indices(seed, 61, size, start, sum(lengths))
     pieces, step = [np.empty((0, size), np.int32)], start
     for length in lengths:
@@ -630,7 +630,7 @@ def test_every_image_is_a_window_of_the_padded_one(key, channels, crop, flip):
         assert any((image == window).all() for window in windows)
 
 
-def test_all_windows_and_both_directions_are_equally_likely(key):
+def test_crops_and_flips_are_uniform(key):
     """Pearson's χ² of 9 windows × 2 directions; 40.8 is its 99.9% point at 17 degrees of freedom."""
     images = jnp.tile(jnp.asarray(numbered(1, size=4)), (3600, 1, 1, 1))
     changed = np.asarray(augment(key, images, crop=1, flip=True))
@@ -639,8 +639,8 @@ def test_all_windows_and_both_directions_are_equally_likely(key):
     assert ((counts - 200) ** 2 / 200).sum() < 40.8
 
 
-def test_mirroring_twice_is_mirroring_or_not_again(key):
-    """A second flip leaves the law as it is: half the images as they were, independently of the first."""
+def test_a_second_flip_keeps_the_distribution(key):
+    """Half of the images are unchanged, independently of the first flip."""
     image = numbered(1, size=4)
     images = jnp.tile(jnp.asarray(image), (2000, 1, 1, 1))
     once = augment(jax.random.fold_in(key, 0), images, crop=0, flip=True)
@@ -671,7 +671,7 @@ def test_normalise(dtype, channels):
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=1e-5 if dtype == jnp.float32 else 0.02)
 
 
-def test_normalising_twice_or_by_other_channels_is_refused():
+def test_invalid_normalisation_is_refused():
     images = jnp.asarray(numbered(2))
     with pytest.raises(ValueError, match="images: float32"):
         normalise(normalise(images, (0.5,) * 3, (0.2,) * 3), (0.5,) * 3, (0.2,) * 3)

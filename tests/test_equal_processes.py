@@ -1,4 +1,4 @@
-"""Several processes of several devices do what one device does: the whole road, started as a user would.
+"""A run of several processes with several devices equals that of a single device, started from the command line.
 
 `python benchmarks/processes.py` holds 1, 2 and 4 processes to the same, for 50 updates a stage.
 """
@@ -28,8 +28,8 @@ def processes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_go_the_road_of_one_device(processes, tmp_path):
-    """359 images, which 4 devices cannot share evenly, are scored; 16 a batch are trained on."""
+def test_two_processes_of_two_devices_equal_one_device(processes, tmp_path):
+    """359 images, which 4 devices cannot share evenly, are evaluated; training has batches of 16."""
     short = ("--quick", "--teacher.steps", "40", "--baselines")
     config = ["--config", str(BENCHMARKS / "smooth_digits.py"), *short]
     assert search_main([*config, "--workdir", str(tmp_path / "one")]) == 0

@@ -1,4 +1,4 @@
-"""An exported file computes what the network computes, in a process that has nothing else, or it is not written."""
+"""Exported files compute what the network computes, in another process, or are not written."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from kdsearch_jax.storage.files import DamagedError, json_digest
 from kdsearch_jax.storage.networks import load_network, save_network
 
 SHAPE = (8, 8, 1)
-# A pruned one: the first convolution has 5 of its 8 channels left, the inner one of the block 3 of 16.
+# Pruned: the first convolution keeps 5 of its 8 channels, the inner one of the block 3 of 16.
 LAYERS = {"stage1/conv": {"features": 5}, "block/conv1": {"features": 3}}
 INFO = {"dataset": "digits", "mean": [0.3], "std": [0.4], "class_names": ["é", "b"]}
 
 
 class FixedBatch(nn.Module):
-    """Works for one batch size only, as `reshape` with a number in it does."""
+    """Works for a single batch size, like a `reshape` with a constant."""
 
     num_classes: int
 
@@ -43,7 +43,7 @@ class FixedBatch(nn.Module):
 
 
 class Detector(nn.Module):
-    """Scores that are small next to boxes in pixels and to a mask."""
+    """Returns scores that are small compared with boxes in pixels and a mask."""
 
     num_classes: int
 
@@ -56,7 +56,7 @@ class Detector(nn.Module):
 
 
 def saved(directory: Path, architecture: Architecture) -> Path:
-    """A network of random weights, drawn by NumPy: to compile a module's own `init` takes many seconds."""
+    """A network with random weights from NumPy, since compiling `init` takes many seconds."""
     images = jax.ShapeDtypeStruct((1, *architecture.input_shape), jnp.float32)
     shapes = jax.eval_shape(architecture.module().init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def copy(exported, tmp_path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "out"))
 
 
-def test_the_manifest_tells_what_each_file_is(network, exported):
+def test_the_manifest_describes_each_file(network, exported):
     manifest = json.loads((exported / "manifest.json").read_text())
     assert sorted(path.name for path in exported.iterdir()) == [
         "manifest.json",
@@ -99,7 +99,7 @@ def test_the_manifest_tells_what_each_file_is(network, exported):
         assert file["difference"] <= export_formats.TOLERANCE
 
 
-def test_an_export_is_complete_export_until_something_is_amiss(copy):
+def test_incomplete_exports_are_detected(copy):
     assert export_formats.is_complete_export(copy)
     content = (copy / "student.safetensors").read_bytes()
     for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
@@ -112,8 +112,8 @@ def test_an_export_is_complete_export_until_something_is_amiss(copy):
         assert not export_formats.is_complete_export(copy)
 
 
-def test_a_stablehlo_file_is_loaded_as_it_was_written_or_not_at_all(copy):
-    """JAX alone takes many a flipped bit, and computes something else."""
+def test_damaged_stablehlo_is_refused(copy):
+    """JAX alone accepts many flipped bits and computes something else."""
     path = copy / "student.stablehlo"
     images, content = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype(np.float32), path.read_bytes()
     expected = jax.export.deserialize(bytearray(content)).call(images)
@@ -132,7 +132,7 @@ def test_a_stablehlo_file_is_loaded_as_it_was_written_or_not_at_all(copy):
         export_formats.load_stablehlo(path)
 
 
-def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python):
+def test_the_stablehlo_file_needs_only_jax(network, exported, tmp_path, python):
     module, variables, _, _ = load_network(network)
     images = np.random.default_rng(0).normal(size=(7, *SHAPE)).astype(np.float32)  # a batch size never seen before
     np.save(tmp_path / "images.npy", images)
@@ -150,7 +150,7 @@ def test_the_stablehlo_file_needs_jax_alone(network, exported, tmp_path, python)
     assert difference <= 1e-5 * np.abs(expected).max()
 
 
-def test_equal_networks_are_equal_files(network, exported):
+def test_equal_networks_give_equal_files(network, exported):
     _, variables, architecture, info = load_network(network)
     files = {export_formats.to_safetensors(architecture, variables, info) for _ in range(20)}
     assert files == {(exported / "student.safetensors").read_bytes()}
@@ -158,7 +158,7 @@ def test_equal_networks_are_equal_files(network, exported):
     assert int.from_bytes(content[:8], "little") % 8 == 0
 
 
-def test_the_safetensors_file_is_the_network(network, exported):
+def test_safetensors_round_trip(network, exported):
     module, variables, _, _ = load_network(network)
     loaded, arrays = export_formats.load_safetensors(exported / "student.safetensors")
     assert loaded == module
@@ -168,7 +168,7 @@ def test_the_safetensors_file_is_the_network(network, exported):
     assert plain["params/stage1/conv/kernel"].shape == (3, 3, 1, 5)
 
 
-def test_exports_lie_beside_the_network(network, tmp_path):
+def test_export_into_the_network_directory(network, tmp_path):
     directory = Path(shutil.copytree(network, tmp_path / "network"))
     manifest = export_formats.export(directory, directory, ["safetensors"])
     assert list(manifest["files"]) == ["student.safetensors"]
@@ -193,7 +193,7 @@ def test_every_dtype_and_shape_survives(tmp_path):
     }
 
 
-def test_a_file_that_computes_something_else_is_found(network, copy):
+def test_a_file_with_other_outputs_is_detected(network, copy):
     assert export_formats.check(network, copy)["stablehlo"]["difference"] < 1e-5
     module, variables, architecture, info = load_network(network)
     variables["params"]["dense"]["kernel"] = variables["params"]["dense"]["kernel"] * 1.001
@@ -214,7 +214,7 @@ def test_each_output_is_checked_by_its_own_scale(tmp_path):
         export_formats.check(network, tmp_path / "out", ["stablehlo"], trust_code=True)
 
 
-def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
+def test_a_failed_export_leaves_nothing_behind(tmp_path):
     network = saved(tmp_path / "network", Architecture(f"{__name__}:FixedBatch", {"num_classes": 3}, {}, (), SHAPE))
     with pytest.raises(ValueError, match="stablehlo .*safetensors"):
         export_formats.export(network, tmp_path / "out")
@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_check_leaves_the_files_of_before(network, copy):
+def test_a_failed_check_keeps_the_previous_files(network, copy):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     broken = Path(shutil.copytree(network, copy.parent / "network"))
     _, variables, architecture, info = load_network(broken)
@@ -238,11 +238,11 @@ def test_a_failed_check_leaves_the_files_of_before(network, copy):
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
-# Files from elsewhere
+# Untrusted files
 
 
 def rewritten(path: Path, **metadata: str) -> None:
-    """The same arrays with other metadata, and with the digest of these, as whoever means harm would write them."""
+    """The same arrays with other metadata and a matching digest, as an attacker would write them."""
     with safetensors.safe_open(path, framework="numpy") as file:
         new = {**file.metadata(), **metadata}
     new["sha256"] = json_digest({name: value for name, value in new.items() if name != "sha256"})
@@ -264,14 +264,14 @@ def rewritten(path: Path, **metadata: str) -> None:
         ({"leaves": "{}"}, "its arrays are not those that were saved"),
     ],
 )
-def test_metadata_from_elsewhere_is_checked(copy, metadata, problem):
+def test_untrusted_metadata_is_checked(copy, metadata, problem):
     rewritten(copy / "student.safetensors", **metadata)
     with pytest.raises(ValueError, match=problem) as caught:
         export_formats.load_safetensors(copy / "student.safetensors")
     assert "\n" not in str(caught.value)
 
 
-def test_metadata_that_are_damaged_are_refused(copy):
+def test_damaged_metadata_is_refused(copy):
     path = copy / "student.safetensors"
     with safetensors.safe_open(path, framework="numpy") as file:
         changed = {**file.metadata(), "info": "{}"}
@@ -280,7 +280,7 @@ def test_metadata_that_are_damaged_are_refused(copy):
         export_formats.load_safetensors(path)
 
 
-def test_a_stranger_s_file_is_refused(tmp_path):
+def test_other_safetensors_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match="is not a file"):
         export_formats.load_safetensors(path)
@@ -292,7 +292,7 @@ def test_a_stranger_s_file_is_refused(tmp_path):
         export_formats.load_safetensors(path)
 
 
-def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
+def test_flipped_bytes_in_safetensors_are_detected_or_harmless(copy, network):
     path, chance = copy / "student.safetensors", random.Random(0)
     content = path.read_bytes()
     variables = load_network(network)[1]
@@ -309,7 +309,7 @@ def test_every_flip_in_a_safetensors_file_is_found_or_harmless(copy, network):
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000])
-def test_a_truncated_file_is_one_line(network, copy, size):
+def test_a_truncated_file_is_refused_in_one_line(network, copy, size):
     for format in export_formats.FORMATS:
         path = copy / f"student.{format}"
         path.write_bytes(path.read_bytes()[:size])

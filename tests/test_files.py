@@ -1,4 +1,4 @@
-"""kdsearch_jax.storage.files: whole or not at all, and within bounds."""
+"""Atomic writes and bounded reads of `kdsearch_jax.storage.files`."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kdsearch_jax.storage import files
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     arrays = {"a/b": np.arange(6.0).reshape(2, 3), "empty": np.zeros((0, 4), np.int8), "number": np.float32(2)}
     for compress in (False, True):
         files.write_arrays(tmp_path / "x.npz", arrays, compress=compress)
@@ -27,7 +27,7 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
 
-def test_any_change_of_what_is_sealed_is_noticed_or_says_the_same(tmp_path):
+def test_flipped_bits_of_sealed_json_are_detected_or_harmless(tmp_path):
     path, value = tmp_path / "x.json", {"kept": [1, 2], "budget": {"macs": 0.5}, "step": 16}
     files.write_sealed(path, value)
     content = path.read_bytes()
@@ -39,13 +39,13 @@ def test_any_change_of_what_is_sealed_is_noticed_or_says_the_same(tmp_path):
             except files.DamagedError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
             else:
-                # A digest that is called something else is none, as that of older versions; the rest is as it was.
+                # If the key of the digest is damaged, the file counts as one of an older version; the rest is intact.
                 assert {key: found[key] for key in value} == value
     path.write_text(json.dumps(value))
     assert files.read_sealed(path) == value  # written by an older version
 
 
-def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     files.write_json(path, 1)
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
 
 
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_flipped_bit_of_an_npz_is_noticed_or_changes_nothing(tmp_path_factory, place, bit):
+def test_flipped_bits_of_an_npz_are_detected_or_harmless(tmp_path_factory, place, bit):
     path = tmp_path_factory.mktemp("npz") / "x.npz"
     arrays = {"weights": np.random.default_rng(0).normal(size=(20, 3)), "keep": np.arange(9) % 2 == 0}
     files.write_arrays(path, arrays)
@@ -79,7 +79,7 @@ def _npz(path, header: dict, content: bytes, compression=zipfile.ZIP_DEFLATED):
         archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content)
 
 
-def test_a_file_that_declares_much_is_refused_before_memory_is_spent(tmp_path):
+def test_declared_sizes_are_checked_before_memory_is_allocated(tmp_path):
     bomb, liar = tmp_path / "bomb.npz", tmp_path / "liar.npz"
     header = {"descr": "|u1", "fortran_order": False, "shape": (1 << 28,)}
     _npz(bomb, header, bytes(1 << 28))
@@ -106,7 +106,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY", b"{}", b"[" * 10**5, b"\xff\xfe"])
-def test_what_is_no_such_file_is_told_in_one_line(tmp_path, content):
+def test_invalid_files_are_refused_in_one_line(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
     with pytest.raises(files.DamagedError) as error:
@@ -119,7 +119,7 @@ def test_what_is_no_such_file_is_told_in_one_line(tmp_path, content):
         files.read_json(path, -1)
 
 
-def test_a_single_array_is_no_npz(tmp_path):
+def test_a_single_array_is_refused(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.arange(3))
     (tmp_path / "x.npy").write_bytes(buffer.getvalue())

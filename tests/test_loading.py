@@ -1,4 +1,4 @@
-"""Networks of module objects, which files cannot name: loaded with the module that they were made of, and no other."""
+"""Networks of module objects, which files cannot name, are loaded with the module that they were made from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ X = image(6)
 
 
 class Plain(nnx.Module):
-    """Attributes that are no JSON, an array that is no Variable, and a size that is an attribute of its own."""
+    """Has attributes that are not JSON, an array that is not a Variable, and a size as an attribute."""
 
     def __init__(self, width: int = 12, activation=None, *, rngs: nnx.Rngs):
         self.width, self.activation = width, activation or nnx.relu
@@ -48,7 +48,7 @@ class Plain(nnx.Module):
 
 
 class Silu(Plain):
-    """The same, of which nothing need be said."""
+    """`Plain` without constructor arguments."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         super().__init__(12, nnx.silu, rngs=rngs)
@@ -73,7 +73,7 @@ class PlainLinen(nn.Module):
 
 
 def saved(module, variables, directory):
-    """A student of the module, cut at random and saved as a run would save it; (its outputs, the directory)."""
+    """Saves a random student of the module as a run does: (its outputs, the directory)."""
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     network, rng = trace(module, X), np.random.default_rng(0)
     gates, keep = random_gates(network.topology, rng), random_keep(network.topology, rng)
@@ -116,7 +116,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_an_nnx_student_is_loaded_with_whatever_makes_its_model(student, name):
+def test_an_nnx_student_is_loaded_with_any_form_of_its_model(student, name):
     expected, directory = student
     module, variables = kdsearch_jax.load(directory, module=GIVEN[name]())
     assert isinstance(module, Plain)
@@ -129,7 +129,7 @@ def test_an_nnx_student_is_loaded_with_whatever_makes_its_model(student, name):
     assert FunctionalModule.split(again)[0] == function
 
 
-def test_a_linen_student_too(linen_student):
+def test_a_linen_student_is_loaded_with_its_model(linen_student):
     expected, directory = linen_student
     whole = PlainLinen(12, nn.silu)
     for given in (whole, functools.partial(PlainLinen, activation=nn.silu), lambda: whole):
@@ -140,7 +140,7 @@ def test_a_linen_student_too(linen_student):
 
 
 def fails(directory, given, *parts):
-    """The one line with which a module is refused: it names the class that it is of, and none of ours."""
+    """The module is refused in one line that names its class and these parts, and no class of ours."""
     with pytest.raises(ValueError) as caught:
         kdsearch_jax.load(directory, module=given)
     message = str(caught.value)
@@ -150,7 +150,7 @@ def fails(directory, given, *parts):
 
 
 def test_another_module_is_refused(student, linen_student):
-    """Another class, other sizes, something missing, and what is no module at all."""
+    """Another class, other sizes, a missing layer, and objects that are not modules."""
 
     class Lacks(Plain):
         def __init__(self, *, rngs):
@@ -176,8 +176,8 @@ def test_another_module_is_refused(student, linen_student):
     fails(linen_student[1], PlainLinen(6), "PlainLinen", "first/", "(6,)", "(12,)")
 
 
-def test_attributes_that_a_loaded_network_has_not(student, linen_student):
-    """Whoever takes it for the module itself learns how to get that."""
+def test_missing_attributes_of_a_loaded_network(student, linen_student):
+    """The error says how to get the module itself."""
     module, *_ = networks.load_network(student[1], Silu)
     with pytest.raises(AttributeError, match=r"this Silu .* no attribute 'first'; bind\(variables\)"):
         _ = module.first
@@ -187,7 +187,7 @@ def test_attributes_that_a_loaded_network_has_not(student, linen_student):
 
 
 class Named(nnx.Module):
-    """What it was made of is among its attributes."""
+    """Stores its constructor arguments as attributes."""
 
     def __init__(self, width: int, depth: int = 1, *, rngs: nnx.Rngs):
         self.width = width
@@ -202,14 +202,14 @@ class Named(nnx.Module):
 
 
 class Misleading(Named):
-    """An attribute that is called as an argument is, and is something else."""
+    """Has an attribute with the name of an argument but another value."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         super().__init__(2 * width, rngs=rngs)
 
 
-def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_path):
-    """The class is called to see whether it makes an equal module; where it does not, none is named."""
+def test_an_nnx_module_with_its_arguments_as_attributes_is_loaded_without_it(tmp_path):
+    """The class is called to check that it builds an equal module; otherwise no model is recorded."""
 
     def described(module):
         return registry.identify(FunctionalModule.split(module)[0])
@@ -225,7 +225,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
         module.train() if mode == "train" else module.eval()
         expected, directory = saved(module, FunctionalModule.split(module)[1], tmp_path / mode)
         again, _ = kdsearch_jax.load(directory)
-        assert again.norm.use_running_average is (mode == "eval")  # as the module was when it was given
+        assert again.norm.use_running_average is (mode == "eval")  # the mode of the saved module
         assert np.allclose(again(X), expected, atol=1e-6) is (mode == "eval")
 
 
@@ -274,7 +274,7 @@ except ValueError as error:
 
 
 def test_classes_of_a_script_in_a_fresh_process(tmp_path):
-    """Defined in __main__, or inside of a function: saved by one process, loaded by another."""
+    """Defined in __main__ or in a function; saved by one process, loaded by another."""
     own = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": own}, "capture_output": True, "text": True}
     said = [subprocess.run([sys.executable, "-c", LOCAL + code], **settings) for code in (MAKE, LOAD)]
@@ -282,7 +282,7 @@ def test_classes_of_a_script_in_a_fresh_process(tmp_path):
     assert "__main__.Net" in said[1].stdout and "module=" in said[1].stdout
 
 
-def test_an_exported_file_takes_the_same(student, tmp_path):
+def test_an_exported_file_takes_the_same_modules(student, tmp_path):
     export_formats.export(student[1], tmp_path, ("safetensors",), module=Silu)
     module, variables = export_formats.load_safetensors(tmp_path / "student.safetensors", module=Silu)
     np.testing.assert_array_equal(module.apply(variables, X), student[0])

@@ -1,4 +1,4 @@
-"""Metrics on disk and on the screen, and the quantities per example."""
+"""Metrics on disk and on the screen, and metrics per example."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(directory: Path) -> list[dict]:
     """The rows of metrics.jsonl, by a reader that takes no NaN: `json` alone would."""
 
     def refuse(constant: str):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -52,7 +52,7 @@ def scalars(directory: Path) -> list[tuple[int, str, float]]:
 # --- MetricsWriter --------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_on_disk_at_once_and_in_both_files_in_the_end(tmp_path):
+def test_rows_are_written_at_once_to_both_files(tmp_path):
     with MetricsWriter(tmp_path / "run") as writer:
         writer.write(10, {"loss": 1.5, "alive": 7})
         (row,) = rows(tmp_path / "run")
@@ -66,7 +66,7 @@ def test_a_row_is_on_disk_at_once_and_in_both_files_in_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), None])
-def test_what_is_no_finite_number_is_null(tmp_path, value):
+def test_values_that_are_not_finite_become_null(tmp_path, value):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": value, "accuracy": 0.5})
     assert rows(tmp_path)[0]["loss"] is None
@@ -74,7 +74,7 @@ def test_what_is_no_finite_number_is_null(tmp_path, value):
 
 
 @pytest.mark.parametrize("values", [{"step": 3}, {"time": 1.0}, {"loss": "low"}, {"loss": np.zeros(2)}])
-def test_values_that_are_no_metrics_are_refused(tmp_path, values):
+def test_invalid_values_are_refused(tmp_path, values):
     with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match=f"values: '{next(iter(values))}'"):
         writer.write(1, values)
     assert rows(tmp_path) == []
@@ -96,13 +96,13 @@ def test_a_resumed_run_continues_at_its_step(tmp_path):
 
 @pytest.mark.parametrize("damage", [b'{"step": 20, "loss": 1}', b"\xff\xfe\n", b"[]\n", b'{"loss": 1}\n', b"\n",
                                     b'{"step": "a"}\n', b'{"step": null}\n', b"[" * 100_000 + b"\n"])  # fmt: skip
-def test_lines_that_are_no_rows_do_not_stop_a_resumed_run(tmp_path, damage):
+def test_damaged_lines_do_not_stop_a_resumed_run(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10, "loss": 1}\n' + damage)
     MetricsWriter(tmp_path, start_step=20).close()
     assert rows(tmp_path) == [{"step": 10, "loss": 1}]
 
 
-def test_a_run_from_the_start_forgets_the_old_one(tmp_path):
+def test_a_new_run_deletes_old_rows(tmp_path):
     for _ in range(2):
         with MetricsWriter(tmp_path) as writer:
             writer.write(0, {"loss": 3.0})
@@ -119,7 +119,7 @@ def test_an_error_closes_the_files(tmp_path):
         writer.write(2, {"loss": 1.0})
 
 
-def test_a_full_disk_is_told_with_the_file_and_nothing_else_is_printed(tmp_path, python):
+def test_a_full_disk_names_the_file(tmp_path, python):
     code = (
         "import sys; from kdsearch_jax.training import metrics, tensorboard\n"
         "rows, shown = (metrics.MetricsWriter(sys.argv[1] + name) for name in ('/rows', '/shown'))\n"
@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_with_the_file_and_nothing_else_is_printed(tmp_path,
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that is set by hand."""
 
     now = 100.0
 
@@ -148,7 +148,7 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_are_rare_and_the_last_one_is_certain():
+def test_plain_lines_are_limited_and_end_with_the_last():
     clock, stream = Clock(), io.StringIO()
     with Progress("search", 100, stream=stream, clock=clock) as progress:
         for step in range(1, 101):
@@ -170,7 +170,7 @@ def test_a_resumed_stage_is_timed_from_where_it_resumed():
 
 
 def test_the_rate_is_that_of_the_last_half_minute():
-    """A slow beginning, compilation say, is soon forgotten."""
+    """A slow start, such as compilation, soon has no effect."""
     clock, stream = Clock(), io.StringIO()
     with Progress("teacher", 4_000, stream=stream, clock=clock, interval=1e9) as progress:
         clock.now += 500
@@ -181,7 +181,7 @@ def test_the_rate_is_that_of_the_last_half_minute():
     assert stream.getvalue() == "teacher 1001/4000 10 steps/s · 5:00 left\n"
 
 
-def test_an_interrupted_stage_says_how_far_it_came():
+def test_an_interrupted_stage_prints_its_progress():
     stream = io.StringIO()
     with pytest.raises(KeyError), Progress("search", 100, stream=stream, clock=Clock()) as progress:
         progress.update(7, {"loss": 2.0})
@@ -189,7 +189,7 @@ def test_an_interrupted_stage_says_how_far_it_came():
     assert stream.getvalue() == "search 7/100 loss 2\n"
 
 
-def test_nothing_done_nothing_said():
+def test_without_updates_nothing_is_printed():
     stream = io.StringIO()
     with Progress("search", 100, stream=stream):
         pass
@@ -243,7 +243,7 @@ def test_top_1_is_argmax(key):
     np.testing.assert_array_equal(jax.jit(top_k, static_argnums=2)(logits, labels, 1), logits.argmax(-1) == labels)
 
 
-def test_a_broken_prediction_is_never_right():
+def test_a_nan_prediction_is_never_correct():
     logits = jnp.asarray([[jnp.nan, 0.0], [jnp.nan, jnp.nan], [0.0, jnp.nan], [1.0, 0.0]])
     assert top_k(logits, jnp.asarray([0, 0, 0, 0]), 5).tolist() == [0, 0, 0, 1]
     assert top_k(jnp.zeros((1, 2)), jnp.asarray([2]), 5).tolist() == [0]  # no such class

@@ -131,7 +131,7 @@ def test_a_jump_goes_back_and_on_by_other_batches(tmp_path, plain, caplog, worst
     options = {"run": GUARDED, "stage": LONG}
     with caplog.at_level(logging.WARNING):
         straight = t.fit(tmp_path / "straight", state, step, **options)
-    assert "the loss jumped" in caplog.text and "going back to step 12, and on by other batches (1 of 2)" in caplog.text
+    assert "going back to step 12" in caplog.text and "(1 of 2)" in caplog.text
     found = t.rows(tmp_path / "straight")
     assert [row["step"] for row in found] == list(range(2, 26, 2))  # the lost rows are gone
     (row,) = [row for row in found if "rollbacks" in row]
@@ -185,7 +185,7 @@ def test_a_jump_that_is_let_pass_is_told_once(tmp_path, plain, caplog):
     with caplog.at_level(logging.WARNING):
         assert int(t.fit(tmp_path, state, step, run=GUARDED, stage=LONG).step) == 24
     assert caplog.text.count("going back to step") == 2
-    assert caplog.text.count("all run.rollbacks (2) are used up, so training goes on") == 1
+    assert caplog.text.count("run.rollbacks (2)") == 1
 
 
 def test_detours_of_detours():

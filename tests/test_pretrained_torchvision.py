@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdsearch_jax.adapters import registry
-from kdsearch_jax.models.pretrained import matching, torchvision
+from kdsearch_jax.models.pretrained import tensor_mapping, torchvision
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 # A build of torchvision for other hardware than PyTorch's fails with RuntimeError.
@@ -85,7 +85,7 @@ def test_every_tensor_has_its_name_and_shape(name):
     module = built(name)
     with torch.device("meta"):
         theirs = {key: tuple(value.shape) for key, value in tensors_of(getattr(zoo, name)()).items()}
-    ours = matching.sources(module, IMAGENET, torchvision.naming(module, IMAGENET)).values()
+    ours = tensor_mapping.leaf_sources(module, IMAGENET, torchvision.naming(module, IMAGENET)).values()
     assert {source.names[0]: source.shape for source in ours} == theirs
 
 
@@ -96,7 +96,7 @@ def check_logits(name, shape):
         randomise(network, channels_first)
         theirs = network(channels_first).numpy()
     tensors = {key: value.numpy() for key, value in tensors_of(network).items()}
-    variables = matching.fill("torchvision", tensors, module, shape, torchvision.naming(module, shape))
+    variables = tensor_mapping.load_variables("torchvision", tensors, module, shape, torchvision.naming(module, shape))
     ours = np.asarray(jax.jit(module.apply)(variables, images))
     assert np.abs(theirs[0] - theirs[1]).max() > 0.1 * np.abs(theirs).max()  # the images matter
     # On ResNet-101, PyTorch itself is 3e-5 from what it computes in double precision.
@@ -110,5 +110,5 @@ def test_logits_equal_torchvision(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "mobilenet_v3_small"])
 def test_logits_equal_torchvision_on_images_of_odd_sizes(name):
-    """Where a stride does not divide the image, rows are left over."""
+    """If a stride does not divide the image, rows are left over."""
     check_logits(name, (97, 65, 3))

@@ -1,4 +1,4 @@
-"""Who is alone and who is one of many, and how a run of two processes begins and fails."""
+"""Detection of other processes, and how a run of two processes starts and fails."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
         ({}, {**POD, "TPU_WORKER_HOSTNAMES": "a,b"}, ProcessSpec(launcher="a TPU slice")),
     ],
 )
-def test_a_place(flags, environment, place):
+def test_detection(flags, environment, place):
     assert detect(flags, environment) == place
 
 
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
-        ({"coordinator": "b:2"}, {}, r"--coordinator given, but not --num-processes .* and --process-id"),
-        ({"process_id": "0"}, {}, "not --coordinator"),
-        ({}, {"JAX_NUM_PROCESSES": "2"}, r"JAX_NUM_PROCESSES given, but not --coordinator \(or JAX_COORDINATOR_"),
-        ({**FLAGS, "process_id": "4"}, {}, "--process-id: 4 is not possible with 4 processes"),
-        ({**FLAGS, "process_id": "-1"}, {}, "--process-id: '-1' is not possible"),
-        ({**FLAGS, "num_processes": "0"}, {}, "--num-processes: '0' is not possible"),
-        ({**FLAGS, "num_processes": "two"}, {}, "--num-processes: 'two' is not possible"),
-        ({}, {**JAX, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: 'x' is not possible"),
-        ({**FLAGS, "coordinator": "host"}, {}, "--coordinator: 'host' is not possible; give HOST:PORT"),
+        ({"coordinator": "b:2"}, {}, r"--coordinator .*--num-processes .*--process-id"),
+        ({"process_id": "0"}, {}, "--coordinator"),
+        ({}, {"JAX_NUM_PROCESSES": "2"}, r"JAX_NUM_PROCESSES .*--coordinator \(or JAX_COORDINATOR_"),
+        ({**FLAGS, "process_id": "4"}, {}, "--process-id: 4 .*4 processes"),
+        ({**FLAGS, "process_id": "-1"}, {}, "--process-id: '-1'"),
+        ({**FLAGS, "num_processes": "0"}, {}, "--num-processes: '0'"),
+        ({**FLAGS, "num_processes": "two"}, {}, "--num-processes: 'two'"),
+        ({}, {**JAX, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: 'x'"),
+        ({**FLAGS, "coordinator": "host"}, {}, "--coordinator: 'host'.*HOST:PORT"),
         ({**FLAGS, "coordinator": ":80"}, {}, "HOST:PORT"),
         ({**FLAGS, "coordinator": "host:99999"}, {}, "HOST:PORT"),
     ],
 )  # fmt: skip
-def test_an_impossible_place(flags, environment, message):
+def test_invalid_settings_are_named(flags, environment, message):
     with pytest.raises(ValueError, match=message) as refusal:
         detect(flags, environment)
     assert "\n" not in str(refusal.value)
@@ -121,7 +121,7 @@ def start(tmp_path, python):
     return start
 
 
-def test_two_processes_by_flags_of_which_one_fails(start, tmp_path):
+def test_two_processes_of_which_one_fails(start, tmp_path):
     """One is late, and finds what the other is about to write: both write it. Then one fails alone, in training: its
     own status comes out, and nobody waits for minutes."""
     port = 14000 + os.getpid() % 1000
@@ -157,8 +157,8 @@ cli.run(main)
 """
 
 
-def test_sigterm_outside_of_training_ends_all_processes_at_one_boundary(start, tmp_path):
-    """It is sent to one of them."""
+def test_sigterm_outside_of_training_ends_all_processes_together(start, tmp_path):
+    """The signal is sent to one of them."""
     (tmp_path / "command.py").write_text(STAGES)
     port = 15000 + os.getpid() % 1000
     flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes=2")
@@ -190,22 +190,22 @@ def test_alone_in_a_slurm_step_of_one_task(start, tmp_path):
 @pytest.mark.parametrize(
     ("rank", "host", "message"),
     [
-        ("1", "127.0.0.1", "process 0 does not answer at 127.0.0.1:"),
-        ("0", "127.0.0.1", "but not each of 0 to 1 is running"),
-        ("0", "192.0.2.1", "is not an address of this machine"),  # of a range that nobody has
+        ("1", "127.0.0.1", "127.0.0.1:"),
+        ("0", "127.0.0.1", "0 to 1"),
+        ("0", "192.0.2.1", "192.0.2.1"),  # of a range that nobody has
     ],
 )
-def test_others_that_do_not_come(start, rank, host, message):
+def test_missing_processes_are_reported(start, rank, host, message):
     address = f"{host}:{13000 + os.getpid() % 1000}"
     process = start("--coordinator", address, "--num-processes", "2", "--process-id", rank, "--join-timeout", "1")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: the processes of this run have not come together within 1 s") and message in line
+    assert "within 1 s" in line and message in line
     assert "stack trace" not in err  # JAX's own end
 
 
-def test_a_launcher_that_jax_does_not_know(start):
+def test_a_launcher_that_jax_does_not_support(start):
     process = start(PMI_SIZE="2", PMI_RANK="0")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -213,8 +213,8 @@ def test_a_launcher_that_jax_does_not_know(start):
     assert err.count("\n") == 1 and "--num-processes 1 to run alone" in err
 
 
-def test_alone_where_jax_cannot_find_out(start, tmp_path):
-    """The only pod of a Job, which may not ask Kubernetes about itself: the run goes on, and says so."""
+def test_alone_if_jax_cannot_detect_others(start, tmp_path):
+    """The only pod of a Job, without permission to query Kubernetes: the run continues with a warning."""
     (tmp_path / "kubernetes.py").write_text(
         "class config:\n"
         "    @staticmethod\n"
@@ -236,7 +236,7 @@ def test_alone_where_jax_cannot_find_out(start, tmp_path):
         (["--join-timeout", "0"], "--join-timeout: 0 "),
     ],
 )
-def test_a_mistake_on_the_line(argv, message, monkeypatch):
+def test_usage_errors(argv, message, monkeypatch):
     from kdsearch_jax.runs import command_line
 
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)

@@ -1,4 +1,4 @@
-"""A road that is cut off at any moment goes on, and ends bit by bit where an undisturbed one does."""
+"""A run interrupted at any moment resumes and ends bit for bit where an undisturbed one does."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from kdsearch_jax.storage import arrays
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = str(Path(__file__).parent / "tiny.py")
-# Many short calls with a checkpoint each: whenever a signal comes, it meets the work, or a save.
+# Many short dispatches with a checkpoint each, so that signals arrive both during training and during saves.
 LONG = ("--teacher.steps", "0", "--search.steps", "40", "--retrain.steps", "40", "--retrain.ema", "0.9", "--baselines",
         "--run.steps-per-dispatch", "2", "--run.checkpoint-every", "2")  # fmt: skip
 
 
 def setup(directory, *argv) -> int:
-    """The road in this process."""
+    """Runs or resumes the search in this process; returns the exit status."""
     return search_main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
 
 
 def same_results(a: Path, b: Path) -> None:
-    """Asserts that two runs left the same networks, gates, history, choice and metrics."""
+    """Asserts that two runs have equal networks, gates, history, selection and metrics."""
     for name in ("teacher/network", "search/network", "retrain/network", "student"):
         left, right = (arrays.flatten(kdsearch_jax.load(run / name).variables) for run in (a, b))
         assert left.keys() == right.keys()
@@ -57,21 +57,21 @@ def same_results(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, quick_compilation) -> Path:
-    """A run that nothing disturbed; do not write into it."""
+    """An undisturbed run; read-only."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     assert setup(directory) == 0
     return directory
 
 
 def started(python, directory: Path, *argv: str) -> subprocess.Popen[str]:
-    """The road in a process of its own: begun, or gone on with, as the directory has it."""
+    """Starts or resumes the search in a process of its own."""
     command = [python, "-m", "kdsearch_jax.search", "--config", TINY, "--workdir", str(directory), *LONG, *argv]
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in this process, or bits would differ
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in this process, or results would differ
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Waits for it."""
+    """Waits until the condition holds."""
     deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -79,7 +79,7 @@ def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None
 
 
 def interrupted(python, directory: Path, stage: str, rows: int, number: signal.Signals) -> tuple[int, str]:
-    """Starts the road, or goes on with it, and sends a signal once `stage` has so many rows: (status, stderr)."""
+    """Starts or resumes a run and sends a signal once `stage` has this many rows of metrics: (status, stderr)."""
     process, metrics = started(python, directory), directory / stage / "metrics.jsonl"
     until(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= rows)
     time.sleep(np.random.default_rng().uniform(0, 0.1))
@@ -88,44 +88,44 @@ def interrupted(python, directory: Path, stage: str, rows: int, number: signal.S
     return process.returncode, errors
 
 
-def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_path, python):
-    """kill -9 in the search, SIGTERM in the search, kill -9 in retraining; at moments that differ every time."""
+def test_killed_and_stopped_run_equals_an_undisturbed_one(straight, tmp_path, python):
+    """kill -9 in the search, SIGTERM in retraining, at random moments; `benchmarks.chaos` kills in every stage."""
     directory, random = tmp_path / "run", np.random.default_rng()
-    first, second, third = (int(random.integers(low, high)) for low, high in ((1, 7), (9, 14), (1, 14)))
-    status, _ = interrupted(python, directory, "search", first, signal.SIGKILL)
+    status, _ = interrupted(python, directory, "search", int(random.integers(1, 14)), signal.SIGKILL)
     assert status == -signal.SIGKILL and not (directory / "search" / "network").exists()
-    status, errors = interrupted(python, directory, "search", second, signal.SIGTERM)
+    status, errors = interrupted(python, directory, "retrain", int(random.integers(1, 14)), signal.SIGTERM)
     assert status == 143, errors
     last = errors.strip().splitlines()[-1]
-    assert (
-        last.startswith("error: search: stopped by SIGTERM and saved at step ") and "the same command goes on" in last
-    )
-    assert "Traceback" not in errors
-    status, _ = interrupted(python, directory, "retrain", third, signal.SIGKILL)
-    assert status == -signal.SIGKILL and not (directory / "retrain" / "network").exists()
+    assert last.startswith("error: retrain: ") and "SIGTERM" in last
+    assert "Traceback" not in errors and not (directory / "retrain" / "network").exists()
     assert setup(directory) == 0
     same_results(directory, straight)
     assert not list(directory.rglob("*.tmp*")), "leftovers of a save that was killed"
-    assert len(json.loads((directory / "environment.json").read_text())["earlier"]) == 3
+    assert len(json.loads((directory / "environment.json").read_text())["earlier"]) == 2
 
 
+def delete(directory: Path, names: list[str]) -> None:
+    for name in names:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing",
     [
         ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student", "results.json"],
-        pytest.param(["retrain/network", "student"], marks=pytest.mark.slow),
-        pytest.param(["student/manifest.json", "student/student.stablehlo", "report"], marks=pytest.mark.slow),
-        pytest.param(["teacher/network", "search", "retrain", "student", "results.json"], marks=pytest.mark.slow),
+        ["retrain/network", "student"],
+        ["student/manifest.json", "student/student.stablehlo", "report"],
+        ["teacher/network", "search", "retrain", "student", "results.json"],
     ],
     ids=lambda paths: paths[0],
 )
 def test_killed_between_training_and_writing_its_result(straight, tmp_path, missing):
-    """What such a process leaves: everything up to some file. What is lost comes again as it was."""
+    """A killed process leaves everything up to some file; the rest is recreated bit for bit."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
-    for name in missing:
-        path = directory / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    delete(directory, missing)
     assert setup(directory, "--resume") == 0
     same_results(directory, straight)
     assert (directory / "student" / "student.stablehlo").is_file() and (directory / "results.json").is_file()
@@ -133,31 +133,31 @@ def test_killed_between_training_and_writing_its_result(straight, tmp_path, miss
 
 @pytest.mark.slow
 def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
-    """And what they depend on is on record."""
+    """And everything that they depend on is recorded."""
     assert setup(tmp_path / "run") == 0
     same_results(tmp_path / "run", straight)
     one, other = (json.loads((run / "environment.json").read_text()) for run in (tmp_path / "run", straight))
     assert {"versions", "devices", "variables", "jax", "data"} <= one.keys()
-    others = {"command", "started", "git_revision"}  # the checkout may be worked on meanwhile
+    others = {"command", "started", "git_revision"}  # the checkout may change meanwhile
     assert all(one[key] == other[key] for key in one.keys() - others) and one.keys() == other.keys()
 
 
 def test_sigterm_outside_of_training_ends_a_run_at_once_and_cleanly(straight, tmp_path, python):
-    """In the export, while another process checks it."""
+    """During the export, while a subprocess checks it."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
-    shutil.rmtree(directory / "student")
-    (directory / "results.json").unlink()
+    delete(directory, ["student", "results.json"])
     process = started(python, directory, "--resume")
     until(process, lambda: any(directory.glob("student/.export-*/student.stablehlo")))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors.strip().splitlines()[-1] == "error: stopped by SIGTERM; the same command goes on"
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "SIGTERM" in last
     assert "Traceback" not in errors
     left = [path.name for path in directory.rglob(".*")]
     assert left == [] and not (directory / "student" / "manifest.json").exists()
-    assert setup(directory) == 0  # the run that had ended is under way again
+    assert setup(directory) == 0  # resumes the run that had been complete
     same_results(directory, straight)
 
 
@@ -191,8 +191,8 @@ else:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
-    """Begun on 2, gone on with on 1 and on 4: parameters, statistics, momentum and average as if on 2 all along."""
+def test_a_run_resumes_on_another_number_of_devices(tmp_path):
+    """Started on 2 devices, resumed on 1 and 4: parameters, statistics, momentum and average equal those on 2."""
     for devices in (2, 1, 4):
         if devices != 2:
             shutil.copytree(tmp_path / "on-2", tmp_path / f"on-{devices}")
@@ -203,14 +203,11 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(straight, tmp_path, caplog):
+def test_damaged_newest_checkpoint_costs_a_few_steps_only(straight, tmp_path, caplog):
+    """Killed after the training of both stages, before their networks were written, with a damaged checkpoint."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
-    for name in ("network", "selection.json"):
-        path = directory / "search" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(directory / "retrain")
-    shutil.rmtree(directory / "student")
+    delete(directory, ["search/network", "search/selection.json", "search/gates.npz", "retrain", "student"])
     newest = directory / "search" / "checkpoints" / "40"
     for path in (newest / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 500:
@@ -218,5 +215,6 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(straight, tmp_path, 
                 file.seek(path.stat().st_size // 2)
                 file.write(b"\xff\x00\xff\x00")
     assert setup(directory, "--resume") == 0
-    assert "checkpoints/40 is passed over" in caplog.text.replace(os.sep, "/")
+    assert "checkpoints/40" in caplog.text.replace(os.sep, "/")
     same_results(directory, straight)
+    assert (directory / "student" / "student.stablehlo").is_file() and (directory / "results.json").is_file()

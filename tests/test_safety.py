@@ -1,4 +1,4 @@
-"""Files of strangers run no code, take no more memory than they have bytes, and end in one line."""
+"""Untrusted files run no code, take no more memory than their size, and are refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.data import datasets, images
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.evaluate import main as evaluate_main
-from kdsearch_jax.models.pretrained.files import read_tensors
+from kdsearch_jax.models.pretrained.torch_files import read_tensors
 from kdsearch_jax.runs import command_line
 from kdsearch_jax.storage import export_formats, files, safe_readers
 from kdsearch_jax.storage.networks import load_network, save_network
@@ -36,8 +36,8 @@ JSON = ("architecture", "models", "config", "network", "huggingface")
 
 
 @pytest.mark.parametrize("name", readers.READERS)
-def test_a_reader_reads_or_refuses(name):
-    """Whole files, and these with bytes changed, cut off and put in."""
+def test_readers_read_or_refuse(name):
+    """Intact files, and files with bytes changed, removed and inserted."""
     contents = readers.examples(name) if name != "json" else [b'{"a": [1, 2.5, null, "x"]}']
     for content in contents:
         readers.READERS[name](content)
@@ -56,8 +56,8 @@ def test_a_reader_reads_or_refuses(name):
 
 
 @pytest.mark.parametrize("dtype", ["000i4", "3i4", "0003700047209481721172f", "object", "V8", "datetime64", "float33"])
-def test_a_type_is_one_of_ours(dtype):
-    """NumPy reads counts into a name, and stumbles over some of them."""
+def test_unknown_dtypes_are_refused(dtype):
+    """NumPy parses counts in dtype names, and crashes on some."""
     with pytest.raises(ValueError, match="has the unknown dtype"):
         CallSpec.from_json({"arguments": ["x"], "inputs": {"x": f"{dtype}[2]"}, "train": {}, "eval": {}})
 
@@ -66,8 +66,8 @@ def test_a_type_is_one_of_ours(dtype):
 
 
 @pytest.fixture
-def foreign_network(tmp_path, monkeypatch):
-    """(directory, mark): a network whose model is in a package that leaves a mark when it is imported."""
+def untrusted_network(tmp_path, monkeypatch):
+    """(directory, mark): a network whose package creates the file `mark` when it is imported."""
     mark, name = tmp_path / "mark", f"somebody_s_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(
         f"import flax.linen as nn\nopen({str(mark)!r}, 'w').close()\n"
@@ -84,8 +84,8 @@ def foreign_network(tmp_path, monkeypatch):
     sys.modules.pop(name, None)
 
 
-def test_a_package_is_imported_only_with_consent(foreign_network):
-    directory, mark = foreign_network
+def test_a_package_is_imported_only_with_consent(untrusted_network):
+    directory, mark = untrusted_network
     with pytest.raises(ValueError, match=r"'somebody_s_\w+' would be imported.*--trust-code.*trust_code=True"):
         load(directory)
     with pytest.raises(ValueError, match="would be imported"):
@@ -98,8 +98,8 @@ def test_a_package_is_imported_only_with_consent(foreign_network):
     export_formats.load_safetensors(directory.with_suffix(".safetensors"))
 
 
-def test_a_command_asks_for_consent_too(foreign_network):
-    directory, mark = foreign_network
+def test_commands_ask_for_consent(untrusted_network):
+    directory, mark = untrusted_network
 
     with pytest.raises(ValueError, match="--trust-code"):
         evaluate_main([str(directory), "--data", "digits"])
@@ -110,12 +110,12 @@ def test_a_command_asks_for_consent_too(foreign_network):
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "json:loads", "kdsearch_jax.runs.command_line:run"])
-def test_nothing_but_a_network_is_called(name):
+def test_only_network_factories_are_called(name):
     with pytest.raises(ValueError, match="is not known to return a network"):
         registry.build(name, {})
 
 
-def test_unpickling_is_left_to_a_sound_pytorch(tmp_path, monkeypatch):
+def test_unpickling_needs_a_safe_pytorch(tmp_path, monkeypatch):
     old = types.ModuleType("torch")
     vars(old)["__version__"] = "2.5.1+cpu"
     monkeypatch.setitem(sys.modules, "torch", old)
@@ -127,7 +127,7 @@ def test_unpickling_is_left_to_a_sound_pytorch(tmp_path, monkeypatch):
 # --- memory and time ------------------------------------------------------------------------------------------------
 
 
-def test_pytorch_s_files_declare_no_more_than_they_have(tmp_path):
+def test_declared_sizes_in_pytorch_files_are_checked(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "x.pth"
     torch.save({"weight": torch.zeros(1).expand(1 << 40)}, path)
@@ -152,13 +152,13 @@ def test_pytorch_s_files_declare_no_more_than_they_have(tmp_path):
         b"\xc9\xff\xff\xff\xff\x01",
     ],
 )
-def test_msgpack_is_counted_before_it_is_read(tmp_path, content):
+def test_msgpack_values_are_counted_before_reading(tmp_path, content):
     (tmp_path / "x.msgpack").write_bytes(content)
     with pytest.raises(files.DamagedError, match="cannot be read as Flax's msgpack"):
         safe_readers.read_msgpack(tmp_path / "x.msgpack")
 
 
-def test_what_orbax_declares_is_held_against_a_limit():
+def test_orbax_metadata_is_checked_against_a_limit():
     tree = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.float32), "b": jax.ShapeDtypeStruct((10**6,), jnp.float32)}
     safe_readers.check_declared(tree, 8 * 10**6)
     with pytest.raises(files.DamagedError, match="8000000 .*7999999"):
@@ -172,7 +172,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         for read in (files.read_json, safe_readers.read_safetensors, safe_readers.read_msgpack):
             with pytest.raises(files.DamagedError, match="regular file"):
                 read(tmp_path / name)
-        with pytest.raises(FileNotFoundError, match="is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             datasets.load(DataConfig(f"npz:{tmp_path / name}"))
         with pytest.raises(FileNotFoundError, match="is not a file"):
             export_formats.load_stablehlo(tmp_path / name)
@@ -193,13 +193,13 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         ("resnext", {"groups": 2**40}),
     ],
 )
-def test_no_network_is_larger_than_any(model, arguments):
+def test_the_size_of_a_network_is_bounded(model, arguments):
     with pytest.raises(ValueError, match="at most|up to|must be"):
         registry.build(model, {"num_classes": 10, **arguments})
 
 
 @pytest.mark.parametrize("shape", [[2**24, 2**24, 1], [2**20] * 60])
-def test_no_input_is_larger_than_any(shape):
+def test_the_size_of_an_input_is_bounded(shape):
     record = Architecture("mlp", {"num_classes": 2}, input_shape=SHAPE).to_json()
     with pytest.raises(ValueError, match="'input_shape' must list sizes"):
         Architecture.from_json({**record, "input_shape": shape})
@@ -244,26 +244,26 @@ def test_images_of_known_formats_are_decoded(kind, channels):
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA", "WEBP", "PDF"])
-def test_images_of_others_are_not(kind):
-    with pytest.raises(files.DamagedError, match="no image in the formats JPEG, PNG, GIF, BMP"):
+def test_other_image_formats_are_refused(kind):
+    with pytest.raises(files.DamagedError, match="JPEG, PNG, GIF, BMP"):
         images.decode(encoded(kind, "RGB", (32, 32)), 3)
 
 
-def test_images_are_bounded_before_they_are_decoded():
+def test_image_sizes_are_checked_before_decoding():
     head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
     for side in (9_000, 60_000):
         large = head + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0) + bytes(4)
         with pytest.raises(files.DamagedError):
             images.decode(large, 1)
-    with pytest.raises(files.DamagedError, match="more than 8 bits a channel"):
+    with pytest.raises(files.DamagedError, match="more than 8 bits"):
         images.decode(encoded("PNG", "I;16"), 1)
 
 
-# --- elsewhere ------------------------------------------------------------------------------------------------------
+# --- paths and errors -----------------------------------------------------------------------------------------------
 
 
-def test_no_name_out_of_a_file_becomes_a_path(tmp_path):
-    """Arrays may be called anything; what is written stays in the directory that was named."""
+def test_names_in_files_never_become_paths(tmp_path):
+    """Arrays may have any name; all output stays in the given directory."""
     home = tmp_path / "home" / "net"
     dense = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
     variables = {"params": {"../../../x": {"/etc/y": jnp.ones(3)}, "dense": dense}}
@@ -274,7 +274,7 @@ def test_no_name_out_of_a_file_becomes_a_path(tmp_path):
     np.testing.assert_array_equal(restored["params"]["../../../x"]["/etc/y"], np.ones(3))
 
 
-def test_a_manifest_names_no_other_files(tmp_path):
+def test_a_manifest_cannot_name_other_files(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "x").write_text("x")
     digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
@@ -284,7 +284,7 @@ def test_a_manifest_names_no_other_files(tmp_path):
         assert export_formats.is_complete_export(tmp_path / "out") is whole
 
 
-def test_an_error_is_one_line_whatever_is_in_it():
+def test_errors_are_printed_in_one_line():
     line = command_line.error_line(ValueError("a \x1b[2J\nname \x07 out of\r a file: é \udcff"))
     assert line == "a \\x1b[2J name \\x07 out of a file: é \\xdcff"
     assert line.isprintable()

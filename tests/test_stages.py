@@ -22,7 +22,7 @@ from kdsearch_jax import retrain, teacher
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.evaluate import main as evaluate_main
 from kdsearch_jax.export import main as export_main
-from kdsearch_jax.models.pretrained import matching, torchvision
+from kdsearch_jax.models.pretrained import tensor_mapping, torchvision
 from kdsearch_jax.report import main as report_main
 from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.config import load_experiment
@@ -324,7 +324,7 @@ def test_a_teacher_from_pytorch(tmp_path):
     random, naming = np.random.default_rng(0), torchvision.naming(module, (8, 8, 1))
     tensors = {
         source.names[0]: random.uniform(0.1, 0.5, source.shape).astype(np.float32)
-        for source in matching.sources(module, (8, 8, 1), naming).values()
+        for source in tensor_mapping.leaf_sources(module, (8, 8, 1), naming).values()
     }
     safetensors.numpy.save_file(tensors, tmp_path / "teacher.safetensors")
     status = tiny(

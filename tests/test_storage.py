@@ -1,4 +1,4 @@
-"""What lies in an object store is, for a run and its readers, what it would be on a disk; whatever is killed or fails.
+"""Directories in an object store behave like directories on a disk, whatever is killed or fails.
 
 The store is `tests/object_store.py`: objects by name, no folders, nothing renamed, nothing appended.
 """
@@ -40,11 +40,11 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 class Killed(BaseException):
-    """Ends a process at a request, as far as a test can tell."""
+    """Simulates the death of a process at a request."""
 
 
 class Store:
-    """The stand-in as a test sees it."""
+    """The stand-in store, as tests use it."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.environment = folder, environment
@@ -83,15 +83,15 @@ def store(tmp_path, monkeypatch) -> Any:
 
 
 @pytest.fixture
-def elsewhere() -> Any:
-    """Makes this process another one, on a machine that has no copies yet."""
+def other_machine() -> Any:
+    """Simulates another machine, without local copies; call it to do so again."""
     storage.discard_copies()
     yield storage.discard_copies
     storage.discard_copies()
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
-    """Makes the directory have these files, and no other."""
+    """Makes the directory contain exactly these files."""
     for path in directory.rglob("*"):
         if path.is_file() and path.relative_to(directory).as_posix() not in files:
             path.unlink()
@@ -127,14 +127,14 @@ AFTER = {"config.json": "{}", "search/a": "new", "search/b": "same", "search/net
         ("a:b", None),
     ],
 )
-def test_what_is_of_a_store(path, address):
+def test_addresses_are_recognised(path, address):
     assert storage.remote_address(path) == address
 
 
 @pytest.mark.parametrize(
     "path", ["gs://", "gs:///", "gs://b/../c", "simplecache::gs://b/x/../y", "gs://b/x::memory://"]
 )
-def test_what_no_store_has(path):
+def test_invalid_addresses_are_refused(path):
     if "::" in path.partition("://")[0]:
         assert storage.remote_address(path) is None
     else:
@@ -142,10 +142,10 @@ def test_what_no_store_has(path):
             storage.local_copy(path, "workdir")
 
 
-def test_local_paths_stay_what_they_are(tmp_path):
+def test_local_paths_are_unchanged(tmp_path):
     assert storage.local_copy("runs/x") == Path("runs/x") and storage.local_copy(tmp_path) == tmp_path
     assert storage.local_copy("file:///data/x") == Path("/data/x")
-    assert scratch.directory.cache_info().currsize == 0  # nothing is made for them
+    assert scratch.directory.cache_info().currsize == 0  # nothing is created for them
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_local_paths_stay_what_they_are(tmp_path):
         ("adl://b/run", "pip install adlfs"),
     ],
 )
-def test_a_store_that_is_not_installed(tmp_path, monkeypatch, path, message):
+def test_a_missing_package_is_named(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(storage.StoreError) as caught:
         teacher.main(["--config", TINY, "--workdir", path])
@@ -168,7 +168,7 @@ def test_a_store_that_is_not_installed(tmp_path, monkeypatch, path, message):
 # --- directories ----------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_comes_back_as_it_was(store, elsewhere, caplog):
+def test_round_trip_of_a_directory(store, other_machine, caplog):
     run = storage.local_copy("bucket://b/run")
     assert not run.exists()
     for files in (BEFORE, AFTER):
@@ -177,23 +177,23 @@ def test_a_directory_comes_back_as_it_was(store, elsewhere, caplog):
     own = {f"b/run/{name}" for name in AFTER}
     assert {key for key in store.objects() if "/.kdsearch/" not in key} == own  # by their names, and nothing else
     assert all(store.path(f"b/run/{name}").read_text() == text for name, text in AFTER.items())
-    elsewhere()
+    other_machine()
     assert read(storage.local_copy("bucket://b/run")) == AFTER
     write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
     assert not caplog.records
-    elsewhere()
+    other_machine()
     write(storage.local_copy("bucket://b/run"), AFTER)
     storage.publish()
     assert not caplog.records
-    elsewhere()
+    other_machine()
     part = storage.local_copy("bucket://b/run/search")
     assert read(part.parent) == {name: text for name, text in AFTER.items() if name.startswith("search/")}
     assert storage.local_copy("bucket://b/run/config.json").read_text() == "{}"
     assert storage.display_paths(f"see {part}/a") == "see bucket://b/run/search/a"
 
 
-def test_nothing_is_sent_twice(store):
+def test_unchanged_files_are_not_uploaded_again(store):
     run = storage.local_copy("bucket://b/run")
     write(run, BEFORE)
     storage.publish()
@@ -208,13 +208,13 @@ def test_nothing_is_sent_twice(store):
 
 
 @pytest.mark.parametrize("how", ["fails", "is killed"])
-def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store, elsewhere, monkeypatch, how):
-    """A writer that ends at its nth request leaves one of both, and a successor leaves no trace of it."""
+def test_a_kill_at_any_request_leaves_the_old_or_new_directory(store, other_machine, monkeypatch, how):
+    """A writer that dies at its nth request leaves one of the two; its successor removes all leftovers."""
     real, outcomes = object_store.ObjectStore._file, []
     for last in itertools.count():
         for key in store.objects():
             store.path(key).unlink()
-        elsewhere()
+        other_machine()
         run = storage.local_copy("bucket://b/run")
         write(run, BEFORE)
         storage.publish()
@@ -236,11 +236,11 @@ def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store,
                 assert re.fullmatch(r"bucket://b/run/\S+ could not be written: no answer", str(error))
         ended = next(left) > 0
         monkeypatch.setattr(object_store.ObjectStore, "_file", real)
-        elsewhere()
+        other_machine()
         found = read(storage.local_copy("bucket://b/run"))
         assert found in (BEFORE, AFTER) and (found == AFTER or not complete)
         outcomes.append(found == AFTER)
-        elsewhere()
+        other_machine()
         run = storage.local_copy("bucket://b/run")
         storage.claim(run)
         assert {k for k in store.objects() if "/.kdsearch/" not in k} == {f"b/run/{name}" for name in found}
@@ -251,7 +251,7 @@ def test_whatever_request_is_the_last_the_directory_is_the_old_or_the_new(store,
     assert outcomes == sorted(outcomes) and outcomes[0] is False and outcomes[-1] is True and len(outcomes) > 8
 
 
-def test_a_writer_goes_on_after_a_failure(store, elsewhere):
+def test_a_writer_recovers_from_a_failure(store, other_machine):
     run = storage.local_copy("bucket://b/run")
     write(run, BEFORE)
     storage.publish()
@@ -262,12 +262,12 @@ def test_a_writer_goes_on_after_a_failure(store, elsewhere):
     store.fails(None)
     write(run, {**AFTER, "more": "1"})
     storage.publish()
-    elsewhere()
+    other_machine()
     assert read(storage.local_copy("bucket://b/run")) == {**AFTER, "more": "1"}
 
 
-def test_readers_never_see_a_mixture(store, elsewhere):
-    """All files of a version say its number; a reader that is busy all the while finds them alike."""
+def test_readers_never_see_two_versions_mixed(store, other_machine):
+    """All files contain their version's number; a concurrent reader finds equal numbers."""
     writer = Mirror("bucket://b/run", scratch.copy_path("bucket://b/writer"))
     reader = Mirror("bucket://b/run", scratch.copy_path("bucket://b/reader"))
     seen, done = [], threading.Event()
@@ -294,8 +294,8 @@ def test_readers_never_see_a_mixture(store, elsewhere):
     assert len(set(seen)) > 2  # it saw several, or it proves nothing
 
 
-def test_what_is_published_was_there_at_one_moment(store):
-    """While files come one after the other, each version that is published has all that came before its newest."""
+def test_a_published_version_existed_at_one_moment(store):
+    """Files are created one after the other: each published version contains all that precede its newest file."""
     run = storage.local_copy("bucket://b/run")
     done = threading.Event()
 
@@ -325,26 +325,26 @@ def test_what_is_published_was_there_at_one_moment(store):
     assert versions
 
 
-def test_logs_are_taken_as_they_are(store, elsewhere):
-    """A file that grows while it is published keeps nothing from being published; reports are nobody's work."""
+def test_growing_files_do_not_delay_publishing(store, other_machine):
+    """Logs that grow while they are published, and reports, which nothing depends on."""
     run = storage.local_copy("bucket://b/run")
     write(run, {"config.json": "{}", "search/metrics.jsonl": "1\n", "report/index.html": "first"})
     storage.publish()
-    elsewhere()
+    other_machine()
     other = storage.local_copy("bucket://b/run")
     write(other, {**read(other), "report/index.html": "second"})
     storage.publish()
-    elsewhere()
+    other_machine()
     assert read(storage.local_copy("bucket://b/run"))["report/index.html"] == "second"
     listed = Manifest.from_json(store.path(f"b/run/{MANIFEST}").read_bytes(), "").files
     assert listed["search/metrics.jsonl"] == FileRecord(2) and listed["config.json"].sha256
 
 
-def test_checkpoints_and_events_come_when_they_are_asked_for(store, elsewhere):
+def test_checkpoints_and_events_are_downloaded_on_request(store, other_machine):
     files = {"config.json": "{}", "search/checkpoints/4/state": "4", "search/tensorboard/events": "e"}
     write(storage.local_copy("bucket://b/run"), files)
     storage.publish()
-    elsewhere()
+    other_machine()
     run = storage.local_copy("bucket://b/run", entire_run=True)
     assert read(run) == {"config.json": "{}"}
     storage.refresh(run / "search" / "checkpoints")
@@ -355,8 +355,8 @@ def test_checkpoints_and_events_come_when_they_are_asked_for(store, elsewhere):
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body")  # aiohttp on gcsfs
-def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
-    """gcsfs itself, against a server that speaks Google's API: pages of a listing, uploads in pieces, refusals."""
+def test_gcsfs(tmp_path, monkeypatch, other_machine):
+    """gcsfs against a server with Google's API: paged listings, chunked uploads, permission errors."""
     pytest.importorskip("gcsfs")
     from gcs_server import Cloud
 
@@ -374,7 +374,7 @@ def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
         storage.publish()
         listed = {f"run/{name}" for name in (*AFTER, "large")}
         assert {name for _, name in cloud.objects if "/.kdsearch/" not in name} == listed
-        elsewhere()
+        other_machine()
         found = storage.local_copy("gs://b/run", entire_run=True)
         assert (found / "large").read_bytes() == large
         (found / "large").unlink()
@@ -384,7 +384,7 @@ def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
         with pytest.raises(storage.StoreError, match=r"gs://b/run/teacher/network/x .*Forbidden"):
             storage.publish()
         cloud.refuses = lambda method, name: False
-        elsewhere()
+        other_machine()
         (run := storage.local_copy("gs://b/run") / "large").unlink()
         assert read(run.parent) == AFTER
         storage.claim(run.parent)
@@ -394,10 +394,10 @@ def test_the_client_of_gs(tmp_path, monkeypatch, elsewhere):
             storage.local_copy("gs://b/other", "--workdir")
 
 
-# --- others ---------------------------------------------------------------------------------------------------------
+# --- other writers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_directory_is_noticed_and_nothing_lost(store):
+def test_a_second_run_in_the_same_directory_stops_the_first(store):
     first = Mirror("bucket://b/run", scratch.copy_path("bucket://b/first"))
     write(first.directory, BEFORE)
     first.push()
@@ -414,8 +414,8 @@ def test_a_second_run_in_the_same_directory_is_noticed_and_nothing_lost(store):
     assert read(third.directory) == AFTER
 
 
-def test_changes_of_other_files_are_taken_over(store):
-    """A student is exported into a run that is still at work."""
+def test_changes_of_other_files_are_merged(store):
+    """A student is exported into the directory of a run that is still active."""
     run = Mirror("bucket://b/run", scratch.copy_path("bucket://b/first"))
     write(run.directory, BEFORE)
     run.push()
@@ -430,7 +430,7 @@ def test_changes_of_other_files_are_taken_over(store):
     assert read(reader.directory) == {**AFTER, "student/file": "1"}
 
 
-def test_files_that_a_user_put_there_stay(store, elsewhere):
+def test_files_of_a_user_are_kept(store, other_machine):
     store.put("b/run/notes.txt", b"mine")
     store.put("b/run/search/.zarray", b"mine too")
     run = storage.local_copy("bucket://b/run")
@@ -443,7 +443,7 @@ def test_files_that_a_user_put_there_stay(store, elsewhere):
     assert store.path("b/run/notes.txt").read_bytes() == b"mine"
     assert store.path("b/run/search/.zarray").read_bytes() == b"mine too"
     store.put("b/run/teacher/later.bin", b"later")
-    elsewhere()
+    other_machine()
     assert storage.local_copy("bucket://b/run/teacher/later.bin").read_bytes() == b"later"
     assert storage.local_copy("bucket://b/run/notes.txt").read_bytes() == b"mine"
 
@@ -452,25 +452,25 @@ def test_files_that_a_user_put_there_stay(store, elsewhere):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
-def test_what_is_not_what_it_should_be_is_left_out_and_said(store, elsewhere, caplog, damage):
+def test_damaged_objects_are_skipped_with_a_warning(store, other_machine, caplog, damage):
     write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
     path = store.path("b/run/search/a")
     {"flipped": lambda: path.write_bytes(b"oldd"[1:]), "cut": lambda: path.write_bytes(b""), "lost": path.unlink}[
         damage
     ]()
-    elsewhere()
+    other_machine()
     run = storage.local_copy("bucket://b/run")
     assert read(run) == {name: text for name, text in BEFORE.items() if name != "search/a"}
     assert "bucket://b/run/search/a" in caplog.text
     write(run, {**read(run), "search/a": "made again"})
     storage.publish()
-    elsewhere()
+    other_machine()
     assert read(storage.local_copy("bucket://b/run"))["search/a"] == "made again"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a//b", "a/../../x", "", "a/.", "a\\..\\x", "a\0"])
-def test_no_file_lands_outside_of_its_directory(store, name):
+def test_manifests_cannot_name_files_outside_the_directory(store, name):
     manifest = json.loads(Manifest({"a": FileRecord(1, "0" * 64)}, "w", 1).to_json())
     manifest["files"] = {name: manifest["files"]["a"]}
     store.put(f"b/run/{MANIFEST}", json.dumps(manifest).encode())
@@ -491,16 +491,16 @@ def test_a_damaged_manifest_is_refused_in_one_line(store, content):
     assert "\n" not in command_line.error_line(caught.value)
 
 
-def test_objects_outside_of_every_directory_are_refused(store):
+def test_objects_outside_the_directory_are_refused(store):
     store.put("b/run/../../etc/x", b"")
     with pytest.raises(ValueError, match="etc/x"):
         storage.local_copy("bucket://b/run")
 
 
-def test_a_disk_too_small_is_said_before_anything_is_brought(store, elsewhere, monkeypatch):
+def test_free_space_is_checked_before_downloading(store, other_machine, monkeypatch):
     write(storage.local_copy("bucket://b/run"), BEFORE)
     storage.publish()
-    elsewhere()
+    other_machine()
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(mirror.shutil, "disk_usage", lambda path: usage._replace(free=3))
     with pytest.raises(storage.StoreError, match=r"bucket://b/run: .*TMPDIR"):
@@ -510,7 +510,7 @@ def test_a_disk_too_small_is_said_before_anything_is_brought(store, elsewhere, m
 # --- copies on this machine -----------------------------------------------------------------------------------------
 
 
-def test_copies_of_killed_processes_are_removed_by_the_next(store, tmp_path, python, monkeypatch):
+def test_copies_of_killed_processes_are_deleted(store, tmp_path, python, monkeypatch):
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
     code = (
         "import os, signal, sys, tempfile; from kdsearch_jax.storage import scratch\n"
@@ -545,7 +545,7 @@ def network(seed: int = 0) -> tuple[Architecture, dict[str, Any]]:
 INFO = {"dataset": "digits", "num_classes": 10, "mean": [0.5], "std": [0.5], "class_names": list("0123456789")}
 
 
-def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere, tmp_path, capsys):
+def test_networks_in_a_store(store, other_machine, tmp_path, capsys):
     architecture, variables = network()
     networks.save_network(tmp_path / "net", architecture, variables, INFO)
     networks.save_network("bucket://b/net", architecture, variables, INFO)
@@ -554,7 +554,7 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
     module, local = kdsearch_jax.load(tmp_path / "net")
     expected = np.asarray(module.apply(local, images))
     for address in ("bucket://b/net", Path("bucket://b/net"), "bucket://b/copied"):
-        elsewhere()
+        other_machine()
         module, found = kdsearch_jax.load(address)
         np.testing.assert_array_equal(np.asarray(module.apply(found, images)), expected)
     with pytest.raises(FileExistsError, match="overwrite=True"):
@@ -570,14 +570,14 @@ def test_a_network_of_a_store_computes_what_the_local_one_does(store, elsewhere,
     assert rows[1] == ["bucket://b/net", *rows[0][1:]]
 
 
-def test_a_damaged_network_of_a_store_is_refused(store, elsewhere):
+def test_a_damaged_network_in_a_store_is_refused(store, other_machine):
     architecture, variables = network()
     networks.save_network("bucket://b/net", architecture, variables, INFO)
     largest = max((p for p in store.folder.iterdir() if "variables" in p.name), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    elsewhere()
+    other_machine()
     with pytest.raises(ValueError, match="^bucket://b/net "):
         kdsearch_jax.load("bucket://b/net")
     with pytest.raises(FileNotFoundError, match="^bucket://b/nothing "):
@@ -588,7 +588,7 @@ def state(step: int) -> dict[str, np.ndarray]:
     return {"kernel": np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32), "step": np.array(step)}
 
 
-def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monkeypatch):
+def test_checkpoints_are_published_as_they_are_written(store, other_machine, monkeypatch):
     with Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, state(step), {"config": 1}, {"validation_accuracy": 1 / step})
@@ -598,14 +598,14 @@ def test_checkpoints_go_to_the_store_as_they_are_written(store, elsewhere, monke
         with pytest.raises(OSError, match=r"step 6 .*503: the store is unwell"):
             checkpoints.wait()
         store.fails(None)
-    elsewhere()
+    other_machine()
     with Checkpointer("bucket://b/run/checkpoints", keep=2) as checkpoints:
         assert checkpoints.steps() == [1, 5, 6] and checkpoints.best_step() == 1  # the newest, and the best
         step, found, meta = checkpoints.restore(state(0))
         assert meta == {"config": 1}
         np.testing.assert_array_equal(found["kernel"], state(step)["kernel"])
         newest = step
-    elsewhere()
+    other_machine()
     for key in store.objects():
         if f"checkpoints/{newest}/state/" in key and "/d/" in key:
             store.path(key).write_bytes(b"\0" * store.path(key).stat().st_size)
@@ -624,7 +624,7 @@ SAME = ("teacher/network", "search/network", "retrain/network", "student")
 
 
 def machine(store: Store, folder: Path) -> dict[str, str]:
-    """The environment of a process on a machine of its own: another place for copies."""
+    """The environment of a process on another machine: another directory for copies."""
     folder.mkdir()
     return {**os.environ, **QUICK, **store.environment, "TMPDIR": str(folder)}
 
@@ -639,7 +639,7 @@ def published(store: Store, key: str) -> dict[str, FileRecord]:
 
 
 def same_results(run: Path, reference: Path) -> None:
-    """Asserts that two runs left the same networks, choice and table, clocks and memory meters aside."""
+    """Asserts that two runs have equal networks, selection and table, apart from measured times and memory."""
     for name in SAME:
         left, right = (json.loads((d / name / "network.json").read_text())["payload"] for d in (run, reference))
         assert left["leaves"] == right["leaves"] and left["architecture"] == right["architecture"], name
@@ -653,7 +653,7 @@ def same_results(run: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, python_path) -> Path:
-    """A run on this machine's disk; do not write into it."""
+    """A run on the local disk; read-only."""
     run = tmp_path_factory.mktemp("reference") / "run"
     subprocess.run(command(python_path, str(run)), env={**os.environ, **QUICK}, check=True, capture_output=True)
     return run
@@ -665,8 +665,8 @@ def python_path() -> str:
 
 
 @pytest.mark.slow
-def test_a_run_killed_on_one_machine_goes_on_on_the_next(store, elsewhere, tmp_path, python, reference):
-    """kill -9 in the teacher, in the search, while it publishes; each time another machine, the same command."""
+def test_a_run_killed_on_one_machine_resumes_on_another(store, other_machine, tmp_path, python, reference):
+    """kill -9 in the teacher, in the search and while publishing; each time the same command on another machine."""
     for number, (stage, at) in enumerate((("teacher", 2), ("search", 6), ("search", 12))):
         home = tmp_path / str(number)
         process = subprocess.Popen(command(python, "bucket://b/run"), env=machine(store, home), stderr=subprocess.PIPE)
@@ -691,8 +691,8 @@ def test_a_run_killed_on_one_machine_goes_on_on_the_next(store, elsewhere, tmp_p
 
 
 @pytest.mark.slow
-def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, reference):
-    """A run that came there by other means: report, export, evaluate, new runs from its teacher or search."""
+def test_other_commands_in_a_store(store, other_machine, tmp_path, python, reference):
+    """A run that was uploaded by other means: report, export, evaluate, new runs from its teacher or search."""
     store.put_directory("b/old", reference)
     lines = [
         ("report", "bucket://b/old"),
@@ -722,8 +722,8 @@ def test_the_other_commands_in_a_store(store, elsewhere, tmp_path, python, refer
 
 
 @pytest.mark.slow
-def test_two_processes_share_nothing_but_the_store(store, elsewhere, tmp_path, python, repository):
-    """Killed together in the search, they go on, and end where two of them on one disk do."""
+def test_two_processes_share_only_the_store(store, other_machine, tmp_path, python, repository):
+    """Killed together in the search and resumed, they end where two processes on one disk do."""
     script = tmp_path / "start.sh"
     # Each process has a home of its own, as each host of a pod has.
     script.write_text('#!/bin/sh\nexport TMPDIR="$HOMES/$JAX_PROCESS_ID"\nmkdir -p "$TMPDIR"\nexec "$@"\n')

@@ -1,4 +1,4 @@
-"""Streamed data: the same examples as of data in memory, cut out by seed, epoch and number alone."""
+"""Streamed data: the same examples as in memory, with framing that depends only on seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kdsearch_jax.data.batches import batch_indices
 from kdsearch_jax.data.datasets import load
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.data.settings import DataConfig
-from kdsearch_jax.data.streaming import Framing, Order, SequentialOrder, framing, reader_of, resize
+from kdsearch_jax.data.streaming import Framing, SequentialOrder, ShuffledOrder, framing, reader_of, resize
 from kdsearch_jax.distill import teacher_cache
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.evaluate import main as evaluate_main
@@ -134,8 +134,8 @@ def assert_equal(found: Any, expected: Any) -> None:
 # --- the same as in memory ------------------------------------------------------------------------------------------
 
 
-def test_streamed_batches_are_those_of_data_in_memory(settings, feed_of):
-    """Over three epochs; with them mean, std, names, and all of validation and test."""
+def test_streamed_batches_equal_those_in_memory(settings, feed_of):
+    """Over three epochs; likewise mean, std, names, validation and test."""
     streamed, kept = load(settings), load(replace(settings, stream=False))
     assert reader_of(streamed.train.arrays) is not None and reader_of(kept.train.arrays) is None
     shared = [field.name for field in dataclasses.fields(Dataset) if field.name not in COUNTS]
@@ -154,8 +154,8 @@ def test_streamed_batches_are_those_of_data_in_memory(settings, feed_of):
         assert_equal(found, kept.train[indices].arrays)
 
 
-def test_a_run_is_refused_where_the_files_it_began_with_have_changed(tmp_path):
-    """One record of twelve is another, under the old description. Moved, the files are the same."""
+def test_resuming_with_changed_files_is_refused(tmp_path):
+    """One of twelve records differs under the same description; moved files are accepted."""
     settings = prepared(tmp_path / "old", {"train": pictures(12)})
     prepared(tmp_path / "new", {"train": [*pictures(11), (picture(99, 40, 40), 2)]})
     shutil.copytree(tmp_path / "old", tmp_path / "moved")
@@ -184,7 +184,7 @@ def test_a_limit_draws_the_same_examples(settings, changes):
         np.testing.assert_array_equal(getattr(streamed, split).images[:], getattr(kept, split).images)
 
 
-def test_what_is_held_out_is_nowhere_else(tmp_path):
+def test_held_out_examples_are_in_no_other_split(tmp_path):
     dataset = load(prepared(tmp_path, {"train": pictures(40)}))
     chosen = [set(reader_of(getattr(dataset, split).arrays).records.chosen.tolist()) for split in COUNTS]
     assert sum(map(len, chosen)) == 40 == len(set().union(*chosen)) and list(map(len, chosen)) == [32, 4, 4]
@@ -212,11 +212,11 @@ def linear(dataset: Dataset, data: DataConfig, directory: Path, *, resume: bool 
     )  # fmt: skip
 
 
-class Power(Exception):
-    """It went out."""
+class PowerCut(Exception):
+    """Simulates a crash."""
 
 
-def test_training_is_that_on_data_in_memory_and_a_resumed_one_ends_bit_by_bit_the_same(settings, tmp_path):
+def test_streamed_training_equals_training_in_memory_also_when_resumed(settings, tmp_path):
     data = replace(settings, crop=2, flip=True)
     streamed, kept = load(data), load(replace(data, stream=False))
     expected = linear(kept, data, tmp_path / "kept")
@@ -224,17 +224,17 @@ def test_training_is_that_on_data_in_memory_and_a_resumed_one_ends_bit_by_bit_th
 
     def goes_out(state):
         if int(state.step) == 6:
-            raise Power
+            raise PowerCut
         return state, {}
 
-    with pytest.raises(Power):
+    with pytest.raises(PowerCut):
         linear(streamed, data, tmp_path / "streamed", between=goes_out)
     assert_equal(jax.device_get(linear(streamed, data, tmp_path / "streamed", resume=True)), jax.device_get(expected))
 
 
 @pytest.mark.parametrize("size", [4, 13, 64])
 def test_evaluation_sees_every_example_once(settings, size):
-    """Images and labels together, and images alone, whatever the batch leaves over."""
+    """Images with labels and alone, with incomplete last batches."""
     streamed, kept = (load(replace(settings, stream=stream)).validation for stream in (True, False))
     sharding = NamedSharding(data_mesh(), PartitionSpec("data"))
     for entries in (("images", "labels"), ("images",)):
@@ -253,8 +253,8 @@ def test_evaluation_sees_every_example_once(settings, size):
 # --- random crops ---------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_depends_on_seed_and_update_alone(crops, feed_of):
-    """However the updates are asked for, and whatever was asked before."""
+def test_a_batch_depends_only_on_seed_and_update(crops, feed_of):
+    """In whatever order updates are requested."""
     dataset = load(crops)
     whole, pieces = feed_of(dataset), feed_of(dataset)
     expected = taken(whole, 0, 12)
@@ -266,7 +266,7 @@ def test_a_batch_depends_on_seed_and_update_alone(crops, feed_of):
     assert_equal(taken(pieces, 10, 1), expected[10:11])
 
 
-def test_an_example_is_cut_by_seed_epoch_and_number_whatever_the_batch(crops, feed_of):
+def test_framing_depends_only_on_seed_epoch_and_index(crops, feed_of):
     dataset = load(crops)
 
     def seen(size: int, epoch: int, seed: int = 0) -> dict[int, bytes]:
@@ -283,8 +283,8 @@ def test_an_example_is_cut_by_seed_epoch_and_number_whatever_the_batch(crops, fe
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 30), st.randoms(use_true_random=False))
-def test_processes_see_parts_of_the_batch_of_one(processes, each, update, random):
-    """Whichever devices a process has: the parts are disjoint, and together the batch, also with uneven ends."""
+def test_processes_share_the_batch_of_one(processes, each, update, random):
+    """For any assignment of devices, the parts are disjoint and together form the batch, also an incomplete one."""
     size, examples = processes * each, 40
     rows = list(range(size))
     random.shuffle(rows)
@@ -295,13 +295,13 @@ def test_processes_see_parts_of_the_batch_of_one(processes, each, update, random
         found = {row: place(tuple(held))(update * each + at)[0] for held in parts for at, row in enumerate(held)}
         return [found[row] for row in range(size)]
 
-    assert seen(lambda held: Order(3, examples, size, held)) == trained.tolist()
+    assert seen(lambda held: ShuffledOrder(3, examples, size, held)) == trained.tolist()
     last = looked_at[-1]  # fills the batch up
     assert seen(lambda held: SequentialOrder(last, size, held)) == [*looked_at[:-1], 0]
 
 
-def test_a_batch_is_put_together_from_its_rows():
-    """As on a process whose devices hold some of the rows only."""
+def test_a_batch_is_assembled_from_its_rows():
+    """As in a process whose devices hold only some of the rows."""
     sharding = NamedSharding(data_mesh(), PartitionSpec("data"))
     rows = 4 * data_mesh().size
     assert local_rows(sharding, rows) == tuple(range(rows))  # one process has all
@@ -315,7 +315,7 @@ def test_a_batch_is_put_together_from_its_rows():
 
 
 @given(st.integers(1, 700), st.integers(1, 700), st.floats(0.01, 1), st.integers(0, 2**31))
-def test_a_random_box_lies_within_the_image(width, height, least, seed):
+def test_a_random_box_is_inside_the_image(width, height, least, seed):
     left, top, right, bottom = framing.random_box(np.random.default_rng(seed), width, height, least)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if min(width, height) > 100:  # rounding to pixels counts for less
@@ -325,8 +325,8 @@ def test_a_random_box_lies_within_the_image(width, height, least, seed):
         assert across * down >= 0.97 * min(least * width * height, largest)
 
 
-def test_random_boxes_are_of_all_sizes_shapes_and_places():
-    """Means of what the paper draws from, over images that any box fits into."""
+def test_distribution_of_random_boxes():
+    """Means of the paper's distributions, for images that any box fits in."""
     boxes = np.array([framing.random_box(np.random.default_rng(i), 400, 400, 0.1) for i in range(2000)])
     across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     share = across * down / 400**2
@@ -336,7 +336,7 @@ def test_random_boxes_are_of_all_sizes_shapes_and_places():
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 60), (90, 60), (64, 111)])
-def test_evaluation_sees_what_resizing_the_shorter_side_and_cutting_out_the_middle_shows(width, height):
+def test_evaluation_equals_resizing_and_center_cropping(width, height):
     image = Image.open(io.BytesIO(picture(1, width, height)))
     short = round(16 / framing.MIDDLE)
     scale = short / min(width, height)
@@ -348,7 +348,7 @@ def test_evaluation_sees_what_resizing_the_shorter_side_and_cutting_out_the_midd
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(crops):
-    """Which shows the same, and takes a fraction of the time."""
+    """With the same result in a fraction of the time."""
     records, cut = reader_of(load(crops).train.arrays).records, Framing("crop", 16)
     content = picture(2, 1024, 768)
     fast = cut.image(records, content, 0)
@@ -361,7 +361,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(crops):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_are_resized_each_by_itself(channels):
+def test_channels_are_resized_separately(channels):
     image = np.random.default_rng(0).integers(0, 256, (20, 30, channels), dtype=np.uint8)
     alone = [resize(image[..., c : c + 1], 9) for c in range(channels)]
     np.testing.assert_array_equal(resize(image, 9), np.concatenate(alone, -1))
@@ -402,16 +402,16 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no image", r"image \d+ of pictures train cannot be decoded \(.*pictures-train.array_record-00000-of-00001\)"),
-        ("cut image", r"image \d+ of pictures train cannot be decoded \((?i:.*truncated).*pictures-train"),
-        ("bomb", r"image \d+ of pictures train cannot be decoded \(8193x8193 pixels; at most .*pictures-train"),
-        ("missing file", r"damaged or incomplete at example \d+ of .*pictures-train.array_record.*No such file"),
-        ("cut file", r"damaged or incomplete at example \d+ of .*pictures-train.array_record.*; delete it and prepare"),
-        ("flipped byte", r"damaged or incomplete at example \d+ of .*pictures-train.*hash mismatch"),
+        ("no image", r"image \d+ of pictures train .*pictures-train.array_record-00000-of-00001\)"),
+        ("cut image", r"image \d+ of pictures train (?i:.*truncated).*pictures-train"),
+        ("bomb", r"image \d+ of pictures train .*8193x8193 pixels.*pictures-train"),
+        ("missing file", r"example \d+ of .*pictures-train.array_record.*No such file"),
+        ("cut file", r"example \d+ of .*pictures-train.array_record"),
+        ("flipped byte", r"example \d+ of .*pictures-train.*hash mismatch"),
     ],
 )
-def test_what_cannot_be_read_is_named_in_one_line(tmp_path, feed_of, how, message):
-    """In training, from whatever thread; nothing is left out and nothing made up."""
+def test_unreadable_examples_are_named_in_one_line(tmp_path, feed_of, how, message):
+    """In training, from any thread; no example is skipped or replaced."""
     with pytest.raises(ValueError, match=message) as caught:
         dataset = load(replace(damaged(tmp_path, how), mean=(0.5,) * 3, std=(0.2,) * 3))
         taken(feed_of(dataset), 0, 3)
@@ -423,7 +423,7 @@ def test_a_label_beyond_the_classes_is_named(settings, feed_of):
     reader = reader_of(dataset.train.arrays)
     short = replace(reader, records=replace(reader.records, classes=CLASSES - 1))
     broken = replace(dataset, train=replace(dataset.train, arrays=dict(short.columns())))
-    with pytest.raises(ValueError, match=r"pictures train has label 2 at example \d+, but 2 classes"):
+    with pytest.raises(ValueError, match=r"pictures train .*label 2 at example \d+"):
         taken(feed_of(broken), 0, 5)
     with pytest.raises(ValueError, match="has label 2"):
         np.asarray(broken.train.labels)
@@ -432,30 +432,30 @@ def test_a_label_beyond_the_classes_is_named(settings, feed_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": -1}, "data.workers: -1 is not possible; give 0 or more"),
-        ({"prefetch": 0}, "data.prefetch: 0 is not possible; give at least 1"),
-        ({"least_area": 0.0}, "data.least_area: 0.0 is not possible"),
-        ({"least_area": 1.5}, "data.least_area: 1.5 is not possible"),
+        ({"workers": -1}, "data.workers: -1"),
+        ({"prefetch": 0}, "data.prefetch: 0"),
+        ({"least_area": 0.0}, "data.least_area: 0.0"),
+        ({"least_area": 1.5}, "data.least_area: 1.5"),
         ({"framing": "crop", "image_size": None}, "data.framing: 'crop' needs .*data.image_size"),
         ({"framing": "crop", "crop": 4}, "data.crop: 4 .*give 0"),
-        ({"framing": "crop", "stream": False}, "data.stream: False .*leave one"),
+        ({"framing": "crop", "stream": False}, "data.stream: False .*data.framing"),
         ({"image_size": None}, "images of .*; give data.image_size"),
-        ({"name": "digits"}, "data.stream: True needs a TFDS data set; 'digits' is read whole"),
-        ({"name": "digits", "stream": None, "framing": "crop"}, "data.framing: 'crop' needs a TFDS data set"),
+        ({"name": "digits"}, "data.stream: True .*'digits'"),
+        ({"name": "digits", "stream": None, "framing": "crop"}, "data.framing: 'crop' .*TFDS"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, feed_of, changes, message):
+def test_invalid_settings_are_refused(settings, feed_of, changes, message):
     with pytest.raises(ValueError, match=message):
         taken(feed_of(load(replace(settings, **changes))), 0, 3)
 
 
 def test_a_batch_larger_than_the_data_is_refused(settings, tmp_path):
-    with pytest.raises(ValueError, match="batch_size: 8 is more than the 6 training examples; give 6 or less"):
+    with pytest.raises(ValueError, match="batch_size: 8 .*6 training examples"):
         linear(load(replace(settings, train_limit=6)), settings, tmp_path)
 
 
-def test_images_are_not_all_taken_into_memory_by_mistake(settings):
-    with pytest.raises(ValueError, match="streamed because they do not fit"):
+def test_streamed_images_do_not_convert_to_an_array(settings):
+    with pytest.raises(ValueError, match="^images: "):
         np.asarray(load(settings).train.images)
 
 
@@ -472,8 +472,8 @@ def test_a_teachers_outputs_are_not_cached(settings):
 
 
 @pytest.mark.slow
-def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
-    """Everything that looks at examples: training, search, proofs, the table, what the report shows, the command."""
+def test_a_complete_run_on_streamed_data(crops, tmp_path, capsys):
+    """Training, search, verification, table, report and command line."""
     experiment = Experiment(
         name="streamed",
         model=ModelConfig("small_cnn", {"width": 4}),
@@ -502,9 +502,9 @@ def test_the_whole_road_runs_on_streamed_data(crops, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_processes_that_decode_make_the_batches_of_threads(crops, feed_of):
+def test_decoding_processes_make_the_batches_of_threads(crops, feed_of):
     dataset, other = load(crops), load(replace(crops, workers=2))
     assert_equal(taken(feed_of(other), 0, 7), taken(feed_of(dataset), 0, 7))
     broken = replace(reader_of(other.train.arrays), framing=Framing("stretch", 17))
-    with pytest.raises(ValueError, match="images of pictures train differ"):
+    with pytest.raises(ValueError, match="data.image_size: None .*pictures train"):
         taken(feed_of(replace(other, train=Split(dict(broken.columns())))), 0, 1)

@@ -4,6 +4,7 @@ Bit-identical resumption, independence of the number of devices and of updates a
 calls, a state that keeps its structure, and a way out in every error.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ STAGE = StageConfig(steps=12, batch_size=16, learning_rate=0.1, warmup=2, clip=5
 
 
 class Tiny(nn.Module):
-    """All that the loop can meet, and compiled in a second: a convolution, BatchNorm, a dense layer."""
+    """A convolution, BatchNorm and a dense layer; compiles in a second."""
 
     width: int
 
@@ -62,7 +63,7 @@ class Plain(nn.Module):
 
 
 class Noisy(nn.Module):
-    """A network told by `deterministic` whether to drop out, that counts its calls in a collection of its own."""
+    """Has dropout with a `deterministic` argument, and counts its calls in a collection of its own."""
 
     @nn.compact
     def __call__(self, x, deterministic: bool):
@@ -97,7 +98,7 @@ def network(width: int = 4):
 
 
 def fit(directory, state=None, step=None, *, stage=STAGE, run=RUN, data=None, examples=None, **options):
-    """`train.fit` of a small network on little data, with everything else as given."""
+    """`loop.fit` of a small network on little data, with defaults for the other arguments."""
     if state is None:
         module, variables = network()
         tx = optimizer.make_optimizer(stage)
@@ -129,7 +130,7 @@ def same(a, b) -> bool:
 # --- schedules and optimiser ----------------------------------------------------------------------------------------
 
 
-def test_cosine_rises_in_the_warm_up_and_ends_at_zero():
+def test_cosine_schedule_with_warmup():
     schedule = optimizer.make_schedule(StageConfig(steps=100, learning_rate=0.4, warmup=10))
     np.testing.assert_allclose([schedule(0), schedule(9), schedule(10)], [0.04, 0.4, 0.4], rtol=1e-6)
     np.testing.assert_allclose(schedule(55), 0.2, rtol=1e-5)  # half of the way
@@ -139,7 +140,7 @@ def test_cosine_rises_in_the_warm_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_steps_fall_at_shares_of_all_steps(warmup):
+def test_step_schedule(warmup):
     stage = StageConfig(steps=100, learning_rate=1.0, schedule="step", boundaries=(0.5, 0.75), decay=0.1, warmup=warmup)
     schedule = optimizer.make_schedule(stage)
     found = [schedule(i) for i in (warmup, 49, 50, 74, 75, 99)]
@@ -151,7 +152,7 @@ def test_two_boundaries_in_one_step_both_count():
     np.testing.assert_allclose(optimizer.make_schedule(stage)(1), 0.01, rtol=1e-5)
 
 
-def test_constant_stays_and_one_update_of_warm_up_is_none():
+def test_constant_schedule():
     for warmup in (0, 1):
         schedule = optimizer.make_schedule(StageConfig(steps=10, learning_rate=0.3, schedule="constant", warmup=warmup))
         np.testing.assert_allclose([schedule(i) for i in (0, 1, 9)], 0.3, rtol=1e-6)
@@ -176,7 +177,7 @@ def test_sgd_is_nesterov_with_coupled_decay_of_kernels():
         np.testing.assert_allclose(found["layer"][name], w, rtol=1e-6, err_msg=name)
 
 
-def test_adamw_decays_kernels_apart_from_the_gradient():
+def test_adamw_decouples_weight_decay():
     stage = StageConfig(steps=9, schedule="constant", optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
     tx = optimizer.make_optimizer(stage)
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
@@ -185,7 +186,7 @@ def test_adamw_decays_kernels_apart_from_the_gradient():
     np.testing.assert_allclose(updates["bias"], 0, atol=1e-9)
 
 
-def test_clipping_bounds_the_norm_of_the_whole_gradient():
+def test_clipping_bounds_the_global_norm():
     stage = StageConfig(steps=9, schedule="constant", learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip=0.25)
     params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -4.0)}
@@ -276,7 +277,7 @@ def test_unknown_precision_is_named():
         apply.apply_eval(module, variables, jnp.zeros((1, 8, 8, 1)), "fp16")
 
 
-def test_average_is_its_formula_and_forgets_the_first_values():
+def test_average_follows_its_formula():
     values = [jnp.full(3, v) for v in (1.0, 2.0, 4.0)]
     average, expected = {"w": jnp.zeros(3), "n": jnp.zeros((), jnp.int32)}, 0.0
     for i, value in enumerate(values):
@@ -333,8 +334,8 @@ def updates(scanned: bool, lengths: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("lengths", [(1,) * 5, (5,), (4, 1)])
-def test_a_scan_of_updates_is_the_loop_of_single_ones(lengths):
-    """`fit` takes the one on accelerators and the other on CPUs."""
+def test_scanned_updates_equal_single_updates(lengths):
+    """`fit` scans on accelerators and loops on CPUs."""
     looped, scanned = updates(False, (5,)), updates(True, lengths)
     assert jax.tree.structure(looped) == jax.tree.structure(scanned)
     for a, b in zip(jax.tree.leaves(looped), jax.tree.leaves(scanned), strict=True):
@@ -348,8 +349,8 @@ def test_the_second_call_of_a_scan_compiles_nothing(caplog):
     assert caplog.text.count("Compiling jit(update_many)") == 1
 
 
-def test_looking_more_often_changes_nothing(tmp_path):
-    """Nor do checkpoints that are left out for what they cost: all but the first that falls due, and the last."""
+def test_evaluation_and_checkpoints_do_not_affect_training(tmp_path):
+    """Nor do checkpoints that are skipped for their cost: all but the first that is due, and the last."""
     run = replace(RUN, checkpoint_every=3, keep=9)
     seldom = fit(tmp_path / "seldom", run=replace(run, evaluate_every=100, checkpoint_share=1e-9))
     often = fit(
@@ -361,7 +362,7 @@ def test_looking_more_often_changes_nothing(tmp_path):
     assert saved(tmp_path / "seldom") == [4, 12] and saved(tmp_path / "often") == [4, 8, 12]
 
 
-def test_the_state_given_stays_usable_and_structure_stays(tmp_path):
+def test_the_initial_state_stays_usable(tmp_path):
     module, variables = network()
     stage = replace(STAGE, ema=0.9)
     tx = optimizer.make_optimizer(stage)
@@ -378,7 +379,7 @@ def test_the_state_given_stays_usable_and_structure_stays(tmp_path):
 
 
 def test_nothing_compiles_after_the_first_update(tmp_path, caplog):
-    """22 updates in calls of 4, the last one shorter, whatever the hook does to the state."""
+    """22 updates in calls of 4, the last one shorter, with a hook that changes the state."""
     module, variables = network()
     stage = replace(STAGE, steps=22)
     tx = optimizer.make_optimizer(stage)
@@ -400,11 +401,11 @@ def test_between_must_keep_shapes_and_dtypes(tmp_path):
     tx = optimizer.make_optimizer(STAGE)
     state = training_state.create_state(variables, tx, extra={"scale": jnp.ones(2)})
     step = steps.supervised_step(module, tx, STAGE, RUN, TASK)
-    with pytest.raises(ValueError, match=r"between changed extra/scale.*\(3,\).*\(2,\)"):
+    with pytest.raises(ValueError, match=r"extra/scale.*\(3,\).*\(2,\)"):
         fit(tmp_path, state, step, between=lambda s: (s.replace(extra={"scale": jnp.ones(3)}), {}))
 
 
-def test_rows_evaluations_and_checkpoints_come_when_asked(tmp_path):
+def test_metrics_evaluations_and_checkpoints_follow_their_settings(tmp_path):
     stage, run = replace(STAGE, steps=22), replace(RUN, evaluate_every=6, checkpoint_every=10, keep=9)
     evaluated = []
 
@@ -421,11 +422,31 @@ def test_rows_evaluations_and_checkpoints_come_when_asked(tmp_path):
     assert saved(tmp_path) == [12, 20, 22]
 
 
+def test_own_batches(tmp_path):
+    """The same batches from an iterator give the same state; it starts where a resumed run does, and must not end."""
+    examples, seen = dataset(), []
+
+    def batches(first):
+        seen.append(first)
+        for indices in batch_indices(3, len(examples.train), STAGE.batch_size, first, 100):
+            yield {entry: leaf[indices] for entry, leaf in examples.train.arrays.items()}
+
+    expected = fit(tmp_path / "resident")
+    whole = fit(tmp_path / "own", batches=batches)
+    fit(tmp_path / "parts", batches=batches, until=lambda state: int(state.step) >= 8)
+    resumed = fit(tmp_path / "parts", batches=batches, resume=True)
+    assert seen == [0, 0, 8] and same(whole, expected) and same(resumed, expected)
+    with pytest.raises(ValueError, match="^batches: .*update 2"):
+        fit(tmp_path / "short", batches=lambda first: itertools.islice(batches(first), 2))
+    with pytest.raises(ValueError, match="^batches: 'images' .*batch_size=8"):
+        fit(tmp_path / "wrong", batches=batches, stage=replace(STAGE, batch_size=8))
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [({"batch_size": 97}, "batch_size: 97.*96 training examples"), ({"steps": 4, "warmup": 4}, "warmup: 4")],
 )
-def test_stages_that_do_not_fit_the_data_are_named(tmp_path, stage, message):
+def test_invalid_stages_are_named(tmp_path, stage, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, stage=replace(STAGE, **stage))
 
@@ -446,7 +467,7 @@ def test_no_steps_train_nothing(tmp_path):
 # --- trouble --------------------------------------------------------------------------------------------------------
 
 
-def test_divergence_stops_and_says_where(tmp_path):
+def test_divergence_is_located(tmp_path):
     """The tenth update makes one parameter NaN: it is named, with the checkpoint of step 8."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
@@ -466,8 +487,8 @@ def test_divergence_stops_and_says_where(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [4, 8]
 
 
-def test_a_parameter_lost_in_the_last_update_is_seen(tmp_path):
-    """The loss of the last update is finite; the parameters that it leaves behind are not."""
+def test_divergence_in_the_last_update(tmp_path):
+    """The loss of the last update is finite, but the parameters after it are not."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
     plain = steps.supervised_step(module, tx, STAGE, RUN, TASK)
@@ -483,11 +504,11 @@ def test_a_parameter_lost_in_the_last_update_is_seen(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path):
     fit(tmp_path)
-    with pytest.raises(FileExistsError, match="checkpoints up to step 12; resume"):
+    with pytest.raises(FileExistsError, match="step 12"):
         fit(tmp_path)
 
 
-def test_resuming_what_is_finished_returns_it_at_once(tmp_path):
+def test_resuming_a_finished_run_returns_at_once(tmp_path):
     finished = fit(tmp_path)
 
     def never(*_):
@@ -504,8 +525,8 @@ def test_resuming_with_another_config_is_refused(tmp_path):
         fit(tmp_path, meta={"config": {"seed": 4}}, resume=True)
 
 
-def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
-    """SIGTERM in the second call: it stops at its end and saves, memory and all, what else had been left out."""
+def test_sigterm_saves_and_resuming_is_exact(tmp_path):
+    """SIGTERM in the second call: training stops at its end and saves a checkpoint that would have been skipped."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
     state = training_state.create_state(variables, tx, extra={"memory": jnp.zeros(())})
@@ -522,7 +543,7 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
         return fit(directory, state, step, between=between, run=often, **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(loop.Preempted, match="step 8 of 12; the same command") as caught:
+    with pytest.raises(loop.Preempted, match="step 8 of 12") as caught:
         run(tmp_path / "stopped", signal_at=8)
     assert caught.value.exit_status == 143
     resumed = run(tmp_path / "stopped", resume=True)
@@ -531,8 +552,8 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("at", [4, 12])
-def test_sigterm_in_an_evaluation_ends_it_at_once(tmp_path, at):
-    """The state of this update is saved; what was to be measured of it is when the run goes on."""
+def test_sigterm_stops_an_evaluation_at_once(tmp_path, at):
+    """The state is saved, and evaluated when the run is resumed."""
     module, variables = network()
     tx = optimizer.make_optimizer(STAGE)
     state = training_state.create_state(variables, tx)
@@ -549,7 +570,7 @@ def test_sigterm_in_an_evaluation_ends_it_at_once(tmp_path, at):
         return fit(directory, state, step, evaluate=evaluate, run=replace(RUN, evaluate_every=4), **options)
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(loop.Preempted, match=f"saved at step {at} of 12"):
+    with pytest.raises(loop.Preempted, match=f"step {at} of 12"):
         run(tmp_path / "stopped", signal_at=at)
     assert same(straight, run(tmp_path / "stopped", resume=True))
     found, expected = (
@@ -606,8 +627,8 @@ def output(process: subprocess.Popen) -> str:
     return text
 
 
-def test_a_killed_run_ends_bit_by_bit_as_an_undisturbed_one(tmp_path):
-    """kill -9 at some moment after the first checkpoint, then resume; parameters, momentum, average, memory: all."""
+def test_a_killed_run_resumes_exactly(tmp_path):
+    """kill -9 at some moment after the first checkpoint, then resume; all of the state is equal."""
     code = KILLED.format(tests=str(Path(__file__).parent))
     killed = start(code + "fit(sys.argv[1], 0.1, False)", tmp_path / "killed")
     deadline, wanted = time.monotonic() + 90, int(np.random.default_rng().integers(3, 12))
@@ -639,7 +660,7 @@ import test_train as t
 
 assert jax.device_count() == {devices}
 if {devices} == 8:
-    with pytest.raises(ValueError, match="batch_size: 12 is not a multiple of the 8 devices; give 8"):
+    with pytest.raises(ValueError, match="batch_size: 12 .*8 devices"):
         t.fit(sys.argv[1] + "-refused", stage=t.replace(t.STAGE, batch_size=12))
     scanned, looped = t.updates(True, (4,))[0], t.updates(False, (4,))[0]
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped), strict=True):
@@ -683,7 +704,7 @@ def test_eight_devices_train_as_one(tmp_path):
 
 
 def test_two_processes_train_as_one_device(tmp_path):
-    """Two processes that share one batch; the first of them writes."""
+    """Two processes that share a batch; process 0 writes."""
     code = MANY.format(tests=str(Path(__file__).parent), devices=2)
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

@@ -169,11 +169,11 @@ def read_network(content: bytes) -> None:
 
 def read_huggingface(content: bytes) -> None:
     """config.json of Hugging Face."""
-    from kdsearch_jax.models.pretrained import huggingface_config, huggingface_options
+    from kdsearch_jax.models.pretrained import config_reader, huggingface_models
 
     try:
-        config = huggingface_options.read_json(_stored(content))
-        huggingface_config.describe(Path("config.json"), config, "classifier", 10)
+        config = config_reader.read_json(_stored(content))
+        huggingface_models.model_spec(Path("config.json"), config, "classifier", 10)
     except ValueError as error:
         assert str(error)
 

@@ -1,7 +1,7 @@
-"""Hugging Face's names for the layers of our networks.
+"""Hugging Face's tensor names for the layers of our networks.
 
-Where there are two names for one layer, the first is what `save_pretrained` writes and the second what version 5 of
-`transformers` calls it in memory. Attention has its heads flattened into one axis there; ours have an axis of heads.
+If a layer has two names, the first is the one that `save_pretrained` writes and the second the one in memory in version
+5 of `transformers`. Hugging Face flattens attention heads into one axis; ours have an axis for heads.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from kdsearch_jax.models.pretrained.matching import LeafPath, Naming, Shape, Source, plain
+from kdsearch_jax.models.pretrained.tensor_mapping import LeafPath, Naming, Shape, TensorSource, layer_source
 
-# From the path of one of our layers, or of a parameter that belongs to no ordinary layer, to its possible names.
-Layers = Callable[[LeafPath], list[str]]
+# Maps the path of one of our layers, or of a parameter outside of such layers, to its possible names.
+LayerNames = Callable[[LeafPath], list[str]]
 
-# Ends of the names of what is made anew from the configuration, and of what a classifier does not read.
+# Suffixes of tensors that the configuration determines, or that a classifier does not use.
 UNUSED = ("num_batches_tracked", "relative_position_index", "it.pooler.dense.weight", "it.pooler.dense.bias")
 
 # Possible names of the classifier.
@@ -36,33 +36,33 @@ _SPLIT = ("query", "key", "value", "out")
 
 
 def naming(family: str, module: Any) -> Naming:
-    """The tensor of each leaf of `module`, one of our networks of the family that `model_type` names."""
-    layers: Layers = partial(_FAMILIES[family], module)
+    """The tensor of each leaf of `module`, one of our networks of the given `model_type`."""
+    layers: LayerNames = partial(_FAMILIES[family], module)
 
-    def source(leaf: LeafPath, shape: Shape) -> Source:
+    def source(leaf: LeafPath, shape: Shape) -> TensorSource:
         path = leaf[1:]
         if path[-1] in _BARE or (path[-1] == "scale" and path[-2].startswith("block")):
-            return Source(tuple(layers(path)), shape, np.asarray)
+            return TensorSource(tuple(layers(path)), shape, np.asarray)
         if path[-2] in _SPLIT:
             return _split_heads(leaf, shape, layers(path[:-1]))
-        return plain(leaf, shape, layers(path[:-1]))
+        return layer_source(leaf, shape, layers(path[:-1]))
 
     return source
 
 
-def _split_heads(leaf: LeafPath, shape: Shape, layers: list[str]) -> Source:
-    """An attention's projection, as an ordinary dense layer there: (in, heads, size) and (heads, size, out) of ours."""
+def _split_heads(leaf: LeafPath, shape: Shape, layers: list[str]) -> TensorSource:
+    """An attention projection: a dense layer there, (in, heads, size) or (heads, size, out) in our network."""
     if len(shape) == 3:
         inputs = shape[:2] if leaf[-2] == "out" else shape[:1]
         flat = (math.prod(inputs), math.prod(shape) // math.prod(inputs))
     else:
         flat = (math.prod(shape),)
-    source = plain(leaf, flat, layers)
+    source = layer_source(leaf, flat, layers)
     return source._replace(convert=lambda value: source.convert(value).reshape(shape))
 
 
 def _number(name: str) -> int:
-    """Counted from 0, where our names count from 1: 2 of block3."""
+    """The index in a name, counted from 0: 2 for block3."""
     return int(name.lstrip("abcdefghijklmnopqrstuvwxyz")) - 1
 
 
@@ -85,7 +85,7 @@ _TRANSFORMER = {
     "patches_norm": "embeddings.norm",
     "norm": "layernorm",
 }
-_BLOCK = {  # of ViT, DeiT and Swin alike, but for ViT's and DeiT's "attention.self", which is "attention.attention"
+_BLOCK = {  # of ViT, DeiT and Swin; ViT and DeiT have "attention.attention" in place of "attention.self"
     "norm1": ["layernorm_before"],
     "norm2": ["layernorm_after"],
     "query": ["attention.self.query", "attention.q_proj"],
@@ -118,7 +118,7 @@ def _swin(module: Any, path: LeafPath) -> list[str]:
         return ["classifier"]
     if len(path) == 1:
         return [f"swin.{_TRANSFORMER[path[0]]}"]
-    if path[1] == "merge":  # which ends the stage before
+    if path[1] == "merge":  # ends the previous stage
         part = {"norm": "norm", "dense": "reduction"}[path[2]]
         return [f"swin.encoder.layers.{_number(path[0]) - 1}.downsample.{part}"]
     return [f"swin.encoder.layers.{_number(path[0])}.blocks.{_number(path[1])}.{name}" for name in _BLOCK[path[-1]]]

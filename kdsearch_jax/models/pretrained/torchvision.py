@@ -1,7 +1,7 @@
-"""torchvision's names for the layers of our networks, and akamaster's for ResNets on CIFAR.
+"""torchvision's tensor names for the layers of our networks, and akamaster's for CIFAR ResNets.
 
-torchvision numbers the layers of a `Sequential`, relu and pooling included; ours have names. Each function here takes
-the path of one of our layers and returns its possible names in the file.
+torchvision numbers the layers of a `Sequential`, including ReLU and pooling; ours have names. Each function here maps
+the path of one of our layers to its possible names in the file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from kdsearch_jax.models.densenet import DenseNet
 from kdsearch_jax.models.efficientnet import EfficientNet
 from kdsearch_jax.models.inverted import Block
 from kdsearch_jax.models.mobilenet import MobileNetV2, MobileNetV3
-from kdsearch_jax.models.pretrained.matching import LeafPath, Naming, Shape, Source, plain
+from kdsearch_jax.models.pretrained.tensor_mapping import LeafPath, Naming, Shape, TensorSource, layer_source
 from kdsearch_jax.models.resnet import ResNet
 from kdsearch_jax.models.vgg import VGG
 
 LayerPath = tuple[str, ...]  # ("stage1", "block1", "conv1")
-Layers = Callable[[LayerPath], list[str]]
+LayerNames = Callable[[LayerPath], list[str]]
 
 
 def naming(module: nn.Module, input_shape: Shape) -> Naming:
@@ -33,37 +33,37 @@ def naming(module: nn.Module, input_shape: Shape) -> Naming:
       input_shape: of one example, (height, width, channels); a flattened image's size depends on it.
 
     Raises:
-      ValueError: torchvision has no such network.
+      ValueError: there is no such network in torchvision.
     """
     layers = _layers(module)
 
-    def source(leaf: LeafPath, shape: Shape) -> Source:
-        found = plain(leaf, shape, layers(leaf[1:-1]))
+    def leaf_source(leaf: LeafPath, shape: Shape) -> TensorSource:
+        source = layer_source(leaf, shape, layers(leaf[1:-1]))
         if isinstance(module, VGG) and leaf[1:] == ("dense1", "kernel"):
             height, width = (side // 2**module.pools for side in input_shape[:2])
-            return found._replace(convert=lambda value: _flattened(value, height, width))
-        return found
+            return source._replace(convert=lambda value: _flattened(value, height, width))
+        return source
 
-    return source
+    return leaf_source
 
 
 def _flattened(value: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A dense layer behind a flattened image: from (c, h, w) to (h, w, c) order."""
+    """A dense layer after a flattened image: from (c, h, w) to (h, w, c) order."""
     return value.reshape(len(value), -1, height, width).transpose(0, 2, 3, 1).reshape(value.shape).T
 
 
-def _layers(module: nn.Module) -> Layers:
-    """The function from the path of one of our layers to its possible names."""
+def _layers(module: nn.Module) -> LayerNames:
+    """The function that maps the path of one of our layers to its possible names."""
     for kind, of in _FAMILIES.items():
         if isinstance(module, kind):
             return of(module)
     raise ValueError(
-        f"there are no PyTorch names for a {type(module).__name__}; weights can be loaded into cifar_resnet, resnet, "
+        f"no PyTorch names are known for a {type(module).__name__}; weights can be loaded into cifar_resnet, resnet, "
         "resnext, vgg, densenet, mobilenet_v2, mobilenet_v3 and efficientnet"
     )
 
 
-def _resnet(module: nn.Module) -> Layers:
+def _resnet(module: nn.Module) -> LayerNames:
     return _resnet_names
 
 
@@ -78,8 +78,8 @@ def _resnet_names(layer: LayerPath) -> list[str]:
     return [prefix + part]
 
 
-def _vgg(module: VGG) -> Layers:
-    """Convolution, BatchNorm if there is one, relu, and one more for each pooling."""
+def _vgg(module: VGG) -> LayerNames:
+    """Numbers convolutions, optional BatchNorm, ReLU, and pooling."""
     names: dict[LayerPath, list[str]] = {("dense",): ["classifier", "classifier.0", "fc"]}
     if module.head == "flattened":  # dense, relu, dropout, dense, relu, dropout, dense
         names = {("dense1",): ["classifier.0"], ("dense2",): ["classifier.3"], ("dense",): ["classifier.6"]}
@@ -93,7 +93,7 @@ def _vgg(module: VGG) -> Layers:
     return names.__getitem__
 
 
-def _densenet(module: DenseNet) -> Layers:
+def _densenet(module: DenseNet) -> LayerNames:
     last = f"features.norm{len(module.block_layers) + 1}"
     top = {"conv": "features.conv0", "stem_bn": "features.norm0", "bn": last, "dense": "classifier"}
 
@@ -108,8 +108,8 @@ def _densenet(module: DenseNet) -> Layers:
     return names
 
 
-def _mobilenet_v2(module: MobileNetV2) -> Layers:
-    """features.0 is the stem, then come the blocks, numbered through, and the last convolution."""
+def _mobilenet_v2(module: MobileNetV2) -> LayerNames:
+    """features.0 is the stem, followed by consecutively numbered blocks and the last convolution."""
     names = _ends(1 + sum(map(len, module.stages)), dense="classifier.1")
     index = 1
     for i, stage in enumerate(module.stages, 1):
@@ -122,8 +122,8 @@ def _mobilenet_v2(module: MobileNetV2) -> Layers:
     return names.__getitem__
 
 
-def _mobilenet_v3(module: MobileNetV3) -> Layers:
-    """As MobileNetV2, with another form of the blocks, and a dense layer more."""
+def _mobilenet_v3(module: MobileNetV3) -> LayerNames:
+    """As MobileNetV2, with different blocks and an additional dense layer."""
     names = _ends(1 + sum(map(len, module.stages)), dense="classifier.3")
     names["hidden",] = ["classifier.0"]
     index = 1
@@ -134,8 +134,8 @@ def _mobilenet_v3(module: MobileNetV3) -> Layers:
     return names.__getitem__
 
 
-def _efficientnet(module: EfficientNet) -> Layers:
-    """features.0 is the stem, then come the stages and the last convolution."""
+def _efficientnet(module: EfficientNet) -> LayerNames:
+    """features.0 is the stem, followed by the stages and the last convolution."""
     names = _ends(1 + len(module.stages), dense="classifier.1")
     for i, stage in enumerate(module.stages, 1):
         for j, block in enumerate(stage, 1):
@@ -144,18 +144,18 @@ def _efficientnet(module: EfficientNet) -> Layers:
 
 
 def _ends(last: int, *, dense: str) -> dict[LayerPath, list[str]]:
-    """What stands before and behind the blocks."""
+    """The layers before and after the blocks."""
     place = {"conv": "features.0.0", "bn": "features.0.1", "dense": dense} | _pair("last", f"features.{last}")
     return {(part,): [name] for part, name in place.items()}
 
 
 def _pair(part: str, name: str) -> dict[str, str]:
-    """A convolution and its BatchNorm in a `Sequential`."""
+    """A convolution and BatchNorm in a `Sequential`."""
     return {f"{part}_conv": f"{name}.0", f"{part}_bn": f"{name}.1"}
 
 
 def _block(block: Block, path: LayerPath, prefix: str) -> dict[LayerPath, list[str]]:
-    """The parts of a block, numbered without those that it does not have."""
+    """The layers of a block; those that it lacks are not numbered."""
     parts = ["expand"] * block.expand + ["depthwise"] + ["squeeze"] * bool(block.squeezed) + ["project"]
     names: dict[LayerPath, list[str]] = {}
     for k, part in enumerate(parts):
@@ -166,7 +166,7 @@ def _block(block: Block, path: LayerPath, prefix: str) -> dict[LayerPath, list[s
     return names
 
 
-_FAMILIES: dict[type[nn.Module], Callable[[Any], Layers]] = {
+_FAMILIES: dict[type[nn.Module], Callable[[Any], LayerNames]] = {
     CifarResNet: _resnet,
     ResNet: _resnet,
     VGG: _vgg,

@@ -1,7 +1,7 @@
-"""Filling a network from tensors by name: every leaf has its tensor, every tensor its leaf, or both sides are listed.
+"""Loads a network's variables from named tensors: leaves and tensors must match one to one, or both sides are listed.
 
-A *naming* tells, for the path and shape of one of our leaves, the `Source` that fills it: all that this file knows of
-where tensors come from. `kdsearch_jax.models.pretrained.torchvision` has one.
+A `Naming` maps the path and shape of one of our leaves to the `TensorSource` that fills it. See
+`kdsearch_jax.models.pretrained.torchvision` for an example.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-LISTED = 10  # entries of a list in an error message
+LISTED = 10  # entries per list in an error message
 
 LeafPath = tuple[str, ...]  # ("params", "stage1", "block1", "conv1", "kernel")
 Shape = tuple[int, ...]
 
 
-class Source(NamedTuple):
-    """The tensor that fills a leaf. Several leaves may be parts of one tensor.
+class TensorSource(NamedTuple):
+    """The tensor that fills a leaf; several leaves may share one tensor.
 
-    names: possible names in the file; the first one is what messages call it. shape: of the tensor.
-    convert: from the tensor to the leaf, in our order of axes.
+    names: possible names in the file, the first of which is used in messages. shape: of the tensor.
+    convert: converts the tensor to the leaf, with our order of axes.
     """
 
     names: tuple[str, ...]
@@ -35,78 +35,78 @@ class Source(NamedTuple):
     convert: Callable[[np.ndarray], np.ndarray]
 
 
-Naming = Callable[[LeafPath, Shape], Source]
+Naming = Callable[[LeafPath, Shape], TensorSource]
 
 
-def fill(
+def load_variables(
     path: str | Path,
     tensors: Mapping[str, np.ndarray],
     module: nn.Module,
     input_shape: Shape,
     naming: Naming,
 ) -> dict[str, Any]:
-    """The variables of `module` with the values of these tensors.
+    """Returns the variables of `module` with the values of the tensors.
 
     Args:
-      path: where they come from, for messages.
+      path: where the tensors come from, for messages.
       tensors: {name: values}.
       module: the network.
       input_shape: of one example, (height, width, channels).
-      naming: the source of each leaf.
+      naming: maps each leaf to its tensor.
 
     Raises:
-      ValueError: a tensor is missing, left over, or of another shape: the message lists all of them.
+      ValueError: tensors are missing, left over, or have another shape; lists all of them.
     """
-    spec = sources(module, input_shape, naming)
-    named = {leaf: _present(source, tensors) for leaf, source in spec.items()}
-    _check_same(path, module, tensors, {named[leaf]: source.shape for leaf, source in spec.items()})
-    values = {leaf: jnp.asarray(source.convert(tensors[named[leaf]])) for leaf, source in spec.items()}
+    sources = leaf_sources(module, input_shape, naming)
+    names = {leaf: _name_in_file(source, tensors) for leaf, source in sources.items()}
+    _check_match(path, module, tensors, {names[leaf]: source.shape for leaf, source in sources.items()})
+    values = {leaf: jnp.asarray(source.convert(tensors[names[leaf]])) for leaf, source in sources.items()}
     return traverse_util.unflatten_dict(values)
 
 
-def sources(module: nn.Module, input_shape: Shape, naming: Naming) -> dict[LeafPath, Source]:
-    """The source of every leaf of `module`; nothing is computed."""
+def leaf_sources(module: nn.Module, input_shape: Shape, naming: Naming) -> dict[LeafPath, TensorSource]:
+    """The tensor of each leaf of `module`, from its abstract initialisation."""
     image = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     leaves: dict[LeafPath, Any] = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), image))
     return {leaf: naming(leaf, spec.shape) for leaf, spec in leaves.items()}
 
 
-# Layers as PyTorch has them
+# PyTorch's layers
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def plain(leaf: LeafPath, shape: Shape, layers: Sequence[str]) -> Source:
-    """The source of a leaf of an ordinary layer.
+def layer_source(leaf: LeafPath, shape: Shape, layers: Sequence[str]) -> TensorSource:
+    """The tensor of a leaf of a convolution, dense layer or normalisation.
 
         convolution (out, in, h, w)         → kernel (h, w, in, out)
         dense layer (out, in)               → kernel (in, out)
         BatchNorm weight, bias, running_*   → scale, bias, mean, var
 
     Args:
-      leaf: the leaf's path; only its last part counts.
-      shape: the leaf's shape.
+      leaf: path of the leaf, of which only the last part is used.
+      shape: of the leaf.
       layers: possible names of the layer in the file.
     """
     names = tuple(f"{layer}.{_LEAVES[leaf[-1]]}" for layer in layers)
     if len(shape) == 4:
         height, width, inputs, outputs = shape
-        return Source(names, (outputs, inputs, height, width), lambda value: value.transpose(2, 3, 1, 0))
-    return Source(names, shape[::-1], np.transpose)
+        return TensorSource(names, (outputs, inputs, height, width), lambda value: value.transpose(2, 3, 1, 0))
+    return TensorSource(names, shape[::-1], np.transpose)
 
 
-def _present(source: Source, tensors: Mapping[str, Any]) -> str:
-    """The first possible name that the file has, else the first possible one."""
+def _name_in_file(source: TensorSource, tensors: Mapping[str, Any]) -> str:
+    """The first possible name that the file contains, otherwise the first possible name."""
     return next((name for name in source.names if name in tensors), source.names[0])
 
 
 # Error messages
 
 
-def _check_same(
+def _check_match(
     path: str | Path, module: nn.Module, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ValueError with all that differs between a file and the names and shapes that the network needs."""
+    """Raises ValueError with all differences between a file and the names and shapes that the network needs."""
 
     def kernels_first(name: str) -> tuple[bool, str]:
         return len(shapes[name] if name in shapes else tensors[name].shape) < 2, name
@@ -121,19 +121,19 @@ def _check_same(
     if not (missing or unexpected or wrong):
         return
     lines = [
-        f"{path} holds another network than this {type(module).__name__}; check its depth, width, classes and shortcut",
+        f"{path} does not match this {type(module).__name__}; check its depth, width, classes and shortcut",
         *_listed(
-            "the network needs, the file lacks",
+            "in the network but not in the file",
             [*(_with_nearest(name, unexpected) for name in missing[:LISTED]), *missing[LISTED:]],
         ),
-        *_listed("the file has, the network lacks", unexpected),
-        *_listed("of another shape", wrong),
+        *_listed("in the file but not in the network", unexpected),
+        *_listed("different shapes", wrong),
     ]
     raise ValueError("\n".join(lines))
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single number"
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _with_nearest(name: str, choices: list[str]) -> str:
@@ -142,7 +142,7 @@ def _with_nearest(name: str, choices: list[str]) -> str:
 
 
 def _listed(title: str, entries: list[str]) -> list[str]:
-    """The first entries as lines of text under a title that counts them all; nothing for no entries."""
+    """Lines of text with the first entries under a title with their number; none without entries."""
     if not entries:
         return []
     rest = [f"    … and {len(entries) - LISTED} more"] if len(entries) > LISTED else []

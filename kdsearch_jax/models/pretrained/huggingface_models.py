@@ -1,7 +1,6 @@
-"""Hugging Face's config.json: which of our networks it describes.
+"""Maps Hugging Face's config.json to one of our networks.
 
-Only keys that are known are read, an option that would change what the network computes and is not supported here is
-an error, and so is a key that is not known at all.
+An unknown key is an error, and so is an unsupported option that would change what the network computes.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdsearch_jax.models.mobilenet import V2_STAGES
-from kdsearch_jax.models.pretrained.huggingface_options import MOST_PIXELS, Options
+from kdsearch_jax.models.pretrained.config_reader import MAX_PIXELS, ConfigReader
 from kdsearch_jax.models.resnet import EXPANSION, STAGE_BLOCKS
 
-_MOST_CHANNELS, _MOST_BLOCKS, _MOST_PATCHES = 1 << 14, 256, 256
+_MAX_CHANNELS, _MAX_BLOCKS, _MAX_PATCHES = 1 << 14, 256, 256
 
-# Keys that say nothing of what a trained network computes: how it is trained, stored and called, and what concerns text
-# only, which some versions write for every kind of network.
-_HARMLESS = {
+# Keys that do not affect what a trained network computes: training, storage, calling conventions, and options of text
+# generation, which some versions write for every kind of network.
+_IGNORED = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_num_labels",
     "architectures", "attention_probs_dropout_prob", "classifier_dropout_prob", "drop_path_rate", "dtype",
     "encoder_stride", "finetuning_task", "gradient_checkpointing", "hidden_dropout_prob", "id2label", "image_size",
@@ -38,9 +37,11 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-class Described(NamedTuple):
-    """A network as `kdsearch_jax.adapters.registry.build` takes it; input_shape: None where the configuration does
-    not fix it."""
+class ModelSpec(NamedTuple):
+    """A network for `kdsearch_jax.adapters.registry.build`.
+
+    input_shape: (height, width, channels), or None if the configuration does not determine it.
+    """
 
     model: str
     arguments: dict[str, Any]
@@ -49,80 +50,82 @@ class Described(NamedTuple):
 
 
 def family(path: Path, config: Mapping[str, Any]) -> str:
-    """The `model_type`. Raises ValueError where it is not supported."""
+    """The `model_type`; ValueError if it is not supported."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _FAMILIES:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; there are {', '.join(sorted(_FAMILIES))}")
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; choose from {', '.join(sorted(_FAMILIES))}")
     return kind
 
 
-def describe(path: Path, config: Mapping[str, Any], head: str, num_classes: int) -> Described:
-    """Our network that computes what the configured one does.
+def model_spec(path: Path, config: Mapping[str, Any], head: str, num_classes: int) -> ModelSpec:
+    """Our network that computes the same outputs as the configured one.
 
     Args:
       path: of the configuration, for messages.
-      config: what it holds.
+      config: its content.
       head: name of the classifier among the tensors.
-      num_classes: its outputs.
+      num_classes: number of its outputs.
 
     Raises:
-      ValueError: an unsupported model_type or option, a key that is not known, a size out of bounds.
+      ValueError: an unsupported model_type or option, an unknown key, or a size out of bounds.
     """
-    options = Options(path, config, _HARMLESS)
-    options.only("pruned_heads", {})
-    described = _FAMILIES[family(path, config)](options, head, num_classes)
-    options.finish()
-    return described
+    options = ConfigReader(path, config, _IGNORED)
+    options.require("pruned_heads", {})
+    spec = _FAMILIES[family(path, config)](options, head, num_classes)
+    options.check_all_read()
+    return spec
 
 
-def _patches(options: Options, default: int) -> tuple[int, tuple[int, int, int]]:
-    """(side of a patch, shape of an image)."""
+def _patches(options: ConfigReader, default: int) -> tuple[int, tuple[int, int, int]]:
+    """(side of a patch, shape of an image (height, width, channels))."""
     channels = options.size("num_channels", 3, 64)
-    height, width = options.sides("image_size", 224, MOST_PIXELS)
-    sides = options.sides("patch_size", default, MOST_PIXELS)
+    height, width = options.sides("image_size", 224, MAX_PIXELS)
+    sides = options.sides("patch_size", default, MAX_PIXELS)
     if sides[0] != sides[1]:
-        raise options.error("patch_size", "the same in both directions")
-    if max(height, width) > _MOST_PATCHES * sides[0]:
-        raise options.error("image_size", f"at most {_MOST_PATCHES} patches of {sides[0]} pixels")
+        raise options.error("patch_size", "square")
+    if max(height, width) > _MAX_PATCHES * sides[0]:
+        raise options.error("image_size", f"at most {_MAX_PATCHES} patches of {sides[0]} pixels")
     return sides[0], (height, width, channels)
 
 
-def _vit(options: Options, head: str, num_classes: int) -> Described:
+def _vit(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
     patch, shape = _patches(options, 16)
-    options.only("hidden_act", "gelu")
-    options.only("qkv_bias", True)
-    width, heads = options.size("hidden_size", 768, _MOST_CHANNELS), options.size("num_attention_heads", 12, 1024)
+    options.require("hidden_act", "gelu")
+    options.require("qkv_bias", True)
+    width, heads = options.size("hidden_size", 768, _MAX_CHANNELS), options.size("num_attention_heads", 12, 1024)
     if width % heads:
         raise options.error("num_attention_heads", f"a divisor of hidden_size={width}")
     arguments = {
         "num_classes": num_classes,
         "patch": patch,
         "width": width,
-        "depth": options.size("num_hidden_layers", 12, _MOST_BLOCKS),
+        "depth": options.size("num_hidden_layers", 12, _MAX_BLOCKS),
         "heads": heads,
-        "mlp_dim": options.size("intermediate_size", 3072, 4 * _MOST_CHANNELS),
+        "mlp_dim": options.size("intermediate_size", 3072, 4 * _MAX_CHANNELS),
         "epsilon": options.number("layer_norm_eps", 1e-12, 0, 0.1),
     }
-    return Described("vit", arguments, shape[2], shape)
+    return ModelSpec("vit", arguments, shape[2], shape)
 
 
-def _deit(options: Options, head: str, num_classes: int) -> Described:
-    """There is a distillation token always; its classifier may be missing, and then nobody reads it."""
-    described = _vit(options, head, num_classes)
-    described.arguments["distillation"] = "head" if head == "cls_classifier" else "token"
-    return described
+def _deit(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
+    """DeiT always has a distillation token; without a classifier of its own it is not read."""
+    spec = _vit(options, head, num_classes)
+    spec.arguments["distillation"] = "head" if head == "cls_classifier" else "token"
+    return spec
 
 
-def _convnext(options: Options, head: str, num_classes: int) -> Described:
+def _convnext(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
     patch, shape = _patches(options, 4)
-    options.only("hidden_act", "gelu")
-    counts = options.sizes("depths", (3, 3, 9, 3), _MOST_BLOCKS)
-    widths = options.sizes("hidden_sizes", (96, 192, 384, 768), _MOST_CHANNELS)
+    options.require("hidden_act", "gelu")
+    counts = options.sizes("depths", (3, 3, 9, 3), _MAX_BLOCKS)
+    widths = options.sizes("hidden_sizes", (96, 192, 384, 768), _MAX_CHANNELS)
     _same_length(options, counts, "hidden_sizes", widths)
-    options.only("num_stages", len(counts))
+    options.require("num_stages", len(counts))
     scale = options.number("layer_scale_init_value", 1e-6, -math.inf, math.inf)
     if not 0 < scale < 1:
-        raise options.error("layer_scale_init_value", "between 0 and 1 (a network without such factors is not known)")
+        raise options.error(
+            "layer_scale_init_value", "between 0 and 1 (networks without layer scale are not supported)"
+        )
     arguments = {
         "num_classes": num_classes,
         "stage_blocks": counts,
@@ -131,20 +134,20 @@ def _convnext(options: Options, head: str, num_classes: int) -> Described:
         "layer_scale": scale,
         "epsilon": options.number("layer_norm_eps", 1e-12, 0, 0.1),
     }
-    return Described("convnext", arguments, shape[2], shape)
+    return ModelSpec("convnext", arguments, shape[2], shape)
 
 
-def _swin(options: Options, head: str, num_classes: int) -> Described:
+def _swin(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
     patch, shape = _patches(options, 4)
-    options.only("hidden_act", "gelu")
-    options.only("qkv_bias", True)
-    options.only("use_absolute_embeddings", False)
-    counts = options.sizes("depths", (2, 2, 6, 2), _MOST_BLOCKS)
+    options.require("hidden_act", "gelu")
+    options.require("qkv_bias", True)
+    options.require("use_absolute_embeddings", False)
+    counts = options.sizes("depths", (2, 2, 6, 2), _MAX_BLOCKS)
     heads = options.sizes("num_heads", (3, 6, 12, 24), 1024)
     _same_length(options, counts, "num_heads", heads)
-    options.only("num_layers", len(counts))
-    width = options.size("embed_dim", 96, _MOST_CHANNELS)
-    options.only("hidden_size", width * 2 ** (len(counts) - 1))
+    options.require("num_layers", len(counts))
+    width = options.size("embed_dim", 96, _MAX_CHANNELS)
+    options.require("hidden_size", width * 2 ** (len(counts) - 1))
     arguments = {
         "num_classes": num_classes,
         "stage_blocks": counts,
@@ -155,41 +158,41 @@ def _swin(options: Options, head: str, num_classes: int) -> Described:
         "mlp_ratio": options.number("mlp_ratio", 4.0, 0.01, 64),
         "epsilon": options.number("layer_norm_eps", 1e-5, 0, 0.1),
     }
-    return Described("swin", arguments, shape[2], shape)
+    return ModelSpec("swin", arguments, shape[2], shape)
 
 
-def _resnet(options: Options, head: str, num_classes: int) -> Described:
+def _resnet(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
     channels = options.size("num_channels", 3, 64)
-    options.only("hidden_act", "relu")
-    options.only("downsample_in_first_stage", False)
-    options.only("downsample_in_bottleneck", False)
+    options.require("hidden_act", "relu")
+    options.require("downsample_in_first_stage", False)
+    options.require("downsample_in_bottleneck", False)
     kind = options.get("layer_type", "bottleneck")
     if kind not in ("basic", "bottleneck"):
         raise options.error("layer_type", "'basic' or 'bottleneck'")
     bottleneck = kind == "bottleneck"
-    counts = options.sizes("depths", (3, 4, 6, 3), _MOST_BLOCKS)
-    width = options.size("embedding_size", 64, _MOST_CHANNELS)
+    counts = options.sizes("depths", (3, 4, 6, 3), _MAX_BLOCKS)
+    width = options.size("embedding_size", 64, _MAX_CHANNELS)
     expected = [width * 2**i * (EXPANSION if bottleneck else 1) for i in range(len(counts))]
-    if options.sizes("hidden_sizes", (256, 512, 1024, 2048), _MOST_CHANNELS) != expected:
+    if options.sizes("hidden_sizes", (256, 512, 1024, 2048), _MAX_CHANNELS) != expected:
         raise options.error("hidden_sizes", f"{expected} for this embedding_size, layer_type and depths")
     depth = next((n for n, usual in STAGE_BLOCKS.items() if [*usual] == counts and (n >= 50) == bottleneck), None)
     if depth is not None:
-        return Described("resnet", {"num_classes": num_classes, "depth": depth, "width": width}, channels)
+        return ModelSpec("resnet", {"num_classes": num_classes, "depth": depth, "width": width}, channels)
     arguments = {"stage_blocks": counts, "num_classes": num_classes, "bottleneck": bottleneck, "width": width}
-    return Described("kdsearch_jax.models.resnet:ResNet", arguments, channels)
+    return ModelSpec("kdsearch_jax.models.resnet:ResNet", arguments, channels)
 
 
-def _mobilenet_v2(options: Options, head: str, num_classes: int) -> Described:
+def _mobilenet_v2(options: ConfigReader, head: str, num_classes: int) -> ModelSpec:
     channels = options.size("num_channels", 3, 64)
-    options.only("hidden_act", "relu6")
-    options.only("depth_divisible_by", 8)
-    options.only("min_depth", 8)
-    options.only("expand_ratio", V2_STAGES[1][0])
-    options.only("output_stride", 32)
-    options.only("first_layer_is_expansion", True)
+    options.require("hidden_act", "relu6")
+    options.require("depth_divisible_by", 8)
+    options.require("min_depth", 8)
+    options.require("expand_ratio", V2_STAGES[1][0])
+    options.require("output_stride", 32)
+    options.require("first_layer_is_expansion", True)
     width = options.number("depth_multiplier", 1.0, 0.01, 64)
     if width < 1:
-        options.only("finegrained_output", True)
+        options.require("finegrained_output", True)
     options.get("finegrained_output", True)
     same = options.get("tf_padding", True)
     if not isinstance(same, bool):
@@ -200,10 +203,10 @@ def _mobilenet_v2(options: Options, head: str, num_classes: int) -> Described:
         "padding": "same" if same else "symmetric",
         "epsilon": options.number("layer_norm_eps", 1e-3, 0, 0.1),
     }
-    return Described("mobilenet_v2", arguments, channels)
+    return ModelSpec("mobilenet_v2", arguments, channels)
 
 
-def _same_length(options: Options, counts: list[int], key: str, sizes: list[int]) -> None:
+def _same_length(options: ConfigReader, counts: list[int], key: str, sizes: list[int]) -> None:
     if len(sizes) != len(counts):
         raise options.error(key, f"as long as 'depths', {len(counts)}")
 
