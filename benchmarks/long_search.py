@@ -69,7 +69,9 @@ class Search:
         network, task = trace(module, shape, train=False), classification(DistillConfig())
         limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
         pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-        path = budget_path.legs((limits,), (1.0,), pressure, stage, config, self.run.steps_per_dispatch)
+        path = budget_path.legs(
+            (limits,), (1.0,), pressure, stage.steps, config.ramp, config.warmup, self.run.steps_per_dispatch
+        )
         tx = search_step.make_transformation(stage, config)
         self.step = search_step.search_step(network, module, tx, task, config, self.run)
         self.between = search_step.controller(Part.of(network), path, stage, config, self.run)

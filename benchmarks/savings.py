@@ -164,7 +164,13 @@ def search(bench: Bench, share: float, rounds: int) -> dict[str, Any]:
     topology, keep, part = bench.network.topology, bench.keep("random", share), Part.of(bench.network)
     goal = budget.resolve(BudgetConfig(macs=0.8 * share), topology)
     path = budget_path.legs(
-        (goal,), (1.0,), goal.pressure(topology, topology.flatten(keep).astype(float)), bench.stage, GATES, STEPS
+        (goal,),
+        (1.0,),
+        goal.pressure(topology, topology.flatten(keep).astype(float)),
+        bench.stage.steps,
+        GATES.ramp,
+        GATES.warmup,
+        STEPS,
     )
 
     def searcher(part: Part, state: TrainState) -> tuple[TrainState, CallSpec]:

@@ -48,7 +48,7 @@ def calls(depth: int, batch: int, steps: int) -> dict[str, Callable[[int], None]
     task = classification(DistillConfig())
     limits = budget.resolve(BudgetConfig(macs=0.5), network.topology)
     pressure = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = budget_path.legs((limits,), (1.0,), pressure, stage, config, steps)
+    path = budget_path.legs((limits,), (1.0,), pressure, stage.steps, config.ramp, config.warmup, steps)
     random = np.random.default_rng(0)
     resident: Any = {
         "arrays": {

@@ -73,10 +73,17 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# Modules that are used by their names, as in `kd.losses.kl`.
+_MODULES = {
+    "budget": "pruning.budget",
+    "gates": "pruning.gates",
+    "losses": "distill.losses",
+    "surgery": "pruning.surgery",
+}
 _HOMES = {
-    "budget": ("BudgetError",),
-    "network": ("Network", "trace"),
-    "prox": ("accelerated_proximal_l1", "soft_threshold"),
+    "pruning.budget": ("BudgetError",),
+    "pruning.network": ("Network", "trace"),
+    "pruning.prox": ("accelerated_proximal_l1", "soft_threshold"),
     "pruning.budgets": ("Budget",),
     "pruning.criteria": ("batch_norm_scale", "fisher", "magnitude", "prune", "random", "taylor"),
     "pruning.gated_module": ("Gated",),
@@ -87,15 +94,15 @@ _HOMES = {
     "storage.students": ("load", "save"),
     "pruning.tables": ("Part", "Table"),
     "pruning.transform": ("SearchState",),
-    "surgery": ("SurgeryError",),
+    "pruning.surgery": ("SurgeryError",),
     "tracing.topology": ("Topology",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives when it is first asked for."""
-    if name == "losses":
-        return importlib.import_module("kdsearch_jax.losses")
+    if name in _MODULES:
+        return importlib.import_module(f"kdsearch_jax.{_MODULES[name]}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -187,7 +187,19 @@ def _lesson(experiment: Experiment, stage: StageConfig = STAGE, teachers: int = 
     every = [Teacher(*_cnn(seed), IMAGE) for seed in range(teachers)]
     module, variables = _cnn(9)
     task = classification(experiment.distill, IMAGE)
-    return prepare(task, every, dataset, experiment, stage, module, variables, retraining=True, **kwargs)
+    return prepare(
+        task,
+        every,
+        dataset,
+        experiment.distill,
+        experiment.data,
+        experiment.run,
+        stage,
+        module,
+        variables,
+        retraining=True,
+        **kwargs,
+    )
 
 
 def _trained(lesson, directory):
@@ -260,8 +272,8 @@ def test_losses_of_features_vanish_for_the_teacher_itself(name):
     experiment = _experiment(losses=(name,))
     task, dataset = classification(experiment.distill, IMAGE), load(experiment.data, 0)
     lesson = prepare(
-        task, [Teacher(module, variables, IMAGE)], dataset, experiment, STAGE, module, variables,
-        retraining=False, topology=network.topology,
+        task, [Teacher(module, variables, IMAGE)], dataset, experiment.distill, experiment.data, experiment.run, STAGE,
+        module, variables, retraining=False, topology=network.topology,
     )  # fmt: skip
     by, batch, params = lesson.distiller, _batch(), variables["params"]
 
@@ -324,7 +336,7 @@ def test_losses_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
         prepare(
             classification(experiment.distill, IMAGE), [Teacher(mlp, variables, IMAGE)], load(experiment.data, 0),
-            experiment, STAGE, mlp, variables, retraining=False,
+            experiment.distill, experiment.data, experiment.run, STAGE, mlp, variables, retraining=False,
         )  # fmt: skip
     for later in ({"losses": ("at",)}, {"retrain_losses": ("at",)}):  # and before any work
         with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
@@ -361,7 +373,18 @@ def test_a_classifier_that_nothing_trains_is_told(caplog):
         if len(slopes) == 2:
             continue
         teacher = [Teacher(module, other, IMAGE)]
-        lesson = prepare(task, teacher, dataset, experiment, STAGE, module, variables, retraining=True)
+        lesson = prepare(
+            task,
+            teacher,
+            dataset,
+            experiment.distill,
+            experiment.data,
+            experiment.run,
+            STAGE,
+            module,
+            variables,
+            retraining=True,
+        )
 
         def loss(params, by=lesson.distiller):
             shown, _ = by.train(module, params, {}, batch, jax.random.key(0))

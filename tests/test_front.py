@@ -11,7 +11,6 @@ from kdsearch_jax.pruning.budget import Limits
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.runs import budget_points
 from kdsearch_jax.runs.config import Experiment, changed
-from kdsearch_jax.training.settings import StageConfig
 
 GATES = GatesConfig(ramp=0.5, warmup=0.2)
 
@@ -19,7 +18,7 @@ GATES = GatesConfig(ramp=0.5, warmup=0.2)
 def legs(values, steps=400, dispatch=10, config=GATES):
     limits = [Limits(value * 1000, None) for value in values]
     falls = [1.0, *(b / a for a, b in itertools.pairwise(values))]
-    return budget_path.legs(limits, falls, 1 / values[0], StageConfig(steps=steps), config, dispatch)
+    return budget_path.legs(limits, falls, 1 / values[0], steps, config.ramp, config.warmup, dispatch)
 
 
 def test_one_budget_is_the_path_of_a_single_search():

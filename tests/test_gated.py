@@ -65,7 +65,7 @@ def begin(config=GATES, stage=STAGE, network=None):
 def control(network, limits, config=GATES, stage=STAGE, run=RUN):
     """The hook of a search for one budget."""
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = budget_path.legs([limits], [1.0], whole, stage, config, run.steps_per_dispatch)
+    path = budget_path.legs([limits], [1.0], whole, stage.steps, config.ramp, config.warmup, run.steps_per_dispatch)
     return search_step.controller(Part.of(network), path, stage, config, run)
 
 

@@ -151,3 +151,22 @@ def test_importing_everything_is_quiet(tmp_path, python):
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout + done.stderr == "" and done.returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_of_0_1_are_found_with_a_warning(python):
+    """The imports that programs for 0.1 use, each of what the new name has."""
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from kdsearch_jax import budget, gates, losses, surgery\n"
+        "    from kdsearch_jax.config import BudgetConfig, Experiment\n"
+        "    from kdsearch_jax.functional import Functional\n"
+        "    from kdsearch_jax.network import trace\n"
+        "    from kdsearch_jax.student import Architecture\n"
+        "import kdsearch_jax as kd\n"
+        "assert trace is kd.trace and kd.surgery is surgery\n"
+        "assert {w.category for w in caught} == {DeprecationWarning} and len(caught) == 5, caught"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

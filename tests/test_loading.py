@@ -214,7 +214,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 
     named = Named(8, rngs=nnx.Rngs(0))
     fails(saved(named, FunctionalModule.split(named)[1], tmp_path / "named")[1],
-          functools.partial(Named, 12), "Named", "(12,)", "(8,)")  # fmt: skip
+          functools.partial(Named, 12), "Named", "(12, 5)", "(8, 5)")  # fmt: skip
     assert described(Named(8, rngs=nnx.Rngs(0))) == ("test_loading:Named", {"width": 8})
     for other in (Named(8, 3, rngs=nnx.Rngs(0)), Misleading(8, rngs=nnx.Rngs(0)), Plain(8, nnx.elu, rngs=nnx.Rngs(0))):
         assert described(other) == (f"given:test_loading.{type(other).__name__}", {})
@@ -230,7 +230,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 LOCAL = """
 import sys, numpy as np, jax, jax.numpy as jnp, flax.linen as nn, kdsearch_jax
 from flax import nnx
-from kdsearch_jax.functional import Functional
+from kdsearch_jax.adapters.functional_module import FunctionalModule as Functional
 from test_loading import X, saved
 
 class Net(nnx.Module):

@@ -142,7 +142,7 @@ def test_it_is_the_search_of_the_built_in_loop():
     host = search_step.begin(variables, network.topology, host_tx, stage)
     host_step = jax.jit(search_step.search_step(network, module, host_tx, task, config, run))
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    way = budget_path.legs([limits], [1.0], whole, stage, config, EVERY)
+    way = budget_path.legs([limits], [1.0], whole, stage.steps, config.ramp, config.warmup, EVERY)
     between = search_step.controller(Part.of(network), way, stage, config, run)
 
     search = search_of()

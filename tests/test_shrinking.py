@@ -57,7 +57,7 @@ def run(config, steps, share, stop=None):
     network, tx, state = begin(config, stage)
     limits = budget.resolve(BudgetConfig(0.5), network.topology)
     whole = limits.pressure(network.topology, np.ones(network.topology.units))
-    path = budget_path.legs([limits], [1.0], whole, stage, config, RUN.steps_per_dispatch)
+    path = budget_path.legs([limits], [1.0], whole, stage.steps, config.ramp, config.warmup, RUN.steps_per_dispatch)
     part, shrank = Part.of(network), []
     while int(state.step) < (stop or steps):
         step = jax.jit(search_step.search_step(part.network, network.module, tx, TASK, config, RUN))
@@ -103,7 +103,7 @@ def test_it_shrinks_only_where_enough_would_be_left():
     network, _, state = begin()
     topology = network.topology
     limits = budget.resolve(BudgetConfig(0.5), topology)
-    path = budget_path.legs([limits], [1.0], 2.0, STAGE, GATES, 4)
+    path = budget_path.legs([limits], [1.0], 2.0, STAGE.steps, GATES.ramp, GATES.warmup, 4)
     ask = shrinking.until(Part.of(network), path, 0.9, STAGE.steps)
 
     def with_gates(keep, step=12):
