@@ -250,9 +250,10 @@ def class_accuracy_table(predictions: Predictions) -> ReportTable:
     teacher, student = (class_accuracy(predictions, name) for name in ("teacher", predictions.student))
     counts = np.bincount(predictions.labels, minlength=len(teacher))
     change = student - teacher
-    order = np.lexsort((np.arange(len(change)), np.where(np.isnan(change), np.inf, change)))
+    order = np.argsort(change, kind="stable")  # classes without examples, which have no accuracy, come last
     if len(order) > MAX_CLASS_ROWS:
-        order = [*order[: MAX_CLASS_ROWS // 2], *order[-MAX_CLASS_ROWS // 2 :]]
+        ranked = order[: np.count_nonzero(counts)]
+        order = dict.fromkeys([*ranked[: MAX_CLASS_ROWS // 2], *ranked[-MAX_CLASS_ROWS // 2 :]])
     rows = [
         [
             Cell(predictions.class_names[i]),
