@@ -188,9 +188,9 @@ def prepare_run(
     architecture = teacher.architecture if teacher else model_architecture(experiment, dataset)
     module = teacher.module if teacher else architecture.module()
     dataset, objective = _dataset_and_objective(experiment, dataset, architecture, module, teacher, user_teacher)
-    base_module = None if user_teacher is None else base_of(user_teacher.module)
+    base = None if user_teacher is None else base_of(user_teacher.module)
     extra_teachers = tuple(
-        load_extra_teacher(experiment, dataset, source, base_module, trust_code)
+        load_extra_teacher(experiment, dataset, source, base, trust_code)
         for source in experiment.distill.teachers
     )
     if extra_teachers:
@@ -198,7 +198,7 @@ def prepare_run(
         log.info("%d teachers: students learn from the mean of their %s", count, ensemble)
     boxes = teacher.info.get(BOXES, {}) if teacher else described(own_boxes(module, architecture.called))
     setup = RunSetup(
-        experiment, dataset, directory, objective, architecture, module, teacher, finished_search, base_module,
+        experiment, dataset, directory, objective, architecture, module, teacher, finished_search, base,
         extra_teachers, boxes,
     )  # fmt: skip
     if searches and finished_search is None and not (resume and is_finished(directory / "search")):
