@@ -97,7 +97,7 @@ def search_step(
         student, model_state = distiller.train(
             network.module, folded, state.model_state, batch, key, gates, frozen=frozen
         )
-        metrics = {**objective.right(student.outputs, batch), **objective.agrees(student.outputs, target.outputs)}
+        metrics = {**objective.accuracy(student.outputs, batch), **objective.agreement(student.outputs, target.outputs)}
         return distiller.distance(maps, student, target, batch).mean(), (metrics, model_state)
 
     return gradient_step(tx, dataclasses.replace(stage, ema=None), run, loss, distiller)
