@@ -65,7 +65,7 @@ TOLERANCE = 1e-5
 NETWORKS = ("teacher/network", "search/network", "retrain/network", "student")
 
 EXPERIMENT = """
-from kdsearch_jax.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
+from kdsearch_jax.runs.config import BudgetConfig, DataConfig, Experiment, ModelConfig, RunConfig, StageConfig
 
 def experiment(quick=False):
     return Experiment(

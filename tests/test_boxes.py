@@ -282,7 +282,7 @@ MESH = """
 import contextlib, jax, jax.numpy as jnp, numpy as np, flax.linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
-from kdsearch_jax import boxes
+from kdsearch_jax.adapters import boxes
 from test_boxes import Net, NnxNet, X, check_nnx, cut, groups, initial, trace
 
 variables = {kind: initial(Net(kind, scan=True)) for kind in ("partitioned", "logical")}

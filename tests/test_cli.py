@@ -120,7 +120,8 @@ class TestCommandLine:
 COMMAND = """
 import sys
 from pathlib import Path
-from kdsearch_jax import cli, rundir
+from kdsearch_jax.runs import command_line as cli
+from kdsearch_jax.runs import directories
 
 def main(argv):
     options, experiment = cli.parse(argv, cli.RunOptions, "kdsearch_jax.x", "What it does.")
@@ -135,8 +136,7 @@ def main(argv):
     if experiment.name == "of-another-package":
         import numpy
         numpy.zeros(3).reshape(2)
-    from kdsearch_jax import rundir
-    rundir.new_run_directory(options.workdir, experiment, options.resume)
+    directories.new_run_directory(options.workdir, experiment, options.resume)
     import json, pathlib, jax
     found = {"processes": jax.process_count(), "devices": jax.device_count()}
     pathlib.Path(f"process-{jax.process_index()}.json").write_text(json.dumps(found))  # stdout is the runtime's as well

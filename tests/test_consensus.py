@@ -15,7 +15,7 @@ import json, sys, threading
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from kdsearch_jax.consensus import check_alike, check_shared, first_says
+from kdsearch_jax.runs.consensus import check_alike, check_shared, first_says
 
 rank, shared, own = int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 answers = {}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kdsearch_jax import export
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.export import main as export_main
 from kdsearch_jax.storage import export_formats
@@ -199,7 +198,7 @@ def test_a_file_that_computes_something_else_is_found(network, copy):
     module, variables, architecture, info = load_network(network)
     variables["params"]["dense"]["kernel"] = variables["params"]["dense"]["kernel"] * 1.001
     (copy / "student.safetensors").write_bytes(export_formats.packed(architecture, variables, info))
-    (copy / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
+    (copy / "student.stablehlo").write_bytes(export_formats._stablehlo(module, variables, architecture))
     for format in export_formats.FORMATS:
         with pytest.raises(
             ValueError, match=rf"student.{format} computes something else than the network: outputs differ by"
@@ -212,7 +211,7 @@ def test_each_output_is_checked_by_its_own_scale(tmp_path):
     export_formats.export(network, tmp_path / "out", trust_code=True)
     module, variables, architecture, _ = load_network(network, trust_code=True)
     variables["params"]["score"]["kernel"] = variables["params"]["score"]["kernel"] * 1.001
-    (tmp_path / "out" / "student.stablehlo").write_bytes(export._stablehlo(module, variables, architecture))
+    (tmp_path / "out" / "student.stablehlo").write_bytes(export_formats._stablehlo(module, variables, architecture))
     with pytest.raises(ValueError, match="student.stablehlo computes something else than the network"):
         export_formats.check(network, tmp_path / "out", ["stablehlo"], trust_code=True)
 

@@ -230,7 +230,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 LOCAL = """
 import sys, numpy as np, jax, jax.numpy as jnp, flax.linen as nn, kdsearch_jax
 from flax import nnx
-from kdsearch_jax.functional import Functional
+from kdsearch_jax.adapters.functional_module import FunctionalModule as Functional
 from test_loading import X, saved
 
 class Net(nnx.Module):

@@ -73,8 +73,10 @@ COMMAND = """
 import json, os, sys, time
 from pathlib import Path
 import numpy as np
-from kdsearch_jax import checkpoint, cli
-from kdsearch_jax.student import Architecture
+from kdsearch_jax.runs import command_line as cli
+from kdsearch_jax.storage.networks import save_network
+from kdsearch_jax.training.checkpoints import Checkpointer
+from kdsearch_jax.adapters.architecture import Architecture
 
 def main(argv):
     options = cli.parse_options(argv, cli.Options, "x", "What it does.")
@@ -86,10 +88,10 @@ def main(argv):
         while time.monotonic() < latest and not Path("network").exists():
             time.sleep(0.05)
         if not Path("network").exists():
-            checkpoint.save_network("network", Architecture("mlp"), {"params": {"x": np.ones(2)}}, {})
+            save_network("network", Architecture("mlp"), {"params": {"x": np.ones(2)}}, {})
         total = multihost_utils.process_allgather(jax.numpy.asarray(rank + 1.0)).sum()
         Path(f"{rank}.json").write_text(json.dumps([count, float(total)]))
-        with checkpoint.Checkpointer("checkpoints"):
+        with Checkpointer("checkpoints"):
             if rank == 1:
                 raise OSError("only here")
             multihost_utils.process_allgather(jax.numpy.zeros(1000))
@@ -135,7 +137,8 @@ def test_two_processes_by_flags_of_which_one_fails(start, tmp_path):
 STAGES = """
 import time
 from pathlib import Path
-from kdsearch_jax import cli, preemption
+from kdsearch_jax.runs import command_line as cli
+from kdsearch_jax.training import preemption
 
 def main(argv):
     import jax

@@ -166,12 +166,14 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
 import test_train as t
-from kdsearch_jax import optimizer, steps
-from kdsearch_jax.checkpoint import flatten
+from kdsearch_jax.distill import steps
+from kdsearch_jax.storage.arrays import flatten
+from kdsearch_jax.training import optimizer
+from kdsearch_jax.training import state as training_state
 
 module, variables = t.network()
 tx = optimizer.make_optimizer(t.STAGE)
-state = steps.create_state(variables, tx, ema=0.9)
+state = training_state.create_state(variables, tx, ema=0.9)
 step = steps.supervised_step(module, tx, t.STAGE, t.RUN, t.TASK)
 directory, straight = sys.argv[2:4]
 assert jax.device_count() == int(sys.argv[4])

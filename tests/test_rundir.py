@@ -241,7 +241,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kdsearch_jax import locks
+from kdsearch_jax.runs import locks
 with locks.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

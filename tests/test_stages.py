@@ -233,7 +233,7 @@ def test_a_front_that_was_killed_goes_on(several, tmp_path):
     (copy / "run.json").unlink()  # which knows that config.json was another
     assert search_main(["--resume", "--workdir", str(copy)]) == 0
     for name in ("search/network", "search/at-0.8/network", "search/at-0.5/kept/network", "at-0.5/network"):
-        assert same(arrays(copy / name), arrays_of(several / name)), name
+        assert same(arrays_of(copy / name), arrays_of(several / name)), name
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_stages_one_by_one_are_the_road_in_one(run, tmp_path, capsys):
     assert (directory / "report" / "index.html").is_file() and not (directory / "retrain").exists()
     assert search_main(["--workdir", str(directory), "--resume"]) == 0
     for name in ("teacher", "search", "retrain", "uniform"):
-        assert same(arrays(directory / name / "network"), arrays_of(run / name / "network")), name
-    assert same(arrays(directory / "student"), arrays_of(run / "student"))
+        assert same(arrays_of(directory / name / "network"), arrays_of(run / name / "network")), name
+    assert same(arrays_of(directory / "student"), arrays_of(run / "student"))
 
 
 def test_stop_after_retrain_leaves_no_delivery(tmp_path):
@@ -312,7 +312,7 @@ def test_a_teacher_of_another_run(run, tmp_path, source):
     path = run if source == "run" else run / "teacher" / "network"
     directory = tmp_path / "run"
     assert tiny(directory, *SHORT, "--teacher-from", path, "--stop-after", "search") == 0
-    assert same(arrays(directory / "teacher" / "network"), arrays_of(run / "teacher" / "network"))
+    assert same(arrays_of(directory / "teacher" / "network"), arrays_of(run / "teacher" / "network"))
     info = [networks.load_network(d / "teacher" / "network")[3] for d in (directory, run)]
     assert info[0] == info[1]
 
@@ -331,7 +331,7 @@ def test_a_teacher_from_pytorch(tmp_path):
         "--model.name", "cifar_resnet", "--model.arguments", "depth=8", "width=4",
     )  # fmt: skip
     assert status == 0
-    found = arrays(tmp_path / "run" / "teacher" / "network")
+    found = arrays_of(tmp_path / "run" / "teacher" / "network")
     np.testing.assert_array_equal(
         found["params/stage2/block1/conv1/kernel"], tensors["layer2.0.conv1.weight"].transpose(2, 3, 1, 0)
     )
@@ -348,7 +348,7 @@ def test_a_search_of_another_run(run, tmp_path, command):
     assert command(argv) == 0
     assert contents(run) == before
     for name in ("teacher", "search"):
-        assert same(arrays(directory / name / "network"), arrays_of(run / name / "network"))
+        assert same(arrays_of(directory / name / "network"), arrays_of(run / name / "network"))
         assert not (directory / name / "checkpoints").exists()
     rows = {row["name"]: row for row in read(directory / "results.json")["rows"]}
     assert rows["student"]["steps"] == 16 and set(rows) == {"teacher", "student"}
@@ -365,7 +365,7 @@ def test_retraining_goes_on_with_its_own_copy_of_the_search(run, tmp_path):
     shutil.copy(run / "config.json", directory)
     (directory / "environment.json").write_text("{}")
     assert retrain.main(["--workdir", str(directory), "--resume"]) == 0
-    assert same(arrays(directory / "student"), arrays_of(run / "student"))
+    assert same(arrays_of(directory / "student"), arrays_of(run / "student"))
 
 
 @pytest.mark.parametrize(
@@ -404,8 +404,8 @@ def test_two_processes_go_the_whole_road(repository, tmp_path, python):
     assert read(tmp_path / "run" / "environment.json")["processes"] == 2
     assert 0.98 * 0.6 * 30_112 <= read(tmp_path / "run" / "search" / "selection.json")["macs"] <= 0.6 * 30_112
     assert (tmp_path / "run" / "report" / "index.html").is_file()
-    student, retrained = arrays(tmp_path / "run" / "student"), arrays(tmp_path / "run" / "retrain" / "network")
-    assert same(student, retrained) and not same(student, arrays(tmp_path / "run" / "search" / "network"))
+    student, retrained = arrays_of(tmp_path / "run" / "student"), arrays_of(tmp_path / "run" / "retrain" / "network")
+    assert same(student, retrained) and not same(student, arrays_of(tmp_path / "run" / "search" / "network"))
 
 
 def test_processes_that_were_given_different_things_refuse_together(tmp_path, python):
@@ -460,7 +460,7 @@ def test_what_two_processes_began_one_goes_on_with(repository, tmp_path, python)
         read(tmp_path / "run" / "search" / "selection.json")["kept"]
         == read(tmp_path / "straight" / "search" / "selection.json")["kept"]
     )
-    found, expected = (arrays(tmp_path / name / "search" / "network") for name in ("run", "straight"))
+    found, expected = (arrays_of(tmp_path / name / "search" / "network") for name in ("run", "straight"))
     for name, leaf in expected.items():
         np.testing.assert_allclose(found[name], leaf, atol=1e-5, err_msg=name)
 

@@ -564,9 +564,11 @@ from pathlib import Path
 import jax, numpy as np
 sys.path.insert(0, {tests!r})
 import test_train as t
-from kdsearch_jax import evaluate, optimizer, steps, train
+from kdsearch_jax.distill import steps
+from kdsearch_jax.training import optimizer
+from kdsearch_jax.training import state as training_state
 from test_train import TASK
-from kdsearch_jax.config import RunConfig, StageConfig
+from kdsearch_jax.runs.config import RunConfig, StageConfig
 
 stage = StageConfig(steps=60, batch_size=16, learning_rate=0.1, ema=0.9)
 run = RunConfig(steps_per_dispatch=3, checkpoint_every=4, checkpoint_share=None)
@@ -633,7 +635,7 @@ sys.path.insert(0, {tests!r})
 if len(sys.argv) > 2:
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 import test_train as t
-from kdsearch_jax import evaluate
+from kdsearch_jax.runs import evaluation
 
 assert jax.device_count() == {devices}
 if {devices} == 8:
@@ -645,7 +647,7 @@ if {devices} == 8:
 run = t.replace(t.RUN, checkpoint_every=4, checkpoint_share=1e-9, keep=9)
 state = t.fit(sys.argv[1], stage=t.replace(t.STAGE, ema=0.9), run=run)
 images = t.dataset().train.images[:21]
-logits = evaluate.predict(t.network()[0], state.variables, images, (0.5,), (0.25,), batch_size=8)
+logits = evaluation.predict(t.network()[0], state.variables, images, (0.5,), (0.25,), batch_size=8)
 if jax.process_index() == 0:
     np.savez(sys.argv[1] + "/all.npz", *map(np.asarray, jax.tree.leaves(state)), logits)
 """

@@ -259,12 +259,12 @@ def make_distillation(
     taught = features.find_layers(first.module, first.variables, objective.call, config.features)
     own, _ = features.layer_shapes(student, variables, objective.call)
     _check_features(objective.distill, taught, own)
-    seen = (
+    units = (
         {} if topology is None else features.channel_units(student, variables, objective.call, tuple(taught), topology)
     )
     maps = _initial_maps(objective.distill, {path: (own[path][-1], shape[-1]) for path, shape in taught.items()}, run)
     tx = make_optimizer(stage) if maps else None
-    distiller = dataclasses.replace(distiller, feature_paths=tuple(taught), units=seen, tx=tx)
+    distiller = dataclasses.replace(distiller, feature_paths=tuple(taught), channel_units=units, tx=tx)
     return Distillation(distiller, constants, dataset, {"maps": maps, "optimizer": tx.init(maps)} if tx else None)
 
 

@@ -39,7 +39,7 @@ def gated_search(
     return GatedSearch(
         network,
         tuple(limits),
-        stage.steps,
+        max(stage.steps, 1),  # a stage of 0 steps ends before the first update
         every=run.steps_per_dispatch,
         learning_rate=config.learning_rate,
         momentum=config.momentum,

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax.adapters import linen, nnx
-from kdsearch_jax.adapters.architecture import cuts_of
+from kdsearch_jax.adapters.architecture import StudentModule, cuts_of
 from kdsearch_jax.adapters.base import Adapter, Layer
 from kdsearch_jax.adapters.call_spec import shaped
 from kdsearch_jax.adapters.devices import off_mesh
@@ -258,4 +258,4 @@ def macs_in_order_of(network: Network, student: Count) -> int:
 
 def _inside(scope: str) -> str:
     """The scope of an operation in the module that a student runs."""
-    return scope.removeprefix("Student/")
+    return scope.removeprefix(f"{StudentModule.__name__}/")

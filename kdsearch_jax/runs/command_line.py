@@ -193,7 +193,7 @@ def _one_line_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of this package as its message alone; others as Python shows them."""
-    if category.__module__.startswith(f"{__package__}."):
+    if category.__module__.startswith("kdsearch_jax."):
         return f"warning: {message}"
     return _formatwarning(message, category, filename, lineno, line)
 
