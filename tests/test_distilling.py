@@ -138,7 +138,7 @@ def test_layers_inside_of_loops_are_out_of_reach_and_named():
 
 
 def test_gated_features_are_those_of_the_student():
-    """Of a network with dead gates: the student's channels, and zeros where it has none. Exactly the cut."""
+    """With gates at 0: exactly the channels of the student that is cut there, and zeros for those that it lacks."""
     module, variables = _cnn()
     network = trace(module, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), train=False)
     topology, rng = network.topology, np.random.default_rng(1)
@@ -284,8 +284,8 @@ def test_losses_of_features_vanish_for_the_teacher_itself(name):
     maps = by.learned(distillation.extra)
     ones = gates.init(network.topology)
     np.testing.assert_allclose(distance(params, ones, maps), 0, atol=1e-8)
-    dead = {name: gate.at[0].set(0.0) for name, gate in ones.items()}
-    assert (distance(params, dead, maps) > 0).all()
+    fewer = {name: gate.at[0].set(0.0) for name, gate in ones.items()}
+    assert (distance(params, fewer, maps) > 0).all()
 
 
 # --- several teachers -----------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_a_classifier_that_nothing_trains_is_told(caplog):
     assert told == [True, False, False, False] and slopes == [False, True]
 
 
-# --- the road -------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A road that is cut off at any moment goes on, and ends bit by bit where an undisturbed one does."""
+"""A run that is interrupted at any moment resumes, and ends bit by bit like an uninterrupted one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LONG = ("--teacher.steps", "0", "--search.steps", "40", "--retrain.steps", "40",
 
 
 def setup(directory, *argv) -> int:
-    """The road in this process."""
+    """A run in this process."""
     return search_main(["--config", TINY, "--workdir", str(directory), *LONG, *argv])
 
 
@@ -57,21 +57,21 @@ def same_results(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, quick_compilation) -> Path:
-    """A run that nothing disturbed; do not write into it."""
+    """An uninterrupted run; do not write into it."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     assert setup(directory) == 0
     return directory
 
 
 def started(python, directory: Path, *argv: str) -> subprocess.Popen[str]:
-    """The road in a process of its own: begun, or gone on with, as the directory has it."""
+    """A run in its own process, started or resumed according to its directory."""
     command = [python, "-m", "kdsearch_jax.search", "--config", TINY, "--workdir", str(directory), *LONG, *argv]
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in this process, or bits would differ
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Waits for it."""
+    """Waits for a condition."""
     deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -79,7 +79,7 @@ def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None
 
 
 def interrupted(python, directory: Path, stage: str, rows: int, number: signal.Signals) -> tuple[int, str]:
-    """Starts the road, or goes on with it, and sends a signal once `stage` has so many rows: (status, stderr)."""
+    """Starts or resumes a run, and sends a signal once `stage` has so many rows: (status, stderr)."""
     process, metrics = started(python, directory), directory / stage / "metrics.jsonl"
     until(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= rows)
     time.sleep(np.random.default_rng().uniform(0, 0.1))
@@ -88,7 +88,7 @@ def interrupted(python, directory: Path, stage: str, rows: int, number: signal.S
     return process.returncode, errors
 
 
-def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_path, python):
+def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(straight, tmp_path, python):
     """kill -9 in the search, SIGTERM in the search, kill -9 in retraining; at moments that differ every time."""
     directory, random = tmp_path / "run", np.random.default_rng()
     first, second, third = (int(random.integers(low, high)) for low, high in ((1, 7), (9, 14), (1, 14)))
@@ -120,7 +120,7 @@ def test_a_road_killed_again_and_again_ends_as_an_undisturbed_one(straight, tmp_
     ids=lambda paths: paths[0],
 )
 def test_killed_between_training_and_writing_its_result(straight, tmp_path, missing):
-    """What such a process leaves: everything up to some file. What is lost comes again as it was."""
+    """Such a process leaves everything up to some file. What is missing is made again, bit by bit."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
     for name in missing:
@@ -142,7 +142,7 @@ def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
     assert all(one[key] == other[key] for key in one.keys() - others) and one.keys() == other.keys()
 
 
-def test_sigterm_outside_of_training_ends_a_run_at_once_and_cleanly(straight, tmp_path, python):
+def test_sigterm_outside_training_ends_a_run_at_once(straight, tmp_path, python):
     """In the export, while another process checks it."""
     directory = tmp_path / "run"
     shutil.copytree(straight, directory)
@@ -191,8 +191,8 @@ else:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
-    """Begun on 2, gone on with on 1 and on 4: parameters, statistics, momentum and average as if on 2 all along."""
+def test_a_run_resumes_on_another_number_of_devices(tmp_path):
+    """Started on 2, resumed on 1 and on 4: the same parameters, statistics, momentum and average as on 2 throughout."""
     for devices in (2, 1, 4):
         if devices != 2:
             shutil.copytree(tmp_path / "on-2", tmp_path / f"on-{devices}")
