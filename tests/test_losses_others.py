@@ -1,4 +1,4 @@
-"""The losses beyond KL, each against a second formulation in NumPy or SciPy, and what leaves each as it is."""
+"""The losses beyond KL, each against a second formulation in NumPy or SciPy, and their invariances."""
 
 import itertools
 

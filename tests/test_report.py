@@ -25,7 +25,8 @@ from kdsearch_jax.reporting.predictions import write_predictions
 from kdsearch_jax.reporting.rendering import render_page
 from kdsearch_jax.reporting.run_record import read_run
 from kdsearch_jax.reporting.unit_groups import PruneSteps, UnitGroup, merge_groups
-from kdsearch_jax.runs import config, delivery
+from kdsearch_jax.runs import config
+from kdsearch_jax.runs.results import format_table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = np.arange(0, 401, 4)
@@ -261,7 +262,7 @@ def test_a_noisy_time_is_not_compared(small: Path) -> None:
     text = page_text(small)
     assert "needs 48% of the MACs" in text and "of the time" not in text
     assert "0.1 ms to 0.35 ms no clear difference 0.4 ms no clear difference" in text
-    table = delivery.table(results)
+    table = format_table(results)
     assert "0.100–0.350" in table and "0.410" in table and "0.400" in table
 
 

@@ -7,7 +7,7 @@ Units with equal columns in every cost are interchangeable, so a cost depends on
 
 Each cost is a share of the whole network's, in float32: a count of 10¹² MACs fits neither float32 nor int32, but sizes
 are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at most
-(factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶. That steers a search; which units stay in the end is decided on the host, in
+(factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶. This steers a search; the final choice of units is made on the host with
 exact integers (`kdsearch_jax.pruning.landing`).
 """
 
@@ -26,14 +26,14 @@ from kdsearch_jax.pruning.costs import Estimate, Table
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.topology import Topology
 
-_DENSE = 1 << 22  # entries of a matrix of class counts up to which it is kept dense
-_ONE_HOT = 1 << 18  # entries of a one-hot matrix up to which units are counted by a product
+_DENSE = 1 << 22  # a matrix of class counts with up to so many entries is dense
+_ONE_HOT = 1 << 18  # units are counted by a one-hot matrix with up to so many entries
 _EXACT = 1 << 24  # integers up to here are exact in float32
 
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """of_unit: (units,) class of each unit; count: of classes; group: (units,) its group's number."""
+    """of_unit: (units,) class of each unit; count: number of classes."""
 
     of_unit: np.ndarray
     count: int
@@ -53,7 +53,7 @@ class Classes:
 
 
 def classes_of(topology: Topology) -> Classes:
-    """The classes of interchangeable units."""
+    """Finds the classes of interchangeable units."""
     random = np.random.default_rng(0)
     sums = np.zeros((topology.units, 2))
     for cost in (topology.macs, topology.params):  # equal columns have equal sums of random multiples
@@ -65,7 +65,7 @@ def classes_of(topology: Topology) -> Classes:
     alone[used] = 1 + np.arange(len(used))
     keys = np.column_stack([group, alone, np.round(sums, 6)])
     _, first, of_unit = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # numbered as they come, so that neighbours stay together
+    rank = np.argsort(np.argsort(first))  # numbered in order of appearance, so that units of a class are contiguous
     return Classes(rank[of_unit.ravel()].astype(np.int32), len(first))
 
 
@@ -73,8 +73,12 @@ def classes_of(topology: Topology) -> Classes:
 class Polynomial:
     """constant + Σ_t weights_t Π_k r_tk Π_b n_tb, as in the module's docstring.
 
-    weights: (terms,); rows: (terms, k) numbers of sizes; alive: (terms, b) classes, the number of classes for none;
-    base, whole: (sizes,); matrix: (sizes, classes).
+    Attributes:
+      weights: (terms,).
+      rows: (terms, k) indices of sizes.
+      alive: (terms, b) indices of the branches' classes; the number of classes stands for none.
+      base, whole: (sizes,).
+      matrix: (sizes, classes).
     """
 
     weights: np.ndarray
@@ -89,13 +93,13 @@ class Polynomial:
         """() float32 share of counts (classes,)."""
         sizes = self.base.astype(np.float32) + self._product(counts)
         ratios = sizes / self.whole.astype(np.float32)
-        living = jnp.append(counts, np.float32(1.0))
-        # Factors one by one: the derivative of a product is then exact at zeros as well.
+        kept_branches = jnp.append(counts, np.float32(1.0))
+        # One factor after the other, so that the derivative of the product is exact at zeros.
         value = jnp.asarray(self.weights.astype(np.float32))
         for column in self.rows.T:
             value = value * ratios[column]
         for column in self.alive.T:
-            value = value * living[column]
+            value = value * kept_branches[column]
         return value.sum() + np.float32(self.constant)
 
     def _product(self, counts: Array) -> Array:
@@ -107,7 +111,7 @@ class Polynomial:
 
 
 def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
-    """(the cost as a share of the whole network's, the whole network's cost)."""
+    """(the cost as a share of the whole network's, that of the whole network)."""
     order = np.argsort(classes.of_unit, kind="stable")
     first = order[np.searchsorted(classes.of_unit[order], np.arange(classes.count))]
     matrix = np.asarray(cost.counts[:, first].todense(), float)
@@ -128,7 +132,7 @@ def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
 def _merged(
     rows: np.ndarray, alive: np.ndarray, constants: np.ndarray, none: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms of the same factors added up; columns that say nothing left out."""
+    """Adds up terms with the same factors, and removes columns without effect."""
     keys, inverse = np.unique(np.hstack([rows, alive]), axis=0, return_inverse=True)
     constants = np.bincount(inverse.ravel(), constants, minlength=len(keys))
     rows, alive = keys[:, : rows.shape[1]], keys[:, rows.shape[1] :]
@@ -136,7 +140,7 @@ def _merged(
 
 
 def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callable[[Array], Array]:
-    """An `Estimate` as a share of what the whole network takes."""
+    """An `Estimate` as a share of that of the whole network."""
     macs, all_macs = polynomial(topology.macs, classes)
     params, all_params = polynomial(topology.params, classes)
     a, b = estimate.macs * all_macs / estimate.whole, estimate.params * all_params / estimate.whole
@@ -163,10 +167,12 @@ def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callab
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """All costs of a network on the device.
+    """All costs of a network, on the device.
 
-    names: "macs", "params", then those measured; shares: functions of (classes,) counts; whole: their values for the
-    whole network.
+    Attributes:
+      names: "macs", "params", then measured costs.
+      shares: functions of (classes,) counts.
+      whole: (costs,) of the whole network.
     """
 
     classes: Classes
@@ -176,7 +182,7 @@ class Costs:
 
     @staticmethod
     def of(topology: Topology, measured: Sequence[Estimate | Table] = ()) -> Costs:
-        """The costs of a topology, with those that are measured."""
+        """The costs of a topology, and measured ones."""
         classes = classes_of(topology)
         counted = [polynomial(cost, classes) for cost in (topology.macs, topology.params)]
         shares: list[Any] = [share for share, _ in counted]
@@ -191,14 +197,11 @@ class Costs:
         return self.of_counts(self.classes.counts(keep))
 
     def of_counts(self, counts: Array) -> Array:
-        """(costs,) the same of (classes,) counts."""
+        """(costs,) float32 shares of the whole network; counts: (classes,)."""
         return jnp.stack([share(counts) for share in self.shares])
 
     def marginal(self, keep: Array, numbers: Sequence[int] | None = None) -> Array:
-        """(costs, units) derivatives of `total`: the share that one more unit of its make adds.
-
-        numbers: of the costs that are asked for; None: all.
-        """
+        """(costs, units) derivatives of `total`: the share that one more unit adds; numbers: of some costs only."""
         counts = self.classes.counts(keep)
         shares = self.shares if numbers is None else [self.shares[number] for number in numbers]
         return self.classes.spread(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))

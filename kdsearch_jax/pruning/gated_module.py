@@ -1,4 +1,4 @@
-"""The user's nnx.Module with gates: trained as any other module, by `nnx.Optimizer` or after `nnx.split`."""
+"""The user's nnx.Module with gates, trained like any other module: by `nnx.Optimizer`, or after `nnx.split`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kdsearch_jax.pruning.network import Network
 
 
 class Gate(nnx.Param):
-    """(size,) factors of a group's units."""
+    """(size,) factors on the units of a group."""
 
 
 class Gated(nnx.Module):
     """Calls `model` with its kernels multiplied by `gates`; arguments and outputs are those of `model`.
 
-    Copy it with `flax.nnx.merge(…, copy=True)` inside `jax.grad`, as any module whose statistics change there.
+    Inside `jax.grad`, copy it with `flax.nnx.merge(…, copy=True)`, like any module whose statistics change there.
 
     Attributes:
-      model: the user's module, whose weights train; statistics and random streams change in place as in any call.
+      model: the user's module, with the weights; statistics and random streams change in place as in any call.
       gates: {group: Gate}.
     """
 
@@ -39,8 +39,7 @@ class Gated(nnx.Module):
     def folded(self) -> nnx.Module:
         """A module of the user's class with the gates folded in, to call any of its methods.
 
-        It shares all Variables that no gate multiplies: statistics and random streams that a call changes are those of
-        `model`.
+        It shares all Variables that no gate multiplies, so a call changes the statistics and random streams of `model`.
         """
         graph, state = nnx.split(self.model, graph=True)
         flat, names, scaled = dict(nnx.to_flat_state(state)), self._names(), self._scaled()
@@ -55,7 +54,7 @@ class Gated(nnx.Module):
         return nnx.merge(graph, nnx.from_flat_state(flat.items()))
 
     def _names(self) -> dict[tuple[Any, ...], str]:
-        """{path as NNX has it: name in the topology} of arrays."""
+        """{NNX path: name in the topology} of arrays."""
         module: FunctionalModule = self._topology.network.module
         return {leaf.path: leaf.name for leaf in module.leaves if not leaf.random}
 
@@ -66,7 +65,7 @@ class Gated(nnx.Module):
 
 
 class _Hidden:
-    """A network as a static attribute: equal to another of the same groups, so that nothing is compiled twice."""
+    """A network as a static attribute, equal to any with the same groups, so that nothing is compiled twice."""
 
     def __init__(self, network: Network):
         self.network = network

@@ -56,7 +56,7 @@ def evaluate(
     that returns one number per batch would include the padding; for such a loss the last batch is split instead.
 
     Args:
-      objective: defines the metrics, see `Objective.figures`; classification adds `accuracy_top5`.
+      objective: defines the metrics, see `Objective.measure`; classification adds `accuracy_top5`.
       batch_size: examples per call over all devices; rounded up to a multiple of the number of devices.
       teacher: the network that the others are compared with, one of `networks`.
       keep_logits: also return the logits. Only for objectives on class logits.
@@ -143,7 +143,7 @@ def _metrics(objective: Objective, mesh: Mesh, keep_logits: bool) -> Any:
     """The jitted function (outputs, teacher's outputs or None, batch) → {metric: values}, whole on every process."""
 
     def metrics(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
-        values = objective.figures(outputs, batch, target)
+        values = objective.measure(outputs, batch, target)
         if objective.classes and (logits := objective.logits(outputs)).ndim == 2:
             values["accuracy_top5"] = top_k(logits, batch["labels"], 5)
             if keep_logits:

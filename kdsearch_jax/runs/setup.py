@@ -293,7 +293,7 @@ def _dataset_and_objective(
     if teacher is None:
         _check_memory(architecture, shapes)
     loss, metrics = (user_teacher.loss, user_teacher.metrics) if user_teacher else (None, None)
-    objective = objective_lib.examine(module, variables, call, dataset, experiment.distill, loss, metrics)
+    objective = objective_lib.infer_objective(module, variables, call, dataset, experiment.distill, loss, metrics)
     if teacher is None and not objective.classes:
         raise ValueError(
             "teacher_from: None trains a teacher on class logits with labels, which this model's outputs are not; "
@@ -303,14 +303,14 @@ def _dataset_and_objective(
         batch = proof_batch(dataset)
         forward = jax.jit(lambda v, *inputs: apply_eval(module, v, inputs, call_spec=call))
         outputs = forward(variables, *call.bind(batch))
-        objective = objective_lib.measured(objective, outputs)
-        objective_lib.prove(objective, outputs, batch)
+        objective = objective_lib.with_output_scales(objective, outputs)
+        objective_lib.check_user_loss(objective, outputs, batch)
     if objective.classes and not dataset.num_classes:
         outputs: Any = jax.eval_shape(lambda v, *inputs: apply_eval(module, v, inputs, call_spec=call), shapes,
                                       *call.example(2))  # fmt: skip
         classes = objective.logits(outputs).shape[-1]
         dataset = dataclasses.replace(dataset, num_classes=classes, class_names=tuple(map(str, range(classes))))
-    distiller.examine(objective, module, variables)
+    distiller.check_losses(objective, module, variables)
     return dataset, objective
 
 
