@@ -1,14 +1,14 @@
 """Costs on the device: `Cost` and measured bounds as functions of a few counts, in `jax.numpy`.
 
 Units with equal columns in every cost are interchangeable, so a cost depends only on how many units of each such
-*class* are kept. A class is usually a whole group; each residual branch is one. With n the (classes,) counts,
+*class* are kept. A class is usually a whole group, and each residual branch is a class. With n the (classes,) counts,
 
     share(n) = Σ_t w_t Π_k r_tk(n) Π_b n_tb,      r = (base + C n) / (base + C n of the whole network)
 
-Each cost is a share of the whole network's, in float32: a count of 10¹² MACs fits neither float32 nor int32, but sizes
-are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at most
-(factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶. That steers a search; which units stay in the end is decided on the host, in
-exact integers (`kdsearch_jax.pruning.landing`).
+Each cost is a share of the whole network's, in float32. A count of 10¹² MACs is exact in neither float32 nor int32, but
+sizes are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at
+most (factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶, which is enough to steer a search. The final choice of units is made on
+the host with exact integers (`kdsearch_jax.pruning.landing`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _EXACT = 1 << 24  # integers up to here are exact in float32
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """of_unit: (units,) class of each unit; count: of classes; group: (units,) its group's number."""
+    """of_unit: (units,) class of each unit; count: number of classes."""
 
     of_unit: np.ndarray
     count: int
 
     def counts(self, keep: Array) -> Array:
-        """(classes,) float32 numbers of kept units; keep: (units,) of 0 and 1, or bool."""
+        """(classes,) float32 counts of kept units; keep: (units,) of 0 and 1, or bool."""
         keep = keep.astype(jnp.float32)
         if keep.size * self.count <= _ONE_HOT:
             one_hot = self.of_unit[:, None] == np.arange(self.count)
@@ -47,8 +47,8 @@ class Classes:
         ordered = bool((np.diff(self.of_unit) >= 0).all())
         return jax.ops.segment_sum(keep, self.of_unit, self.count, indices_are_sorted=ordered)
 
-    def spread(self, values: Array) -> Array:
-        """(…, units) of (…, classes)."""
+    def of_units(self, values: Array) -> Array:
+        """(…, units): each unit gets the value of its class; values: (…, classes)."""
         return values[..., self.of_unit]
 
 
@@ -65,7 +65,7 @@ def classes_of(topology: Topology) -> Classes:
     alone[used] = 1 + np.arange(len(used))
     keys = np.column_stack([group, alone, np.round(sums, 6)])
     _, first, of_unit = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # numbered as they come, so that neighbours stay together
+    rank = np.argsort(np.argsort(first))  # numbered in order of appearance, so that neighbours stay together
     return Classes(rank[of_unit.ravel()].astype(np.int32), len(first))
 
 
@@ -90,7 +90,7 @@ class Polynomial:
         sizes = self.base.astype(np.float32) + self._product(counts)
         ratios = sizes / self.whole.astype(np.float32)
         living = jnp.append(counts, np.float32(1.0))
-        # Factors one by one: the derivative of a product is then exact at zeros as well.
+        # One factor at a time, so that the derivative of the product is exact at zeros as well.
         value = jnp.asarray(self.weights.astype(np.float32))
         for column in self.rows.T:
             value = value * ratios[column]
@@ -116,7 +116,7 @@ def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
     assert whole.max(initial=0) < _EXACT
     alive = np.append(classes.of_unit, classes.count)[np.where(cost.alive < 0, len(classes.of_unit), cost.alive)]
     alive = np.sort(alive, axis=1)
-    for b in range(1, alive.shape[1]):  # a branch ends a term once
+    for b in range(1, alive.shape[1]):  # a branch multiplies a term only once
         alive[alive[:, b] == alive[:, b - 1], b - 1] = classes.count
     constants = cost.constants * whole[cost.factors].prod(1)
     rows, alive, constants = _merged(np.sort(cost.factors, axis=1), np.sort(alive, axis=1), constants, classes.count)
@@ -128,15 +128,15 @@ def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
 def _merged(
     rows: np.ndarray, alive: np.ndarray, constants: np.ndarray, none: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms of the same factors added up; columns that say nothing left out."""
+    """Terms with the same factors added up, without columns that are constant."""
     keys, inverse = np.unique(np.hstack([rows, alive]), axis=0, return_inverse=True)
     constants = np.bincount(inverse.ravel(), constants, minlength=len(keys))
     rows, alive = keys[:, : rows.shape[1]], keys[:, rows.shape[1] :]
     return rows[:, (rows != 0).any(0)], alive[:, (alive != none).any(0)], constants
 
 
-def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callable[[Array], Array]:
-    """An `Estimate` as a share of what the whole network takes."""
+def estimate_share(estimate: Estimate, topology: Topology, classes: Classes) -> Callable[[Array], Array]:
+    """An `Estimate` as a share of the whole network's cost, as a function of (classes,) counts."""
     macs, all_macs = polynomial(topology.macs, classes)
     params, all_params = polynomial(topology.params, classes)
     a, b = estimate.macs * all_macs / estimate.whole, estimate.params * all_params / estimate.whole
@@ -165,8 +165,11 @@ def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callab
 class Costs:
     """All costs of a network on the device.
 
-    names: "macs", "params", then those measured; shares: functions of (classes,) counts; whole: their values for the
-    whole network.
+    Attributes:
+      classes: of units.
+      names: "macs", "params", and the names of the measured costs.
+      shares: functions from (classes,) counts to shares of the whole network's cost.
+      whole: (costs,) the costs of the whole network.
     """
 
     classes: Classes
@@ -176,13 +179,13 @@ class Costs:
 
     @staticmethod
     def of(topology: Topology, measured: Sequence[Estimate | Table] = ()) -> Costs:
-        """The costs of a topology, with those that are measured."""
+        """The counted costs of a topology, and the measured ones."""
         classes = classes_of(topology)
         counted = [polynomial(cost, classes) for cost in (topology.macs, topology.params)]
         shares: list[Any] = [share for share, _ in counted]
         for each in measured:
             table = isinstance(each, Table)
-            shares.append(each.share(topology, classes) if table else modelled(each, topology, classes))  # type: ignore
+            shares.append(each.share(topology, classes) if table else estimate_share(each, topology, classes))  # type: ignore
         whole = np.array([total for _, total in counted] + [each.whole for each in measured])
         return Costs(classes, ("macs", "params", *(each.name for each in measured)), tuple(shares), whole)
 
@@ -191,14 +194,15 @@ class Costs:
         return self.of_counts(self.classes.counts(keep))
 
     def of_counts(self, counts: Array) -> Array:
-        """(costs,) the same of (classes,) counts."""
+        """(costs,) float32 shares of the whole network; counts: (classes,)."""
         return jnp.stack([share(counts) for share in self.shares])
 
     def marginal(self, keep: Array, numbers: Sequence[int] | None = None) -> Array:
-        """(costs, units) derivatives of `total`: the share that one more unit of its make adds.
+        """(costs, units) derivatives of `total`: the share that one more unit of the same class adds.
 
-        numbers: of the costs that are asked for; None: all.
+        Args:
+          numbers: of the costs to differentiate; None: all.
         """
         counts = self.classes.counts(keep)
         shares = self.shares if numbers is None else [self.shares[number] for number in numbers]
-        return self.classes.spread(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))
+        return self.classes.of_units(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))
