@@ -143,10 +143,12 @@ def retraining(bench: Bench, rounds: int) -> dict[str, Any]:
     for cache in (False, True):
         config = DistillConfig(cache=cache)
         about = bench.task, [teacher], bench.dataset, config, DataConfig(), bench.run, bench.stage, student, start
-        filled, lesson = timed(lambda about=about: distiller.prepare(*about, retraining=True))
-        assert lesson.distiller.cached == cache
-        step = distill_step(student, bench.module, tx, bench.stage, bench.run, lesson.task, lesson.distiller)
-        calls.append(bench.caller(create_state(start, tx), step, lesson.dataset, lesson.constants))
+        filled, distillation = timed(lambda about=about: distiller.make_distillation(*about, retraining=True))
+        assert distillation.distiller.cached == cache
+        step = distill_step(
+            student, bench.module, tx, bench.stage, bench.run, distillation.objective, distillation.distiller
+        )
+        calls.append(bench.caller(create_state(start, tx), step, distillation.dataset, distillation.constants))
         ends.append(jax.device_get([calls[-1]() for _ in range(EQUAL // STEPS)][-1].variables))
     moved, worst = (
         np.max(

@@ -20,7 +20,7 @@ from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.data.datasets import load
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import distiller, ensemble, features, teacher_cache
-from kdsearch_jax.distill.distiller import Distiller, Teacher, prepare
+from kdsearch_jax.distill.distiller import Distiller, Teacher, make_distillation
 from kdsearch_jax.distill.objective import classification
 from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.steps import distill_step
@@ -39,6 +39,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGE = CallSpec.of_image((8, 8, 1))
 LEARNED = ("hint:0.5", "crd:0.1", "kl")
+
+
+def settings(experiment):
+    """What a distillation takes of an experiment."""
+    return experiment.distill, experiment.data, experiment.run
 
 
 def _cnn(seed: int = 0):
@@ -70,17 +75,17 @@ def test_the_ends_of_stages_are_found(name, arguments, side, expected):
     module = registry.build(name, {**arguments, "num_classes": 10})
     call = CallSpec.of_image((side, side, 3))
     variables = adapter_for(module).abstract_variables(module, call.example(2), call.keywords(module, train=False))
-    assert list(features.find(module, variables, call)) == expected
+    assert list(features.find_layers(module, variables, call)) == expected
 
 
 def test_features_are_those_that_flax_captures():
     module, variables = _cnn()
     images, paths = _batch()["images"], ["stage1/bn", "block", "stage3"]
-    with features.recorded(module) as seen:
+    with features.record_features(module) as seen:
         outputs = apply.apply_eval(module, variables, images)
     expected, captured = module.apply(variables, images, capture_intermediates=True)
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
-    for path, value in features.taken(seen, paths).items():
+    for path, value in features.select_features(seen, paths).items():
         inner = captured["intermediates"]
         for part in path.split("/"):
             inner = inner[part]
@@ -100,10 +105,10 @@ def test_features_of_an_nnx_module():
     module, variables = FunctionalModule.split(model)
     x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
-    assert features.find(module, variables, call) == {"first": (features.BATCH, 8)}
-    with features.recorded(module) as seen:
+    assert features.find_layers(module, variables, call) == {"first": (features.BATCH, 8)}
+    with features.record_features(module) as seen:
         apply.apply_eval(module, variables, x)
-    np.testing.assert_allclose(features.taken(seen, ["first"])["first"], model.first(x), rtol=1e-5)
+    np.testing.assert_allclose(features.select_features(seen, ["first"])["first"], model.first(x), rtol=1e-5)
 
 
 class Looped(nn.Module):
@@ -126,10 +131,10 @@ class Looped(nn.Module):
 def test_layers_inside_of_loops_are_out_of_reach_and_named():
     module, call = Looped(), CallSpec(("x",), {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
     variables = module.init(jax.random.key(0), jnp.zeros((2, 6)))
-    assert list(features.find(module, variables, call)) == ["plain"]
+    assert list(features.find_layers(module, variables, call)) == ["plain"]
     for path in ("stack/dense", "again"):
         with pytest.raises(ValueError, match=f"distill.features: {path!r} is no layer.*outside of loops"):
-            features.find(module, variables, call, [path])
+            features.find_layers(module, variables, call, [path])
 
 
 def test_gated_features_are_those_of_the_student():
@@ -143,14 +148,14 @@ def test_gated_features_are_those_of_the_student():
         gate[group.name] = np.where(keep[group.name], rng.uniform(0.5, 2.0, group.size), 0.0).astype(np.float32)
     sliced, architecture = surgery.slice_network(variables, gate, keep, network, Architecture("small_cnn"))
     student, images = architecture.module(module), _batch()["images"]
-    paths = list(features.find(module, variables, IMAGE))
-    with features.recorded(module) as seen:
+    paths = list(features.find_layers(module, variables, IMAGE))
+    with features.record_features(module) as seen:
         apply.apply_eval(module, gates.fold(variables, gate, topology), images)
-    units = features.units(module, variables, IMAGE, paths, topology)
-    found = features.gated(features.taken(seen, paths), units, gate)
-    with features.recorded(student) as seen:
+    units = features.channel_units(module, variables, IMAGE, paths, topology)
+    found = features.mask_channels(features.select_features(seen, paths), units, gate)
+    with features.record_features(student) as seen:
         apply.apply_eval(student, sliced, images)
-    for path, expected in features.taken(seen, paths).items():
+    for path, expected in features.select_features(seen, paths).items():
         assert expected.shape[-1] < found[path].shape[-1]
         alive = np.abs(np.asarray(found[path])).reshape(-1, found[path].shape[-1]).any(0)
         (units_of,) = units[path].items()
@@ -165,7 +170,7 @@ def test_the_loss_tells_a_gate_what_its_channel_is_worth():
     gate, x = {"group": jnp.array([0.5, 0.0])}, jnp.arange(6.0).reshape(2, 3) + 1
 
     def total(gate):
-        return features.gated({"layer": x}, units, gate)["layer"].sum()
+        return features.mask_channels({"layer": x}, units, gate)["layer"].sum()
 
     np.testing.assert_allclose(total(gate), x[:, [0, 2]].sum())
     np.testing.assert_allclose(jax.grad(total)(gate)["group"], [x[:, 0].sum() / 0.5, 0.0])
@@ -182,43 +187,33 @@ STAGE = StageConfig(steps=6, batch_size=20, learning_rate=0.05, warmup=0)
 RUN = RunConfig(steps_per_dispatch=3, checkpoint_every=10, evaluate_every=10)
 
 
-def _lesson(experiment: Experiment, stage: StageConfig = STAGE, teachers: int = 1, **kwargs):
+def _distillation(experiment: Experiment, stage: StageConfig = STAGE, teachers: int = 1, **kwargs):
     dataset = load(experiment.data, 0)
     every = [Teacher(*_cnn(seed), IMAGE) for seed in range(teachers)]
     module, variables = _cnn(9)
     task = classification(experiment.distill, IMAGE)
-    return prepare(
-        task,
-        every,
-        dataset,
-        experiment.distill,
-        experiment.data,
-        experiment.run,
-        stage,
-        module,
-        variables,
-        retraining=True,
-        **kwargs,
+    return make_distillation(
+        task, every, dataset, *settings(experiment), stage, module, variables, retraining=True, **kwargs
     )
 
 
-def _trained(lesson, directory):
+def _trained(distillation, directory):
     (module, variables), tx = _cnn(9), make_optimizer(STAGE)
-    step = distill_step(module, None, tx, STAGE, RUN, lesson.task, lesson.distiller)
-    state = create_state(variables, tx, extra=lesson.extra)
+    step = distill_step(module, None, tx, STAGE, RUN, distillation.objective, distillation.distiller)
+    state = create_state(variables, tx, extra=distillation.extra)
     return loop.fit(
-        state, step, lesson.dataset, DataConfig("digits"), STAGE, RUN, directory=directory, name="test", meta={},
-        constants=lesson.constants,
+        state, step, distillation.dataset, DataConfig("digits"), STAGE, RUN, directory=directory, name="test", meta={},
+        constants=distillation.constants,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
 def test_cached_outputs_change_nothing(tmp_path, teachers):
     """Three epochs, with the teachers in every step and without them."""
-    lessons = [_lesson(_experiment(cache=on), teachers=teachers) for on in (True, False)]
-    assert lessons[0].distiller.cached and lessons[0].constants is None
-    assert not lessons[1].distiller.cached
-    with_, without = (_trained(lesson, tmp_path / str(n)) for n, lesson in enumerate(lessons))
+    distillations = [_distillation(_experiment(cache=on), teachers=teachers) for on in (True, False)]
+    assert distillations[0].distiller.cached and distillations[0].constants is None
+    assert not distillations[1].distiller.cached
+    with_, without = (_trained(distillation, tmp_path / str(n)) for n, distillation in enumerate(distillations))
     assert not np.allclose(*(jax.tree.leaves(t)[-1] for t in (with_.params, _cnn(9)[1]["params"])))
     for a, b in zip(jax.tree.leaves(with_.params), jax.tree.leaves(without.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -235,7 +230,9 @@ def test_cached_outputs_change_nothing(tmp_path, teachers):
 )
 def test_where_outputs_are_not_cached(change, stage, why):
     experiment = dataclasses.replace(_experiment(), **change)
-    assert why in (teacher_cache.refusal(experiment.distill, experiment.data, stage, load(_experiment().data, 0)) or "")
+    assert why in (
+        teacher_cache.reason_not_to_cache(experiment.distill, experiment.data, stage, load(_experiment().data, 0)) or ""
+    )
 
 
 @pytest.mark.parametrize("mask", [0.0, -1e9, -np.inf])
@@ -249,15 +246,15 @@ def test_a_teacher_that_mixes_its_batch_is_not_cached(mask):
 
         return outputs
 
-    found, line = teacher_cache.cached(teacher(1e-2), {}, dataset, 8)
-    assert found is None and "depends on the others" in line
-    assert teacher_cache.cached(teacher(0), {}, dataset, 8)[0] is not None
+    found, line = teacher_cache.cache_outputs(teacher(1e-2), {}, dataset, 8)
+    assert found is None and "the others in its batch" in line
+    assert teacher_cache.cache_outputs(teacher(0), {}, dataset, 8)[0] is not None
 
 
 def test_maps_are_learned_and_not_part_of_the_network(tmp_path):
-    lesson = _lesson(_experiment(losses=LEARNED))
-    state = _trained(lesson, tmp_path)
-    before, after = lesson.learned["maps"], lesson.distiller.learned(state.extra)
+    distillation = _distillation(_experiment(losses=LEARNED))
+    state = _trained(distillation, tmp_path)
+    before, after = distillation.learned["maps"], distillation.distiller.learned(state.extra)
     assert set(after) == {"hint", "crd"} and set(after["hint"]) == {"stage1", "block", "stage3"}
     moved = [not np.allclose(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
     assert all(moved)
@@ -271,11 +268,11 @@ def test_losses_of_features_vanish_for_the_teacher_itself(name):
     network = trace(module, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), train=False)
     experiment = _experiment(losses=(name,))
     task, dataset = classification(experiment.distill, IMAGE), load(experiment.data, 0)
-    lesson = prepare(
-        task, [Teacher(module, variables, IMAGE)], dataset, experiment.distill, experiment.data, experiment.run, STAGE,
-        module, variables, retraining=False, topology=network.topology,
+    distillation = make_distillation(
+        task, [Teacher(module, variables, IMAGE)], dataset, *settings(experiment), STAGE, module, variables,
+        retraining=False, topology=network.topology,
     )  # fmt: skip
-    by, batch, params = lesson.distiller, _batch(), variables["params"]
+    by, batch, params = distillation.distiller, _batch(), variables["params"]
 
     @jax.jit
     def distance(params, gate, maps):
@@ -284,7 +281,7 @@ def test_losses_of_features_vanish_for_the_teacher_itself(name):
         shown, _ = by.train(module, folded, state, batch, jax.random.key(0), gate, frozen=True)
         return by.distance(maps, shown, by.target(variables, batch), batch)
 
-    maps = by.learned(lesson.extra)
+    maps = by.learned(distillation.extra)
     ones = gates.init(network.topology)
     np.testing.assert_allclose(distance(params, ones, maps), 0, atol=1e-8)
     dead = {name: gate.at[0].set(0.0) for name, gate in ones.items()}
@@ -308,7 +305,7 @@ def test_the_mean_of_teachers():
 def test_a_further_teacher_sees_images_as_it_knows_them():
     module, variables = _cnn(1)
     dataset, pixels = load(_experiment().data, 0), np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1))
-    own = ensemble.Member.of(Teacher(module, variables, IMAGE, {"mean": [0.3], "std": [0.7]}), dataset)
+    own = ensemble.TeacherModule.of(Teacher(module, variables, IMAGE, {"mean": [0.3], "std": [0.7]}), dataset)
     seen = (pixels / 255 - np.array(dataset.mean)) / np.array(dataset.std)
     found = own.outputs(variables, {"images": jnp.asarray(seen, jnp.float32)}, "fp32")
     expected = apply.apply_eval(module, variables, jnp.asarray((pixels / 255 - 0.3) / 0.7, jnp.float32))
@@ -329,19 +326,19 @@ def test_further_teachers_may_stand_behind_the_first():
 
 def test_losses_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"distill.features: 'stage9' is no layer.*stage"):
-        _lesson(_experiment(losses=("at",), features=("stage9",)))
+        _distillation(_experiment(losses=("at",), features=("stage9",)))
     mlp = registry.build("mlp", {"hidden": [7], "num_classes": 10})
     variables = mlp.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     experiment = _experiment(losses=("at",))
     with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
-        prepare(
+        make_distillation(
             classification(experiment.distill, IMAGE), [Teacher(mlp, variables, IMAGE)], load(experiment.data, 0),
-            experiment.distill, experiment.data, experiment.run, STAGE, mlp, variables, retraining=False,
+            *settings(experiment), STAGE, mlp, variables, retraining=False,
         )  # fmt: skip
     for later in ({"losses": ("at",)}, {"retrain_losses": ("at",)}):  # and before any work
         with pytest.raises(ValueError, match=r"at compares positions.*dense1 have none"):
-            distiller.examine(classification(DistillConfig(**later), IMAGE), mlp, variables)
-    distiller.examine(classification(DistillConfig(losses=("hint", "rkd_angle")), IMAGE), mlp, variables)
+            distiller.check_losses(classification(DistillConfig(**later), IMAGE), mlp, variables)
+    distiller.check_losses(classification(DistillConfig(losses=("hint", "rkd_angle")), IMAGE), mlp, variables)
     with pytest.raises(ValueError, match=r"distill.losses: at compares features"):
         Distiller.of(classification(DistillConfig(losses=("at",))), mlp, RUN)
     with pytest.raises(ValueError, match=r"distill.loss and distill.losses: a:b takes the place"):
@@ -368,25 +365,16 @@ def test_a_classifier_that_nothing_trains_is_told(caplog):
         experiment = _experiment(losses=(losses,), retrain_losses=(later,), cross_entropy=labels, cache=False)
         task = classification(experiment.distill, IMAGE)
         caplog.clear()
-        distiller.examine(task, module, variables)
-        told.append("the classifier behind dense1 learns nothing" in caplog.text)
+        distiller.check_losses(task, module, variables)
+        told.append("the classifier behind dense1 is not trained" in caplog.text)
         if len(slopes) == 2:
             continue
         teacher = [Teacher(module, other, IMAGE)]
-        lesson = prepare(
-            task,
-            teacher,
-            dataset,
-            experiment.distill,
-            experiment.data,
-            experiment.run,
-            STAGE,
-            module,
-            variables,
-            retraining=True,
+        distillation = make_distillation(
+            task, teacher, dataset, *settings(experiment), STAGE, module, variables, retraining=True
         )
 
-        def loss(params, by=lesson.distiller):
+        def loss(params, by=distillation.distiller):
             shown, _ = by.train(module, params, {}, batch, jax.random.key(0))
             return by.distance(None, shown, by.target(other, batch), batch).mean()
 

@@ -133,7 +133,7 @@ def test_what_one_teacher_masks_their_mean_masks(how):
 def of_values(teacher):
     """A task of one output that is no logits, measured on the teacher's."""
     call = CallSpec(("x",), {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
-    return task_lib.measured(Objective(call, DistillConfig(), (Output("output", "values"),)), teacher)
+    return task_lib.with_output_scales(Objective(call, DistillConfig(), (Output("output", "values"),)), teacher)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -160,7 +160,7 @@ def test_a_mask_may_be_added_and_there_may_be_two():
 ])  # fmt: skip
 def test_values_far_apart_are_no_masks(values):
     """Heavy tails, an offset, one value alone, a constant, boxes next to scores."""
-    low, high = task_lib.bounds_of(values)
+    low, high = task_lib.mask_bounds(values)
     assert ((values > low) & (values < high)).all()
 
 

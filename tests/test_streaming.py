@@ -462,9 +462,15 @@ def test_images_are_not_all_taken_into_memory_by_mistake(settings):
 def test_a_teachers_outputs_are_not_cached(settings):
     experiment = Experiment(data=settings, distill=DistillConfig())
     stage = StageConfig(1000, BATCH)
-    assert teacher_cache.refusal(experiment.distill, experiment.data, stage, load(settings)) == "examples are streamed"
     assert (
-        teacher_cache.refusal(experiment.distill, experiment.data, stage, load(replace(settings, stream=False))) is None
+        teacher_cache.reason_not_to_cache(experiment.distill, experiment.data, stage, load(settings))
+        == "examples are streamed"
+    )
+    assert (
+        teacher_cache.reason_not_to_cache(
+            experiment.distill, experiment.data, stage, load(replace(settings, stream=False))
+        )
+        is None
     )
 
 

@@ -1,15 +1,13 @@
-"""Who teaches a student, and by which losses: what the steps of search and retraining have in common.
+"""Distillation: teachers and losses, as pure functions that the steps of search and retraining share.
 
-A `Distiller` holds pure functions for a step:
+    target     the teachers' outputs for a batch, their mean if there are several, and the first one's features
+    train      the student's outputs and features in training mode
+    distance   one number per example: the objective's distance, plus (1 − cross_entropy)·Σ weight·loss over the losses
+               of features in `distill.losses`
 
-    target     what the teachers show for a batch: outputs, their mean if there are several, and features of the first
-    train      what the student shows in training mode
-    distance   one number an example: the task's own distance, and (1 − cross_entropy)·Σ weight·loss over the losses of
-               features in `distill.losses`
-
-`hint` and `crd` learn linear maps meanwhile. They live in the state's `extra`, with an optimiser of the stage's kind,
-and never in its parameters: no student has them. `prepare` decides all that is decided once a stage: which layers are
-compared, whether the teachers' outputs are cached, and how the maps begin.
+The losses `hint` and `crd` learn linear maps. Maps are kept in the state's `extra`, with an optimiser of the stage's
+kind, and not among the parameters, so no student contains them. `make_distillation` chooses the layers to compare,
+caches the teachers' outputs if that pays, and initialises the maps.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from kdsearch_jax.adapters.memoize import RecentValues
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.data.settings import DataConfig
 from kdsearch_jax.distill import ensemble, features, losses, teacher_cache
-from kdsearch_jax.distill.ensemble import Member, Teacher
+from kdsearch_jax.distill.ensemble import Teacher, TeacherModule
 from kdsearch_jax.distill.losses import learned
 from kdsearch_jax.distill.objective import Objective
 from kdsearch_jax.distill.settings import DistillConfig, loss_weights
@@ -38,17 +36,17 @@ from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
 from kdsearch_jax.training.settings import RunConfig, StageConfig
 
-__all__ = ["Distiller", "Lesson", "Shown", "Teacher", "examine", "prepare"]
+__all__ = ["Activations", "Distillation", "Distiller", "Teacher", "check_losses", "make_distillation"]
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS = ("kl", "dkd", "dist")  # the losses that need no features
-EMBEDDING = 128  # size in which CRD compares, as in its authors' code
-EXTRA = "learned"  # where a state's `extra` holds the maps and their optimiser
+PREDICTIONS = ("kl", "dkd", "dist")  # losses that need no features
+EMBEDDING = 128  # dimension in which CRD compares, as in its authors' code
+EXTRA = "learned"  # key of the maps and their optimiser's state in a state's `extra`
 
 
-class Shown(NamedTuple):
-    """What a network shows for a batch: its outputs, and {path: features} of some of its layers."""
+class Activations(NamedTuple):
+    """A network's outputs for a batch, and {path: features} of some of its layers."""
 
     outputs: Any
     features: dict[str, Array]
@@ -56,47 +54,51 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Distiller:
-    """What teaches, see above. Constants given to its functions are the teacher's variables, or a tuple for several.
+    """Teachers and losses. The `constants` of its methods are the teacher's variables, a tuple for several teachers.
 
-    teachers: the first is the one that is searched; taps: paths of the layers compared; units: the gates of their
-    channels, in the search; cached: the batch holds the teachers' outputs, and there are no constants; tx: trains maps.
+    Attributes:
+      teachers: the first is the one that is searched.
+      feature_paths: layers whose features are compared.
+      channel_units: the units of their channels, in a search; see `features.channel_units`.
+      cached: the batch contains the teachers' outputs, and `constants` is not used.
+      tx: trains the maps that losses learn; None if there are none.
     """
 
-    task: Objective
-    teachers: tuple[Member, ...]
+    objective: Objective
+    teachers: tuple[TeacherModule, ...]
     precision: str = "fp32"
-    taps: tuple[str, ...] = ()
-    units: Mapping[str, features.Units] = field(default_factory=dict)
+    feature_paths: tuple[str, ...] = ()
+    channel_units: Mapping[str, features.Units] = field(default_factory=dict)
     cached: bool = False
     tx: optax.GradientTransformation | None = None
 
     @staticmethod
-    def of(task: Objective, module: Any, run: RunConfig) -> Distiller:
-        """One teacher, compared by its outputs alone."""
-        if names := _of_features(task.distill):
+    def of(objective: Objective, module: Any, run: RunConfig) -> Distiller:
+        """One teacher, compared by its outputs only."""
+        if names := _feature_losses(objective.distill):
             raise ValueError(
-                f"distill.losses: {names[0]} compares features, of which layers nothing says; use `prepare`"
+                f"distill.losses: {names[0]} compares features of layers, which `make_distillation` chooses; use that"
             )
-        return Distiller(task, (Member(module, task.call),), run.precision)
+        return Distiller(objective, (TeacherModule(module, objective.call),), run.precision)
 
-    def target(self, constants: Any, batch: Mapping[str, Any]) -> Shown:
-        """What the teachers show; it gets no gradient."""
+    def target(self, constants: Any, batch: Mapping[str, Any]) -> Activations:
+        """The teachers' outputs and features, without gradient."""
         if self.cached:
-            return Shown(jax.lax.stop_gradient(teacher_cache.without(batch)[1]), {})
-        with features.recorded(self.teachers[0].module) if self.taps else nullcontext({}) as seen:
+            return Activations(jax.lax.stop_gradient(teacher_cache.split_outputs(batch)[1]), {})
+        with features.record_features(self.teachers[0].module) if self.feature_paths else nullcontext({}) as seen:
             first = self.teachers[0].outputs(self._variables(constants)[0], batch, self.precision)
-        shown = Shown(self._mean(first, constants, batch), features.taken(seen, self.taps))
+        shown = Activations(self._mean(first, constants, batch), features.select_features(seen, self.feature_paths))
         return jax.lax.stop_gradient(shown)
 
     def outputs(self, constants: Any, batch: Mapping[str, Any]) -> Any:
-        """The outputs of `target`, computed."""
+        """The teachers' outputs, computed even if they are cached."""
         first = self.teachers[0].outputs(self._variables(constants)[0], batch, self.precision)
         return self._mean(first, constants, batch)
 
     def _mean(self, first: Any, constants: Any, batch: Mapping[str, Any]) -> Any:
         pairs = zip(self.teachers[1:], self._variables(constants)[1:], strict=True)
         others = [teacher.outputs(variables, batch, self.precision) for teacher, variables in pairs]
-        return ensemble.mean([first, *others], self.task.distill.ensemble, self.task.distill.temperature)
+        return ensemble.mean([first, *others], self.objective.distill.ensemble, self.objective.distill.temperature)
 
     def _variables(self, constants: Any) -> tuple[Any, ...]:
         return constants if len(self.teachers) > 1 else (constants,)
@@ -111,33 +113,37 @@ class Distiller:
         gates: Any = None,
         *,
         frozen: bool = False,
-    ) -> tuple[Shown, Any]:
-        """(what the student shows, its new `model_state`); arguments as those of `apply_train`.
+    ) -> tuple[Activations, Any]:
+        """(the student's outputs and features, its new `model_state`); arguments as of `apply_train`.
 
-        gates: those that are folded into `params`, so that features are those of the student cut there; frozen: in
-        inference mode, where nothing of `model_state` changes.
+        Args:
+          gates: those folded into `params`; features are then those of the student cut at these gates.
+          frozen: run in inference mode, which does not change `model_state`.
         """
-        call = self.task.call
+        call = self.objective.call
         inputs, kept = call.bind(batch), model_state
-        with features.recorded(module) if self.taps else nullcontext({}) as seen:
+        with features.record_features(module) if self.feature_paths else nullcontext({}) as seen:
             if frozen:
                 outputs = apply_eval(module, {"params": params, **model_state}, inputs, self.precision, call)
             else:
                 outputs, kept = apply_train(module, params, model_state, inputs, key, self.precision, call)
-        taken = features.taken(seen, self.taps)
-        return Shown(outputs, taken if gates is None else features.gated(taken, self.units, gates)), kept
+        taken = features.select_features(seen, self.feature_paths)
+        return Activations(
+            outputs, taken if gates is None else features.mask_channels(taken, self.channel_units, gates)
+        ), kept
 
-    def distance(self, maps: Any, student: Shown, teacher: Shown, batch: Mapping[str, Any]) -> Array:
-        """What distillation makes small: (batch,), or () where a user's loss is one number for a batch.
+    def distance(self, maps: Any, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Array:
+        """The distillation loss: (batch,), or () if a user's loss is one number for a batch.
 
-        maps: what the losses learn (`learned`), None where they learn nothing.
+        Args:
+          maps: that the losses learn (`learned`), or None.
         """
-        batch = teacher_cache.without(batch)[0] if self.cached else batch
-        total = self.task.distance(student.outputs, teacher.outputs, batch)
-        config = self.task.distill
+        batch = teacher_cache.split_outputs(batch)[0] if self.cached else batch
+        total = self.objective.distance(student.outputs, teacher.outputs, batch)
+        config = self.objective.distill
         for name, weight in loss_weights(config.losses).items():
             if name not in PREDICTIONS:
-                value = _compare(name, maps, self.taps, student.features, teacher.features)
+                value = _feature_loss(name, maps, self.feature_paths, student.features, teacher.features)
                 total = total + (1 - config.cross_entropy) * weight * value
         return total
 
@@ -146,7 +152,7 @@ class Distiller:
         return extra[EXTRA]["maps"] if self.tx is not None else None
 
     def advance(self, extra: Any, gradient: Any) -> dict[str, Any]:
-        """What changes of `extra` after an update of the maps by their gradient."""
+        """The changed entries of `extra` after an update of the maps by their gradient."""
         if self.tx is None:
             return {}
         old = extra[EXTRA]
@@ -155,8 +161,13 @@ class Distiller:
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """What a stage trains with. constants, dataset: for `train.fit`; learned: for the state's `extra`, or None."""
+class Distillation:
+    """What a stage trains with.
+
+    Attributes:
+      constants, dataset: for `loop.fit`.
+      learned: the maps and their optimiser's state, for the state's `extra`; None if no loss learns any.
+    """
 
     distiller: Distiller
     constants: Any
@@ -164,40 +175,45 @@ class Lesson:
     learned: Any = None
 
     @property
-    def task(self) -> Objective:
-        """The task with this stage's losses."""
-        return self.distiller.task
+    def objective(self) -> Objective:
+        """The objective, with the losses of this stage."""
+        return self.distiller.objective
 
     @property
     def extra(self) -> dict[str, Any] | None:
-        """A state's whole `extra`, where it holds nothing else."""
+        """The `extra` of a state that holds nothing else there."""
         return None if self.learned is None else {EXTRA: self.learned}
 
 
-def examine(task: Objective, module: Any, variables: Any) -> None:
-    """Raises ValueError where a loss asked for, in search or retraining, has no features to compare in this network.
+def check_losses(objective: Objective, module: Any, variables: Any) -> None:
+    """Checks that this network has the features that the losses of search and retraining compare.
 
-    Warns where retraining compares features alone, as nothing then trains the classifier behind them. Nothing is
-    computed; variables: arrays or shapes.
+    Warns if retraining compares features only, since nothing then trains the classifier behind them.
+
+    Args:
+      variables: arrays or shapes; nothing is computed.
+
+    Raises:
+      ValueError: a loss has no features to compare.
     """
-    config = task.distill
+    config = objective.distill
     both = (*config.losses, *(loss for loss in config.retrain_losses if loss not in config.losses))
-    if any(_of_features(dataclasses.replace(config, losses=(loss,))) for loss in both):
-        found = features.find(module, variables, task.call, config.features)
+    if any(_feature_losses(dataclasses.replace(config, losses=(loss,))) for loss in both):
+        found = features.find_layers(module, variables, objective.call, config.features)
         for each in (config.losses, config.retrain_losses or config.losses):
-            _check(dataclasses.replace(config, losses=each), found, found)
+            _check_features(dataclasses.replace(config, losses=each), found, found)
         last = loss_weights(config.retrain_losses or config.losses)
         if not config.cross_entropy and not any(name in PREDICTIONS for name in last):
             log.warning(
-                "distill.losses: %s: features alone, so the classifier behind %s learns nothing in retraining; give kl "
-                "beside them, or --distill.retrain-losses kl",
+                "distill.losses: %s: features only, so the classifier behind %s is not trained in retraining; add kl, "
+                "or give --distill.retrain-losses kl",
                 " + ".join(last),
                 list(found)[-1],
             )
 
 
-def prepare(
-    task: Objective,
+def make_distillation(
+    objective: Objective,
     teachers: Sequence[Teacher],
     dataset: Dataset,
     config: DistillConfig,
@@ -210,45 +226,49 @@ def prepare(
     retraining: bool,
     topology: Topology | None = None,
     memory: RecentValues | None = None,
-) -> Lesson:
+) -> Distillation:
     """What a stage trains with.
 
     Args:
       teachers: the first is the one that is searched.
-      student, variables: the module that is trained, and its variables.
-      retraining: whether `distill.retrain_losses` count.
-      topology: in the search, whose gates the student's features go through.
-      memory: of the run, in which the teachers' outputs are kept for its next stage.
+      student, variables: the module to train, and its variables.
+      retraining: whether to use `distill.retrain_losses`.
+      topology: of a search, whose gates apply to the student's features.
+      memory: of the run; keeps the teachers' outputs for the next stage.
 
     Raises:
-      ValueError: a layer or a teacher does not fit.
+      ValueError: the layers or outputs of teachers and student cannot be compared.
     """
     if retraining and config.retrain_losses:
-        task = dataclasses.replace(task, distill=dataclasses.replace(task.distill, losses=config.retrain_losses))
-    members = tuple(Member.of(each, dataset) for each in teachers)
-    # The task says how the first is called, whatever its directory says.
-    members = (Member(teachers[0].module, task.call), *members[1:])
+        objective = dataclasses.replace(
+            objective, distill=dataclasses.replace(objective.distill, losses=config.retrain_losses)
+        )
+    # The first is called as the objective says, whatever its directory says.
+    first_module = TeacherModule(teachers[0].module, objective.call)
+    modules = (first_module, *(TeacherModule.of(teacher, dataset) for teacher in teachers[1:]))
     constants: Any = teachers[0].variables if len(teachers) == 1 else tuple(each.variables for each in teachers)
-    distiller = Distiller(task, members, run.precision)
-    if not _of_features(task.distill):
-        why = teacher_cache.refusal(config, data, stage, dataset)
+    distiller = Distiller(objective, modules, run.precision)
+    if not _feature_losses(objective.distill):
+        why = teacher_cache.reason_not_to_cache(config, data, stage, dataset)
         if why is None:
-            found = _cached(distiller, teachers, constants, dataset, config, run, memory or RecentValues())
+            found = _with_cached_outputs(distiller, teachers, constants, dataset, config, run, memory or RecentValues())
             if found is not None:
-                return Lesson(dataclasses.replace(distiller, cached=True), None, found)
-        return Lesson(distiller, constants, dataset)
+                return Distillation(dataclasses.replace(distiller, cached=True), None, found)
+        return Distillation(distiller, constants, dataset)
     first = teachers[0]
-    taught = features.find(first.module, first.variables, task.call, config.features)
-    own, _ = features.shapes(student, variables, task.call)
-    _check(task.distill, taught, own)
-    seen = {} if topology is None else features.units(student, variables, task.call, tuple(taught), topology)
-    maps = _begin(task.distill, {path: (own[path][-1], shape[-1]) for path, shape in taught.items()}, run)
+    taught = features.find_layers(first.module, first.variables, objective.call, config.features)
+    own, _ = features.layer_shapes(student, variables, objective.call)
+    _check_features(objective.distill, taught, own)
+    units = (
+        {} if topology is None else features.channel_units(student, variables, objective.call, tuple(taught), topology)
+    )
+    maps = _initial_maps(objective.distill, {path: (own[path][-1], shape[-1]) for path, shape in taught.items()}, run)
     tx = make_optimizer(stage) if maps else None
-    distiller = dataclasses.replace(distiller, taps=tuple(taught), units=seen, tx=tx)
-    return Lesson(distiller, constants, dataset, {"maps": maps, "optimizer": tx.init(maps)} if tx else None)
+    distiller = dataclasses.replace(distiller, feature_paths=tuple(taught), channel_units=units, tx=tx)
+    return Distillation(distiller, constants, dataset, {"maps": maps, "optimizer": tx.init(maps)} if tx else None)
 
 
-def _cached(
+def _with_cached_outputs(
     distiller: Distiller,
     teachers: Sequence[Teacher],
     constants: Any,
@@ -257,39 +277,39 @@ def _cached(
     run: RunConfig,
     memory: RecentValues,
 ) -> Dataset | None:
-    """The data set with the teachers' outputs, the same in every stage that has these teachers; see `cache.cached`."""
+    """The data set with the teachers' outputs, or None; shared by all stages that have these teachers."""
     size = run.eval_batch_size
 
     def compute() -> tuple[Any, Dataset | None]:
-        found, line = teacher_cache.cached(distiller.outputs, constants, dataset, size)
+        found, line = teacher_cache.cache_outputs(distiller.outputs, constants, dataset, size)
         log.info("%s", line)
-        return (teachers, dataset), found  # kept with their outputs: no others have the same numbers meanwhile
+        return (teachers, dataset), found  # kept alive, so that no other objects get their ids
 
     numbers = tuple(id(part) for each in teachers for part in (each.module, each.variables))
     key = ("outputs", numbers, id(dataset), size, run.precision, config.ensemble)
     return memory.get_or_make(key, compute)[1]
 
 
-def _of_features(config: DistillConfig) -> list[str]:
+def _feature_losses(config: DistillConfig) -> list[str]:
     return [name for name in loss_weights(config.losses) if name not in PREDICTIONS]
 
 
-def _compare(
-    name: str, maps: Any, taps: Sequence[str], student: Mapping[str, Array], teacher: Mapping[str, Array]
+def _feature_loss(
+    name: str, maps: Any, feature_paths: Sequence[str], student: Mapping[str, Array], teacher: Mapping[str, Array]
 ) -> Array:
-    """A loss of features, (batch,): its sum over all layers, or that of the last."""
+    """(batch,) a loss of features: the sum over all layers, or that of the last layer."""
     if name == "at":
-        return sum(losses.attention(student[p], teacher[p]) for p in taps if student[p].ndim > 2)  # type: ignore
+        return sum(losses.attention(student[p], teacher[p]) for p in feature_paths if student[p].ndim > 2)  # type: ignore
     if name == "hint":
-        return sum(losses.hint(student[p], teacher[p], maps["hint"][_key(p)]) for p in taps)  # type: ignore
-    pair = losses.pooled(student[taps[-1]]), losses.pooled(teacher[taps[-1]])
+        return sum(losses.hint(student[p], teacher[p], maps["hint"][_key(p)]) for p in feature_paths)  # type: ignore
+    pair = losses.pooled(student[feature_paths[-1]]), losses.pooled(teacher[feature_paths[-1]])
     if name == "crd":
         return losses.contrastive(*pair, maps["crd"]["student"], maps["crd"]["teacher"])
     return losses.distances(*pair) if name == "rkd_distance" else losses.angles(*pair)
 
 
-def _begin(config: DistillConfig, channels: Mapping[str, tuple[int, int]], run: RunConfig) -> dict[str, Any]:
-    """The maps that the losses learn; channels: {path: (student's, teacher's)}, the last layer last."""
+def _initial_maps(config: DistillConfig, channels: Mapping[str, tuple[int, int]], run: RunConfig) -> dict[str, Any]:
+    """The initial maps of losses that learn any; channels: {path: (student's, teacher's)}, the last layer last."""
     names, key = loss_weights(config.losses), jax.random.fold_in(jax.random.key(run.seed), 0x1055)
     maps: dict[str, Any] = {}
     if "hint" in names:
@@ -305,8 +325,10 @@ def _begin(config: DistillConfig, channels: Mapping[str, tuple[int, int]], run: 
     return maps
 
 
-def _check(config: DistillConfig, taught: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where a loss cannot compare the features of these shapes."""
+def _check_features(
+    config: DistillConfig, taught: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError if a loss cannot compare features of these shapes."""
     for path, shape in taught.items():
         if path not in own:
             raise ValueError(f"distill.features: the student has no layer {path!r} any more; choose another")

@@ -1,11 +1,11 @@
-"""Several teachers as one: the mean of what they say.
+"""Several teachers as one: the mean of their outputs.
 
     probabilities   softmax(z/T) = 1/n Σ softmax(z_i/T): the mean of the softened predictions, which is what the student
                     would learn from all of them in turn (Hinton, Vinyals and Dean 2015, arXiv 1503.02531)
     logits          z = 1/n Σ z_i: their geometric mean, sharper where they agree
 
-Either way the result is logits z, so that every loss takes it as it takes one teacher's; classes that any of them has
-masked are -inf. The first teacher is the one that is searched, and whose features are compared.
+Either way the result is logits z, which every loss takes like those of one teacher; classes that any teacher has masked
+are -inf. The first teacher is the one that is searched, and whose features are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Ensemble = Literal["probabilities", "logits"]
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A trained network; info: may hold the `mean` and `std` by which its images were normalised."""
+    """A trained network; info: may contain `mean` and `std`, by which its images were normalised."""
 
     module: Any
     variables: Any
@@ -39,8 +39,8 @@ class Teacher:
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """A teacher without its variables. scale, shift: from images as the run normalises them to those that it knows."""
+class TeacherModule:
+    """A teacher without its variables; scale, shift: from the run's normalised images to its own."""
 
     module: Any
     call: CallSpec
@@ -48,16 +48,16 @@ class Member:
     shift: tuple[float, ...] | None = None
 
     @staticmethod
-    def of(teacher: Teacher, dataset: Dataset) -> Member:
-        """The teacher on a data set."""
+    def of(teacher: Teacher, dataset: Dataset) -> TeacherModule:
+        """A teacher's module on a data set."""
         mean, std = teacher.info.get("mean"), teacher.info.get("std")
         images = is_image("images", dataset.train.arrays.get("images"))
         if not mean or not std or not images or (tuple(mean), tuple(std)) == (dataset.mean, dataset.std):
-            return Member(teacher.module, teacher.call)
+            return TeacherModule(teacher.module, teacher.call)
         # (image − m)/s = ((image − mean)/std)·(std/s) + (mean − m)/s
         scale = tuple(a / b for a, b in zip(dataset.std, std, strict=True))
         shift = tuple((a - b) / s for a, b, s in zip(dataset.mean, mean, std, strict=True))
-        return Member(teacher.module, teacher.call, scale, shift)
+        return TeacherModule(teacher.module, teacher.call, scale, shift)
 
     def outputs(self, variables: Any, batch: Mapping[str, Any], precision: str) -> Any:
         """The teacher's outputs, in inference mode."""
@@ -73,7 +73,7 @@ def mean(outputs: Sequence[Any], how: Ensemble, temperature: float) -> Any:
     """The outputs of several teachers as those of one, of the structure of the first's; logits (…, classes) each.
 
     Raises:
-      ValueError: they tell apart another number of classes.
+      ValueError: their numbers of classes differ.
     """
     if len(outputs) == 1:
         return outputs[0]

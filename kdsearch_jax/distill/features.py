@@ -1,15 +1,13 @@
-"""Outputs of layers inside of a network, taken while it runs: the network's code and its variables stay as they are.
+"""Features: outputs of layers inside a network, recorded while it runs, without changing its code or variables.
 
-Every layer of a Flax module is called in Python when the module is traced, so its output can be noted there:
-`recorded` does, for Linen by an interceptor, for NNX as `kdsearch_jax.adapters.nnx` watches layers. What is computed
-inside of
-`nn.scan`, `nn.vmap` or `nn.remat` is out of reach; the module around it is not.
+Every layer of a Flax module is called in Python while the module is traced, so `record_features` can note its output:
+for Linen by an interceptor, for NNX by watching layers (`kdsearch_jax.adapters.nnx`). Values computed inside `nn.scan`,
+`nn.vmap` or `nn.remat` are out of reach; the output of the module around them is not.
 
-`find` chooses the layers. Features are (batch, …positions, channels); layers with the same positions are one stage of
-the network, and the last of each stage is what goes on into the next. A layer inside of a block that changes the
-positions (the first convolutions of a down-sampling block) is no end of a stage, and neither are a squeeze to one
-position and what makes the logits. A vector an example is taken where it comes after all stages: it is what the
-classifier sees.
+`find_layers` chooses layers. Features are (batch, …positions, channels). Layers with the same positions form a stage,
+and the last layer of each stage is chosen. Layers inside a block that changes the positions (the first convolutions of
+a down-sampling block) do not end a stage, nor do a squeeze to one position and the layers that make the logits. A
+vector per example is chosen if it comes after all stages: it is the classifier's input.
 """
 
 from __future__ import annotations
@@ -38,14 +36,14 @@ from kdsearch_jax.tracing.topology import Topology, leaf_shapes
 
 log = logging.getLogger(__name__)
 
-BATCH = 7  # of the abstract run in which layers are looked at: an axis of this size is that of the batch
+BATCH = 7  # batch size of the abstract run that inspects layers
 
 
 @contextmanager
-def recorded(module: Any) -> Iterator[dict[str, Any]]:
-    """While it lasts, {path of a layer: its output, at its last call}, in the order in which calls end.
+def record_features(module: Any) -> Iterator[dict[str, Any]]:
+    """A context in which {path of a layer: its output at its last call} is recorded, in the order in which calls end.
 
-    The module itself, and layers that return something else than one array, are left out.
+    The module itself and layers that do not return a single array are left out.
     """
     seen: dict[str, Any] = {}
 
@@ -67,23 +65,23 @@ def recorded(module: Any) -> Iterator[dict[str, Any]]:
             yield seen
 
 
-def taken(seen: Mapping[str, Any], paths: Sequence[str]) -> dict[str, jax.Array]:
-    """The features at `paths`, in float32. Raises ValueError where a layer was not called."""
+def select_features(seen: Mapping[str, Any], paths: Sequence[str]) -> dict[str, jax.Array]:
+    """The features at `paths`, in float32. Raises ValueError if a layer was not called."""
     for path in paths:
         if path not in seen:
             raise ValueError(f"distill.features: the student calls no layer {path!r}; {nearest(path, seen)}")
     return {path: jnp.asarray(seen[path], jnp.float32) for path in paths}
 
 
-def shapes(module: Any, variables: Any, call: CallSpec) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """({path: shape of its output} of all layers, in the order of their calls; shape of the network's output).
+def layer_shapes(module: Any, variables: Any, call: CallSpec) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """({path: output shape} of all layers, in the order of their calls; shape of the network's output).
 
-    Layers inside of loops are among them. Nothing is computed. Leading axes are batches of `BATCH`.
+    Includes layers inside loops. Nothing is computed. Leading axes are batches of `BATCH`.
     """
     order: list[str] = []
 
     def run(variables: Any, *inputs: Any) -> Any:
-        with recorded(module) as seen:
+        with record_features(module) as seen:
             outputs = apply_eval(module, variables, inputs, call_spec=call)
         order.extend(seen)
         return seen, jax.tree.leaves(outputs)[:1]
@@ -97,7 +95,9 @@ def shapes(module: Any, variables: Any, call: CallSpec) -> tuple[dict[str, tuple
     return {path: found[path].shape for path in usable}, outputs[0].shape
 
 
-def find(module: Any, variables: Any, call: CallSpec, patterns: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
+def find_layers(
+    module: Any, variables: Any, call: CallSpec, patterns: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the layers that feature losses compare, in the order in which they are computed.
 
     Args:
@@ -107,7 +107,7 @@ def find(module: Any, variables: Any, call: CallSpec, patterns: Sequence[str] = 
     Raises:
       ValueError: a pattern fits no layer, or there is none to choose.
     """
-    every, output = shapes(module, variables, call)
+    every, output = layer_shapes(module, variables, call)
 
     def choose() -> list[str]:
         for pattern in patterns:
@@ -134,17 +134,20 @@ def find(module: Any, variables: Any, call: CallSpec, patterns: Sequence[str] = 
 Units = dict[str, np.ndarray]  # {group: (channels,) the group's unit that each channel is, -1 for none}
 
 
-def units(module: Any, variables: Any, call: CallSpec, paths: Sequence[str], topology: Topology) -> dict[str, Units]:
-    """Which gates the channels of features have: {path: {group: unit of each channel}}.
+def channel_units(
+    module: Any, variables: Any, call: CallSpec, paths: Sequence[str], topology: Topology
+) -> dict[str, Units]:
+    """The units that channels of features belong to: {path: {group: (channels,) unit of each, −1 for none}}.
 
-    A gate stands in the kernels that read a channel, so the channel itself does not show it; see `gated`.
+    Gates are folded into the kernels that read a channel, so the channel itself does not show them; see
+    `mask_channels`.
     """
     variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     inputs, keywords = call.example(BATCH), call.keywords(module, train=False)
 
     def run(variables: Any, *inputs: Any) -> list[Any]:
         args, named = call_arguments(inputs, keywords)
-        with recorded(module) as seen:
+        with record_features(module) as seen:
             module.apply(variables, *args, **named)
         return [seen[path] for path in paths]
 
@@ -174,11 +177,13 @@ def units(module: Any, variables: Any, call: CallSpec, paths: Sequence[str], top
     return result
 
 
-def gated(features: dict[str, jax.Array], found: Mapping[str, Units], gates: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The features that the student cut at these gates has, with zeros for the channels that it has not.
+def mask_channels(
+    features: dict[str, jax.Array], found: Mapping[str, Units], gates: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The features of the student cut at these gates, with zeros for the channels that it lacks.
 
-    A living gate's value is in the kernels behind the channel and stays there: the factor is 1, or 0 of a dead gate;
-    its slope is that of g/g₀ at g₀ = g, by which the loss tells what the channel is worth.
+    The value of a gate g > 0 is in the kernels behind the channel, so the factor here is 1, and 0 for a gate at 0. Its
+    derivative is that of g/g₀ at g₀ = g, so that the loss sees the importance of the channel.
     """
 
     def through(path: str, value: jax.Array) -> jax.Array:
@@ -194,7 +199,7 @@ def gated(features: dict[str, jax.Array], found: Mapping[str, Units], gates: Map
 
 
 def _ends(every: Mapping[str, tuple[int, ...]], output: tuple[int, ...]) -> list[str]:
-    """The last layer of each stage, and the vector after them."""
+    """The last layer of each stage, and the vector after all stages."""
     layers = list(every)
     while layers and every[layers[-1]] == output:  # what makes the logits
         layers.pop()
@@ -206,7 +211,7 @@ def _ends(every: Mapping[str, tuple[int, ...]], output: tuple[int, ...]) -> list
             inside.setdefault(owner, {positions}).add(positions)
 
     def passing(number: int, path: str) -> bool:
-        """Whether it lies in a block that leads from these positions to others, or comes back from them."""
+        """Whether it is in a block that leads from these positions to others, or back from them."""
         others = [owner for owner in _owners(path) if owner in spatial and spatial[owner] != spatial[path]]
         return any(len(inside[owner] | {spatial[owner]}) <= 2 or spatial[owner] in seen[:number] for owner in others)
 
@@ -221,16 +226,16 @@ def _ends(every: Mapping[str, tuple[int, ...]], output: tuple[int, ...]) -> list
 
 
 def _owners(path: str) -> list[str]:
-    """The paths of the modules that a layer is in."""
+    """The paths of the modules around a layer."""
     parts = path.split("/")
     return ["/".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def _out_of_reach(module: Any, variables: Any, call: CallSpec, paths: Sequence[str]) -> list[str]:
-    """Those of `paths` that are computed inside of a loop, whose values end with it."""
+    """Those of `paths` that are computed inside a loop, outside of which their values do not exist."""
 
     def run(variables: Any, *inputs: Any) -> Any:
-        with recorded(module) as seen:
+        with record_features(module) as seen:
             apply_eval(module, variables, inputs, call_spec=call)
         return [seen[path] for path in paths]
 

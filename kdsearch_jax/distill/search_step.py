@@ -39,7 +39,7 @@ def gated_search(
     return GatedSearch(
         network,
         tuple(limits),
-        stage.steps,
+        max(stage.steps, 1),  # a stage of 0 steps ends before the first update
         every=run.steps_per_dispatch,
         learning_rate=config.learning_rate,
         momentum=config.momentum,
@@ -97,7 +97,7 @@ def search_step(
         student, model_state = distiller.train(
             network.module, folded, state.model_state, batch, key, gates, frozen=frozen
         )
-        metrics = {**objective.right(student.outputs, batch), **objective.agrees(student.outputs, target.outputs)}
+        metrics = {**objective.accuracy(student.outputs, batch), **objective.agreement(student.outputs, target.outputs)}
         return distiller.distance(maps, student, target, batch).mean(), (metrics, model_state)
 
     return gradient_step(tx, dataclasses.replace(stage, ema=None), run, loss, distiller)

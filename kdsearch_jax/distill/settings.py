@@ -12,18 +12,19 @@ from kdsearch_jax.tracing.messages import nearest, require
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """loss = (1 − cross_entropy)·Σ weight·loss + cross_entropy·CE, over `losses`; see `kdsearch_jax.losses`.
+    """loss = (1 − cross_entropy)·Σ weight·loss + cross_entropy·CE, over `losses`; see `kdsearch_jax.distill.losses`.
 
     losses: `name` or `name:weight` each. Of predictions, times T²: kl (in `direction`), dkd (decoupled KL, by
     `dkd_beta`), dist. Of features: at (usual weight 1000), hint (100), rkd_distance (25), rkd_angle (50), crd (0.8).
-    retrain_losses: those of retraining, if others than the search's.
+    retrain_losses: those of retraining, if they differ from the search's.
     features: layers whose outputs are compared, as paths or patterns (fnmatch); by default the last of each resolution.
-    teachers: more teachers, each as in `teacher_from`; the mean is learned from, of softened probabilities or of
-    logits (`ensemble`). cache: teachers' outputs are computed once, where data are not augmented and no features asked.
+    teachers: additional teachers, each as in `teacher_from`. The student learns from the mean of their softened
+    probabilities, or of their logits (`ensemble`). cache: compute teachers' outputs once, if data are not augmented and
+    no features are compared.
 
-    loss: `package.module:function` of (student's outputs, teacher's outputs, batch) in its place; metrics: one of
-    (outputs, batch), for the table. logits: outputs that are compared by KL, as paths or patterns (fnmatch); those of
-    classes with labels are found by themselves, others are compared by squared error. See
+    loss: `package.module:function` of (student's outputs, teacher's outputs, batch) that replaces all of the above;
+    metrics: one of (outputs, batch), for the results table. logits: outputs compared by KL, as paths or patterns
+    (fnmatch); class logits with labels are recognised, other outputs are compared by squared error. See
     `kdsearch_jax.distill.objective`.
     """
 
@@ -48,8 +49,8 @@ LOSSES = ("kl", "dkd", "dist", "at", "hint", "rkd_distance", "rkd_angle", "crd")
 def loss_weights(losses: Iterable[str], setting: str = "distill.losses") -> dict[str, float]:
     """{name: weight} of `name` and `name:weight`; a name alone has weight 1.
 
-    Raises ValueError for none, a loss that does not exist (with the nearest that does), one given twice, or a weight
-    that is no number above 0.
+    Raises ValueError for an empty list, an unknown loss (with the nearest known one), a loss given twice, or a weight
+    that is not a number above 0.
     """
     weights: dict[str, float] = {}
     for item in losses:

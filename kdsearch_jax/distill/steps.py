@@ -28,7 +28,7 @@ def supervised_step(
         outputs, model_state = apply_train(
             module, params, state.model_state, inputs, key, run.precision, objective.call
         )
-        return objective.supervised(outputs, batch).mean(), (objective.right(outputs, batch), model_state)
+        return objective.supervised(outputs, batch).mean(), (objective.accuracy(outputs, batch), model_state)
 
     return gradient_step(tx, stage, run, loss)
 
@@ -54,7 +54,7 @@ def distill_step(
     def loss(params: Any, maps: Any, state: TrainState, batch: Batch, key: Array, constants: Any) -> tuple[Array, Any]:
         student, model_state = distiller.train(module, params, state.model_state, batch, key)
         distance = distiller.distance(maps, student, distiller.target(constants, batch), batch)
-        return distance.mean(), (objective.right(student.outputs, batch), model_state)
+        return distance.mean(), (objective.accuracy(student.outputs, batch), model_state)
 
     return gradient_step(tx, stage, run, loss, distiller)
 

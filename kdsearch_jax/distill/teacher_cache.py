@@ -1,8 +1,7 @@
-"""What a teacher says of every training example, computed once.
+"""Cached teacher outputs: computed once for every training example.
 
-A teacher in inference mode says the same of the same example at every epoch, as long as nothing augments it. Its
-outputs then stand among the training split's entries, under `KEY`, and the loop gathers them by index as it gathers
-labels. Where that is not so, or would not pay, `outputs` says why.
+Without augmentation, a teacher in inference mode has the same outputs for an example in every epoch. They are stored in
+the training split under `KEY`, and the loop gathers them by index as it gathers labels.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from kdsearch_jax.training.settings import StageConfig
 
 KEY = "teacher's outputs"
 LARGEST = 1 << 29  # bytes on each device
-TOLERANCE = 1e-4  # of an output's own scale, between an example in one batch and in another
+TOLERANCE = 1e-4  # difference between an example's outputs in two batches, relative to their scale
 
 
-def refusal(config: DistillConfig, data: DataConfig, stage: StageConfig, dataset: Dataset) -> str | None:
-    """Why outputs are not to be cached in a stage; None where they are."""
+def reason_not_to_cache(config: DistillConfig, data: DataConfig, stage: StageConfig, dataset: Dataset) -> str | None:
+    """Why outputs are not cached in a stage; None if they are."""
     examples = len(dataset.train)
     if not config.cache:
         return "distill.cache is off"
@@ -44,10 +43,10 @@ def refusal(config: DistillConfig, data: DataConfig, stage: StageConfig, dataset
     return None
 
 
-def cached(
+def cache_outputs(
     function: Callable[[Any, Any], Any], variables: Any, dataset: Dataset, batch_size: int
 ) -> tuple[Dataset | None, str]:
-    """The data set with a teacher's outputs of its training split, or None; and a line that tells.
+    """(the data set with a teacher's outputs for its training split, or None; a line for the log).
 
     Args:
       function: (variables, batch) → outputs, pytrees of arrays.
@@ -77,15 +76,15 @@ def cached(
         real = indices[weights > 0]
         for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(rows), strict=True):
             whole[real] = part[: len(real)]
-    mixed = np.random.default_rng(0).integers(0, len(train), size)  # in other company
+    mixed = np.random.default_rng(0).integers(0, len(train), size)  # each with other examples
     if not _same(compiled, variables, mesh, batch(mixed), [leaf[mixed] for leaf in jax.tree.leaves(found)]):
-        return None, "not cached: what the teacher says of an example depends on the others in its batch"
+        return None, "not cached: the teacher's outputs for an example depend on the others in its batch"
     split = Split({**train.arrays, KEY: found})
     return dataclasses.replace(dataset, train=split), f"the teacher's outputs are cached, {bytes_ / 2**20:,.1f} MiB"
 
 
 def _same(compiled: Any, variables: Any, mesh: Mesh, batch: Any, found: list[np.ndarray]) -> bool:
-    """Whether a batch has the outputs that were found before, each entry within `TOLERANCE` of its own scale."""
+    """Whether a batch has the outputs found before, each within `TOLERANCE` of its scale."""
 
     def run(variables: Any, arrays: Any) -> dict[str, np.ndarray]:
         outputs = jax.device_get(jax.tree.leaves(compiled(replicate(variables, mesh), arrays)))
@@ -99,6 +98,6 @@ def _same(compiled: Any, variables: Any, mesh: Mesh, batch: Any, found: list[np.
     return equality.difference(equality.reference_outputs(run, variables, (batch,), rounding), before) <= TOLERANCE
 
 
-def without(batch: Any) -> tuple[Any, Any]:
+def split_outputs(batch: Any) -> tuple[Any, Any]:
     """(the batch without the teacher's outputs, these)."""
     return {entry: value for entry, value in batch.items() if entry != KEY}, jax.tree.map(jnp.asarray, batch[KEY])

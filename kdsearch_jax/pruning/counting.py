@@ -1,14 +1,14 @@
 """Costs on the device: `Cost` and measured bounds as functions of a few counts, in `jax.numpy`.
 
 Units with equal columns in every cost are interchangeable, so a cost depends only on how many units of each such
-*class* are kept. A class is usually a whole group, and each residual branch is a class. With n the (classes,) counts,
+*class* are kept. A class is usually a whole group; each residual branch is one. With n the (classes,) counts,
 
     share(n) = Σ_t w_t Π_k r_tk(n) Π_b n_tb,      r = (base + C n) / (base + C n of the whole network)
 
-Each cost is a share of the whole network's, in float32. A count of 10¹² MACs is exact in neither float32 nor int32, but
-sizes are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at
-most (factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶, which is enough to steer a search. The final choice of units is made on
-the host with exact integers (`kdsearch_jax.pruning.landing`).
+Each cost is a share of the whole network's, in float32: a count of 10¹² MACs fits neither float32 nor int32, but sizes
+are integers below 2²⁴ and therefore exact, and no term is negative, so nothing cancels. The relative error is at most
+(factors + log₂ terms) · 2⁻²⁴, about 10⁻⁶. This steers a search; the final choice of units is made on the host with
+exact integers (`kdsearch_jax.pruning.landing`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from kdsearch_jax.pruning.costs import Estimate, Table
 from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.topology import Topology
 
-_DENSE = 1 << 22  # entries of a matrix of class counts up to which it is kept dense
-_ONE_HOT = 1 << 18  # entries of a one-hot matrix up to which units are counted by a product
+_DENSE = 1 << 22  # a matrix of class counts with up to so many entries is dense
+_ONE_HOT = 1 << 18  # units are counted by a one-hot matrix with up to so many entries
 _EXACT = 1 << 24  # integers up to here are exact in float32
 
 
@@ -39,7 +39,7 @@ class Classes:
     count: int
 
     def counts(self, keep: Array) -> Array:
-        """(classes,) float32 counts of kept units; keep: (units,) of 0 and 1, or bool."""
+        """(classes,) float32 numbers of kept units; keep: (units,) of 0 and 1, or bool."""
         keep = keep.astype(jnp.float32)
         if keep.size * self.count <= _ONE_HOT:
             one_hot = self.of_unit[:, None] == np.arange(self.count)
@@ -47,13 +47,13 @@ class Classes:
         ordered = bool((np.diff(self.of_unit) >= 0).all())
         return jax.ops.segment_sum(keep, self.of_unit, self.count, indices_are_sorted=ordered)
 
-    def of_units(self, values: Array) -> Array:
-        """(…, units): each unit gets the value of its class; values: (…, classes)."""
+    def spread(self, values: Array) -> Array:
+        """(…, units) of (…, classes)."""
         return values[..., self.of_unit]
 
 
 def classes_of(topology: Topology) -> Classes:
-    """The classes of interchangeable units."""
+    """Finds the classes of interchangeable units."""
     random = np.random.default_rng(0)
     sums = np.zeros((topology.units, 2))
     for cost in (topology.macs, topology.params):  # equal columns have equal sums of random multiples
@@ -65,7 +65,7 @@ def classes_of(topology: Topology) -> Classes:
     alone[used] = 1 + np.arange(len(used))
     keys = np.column_stack([group, alone, np.round(sums, 6)])
     _, first, of_unit = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # numbered in order of appearance, so that neighbours stay together
+    rank = np.argsort(np.argsort(first))  # numbered in order of appearance, so that units of a class are contiguous
     return Classes(rank[of_unit.ravel()].astype(np.int32), len(first))
 
 
@@ -73,8 +73,12 @@ def classes_of(topology: Topology) -> Classes:
 class Polynomial:
     """constant + Σ_t weights_t Π_k r_tk Π_b n_tb, as in the module's docstring.
 
-    weights: (terms,); rows: (terms, k) numbers of sizes; alive: (terms, b) classes, the number of classes for none;
-    base, whole: (sizes,); matrix: (sizes, classes).
+    Attributes:
+      weights: (terms,).
+      rows: (terms, k) indices of sizes.
+      alive: (terms, b) indices of the branches' classes; the number of classes stands for none.
+      base, whole: (sizes,).
+      matrix: (sizes, classes).
     """
 
     weights: np.ndarray
@@ -89,13 +93,13 @@ class Polynomial:
         """() float32 share of counts (classes,)."""
         sizes = self.base.astype(np.float32) + self._product(counts)
         ratios = sizes / self.whole.astype(np.float32)
-        living = jnp.append(counts, np.float32(1.0))
-        # One factor at a time, so that the derivative of the product is exact at zeros as well.
+        kept_branches = jnp.append(counts, np.float32(1.0))
+        # One factor after the other, so that the derivative of the product is exact at zeros.
         value = jnp.asarray(self.weights.astype(np.float32))
         for column in self.rows.T:
             value = value * ratios[column]
         for column in self.alive.T:
-            value = value * living[column]
+            value = value * kept_branches[column]
         return value.sum() + np.float32(self.constant)
 
     def _product(self, counts: Array) -> Array:
@@ -107,7 +111,7 @@ class Polynomial:
 
 
 def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
-    """(the cost as a share of the whole network's, the whole network's cost)."""
+    """(the cost as a share of the whole network's, that of the whole network)."""
     order = np.argsort(classes.of_unit, kind="stable")
     first = order[np.searchsorted(classes.of_unit[order], np.arange(classes.count))]
     matrix = np.asarray(cost.counts[:, first].todense(), float)
@@ -116,7 +120,7 @@ def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
     assert whole.max(initial=0) < _EXACT
     alive = np.append(classes.of_unit, classes.count)[np.where(cost.alive < 0, len(classes.of_unit), cost.alive)]
     alive = np.sort(alive, axis=1)
-    for b in range(1, alive.shape[1]):  # a branch multiplies a term only once
+    for b in range(1, alive.shape[1]):  # a branch ends a term once
         alive[alive[:, b] == alive[:, b - 1], b - 1] = classes.count
     constants = cost.constants * whole[cost.factors].prod(1)
     rows, alive, constants = _merged(np.sort(cost.factors, axis=1), np.sort(alive, axis=1), constants, classes.count)
@@ -128,15 +132,15 @@ def polynomial(cost: Cost, classes: Classes) -> tuple[Polynomial, float]:
 def _merged(
     rows: np.ndarray, alive: np.ndarray, constants: np.ndarray, none: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms with the same factors added up, without columns that are constant."""
+    """Adds up terms with the same factors, and removes columns without effect."""
     keys, inverse = np.unique(np.hstack([rows, alive]), axis=0, return_inverse=True)
     constants = np.bincount(inverse.ravel(), constants, minlength=len(keys))
     rows, alive = keys[:, : rows.shape[1]], keys[:, rows.shape[1] :]
     return rows[:, (rows != 0).any(0)], alive[:, (alive != none).any(0)], constants
 
 
-def estimate_share(estimate: Estimate, topology: Topology, classes: Classes) -> Callable[[Array], Array]:
-    """An `Estimate` as a share of the whole network's cost, as a function of (classes,) counts."""
+def modelled(estimate: Estimate, topology: Topology, classes: Classes) -> Callable[[Array], Array]:
+    """An `Estimate` as a share of that of the whole network."""
     macs, all_macs = polynomial(topology.macs, classes)
     params, all_params = polynomial(topology.params, classes)
     a, b = estimate.macs * all_macs / estimate.whole, estimate.params * all_params / estimate.whole
@@ -163,13 +167,12 @@ def estimate_share(estimate: Estimate, topology: Topology, classes: Classes) -> 
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """All costs of a network on the device.
+    """All costs of a network, on the device.
 
     Attributes:
-      classes: of units.
-      names: "macs", "params", and the names of the measured costs.
-      shares: functions from (classes,) counts to shares of the whole network's cost.
-      whole: (costs,) the costs of the whole network.
+      names: "macs", "params", then measured costs.
+      shares: functions of (classes,) counts.
+      whole: (costs,) of the whole network.
     """
 
     classes: Classes
@@ -179,13 +182,13 @@ class Costs:
 
     @staticmethod
     def of(topology: Topology, measured: Sequence[Estimate | Table] = ()) -> Costs:
-        """The counted costs of a topology, and the measured ones."""
+        """The costs of a topology, and measured ones."""
         classes = classes_of(topology)
         counted = [polynomial(cost, classes) for cost in (topology.macs, topology.params)]
         shares: list[Any] = [share for share, _ in counted]
         for each in measured:
             table = isinstance(each, Table)
-            shares.append(each.share(topology, classes) if table else estimate_share(each, topology, classes))  # type: ignore
+            shares.append(each.share(topology, classes) if table else modelled(each, topology, classes))  # type: ignore
         whole = np.array([total for _, total in counted] + [each.whole for each in measured])
         return Costs(classes, ("macs", "params", *(each.name for each in measured)), tuple(shares), whole)
 
@@ -198,11 +201,7 @@ class Costs:
         return jnp.stack([share(counts) for share in self.shares])
 
     def marginal(self, keep: Array, numbers: Sequence[int] | None = None) -> Array:
-        """(costs, units) derivatives of `total`: the share that one more unit of the same class adds.
-
-        Args:
-          numbers: of the costs to differentiate; None: all.
-        """
+        """(costs, units) derivatives of `total`: the share that one more unit adds; numbers: of some costs only."""
         counts = self.classes.counts(keep)
         shares = self.shares if numbers is None else [self.shares[number] for number in numbers]
-        return self.classes.of_units(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))
+        return self.classes.spread(jnp.stack([jnp.maximum(jax.grad(share)(counts), 0.0) for share in shares]))

@@ -1,8 +1,8 @@
-"""Students are cut here: from a state that a search has kept, or from the teacher itself; each cut is proved.
+"""Cuts students, from a state that a search kept or from the teacher itself, and verifies each cut.
 
-A search leaves at each of its budgets what it takes to cut there again: SEARCH/kept (or SEARCH/at-0.5/kept) has the
-network's variables, not yet gated, with gates and importances. From the one next above it, a budget that nobody thought
-of before gets its student without another search.
+A search keeps what it takes to cut a student at each of its budgets: SEARCH/kept (or SEARCH/at-0.5/kept) contains the
+network's variables, gates not folded in, with gates and importances. A budget that is added later gets its student from
+the nearest state above it, without another search.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ Gates = dict[str, np.ndarray]
 
 
 def rehearse(network: Network, teacher: LoadedNetwork, limits: Limits, inputs: Any) -> Limits:
-    """Cuts at random and proves it, before the long work: a model whose student would differ is found now.
+    """Cuts random units and verifies the result, so that a model whose student would differ fails before the search.
 
     Returns:
-      the limits, with the floor that students reach.
+      the limits, with the floor that students can reach.
     """
     topology, random = network.topology, np.random.default_rng(0)
     worth = random.uniform(0.1, 1.0, topology.units)
@@ -71,7 +71,7 @@ def keep(setup: RunSetup, subnetwork: Subnetwork, state: TrainState, teacher: Lo
 
 
 def check(setup: RunSetup, points: Sequence[Point]) -> None:
-    """Raises ValueError where a budget cannot be met from what the search has kept."""
+    """Raises ValueError if a budget cannot be met from the states that the search kept."""
     teacher = setup.load(setup.teacher)
     network = traced(setup.experiment, teacher.architecture, teacher.module)
     for point, limits in zip(points, limits_of(setup.experiment, network, points, setup.search), strict=True):
@@ -84,8 +84,7 @@ def nearest(
 ) -> tuple[Path, LoadedNetwork, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The state to cut a student from: (its directory, network, gates, importances).
 
-    It is the one that was kept at this budget; for a budget that was added later, of those whose living cost more than
-    it the one that costs least.
+    That is the one kept at this budget. For a budget added later, it is the cheapest one that costs more.
 
     Raises:
       ValueError: there is none.
@@ -102,10 +101,12 @@ def nearest(
     }
     above = [place for place in places if place == own or costs[place] > 1.0]
     if not above:
-        told = f"the largest costs {format_distinct(max(costs.values()), 1.0)[0]} of it" if costs else "there is none"
+        largest = (
+            f"the largest costs {format_distinct(max(costs.values()), 1.0)[0]} of it" if costs else "there are none"
+        )
         raise ValueError(
-            f"budgets: {point.tail[1:] or 'the budget'} is above all states that {setup.search} has kept ({told}); "
-            "search anew with it"
+            f"budgets: {point.tail[1:] or 'the budget'} is above all states kept in {setup.search} ({largest}); run "
+            "a new search with it"
         )
     place = min(above, key=lambda place: costs[place])
     return place, setup.load(place / "network"), *_units(place, topology)
@@ -131,14 +132,14 @@ def choose(topology: Topology, limits: Limits, gates: Gates, importance: Gates) 
 
 
 def land(setup: RunSetup, point: Point, network: Network | None = None) -> int | None:
-    """Cuts the student of a budget from a state that the search has kept, and proves it; done once.
+    """Cuts the student of a budget from a state that the search kept, and verifies it, unless this was done before.
 
     Returns:
-      the steps of the search up to that state; None where the search of an older version did not say.
+      the search's steps up to that state; None for a search of a version that did not store them.
     """
     directory = point.cut(setup.search)
     cut = _is_cut(directory)
-    meet("cut looked at")  # before the first process writes what others may still be looking at
+    meet("cut looked at")  # before the first process writes files that others may still be reading
     if not cut:
         teacher = setup.load(setup.teacher)
         network = network or traced(setup.experiment, teacher.architecture, teacher.module)
@@ -175,7 +176,7 @@ def land(setup: RunSetup, point: Point, network: Network | None = None) -> int |
 
 
 def _is_cut(directory: Path) -> bool:
-    """Whether a student was cut here, and what is said of it can be read; what cannot is made again from the kept."""
+    """Whether a student was cut here whose files can be read; otherwise it is cut again from the kept state."""
     if not finished(directory):
         return False
     try:
@@ -188,7 +189,7 @@ def _is_cut(directory: Path) -> bool:
 
 
 def publish(source: Path, directory: Path) -> None:
-    """Copies the student of the smallest budget to where that of a single one is."""
+    """Copies the student of the smallest budget to where the student of a single budget is."""
     if source != directory and jax.process_index() == 0:
         for name in ("gates.npz", "selection.json", "architecture.json"):
             shutil.copy(source / name, directory / name)
@@ -198,10 +199,10 @@ def publish(source: Path, directory: Path) -> None:
 
 
 def by_hand(setup: RunSetup, rule: str, point: Point, directory: Path, rng: np.random.Generator | None = None) -> Path:
-    """Cuts the student of a rule of `baselines` from the teacher itself, gates all 1, and proves it; done once.
+    """Cuts the student of a baseline from the teacher, gates all 1, and verifies it, unless this was done before.
 
     Returns:
-      its network directory, the one given.
+      its network directory, `directory`.
     """
     if (directory / "network.json").is_file():
         return directory

@@ -218,8 +218,8 @@ def _figures(task: Objective, mesh: Mesh) -> tuple[Any, set[str]]:
     own: set[str] = set()
 
     def figures(outputs: Any, target: Any, batch: Any) -> dict[str, jax.Array]:
-        own.update(task.figures(outputs, batch))
-        return task.figures(outputs, batch, target)
+        own.update(task.measure(outputs, batch))
+        return task.measure(outputs, batch, target)
 
     return jax.jit(figures, out_shardings=NamedSharding(mesh, PartitionSpec())), own
 

@@ -277,7 +277,7 @@ def _task(
             f"alone; this machine has {memory() / 2**30:.1f}"
         )
     loss, metrics = (own.loss, own.metrics) if own is not None else (None, None)
-    task = task_lib.examine(
+    task = task_lib.infer_objective(
         module, given.variables if given else variables, call, dataset, experiment.distill, loss, metrics
     )
     if given is None and not task.classes:
@@ -289,15 +289,15 @@ def _task(
         batch = proof_batch(dataset)
         run = jax.jit(lambda v, *xs: apply_eval(given.module, v, xs, call_spec=call))
         target = run(given.variables, *call.bind(batch))
-        task = task_lib.measured(task, target)
-        task_lib.prove(task, target, batch)
+        task = task_lib.with_output_scales(task, target)
+        task_lib.check_user_loss(task, target, batch)
     if task.classes and not dataset.num_classes:
         outputs: Any = jax.eval_shape(
             lambda v, *xs: apply_eval(module, v, xs, call_spec=call), variables, *call.example(2)
         )
         classes = task.logits(outputs).shape[-1]
         dataset = dataclasses.replace(dataset, num_classes=classes, class_names=tuple(map(str, range(classes))))
-    distiller.examine(task, module, given.variables if given else variables)
+    distiller.check_losses(task, module, given.variables if given else variables)
     if not is_plain(task, dataset):
         log.info("%s", task.describe())
     return dataset, task

@@ -1,11 +1,12 @@
-"""The road, stage by stage: teacher → search → retrain and baselines → delivery.
+"""The stages of a run: teacher → search → retraining and baselines → export.
 
-Each stage reads directories and writes one of its own; a stage whose result is there is not run again, and one that was
-interrupted goes on from its last checkpoint. What a stage hands on is a network directory (`checkpoint.save_network`),
-so any stage can start from files that another run wrote.
+Each stage reads directories and writes its own. A finished stage is not run again, and an interrupted one resumes from
+its last checkpoint. Stages pass on network directories (`kdsearch_jax.storage.networks`), so a stage can start from
+files that another run wrote.
 
-With several budgets the search keeps its state at each (RUN/search/at-0.5/kept), and there is a student for each: cut
-there, retrained in RUN/at-0.5 for as long as search and retraining take in all, and delivered as RUN/student-0.5.
+With several budgets, the search keeps its state at each (RUN/search/at-0.5/kept), and each has a student: cut from that
+state, retrained in RUN/at-0.5 for the steps that are left of search and retraining together, and exported to
+RUN/student-0.5.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ STAGES = ("teacher", "search", "retrain")
 
 
 def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict[str, Any] | None:
-    """The whole road; returns the table of `results.json`, or None where it stops earlier."""
-    _take_over(setup)
+    """Runs all stages; returns the table of `results.json`, or None if it stops earlier."""
+    _copy_search(setup)
     boundary("the teacher")
     teach(setup, resume)
     if stop_after == "teacher":
@@ -89,24 +90,24 @@ def run(setup: RunSetup, *, resume: bool, stop_after: str | None = None) -> dict
 # --- teacher --------------------------------------------------------------------------------------------------------
 
 
-def _take_over(setup: RunSetup) -> None:
-    """Copies teacher and search of the run to start from, without checkpoints: this run's directory says it all."""
+def _copy_search(setup: RunSetup) -> None:
+    """Copies teacher and search of the run to start from, without checkpoints, so that this run is complete."""
     if setup.search_from is None:
         return
     for name in ("teacher", "search"):
         if finished(setup.directory / name):
             continue
-        meet(f"{name} is taken over")
+        meet(f"{name} is copied")
         if jax.process_index() == 0:
             check_directory(setup.search_from.parent / name, links=False)
             with written_whole(setup.directory / name) as part:
                 skipped = shutil.ignore_patterns("checkpoints*", "tensorboard")
                 shutil.copytree(setup.search_from.parent / name, part, ignore=skipped, dirs_exist_ok=True)
-        meet(f"{name} was taken over")
+        meet(f"{name} was copied")
 
 
 def teach(setup: RunSetup, resume: bool) -> None:
-    """Trains the teacher, or takes the given one over into the run's directory."""
+    """Trains the teacher, or copies the given one to the run's directory."""
     directory = setup.directory / "teacher"
     if finished(directory):
         return
@@ -128,7 +129,7 @@ def teach(setup: RunSetup, resume: bool) -> None:
 
 
 def search(setup: RunSetup, resume: bool) -> None:
-    """Searches, and cuts and proves a student for each budget; writes the stage's directory."""
+    """Searches, and cuts and verifies a student for each budget; writes RUN/search."""
     directory = setup.search
     if finished(directory):
         return
@@ -160,13 +161,20 @@ def _descend(
     experiment, stage = setup.experiment, setup.experiment.search
     tx = search.optimizer(make_optimizer(stage))
     subnetwork = Subnetwork.of(search)
-    lesson = _lesson(setup, stage, teacher.module, teacher.variables, search.topology)
-    state = search_step.begin(search, teacher.variables, tx, lesson.learned)
+    distillation = _distillation(setup, stage, teacher.module, teacher.variables, search.topology)
+    state = search_step.begin(search, teacher.variables, tx, distillation.learned)
     checkpoints = setup.search / "checkpoints"
     kept_at = dict(zip(search.ends[:-1], budget_points.points(experiment)[:-1], strict=True))
     while True:
         step = search_step.search_step(
-            subnetwork, teacher.module, tx, stage, lesson.task, experiment.gates, experiment.run, lesson.distiller
+            subnetwork,
+            teacher.module,
+            tx,
+            stage,
+            distillation.objective,
+            experiment.gates,
+            experiment.run,
+            distillation.distiller,
         )
 
         def between(state: TrainState, subnetwork: Subnetwork = subnetwork) -> tuple[TrainState, dict[str, float]]:
@@ -180,17 +188,17 @@ def _descend(
         shrinks = shrinking.shrinks(subnetwork, experiment.gates.shrink)
         state = fit(
             setup, state, step, stage, setup.search, resume,
-            module=subnetwork.module, teacher=teacher, variables_of=variables_of, constants=lesson.constants,
-            between=between, until=shrinks, checkpoints_in=checkpoints, dataset=lesson.dataset,
+            module=subnetwork.module, teacher=teacher, variables_of=variables_of, constants=distillation.constants,
+            between=between, until=shrinks, checkpoints_in=checkpoints, dataset=distillation.dataset,
         )  # fmt: skip
         state = jax.tree.map(np.asarray, state)  # off the devices of other processes
         if not shrinks(state):
             return subnetwork, state
         subnetwork, state = _shrink(setup, subnetwork, state, teacher, tx)
-        if lesson.distiller.taps:  # compared layers have other channels now
+        if distillation.distiller.feature_paths:  # compared layers have other channels now
             variables = {"params": state.params["params"], **state.model_state}
-            lesson = _lesson(setup, stage, subnetwork.module, variables, subnetwork.network.topology)
-            state = _with_maps(state, lesson)
+            distillation = _distillation(setup, stage, subnetwork.module, variables, subnetwork.network.topology)
+            state = _with_maps(state, distillation)
         checkpoints = setup.search / f"checkpoints-{int(state.step)}"
 
 
@@ -213,24 +221,27 @@ def _shrink(
 
 
 def retrain(setup: RunSetup, name: str, source: Path, stage: StageConfig, resume: bool, stream: int = 0) -> None:
-    """Distils the teacher into the network of `source`; writes RUN/name."""
+    """Distils the teacher into the network in `source`; writes RUN/`name`."""
     directory = setup.directory / name
     if finished(directory):
         return
     experiment, teacher, student = setup.experiment, setup.load(setup.teacher), setup.load(source)
     tx = make_optimizer(stage)
-    lesson = _lesson(setup, stage, student.module, student.variables)
-    step = distill_step(student.module, teacher.module, tx, stage, experiment.run, lesson.task, lesson.distiller)
-    state = create_state(student.variables, tx, ema=stage.ema, extra=lesson.extra)
+    distillation = _distillation(setup, stage, student.module, student.variables)
+    step = distill_step(
+        student.module, teacher.module, tx, stage, experiment.run, distillation.objective, distillation.distiller
+    )
+    state = create_state(student.variables, tx, ema=stage.ema, extra=distillation.extra)
     state = fit(
         setup, state, step, stage, directory, resume,
-        module=student.module, teacher=teacher, constants=lesson.constants, dataset=lesson.dataset, stream=100 + stream,
+        module=student.module, teacher=teacher, constants=distillation.constants, dataset=distillation.dataset,
+        stream=100 + stream,
     )  # fmt: skip
     save(directory / "network", setup, student.architecture, student.module, state.variables)
 
 
 def _confirm(setup: RunSetup, point: Point) -> None:
-    """Measures the trained student, where the budget is of what can only be measured."""
+    """Measures the trained student if the budget bounds latency or memory."""
     if not latency.asked(point.budget):
         return
     directory = setup.directory / point.name
@@ -239,26 +250,26 @@ def _confirm(setup: RunSetup, point: Point) -> None:
     latency.confirm(*networks, point.budget, setup.task.call, directory / "measured.json")
 
 
-def _lesson(
+def _distillation(
     setup: RunSetup, stage: StageConfig, module: Any, variables: Any, topology: Topology | None = None
-) -> distiller.Lesson:
-    """By whom and by what a student is taught in a stage; topology: in the search, that of its gates."""
+) -> distiller.Distillation:
+    """Teachers and losses of a stage that trains `module`; topology: in a search, that of its gates."""
     loaded = (setup.load(setup.teacher), *setup.further)
     teachers = [distiller.Teacher(n.module, n.variables, n.architecture.call_spec, n.info) for n in loaded]
     experiment = setup.experiment
-    return distiller.prepare(
+    return distiller.make_distillation(
         setup.task, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,
         variables,
         retraining=topology is None, topology=topology, memory=setup.memory,
     )  # fmt: skip
 
 
-def _with_maps(state: TrainState, lesson: distiller.Lesson) -> TrainState:
-    """The state with the lesson's learned maps, initialised again if their shapes have changed."""
+def _with_maps(state: TrainState, distillation: distiller.Distillation) -> TrainState:
+    """The state with the learned maps of a distillation, initialised again if their shapes have changed."""
     old = (state.extra or {}).get("learned")
-    if lesson.learned is None or jax.tree.map(np.shape, old) == jax.tree.map(np.shape, lesson.learned):
+    if distillation.learned is None or jax.tree.map(np.shape, old) == jax.tree.map(np.shape, distillation.learned):
         return state
-    return state.replace(extra={**(state.extra or {}), "learned": lesson.learned})
+    return state.replace(extra={**(state.extra or {}), "learned": distillation.learned})
 
 
 def _report(setup: RunSetup) -> None:

@@ -2,28 +2,26 @@
 
 With p_T = softmax(teacher / T) and q_T = softmax(student / T),
 
-    forward   KL(p_T ‖ q_T) = Σ_k p_T (log p_T − log q_T)     the student must cover all that the teacher holds possible
-    reverse   KL(q_T ‖ p_T) = Σ_k q_T (log q_T − log p_T)     the student must stay where the teacher holds it possible
+    forward   KL(p_T ‖ q_T) = Σ_k p_T (log p_T − log q_T)     mode-covering
+    reverse   KL(q_T ‖ p_T) = Σ_k q_T (log q_T − log p_T)     mode-seeking
 
-and `distillation` = (1 − c)·T²·KL + c·CE(labels). The factor T² keeps the size of the gradient: the KL's gradient with
-respect to the student's logits is (q_T − p_T)/T, which falls as 1/T² for large T (Hinton, Vinyals and Dean 2015,
-"Distilling the Knowledge in a Neural Network", section 2.1, arXiv 1503.02531), whose forward direction is the default.
-The objective of "Search for Better Students to Learn Distilled Knowledge" (arXiv 2001.11612) is printed as
-KL(f_s, f_t), the student first, without saying more; `direction="reverse"` is its literal reading.
+and `distillation` = (1 − c)·T²·KL + c·CE(labels). The factor T² preserves the size of the gradient: the KL's gradient
+with respect to the student's logits is (q_T − p_T)/T, which falls as 1/T² for large T (Hinton, Vinyals and Dean 2015,
+"Distilling the Knowledge in a Neural Network", section 2.1, arXiv 1503.02531). Their direction, forward, is the
+default. "Search for Better Students to Learn Distilled Knowledge" (arXiv 2001.11612) prints its objective as
+KL(f_s, f_t), the student first; `direction="reverse"` is the literal reading.
 
-`distill.losses` puts others in the place of the KL, or beside it, each with a weight
-(`kdsearch_jax.distill.settings.LOSSES`):
+`distill.losses` replaces the KL by others or adds them, each with a weight (`kdsearch_jax.distill.settings.LOSSES`):
 
     kl, dkd, dist                       of predictions, times T²                                       `predictions`
-    at, hint                            of features, place by place                                    `maps`
-    rkd_distance, rkd_angle, crd        of the last features, one vector an example, within a batch    `batchwise`
+    at, hint                            of features, position by position                              `maps`
+    rkd_distance, rkd_angle, crd        of the last features, one vector per example, in a batch       `batchwise`
 
-`distillation` computes the first row, `kdsearch_jax.distill.distiller` adds the others, which need features. The
-first row
-and the cross-entropy leave out classes that a model has masked (`unmasked`).
+`distillation` computes the first row; `kdsearch_jax.distill.distiller` adds the others, which need features. The first
+row and the cross-entropy leave out classes that a model has masked (`unmasked`).
 
-Everything is computed in float32 whatever the dtype of the logits. Nothing here takes a mean over examples. What only a
-batch has (a correlation over it, pairs in it) is shared out among its examples, so that the mean is the loss.
+Everything is computed in float32, whatever the dtype of the logits. No function here takes a mean over examples. Losses
+of a whole batch (correlations, pairs) are divided among its examples, so that their mean is the loss.
 """
 
 from __future__ import annotations

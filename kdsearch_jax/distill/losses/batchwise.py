@@ -1,7 +1,7 @@
-"""Losses that compare how the examples of a batch lie to each other: one vector an example, of any length.
+"""Losses that compare relations between the examples of a batch: one vector per example, of any length.
 
-An example's value is its share in the batch's loss, so that the mean over the batch is the published loss over all
-pairs, or triplets, of different examples. A batch of one has no relations: zero.
+An example's value is its share of the batch's loss, so the mean over the batch is the published loss over all pairs or
+triplets of different examples. A batch of one has no relations and the loss 0.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def pooled(features: Array) -> Array:
 
 
 def distances(student: Array, teacher: Array) -> Array:
-    """RKD by distances: whether examples are as far apart as the teacher has them.
+    """RKD by distances: compares the distances between examples.
 
     With ψ_ij = ‖x_i − x_j‖ over its mean over all pairs, the mean over j ≠ i of huber(ψ_s − ψ_t) is example i's. Zero
-    where the student's vectors are the teacher's moved, turned, mirrored or enlarged. Takes memory for batch²·size.
+    if the student's vectors are the teacher's, translated, rotated, reflected or scaled. Memory: batch²·size.
 
     Park, Kim, Lu and Cho 2019, "Relational Knowledge Distillation", equations 4 to 8, arXiv 1904.05068; their weight
     is 25.
 
     Args:
-      student, teacher: (batch, size), each of its own size.
+      student, teacher: (batch, size); sizes may differ.
 
     Returns:
       (batch,) float32.
@@ -47,16 +47,16 @@ def distances(student: Array, teacher: Array) -> Array:
 
 
 def angles(student: Array, teacher: Array) -> Array:
-    """RKD by angles: whether any three examples form the angles that the teacher has.
+    """RKD by angles: compares the angles that any three examples form.
 
     With cos_ijk the cosine of the angle at j between i and k, the mean over i ≠ j ≠ k ≠ i of huber(cos_s − cos_t) is
-    example j's. Zero where `distances` is. Takes memory for batch³.
+    example j's. Zero if `distances` is. Memory: batch³.
 
     Park, Kim, Lu and Cho 2019, "Relational Knowledge Distillation", equations 9 and 10, arXiv 1904.05068; their weight
     is 50, twice that of the distances.
 
     Args:
-      student, teacher: (batch, size), each of its own size.
+      student, teacher: (batch, size); sizes may differ.
 
     Returns:
       (batch,) float32.
@@ -77,23 +77,23 @@ def angles(student: Array, teacher: Array) -> Array:
 def contrastive(
     student: Array, teacher: Array, student_head: Linear, teacher_head: Linear, temperature: float = 0.07
 ) -> Array:
-    """CRD: the student's vector must tell its example's teacher from the other examples' teachers, and conversely.
+    """CRD: the student's vector must identify the teacher's vector of the same example among the batch, and vice versa.
 
     With s and t the vectors through learned linear heads at unit length, N = batch − 1 and
     h_ij = e/(e + N·c), e = exp(s_i·t_j/τ), example i has
 
         −2·log h_ii − Σ_{j≠i} log(1 − h_ij) − Σ_{j≠i} log(1 − h_ji)
 
-    Negatives are the rest of the batch, labels are not looked at: the loss stays a pure function of the batch. The
-    paper draws its negatives from a memory of all examples, which is state that every step changes. c normalises e; the
-    authors' code estimates it as the mean of e in the first batch, here it is that of each batch, without gradient. The
-    loss has no zero: it is a bound on mutual information.
+    Negatives are the rest of the batch, whatever their labels, so the loss is a pure function of the batch. The paper
+    draws negatives from a memory of all examples, which is state that every step changes. c normalises e; the authors'
+    code estimates it as the mean of e in the first batch, here it is that of each batch, without gradient. The loss
+    does not reach 0: it is a bound on mutual information.
 
     Tian, Krishnan and Isola 2020, "Contrastive Representation Distillation", equations 10 and 19, arXiv 1910.10699;
     their weight is 0.8 and τ 0.07 in the code (0.1 in the paper).
 
     Args:
-      student, teacher: (batch, size), each of its own size.
+      student, teacher: (batch, size); sizes may differ.
       student_head, teacher_head: from these sizes to a common one.
       temperature: τ > 0.
 

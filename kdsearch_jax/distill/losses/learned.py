@@ -1,6 +1,6 @@
-"""Linear maps that a loss learns on the way: {"kernel": (inputs, outputs), "bias": (outputs,)}.
+"""Linear maps that a loss learns: {"kernel": (inputs, outputs), "bias": (outputs,)}.
 
-They are trained with the student and thrown away with the loss; no student has them.
+They are trained together with the student and are not part of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def linear(parameters: Linear, values: Array) -> Array:
 
 
 def init(key: Array, inputs: int, outputs: int, *, identity: bool = False) -> Linear:
-    """The identity if asked for and the sizes agree, else normal numbers of variance 1/inputs; the bias is zero."""
+    """The identity if `identity` and the sizes agree, else normal numbers of variance 1/inputs; the bias is zero."""
     if identity and inputs == outputs:
         kernel = jnp.eye(inputs)
     else:

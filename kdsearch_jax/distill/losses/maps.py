@@ -1,6 +1,6 @@
-"""Losses that compare features place by place: activations (batch, …positions, channels) of one layer of each network.
+"""Losses that compare features position by position: activations (batch, …positions, channels) of a layer.
 
-Teacher and student must have the same positions. What their channels must have in common is said with each loss.
+Teacher and student must have the same positions; their numbers of channels may differ.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from kdsearch_jax.distill.losses.learned import Linear, linear
 
 
 def attention(student: Array, teacher: Array) -> Array:
-    """Attention transfer: where a layer is active, whatever the channels are.
+    """Attention transfer: compares where a layer is active, summed over channels.
 
     With Q = Σ_c a_c² at every position and q = Q/‖Q‖₂, the mean over positions of (q_s − q_t)². The paper prints the
     distance ‖q_s − q_t‖ itself, whose gradient has no limit where the two agree; its authors' code has this square, and
-    the weight of 1000 that goes with it. Zero where the features agree up to a factor an example.
+    the weight of 1000 that goes with it. Zero if the features agree up to a factor per example.
 
     Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", equation 2, arXiv 1612.03928.
 
     Args:
-      student, teacher: (batch, …positions, channels), each with channels of its own number.
+      student, teacher: (batch, …positions, channels); numbers of channels may differ.
 
     Returns:
       (batch,) float32.
@@ -32,7 +32,7 @@ def attention(student: Array, teacher: Array) -> Array:
     """
     _check_positions(student, teacher)
     if student.ndim < 3:
-        raise ValueError(f"attention: features {student.shape} have no positions; tap a layer (batch, …, channels)")
+        raise ValueError(f"attention: features {student.shape} have no positions; choose a layer (batch, …, channels)")
     return jnp.square(_map(student) - _map(teacher)).mean(1)
 
 
@@ -42,7 +42,7 @@ def hint(student: Array, teacher: Array, projection: Linear) -> Array:
     r is a 1×1 convolution, from the student's channels to the teacher's, and belongs to training alone.
 
     Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, "FitNets: Hints for Thin Deep Nets", equation 3, arXiv
-    1412.6550, whose r is a convolution of a size that makes up for another resolution; there is none here.
+    1412.6550, whose r is a larger convolution that makes up for different resolutions.
 
     Args:
       student: (batch, …positions, channels); teacher: (batch, …positions, its channels).
@@ -68,6 +68,6 @@ def _map(features: Array) -> Array:
 def _check_positions(student: Array, teacher: Array) -> None:
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"features: {student.shape} of the student and {teacher.shape} of the teacher must agree but for the last "
-            "axis, that of channels; tap another layer"
+            f"features: {student.shape} of the student and {teacher.shape} of the teacher must agree except for the "
+            "last axis, that of channels; choose another layer"
         )

@@ -1,9 +1,9 @@
 """Losses that compare predictions: softened probabilities of teacher and student, from their logits.
 
-Classes that a model has masked (-inf, -1e9, the smallest float and the like) are left out of each loss, which is then
-that of the other classes alone, with finite gradients; see `unmasked`. NaN is not a mask.
+Classes that a model has masked (-inf, -1e9, the smallest float and the like) are left out of each loss, which then has
+finite gradients and equals the loss on the other classes; see `unmasked`. NaN is not a mask.
 
-Nothing here multiplies by T²; `kdsearch_jax.distill.losses.distillation` does, for every loss alike.
+The factor T² is not included; `kdsearch_jax.distill.losses.distillation` applies it to all losses.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Direction = Literal["forward", "reverse"]
 
 
 def unmasked(*logits: Array) -> Array:
-    """Which classes take part in a prediction: those that no model has masked.
+    """Which classes no model has masked.
 
-    A class is masked where its logit is 1e8 or more below the largest of its example in any of the arrays, or 5e3 or
-    more in all of several (as with -1e4, whose probability is zero in all of them).
+    A class is masked if its logit is 1e8 or more below the largest of its example in any of the arrays, or 5e3 or more
+    below it in all of several arrays (such as -1e4, whose probability is zero in all of them).
 
     Args:
       logits: (..., classes) each, of one shape.
@@ -40,7 +40,7 @@ def unmasked(*logits: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """−log softmax(logits)[label]; 0 where the model has masked the label.
+    """−log softmax(logits)[label]; 0 if the model has masked the label.
 
     Args:
       logits: (..., classes), any floating dtype.
@@ -57,7 +57,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def kl(
     student_logits: Array, teacher_logits: Array, temperature: float = 1.0, direction: Direction = "forward"
 ) -> Array:
-    """The Kullback-Leibler divergence of the two softened predictions; zero where logits differ by a shift only.
+    """The Kullback-Leibler divergence of the softened predictions; zero if logits differ by a shift only.
 
     Args:
       student_logits, teacher_logits: (..., classes).
@@ -68,7 +68,7 @@ def kl(
       (...) float32, in nats, without the factor T².
 
     Raises:
-      ValueError: temperature or direction out of range; another number of classes in teacher and student.
+      ValueError: temperature or direction out of range, or the numbers of classes differ.
     """
     check(DistillConfig(temperature=temperature, direction=direction))
     student, teacher, _ = _softened(student_logits, teacher_logits, temperature)
@@ -84,13 +84,13 @@ def decoupled(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Array:
-    """α·TCKD + β·NCKD: the forward KL in its two parts, the second freed from the teacher's confidence.
+    """α·TCKD + β·NCKD: the two parts of the forward KL, the second without the teacher's confidence as a factor.
 
-    With p the teacher's probability of the label, TCKD = KL of (p, 1 − p) compares what both think of the label, NCKD
-    compares how they share out the rest among the other classes, and KL = TCKD + (1 − p)·NCKD.
+    With p the teacher's probability of the label, TCKD is the KL of (p, 1 − p), NCKD the KL of the conditional
+    distributions over the other classes, and KL = TCKD + (1 − p)·NCKD.
 
     Zhao, Cui, Song, Qiu and Liang 2022, "Decoupled Knowledge Distillation", equations 6 and 7, arXiv 2203.08679; α = 1
-    is theirs throughout, β is from 0.5 (ImageNet) to 8 or more (CIFAR-100), the larger the surer the teacher.
+    throughout, β from 0.5 (ImageNet) to 8 or more (CIFAR-100), larger for more confident teachers.
 
     Args:
       student_logits, teacher_logits: (..., classes).
@@ -102,7 +102,7 @@ def decoupled(
       (...) float32, in nats, without the factor T².
 
     Raises:
-      ValueError: another number of classes in teacher and student.
+      ValueError: the numbers of classes differ.
     """
     student, teacher, _ = _softened(student_logits, teacher_logits, temperature)
     own = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
@@ -126,14 +126,14 @@ def relations(student_logits: Array, teacher_logits: Array, temperature: float =
     intra: 1 − correlation of a class's probabilities with the teacher's, over the batch, mean over classes.
 
     The first has a value for each example. The second is a sum over the batch: with a and b the centred columns at unit
-    length, 1 − a·b = Σ_i ½(a_i − b_i)², so example i is given its term, times the number of examples; the batch's mean
-    is the published loss. A vector without spread, which has no correlation, counts as zero. Both weights are 1.
+    length, 1 − a·b = Σ_i ½(a_i − b_i)², so example i has its term times the number of examples, and the batch's mean is
+    the published loss. A constant vector, which has no correlation, counts as zero. Both weights are 1.
 
     Huang, You, Wang, Qian and Xu 2022, "Knowledge Distillation from A Stronger Teacher", equations 8 to 10, arXiv
     2205.10536.
 
     Args:
-      student_logits, teacher_logits: (..., classes); every leading axis counts as examples, as in their code for
+      student_logits, teacher_logits: (..., classes); all leading axes count as examples, as in the authors' code for
         segmentation.
       temperature: T > 0 that divides the logits.
 
@@ -141,7 +141,7 @@ def relations(student_logits: Array, teacher_logits: Array, temperature: float =
       (...) float32, inter + intra, without the factor T².
 
     Raises:
-      ValueError: another number of classes in teacher and student.
+      ValueError: the numbers of classes differ.
     """
     *both, kept = _softened(student_logits, teacher_logits, temperature)
     kept = kept.reshape(-1, kept.shape[-1])
@@ -153,10 +153,10 @@ def relations(student_logits: Array, teacher_logits: Array, temperature: float =
 
 
 def check(config: DistillConfig) -> None:
-    """Raises ValueError where a setting is out of its range: argument, value, way out."""
+    """Raises ValueError if a setting is out of range."""
     if not 0 < config.temperature < math.inf:
         raise ValueError(
-            f"temperature must be above 0 and finite, not {config.temperature!r}; 1 leaves the predictions as they are"
+            f"temperature must be above 0 and finite, not {config.temperature!r}; 1 does not change the predictions"
         )
     if not 0 <= config.cross_entropy <= 1:
         raise ValueError(f"cross_entropy is a share and must lie in [0, 1], not {config.cross_entropy!r}")
@@ -167,11 +167,11 @@ def check(config: DistillConfig) -> None:
 
 
 def _softened(student_logits: Array, teacher_logits: Array, temperature: float) -> tuple[Array, Array, Array]:
-    """Logarithms of both softened predictions over the unmasked classes, in float32, and which these are."""
+    """(log-probabilities of student and teacher over the unmasked classes in float32, which classes these are)."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} must have one shape; "
-            "another last number means that teacher and student tell apart another number of classes"
+            "if the last axis differs, teacher and student have different numbers of classes"
         )
     kept = unmasked(student_logits, teacher_logits)
     student, teacher = (
@@ -196,11 +196,11 @@ def _filled(logits: Array, kept: Array, temperature: float = 1.0) -> Array:
     return jnp.where(kept, _below_largest(logits) / temperature, _FILL)
 
 
-_FLAT = 1e-14  # squared length below which probabilities have no spread: rounding
+_FLAT = 1e-14  # squared length below which the variation of probabilities is rounding
 
 
 def _standard(values: Array, kept: Array, axis: int) -> Array:
-    """Centred and of unit length along an axis, of the values that are kept; zero where there is no spread."""
+    """The kept values, centred and of unit length along an axis; zero if they are constant."""
     mean = jnp.where(kept, values, 0.0).sum(axis, keepdims=True) / jnp.maximum(kept.sum(axis, keepdims=True), 1)
     centred = jnp.where(kept, values - mean, 0.0)
     return centred * jax.lax.rsqrt(jnp.square(centred).sum(axis, keepdims=True) + _FLAT)
