@@ -182,8 +182,11 @@ def infer_objective(
     losses.check(distill)
     loss = loss or import_function("distill.loss", distill.loss)
     metrics = metrics or import_function("distill.metrics", distill.metrics)
-    small, large = (jax.eval_shape(lambda v, *xs: apply_eval(module, v, xs, call_spec=call), variables, *call.example(n))
-                    for n in SIZES)  # fmt: skip
+
+    def run(variables: Any, *inputs: Any) -> Any:
+        return apply_eval(module, variables, inputs, call_spec=call)
+
+    small, large = (jax.eval_shape(run, variables, *call.example(n)) for n in SIZES)
     leaves = [(_path(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(small)[0]]
     for (path, leaf), other in zip(leaves, jax.tree.leaves(large), strict=True):
         batched = leaf.shape[:1] == SIZES[:1] and other.shape[:1] == SIZES[1:] and leaf.shape[1:] == other.shape[1:]
