@@ -161,7 +161,7 @@ def error_line(error: BaseException) -> str:
     """What is printed of a failure; raised outside this package, it also says how to find where."""
     text = str(error).strip() or type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    ours = not frames or Path(__file__).parent.parent in Path(frames[-1].filename).parents
+    ours = not frames or Path(__file__).parent in Path(frames[-1].filename).parents
     if not ours and not isinstance(error, (OSError, ImportError)) and not hasattr(error, "exit_status"):
         text = f"{type(error).__name__}: {text} (--traceback shows where)"
     text = storage.display_paths(text)
