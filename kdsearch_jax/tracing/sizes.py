@@ -52,7 +52,7 @@ def difference(before: Walk, after: Walk, left: np.ndarray) -> str | None:
         first = next((i for i, (old, new) in enumerate(pairs) if old.op.name != new.op.name), len(pairs))
         longer = max(old_steps, new_steps, key=len)[first:]  # the operation that is in one of the two only
         where = next((step.op.where() for step in longer if step.op.line()), longer[0].op.where())
-        return f"its size decides which operations there are, in {where.replace(' of Student/', ' of ')}"
+        return f"its size decides which operations there are, in {where.replace(' of StudentModule/', ' of ')}"
     for old, new in zip(old_steps, new_steps, strict=True):
         if old.op.name != new.op.name:
             return f"its size decides which operations there are, in {old.op.where()}"
