@@ -452,9 +452,9 @@ def test_the_usual_names_and_single_features_are_found(prepare, tfds):
     for example_features in ({"a": image, "b": label}, {"image": image, "label": label}):
         assert load(prepare(splits, features=example_features)).num_classes == 3
     with pytest.raises(ValueError, match="ClassLabel"):
-        tfds_lib.feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
-    assert tfds_lib.feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
-    assert tfds_lib.feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
+        tfds_lib.find_feature("x", Info({"kind": label, "fine": label}), tfds.features.ClassLabel, "label")
+    assert tfds_lib.find_feature("x", Info(several), tfds.features.ClassLabel, "label") == "label"
+    assert tfds_lib.find_feature("x", Info(several, ("image", "fine")), tfds.features.ClassLabel, "label") == "fine"
 
 
 class Info:
@@ -469,7 +469,7 @@ def test_other_kinds_of_data_sets_are_refused(prepare, tfds):
     with tfds.core.registered.skip_registration():
         builder = make_builder(tfds, "words", {}, features=text)
     with pytest.raises(ValueError, match=r"Image .*\(text, label\)"):
-        tfds_lib.feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
+        tfds_lib.find_feature("words", builder(data_dir="unused"), tfds.features.Image, "image")
     deep = tfds.features.Image(shape=(8, 8, 3), dtype=np.uint16, encoding_format="png")
     config = prepare({"train": examples(9)}, features={"image": deep, "label": text["label"]})
     with pytest.raises(ValueError, match="uint16 images of 3 channels"):

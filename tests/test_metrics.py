@@ -124,7 +124,7 @@ def test_a_full_disk_names_the_file(tmp_path, python):
         "import sys; from kdsearch_jax.training import metrics, tensorboard\n"
         "rows, shown = (metrics.MetricsWriter(sys.argv[1] + name) for name in ('/rows', '/shown'))\n"
         "rows._file = open('/dev/full', 'a', buffering=1)\n"
-        "shown._events._records._writer, tensorboard._INTERVAL = open('/dev/full', 'wb'), 0\n"
+        "shown._events._records._writer, tensorboard._FLUSH_INTERVAL = open('/dev/full', 'wb'), 0\n"
         "for writer in (rows, shown):\n"
         "    for call in (lambda: writer.write(1, {'loss': 1.0}), writer.close):\n"
         "        try: call()\n"

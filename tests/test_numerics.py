@@ -1,4 +1,4 @@
-"""Non-finite values stop a run and are named; rollbacks after a loss spike are deterministic."""
+"""Values that are not finite stop a run and are named; rollbacks after loss spikes are reproducible."""
 
 from __future__ import annotations
 
@@ -190,17 +190,17 @@ def test_a_jump_that_is_let_pass_is_told_once(tmp_path, plain, caplog):
 
 def test_detours_of_detours():
     guard = rollback.LossSpikeGuard(GUARDED)
-    assert not any(guard.jumps(1.0 + 0.1 * i) for i in range(9)) and guard.jumps(4.9) and guard.jumps(np.nan)
-    memory = guard.memory
-    guard.back(memory, 4, 10)
-    again = rollback.LossSpikeGuard(GUARDED, guard.memory[rollback.KEY])
-    again.back(again.memory, 6, 8)
-    seeds = [again.seed(5, step) for step in range(3, 12)]
+    assert not any(guard.is_spike(1.0 + 0.1 * i) for i in range(9)) and guard.is_spike(4.9) and guard.is_spike(np.nan)
+    stored = guard.to_meta()
+    guard.roll_back(stored, 4, 10)
+    again = rollback.LossSpikeGuard(GUARDED, guard.to_meta()[rollback.META_KEY])
+    again.roll_back(again.to_meta(), 6, 8)
+    seeds = [again.batch_seed(5, step) for step in range(3, 12)]
     assert seeds[0] == seeds[7] == seeds[8] == 5 and len({*seeds}) == 3
     assert seeds[1] == seeds[2] == seeds[5] == seeds[6] != seeds[3] == seeds[4]
-    assert again.spent and not guard.spent
+    assert again.exhausted and not guard.exhausted
 
 
 def test_a_loss_below_zero_has_its_spikes_too():
     guard = rollback.LossSpikeGuard(GUARDED)
-    assert not any(guard.jumps(-1.0 - 0.1 * i) for i in range(9)) and not guard.jumps(0.5) and guard.jumps(3.0)
+    assert not any(guard.is_spike(-1.0 - 0.1 * i) for i in range(9)) and not guard.is_spike(0.5) and guard.is_spike(3.0)

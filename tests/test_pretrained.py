@@ -345,7 +345,7 @@ def test_torch_file_without_tensors_is_refused(content, tmp_path):
 def test_without_pytorch_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     (tmp_path / "weights.pth").write_bytes(b"PK")
-    with pytest.raises(ImportError, match=r"pip install .kdsearch-jax.torch.*\.safetensors"):
+    with pytest.raises(ImportError, match=r"pip install .kdsearch-jax.torch.*safetensors"):
         pretrained.read_tensors(tmp_path / "weights.pth")
 
 
@@ -405,14 +405,14 @@ def refusal(directory, tensors, module, input_shape=CIFAR) -> str:
 
 def test_a_deeper_file_lists_its_surplus(tmp_path):
     text = refusal(tmp_path, random_tensors(RESNET20), models.cifar_resnet(num_classes=10, depth=14))
-    assert "the file has, the network lacks (30)" in text  # 3 blocks of 2 convolutions and 8 BatchNorm vectors
+    assert "in the file but not in the network (30)" in text  # 3 blocks of 2 convolutions and 8 BatchNorm vectors
     assert "layer1.2.conv1.weight" in text and "… and 20 more" in text
-    assert "the network needs" not in text and "of another shape" not in text
+    assert "in the network but not in the file" not in text and "different shapes" not in text
 
 
 def test_a_shallower_file_lists_what_is_missing(tmp_path):
     text = refusal(tmp_path, random_tensors(RESNET20), models.cifar_resnet(num_classes=10, depth=26))
-    assert "the network needs, the file lacks (30)" in text
+    assert "in the network but not in the file (30)" in text
     assert "layer1.3.conv1.weight" in text and "… and 20 more" in text
     assert "the file has" not in text
 

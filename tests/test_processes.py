@@ -209,7 +209,7 @@ def test_a_launcher_that_jax_does_not_support(start):
     process = start(PMI_SIZE="2", PMI_RANK="0")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith("error: this is one of several processes of MPI, but JAX cannot join them")
+    assert err.startswith("error: ") and "MPI" in err
     assert err.count("\n") == 1 and "--num-processes 1 to run alone" in err
 
 
@@ -225,7 +225,7 @@ def test_alone_if_jax_cannot_detect_others(start, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert json.loads((tmp_path / "alone.json").read_text()) is False
-    assert "running alone, as JAX could not find out" in err and "(no account)" in err
+    assert "running alone" in err and "(no account)" in err
 
 
 @pytest.mark.parametrize(

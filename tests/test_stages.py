@@ -549,8 +549,8 @@ def test_weights_of_another_architecture_list_both_trees(tmp_path):
     with refused("holds another network", tmp_path, lines=40) as refusal:
         tiny(tmp_path / "run", "--teacher-from", tmp_path / "other.safetensors", *resnet)
     for part in (
-        "the network needs, the file lacks",
-        "the file has, the network lacks",
+        "in the network but not in the file",
+        "in the file but not in the network",
         "layer9.0.conv1.weight",
         "conv1.weight: 3x3 in the file, 4x1x3x3 in the network",
     ):

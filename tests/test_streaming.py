@@ -355,7 +355,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(crops):
     slow = resize(Image.open(io.BytesIO(content)), 16, framing.central_box(1024, 768))
     assert fast.shape == slow.shape == (16, 16, 3)
     assert np.abs(fast.astype(int) - slow.astype(int)).max() <= 8
-    opened = records.opened(content, 0)
+    opened = records.open_image(content, 0)
     opened.draft(None, (256, 192))
     assert opened.size == (256, 192)
 
