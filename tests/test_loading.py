@@ -144,7 +144,7 @@ def fails(directory, given, *parts):
     with pytest.raises(ValueError) as caught:
         kdsearch_jax.load(directory, module=given)
     message = str(caught.value)
-    assert "\n" not in message and not re.search("Functional|Student|Held|partial object", message), message
+    assert "\n" not in message and not re.search("Functional|Student|Hidden|partial object", message), message
     for part in parts:
         assert part in message
 
@@ -161,8 +161,8 @@ def test_another_module_is_refused(student, linen_student):
         def __call__(self, x):
             return super().__call__(x) + self.missing
 
-    fails(student[1], Other(rngs=nnx.Rngs(0)), "made of a test_loading.Plain", "Other is given")
-    fails(student[1], PlainLinen(), "made of a test_loading.Plain", "PlainLinen is given")
+    fails(student[1], Other(rngs=nnx.Rngs(0)), "test_loading.Plain", "Other")
+    fails(student[1], PlainLinen(), "test_loading.Plain", "PlainLinen")
     fails(student[1], functools.partial(Plain, 6), "Plain", "first/", "(6,")
     fails(student[1], functools.partial(Plain, 20), "Plain", "first/bias", "(20,)", "(12,)")
     fails(student[1], Lacks(rngs=nnx.Rngs(0)), "Lacks", "second")
@@ -171,7 +171,7 @@ def test_another_module_is_refused(student, linen_student):
     fails(student[1], functools.partial(Plain, widht=3), "Plain", "widht")
     fails(student[1], lambda: 3, "int")
     fails(student[1], None, "test_loading.Plain", "module=")
-    fails(linen_student[1], Plain, "made of a test_loading.PlainLinen", "Plain is given")
+    fails(linen_student[1], Plain, "test_loading.PlainLinen", "a Plain")
     fails(linen_student[1], PlainLinen(20), "PlainLinen", "first/", "(20,)", "(12,)")
     fails(linen_student[1], PlainLinen(6), "PlainLinen", "first/", "(6,)", "(12,)")
 
@@ -216,7 +216,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 
     named = Named(8, rngs=nnx.Rngs(0))
     fails(saved(named, FunctionalModule.split(named)[1], tmp_path / "named")[1],
-          functools.partial(Named, 12), "Named", "(12, 5)", "(8, 5)")  # fmt: skip
+          functools.partial(Named, 12), "Named", "(12,", "(8,")  # fmt: skip
     assert described(Named(8, rngs=nnx.Rngs(0))) == ("test_loading:Named", {"width": 8})
     for other in (Named(8, 3, rngs=nnx.Rngs(0)), Misleading(8, rngs=nnx.Rngs(0)), Plain(8, nnx.elu, rngs=nnx.Rngs(0))):
         assert described(other) == (f"given:test_loading.{type(other).__name__}", {})
@@ -232,7 +232,7 @@ def test_an_nnx_module_that_its_attributes_describe_is_loaded_without_it(tmp_pat
 LOCAL = """
 import sys, numpy as np, jax, jax.numpy as jnp, flax.linen as nn, kdsearch_jax
 from flax import nnx
-from kdsearch_jax.adapters.functional_module import FunctionalModule as Functional
+from kdsearch_jax.adapters.functional_module import FunctionalModule
 from test_loading import X, saved
 
 class Net(nnx.Module):
@@ -256,7 +256,7 @@ linen = local()
 """
 MAKE = """
 net = Net(20, jnp.tanh, rngs=nnx.Rngs(0))
-expected, _ = saved(net, Functional.split(net)[1], "nnx/student")
+expected, _ = saved(net, FunctionalModule.split(net)[1], "nnx/student")
 other, _ = saved(linen, linen.init(jax.random.key(0), X), "linen/student")
 np.savez("expected.npz", nnx=expected, linen=other)
 """

@@ -488,7 +488,7 @@ def test_bad_input_says_what_to_do():
         FunctionalModule.split(Holds())
     with pytest.raises(ValueError, match="no layer 'frist'; did you mean 'first'"):
         module.resized({"frist": {"kernel": (6, 3)}}, ())
-    with pytest.raises(ValueError, match="'first' has no array 'kernle'"):
+    with pytest.raises(ValueError, match="'first' .*'kernle'"):
         module.resized({"first": {"kernle": (6, 3)}}, ())
     with pytest.raises(ValueError, match="no argument 'widht'.*did you mean 'width'"):
         Architecture("test_nnx:Mlp", {"widht": 3}).module()

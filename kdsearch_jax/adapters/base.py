@@ -154,6 +154,12 @@ def call_arguments(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tu
     return tuple(inputs), dict(kwargs)
 
 
-def array_leaves(output: Any) -> list[Any]:
-    """The arrays in a module's output; other leaves, such as strings, are left out."""
-    return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
+def apply_function(module: Any, kwargs: Mapping[str, Any]) -> Callable[..., list[Any]]:
+    """(variables, *inputs) → the arrays in the output of `module.apply`; strings and other leaves are left out."""
+
+    def apply(variables: Any, *inputs: Any) -> list[Any]:
+        args, keywords = call_arguments(inputs, kwargs)
+        output = module.apply(variables, *args, **keywords)
+        return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
+
+    return apply

@@ -77,8 +77,10 @@ def boxes_from_json(records: Any, module_boxes: Callable[[], Boxes]) -> dict[str
         elif kind is None or kind in _KINDS:
             raise ValueError(f"boxes: {path!r:.80} has an invalid description")
     others = {path: record["kind"] for path, record in records.items() if path not in boxes}
-    own = module_boxes() if others else {}
-    return boxes | {path: own[path] for path, kind in others.items() if type(own.get(path)).__qualname__ == kind}
+    created = module_boxes() if others else {}
+    return boxes | {
+        path: created[path] for path, kind in others.items() if type(created.get(path)).__qualname__ == kind
+    }
 
 
 def _record(box: Any) -> dict[str, Any]:

@@ -82,11 +82,11 @@ class FunctionalModule:
           ValueError: a Variable does not hold one array.
         """
         graph, leaves, values = split_module(module)
-        own = FunctionalModule(graph, leaves, type(module))
+        function = FunctionalModule(graph, leaves, type(module))
         student = vars(module).get(STUDENT)
-        if student is not None and own._same_structure(student):
-            own = replace(student, graph=graph, leaves=leaves)
-        return own, {"params": {}, **nest(leaves, values)}
+        if student is not None and function._same_structure(student):
+            function = replace(student, graph=graph, leaves=leaves)
+        return function, {"params": {}, **nest(leaves, values)}
 
     def _same_structure(self, other: FunctionalModule) -> bool:
         """Whether arrays and attributes are those of `other`, dtypes and mode aside."""
@@ -120,7 +120,7 @@ class FunctionalModule:
 
     def __repr__(self) -> str:
         count = sum(not leaf.random for leaf in self.leaves)
-        return f"<{self.kind.__name__} as a function of its {count} arrays{', cut' if self.base else ''}>"
+        return f"<{self.kind.__name__} as a function of its {count} arrays{', pruned' if self.base else ''}>"
 
     def __hash__(self) -> int:
         return hash((self.kind, self.leaves, self.dropped))  # not of all that is compared: hashed at every `nnx.jit`
@@ -155,10 +155,10 @@ class FunctionalModule:
     @cached_property
     def signature(self) -> inspect.Signature:
         """The signature of the module's call, with `train` added if it has none."""
-        own = list(inspect.signature(self.kind.__call__).parameters.values())[1:]
+        parameters = list(inspect.signature(self.kind.__call__).parameters.values())[1:]
         mode = inspect.Parameter("train", inspect.Parameter.KEYWORD_ONLY, default=False)
-        last = next((i for i, p in enumerate(own) if p.kind is p.VAR_KEYWORD), len(own))
-        return inspect.Signature(own if self._has_mode else [*own[:last], mode, *own[last:]])
+        last = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+        return inspect.Signature(parameters if self._has_mode else [*parameters[:last], mode, *parameters[last:]])
 
     @cached_property
     def _has_mode(self) -> bool:
@@ -182,8 +182,8 @@ class FunctionalModule:
         module = self.factory(nnx.Rngs(rngs.pop("params", None), **rngs))
         _, leaves, values = split_module(module)
         fresh = {leaf.name: value for leaf, value in zip(leaves, values, strict=True) if not leaf.random}
-        own = [leaf for leaf in self.leaves if not leaf.random]
-        return nest(own, [fresh[leaf.name][tuple(map(slice, leaf.shape))] for leaf in own])
+        arrays = [leaf for leaf in self.leaves if not leaf.random]
+        return nest(arrays, [fresh[leaf.name][tuple(map(slice, leaf.shape))] for leaf in arrays])
 
     def apply(
         self, variables: Any, *inputs: Any, train: bool = False, rngs: Any = None, mutable: Any = False, **kwargs: Any
@@ -231,11 +231,11 @@ class FunctionalModule:
     def _merged(self, variables: Any, seed: Any) -> nnx.Module:
         """The module with these variables."""
         arrays: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
-        own = {leaf.name: leaf.shape for leaf in self.leaves if not leaf.random}
-        for name in [*own, *arrays]:
+        shapes = {leaf.name: leaf.shape for leaf in self.leaves if not leaf.random}
+        for name in [*shapes, *arrays]:
             shape = tuple(arrays[name].shape) if name in arrays else None
-            if own.get(name) != shape:
-                expected = f"{own[name]} is" if name in own else "none is"
+            if shapes.get(name) != shape:
+                expected = f"{shapes[name]} is" if name in shapes else "none is"
                 raise ValueError(f"variables: {name} has shape {shape}, {expected} expected by {self.kind.__name__}")
         keys, state = stream_keys(seed), []
         for number, leaf in enumerate(self.leaves):
@@ -284,8 +284,8 @@ class FunctionalModule:
                 _set_integers(node, path_name(path), layers.get(path_name(path), {}), set(places))
         _replace_by_zeros(module, {id(node) for path, node in new.items() if path_name(path) in dropped})
         graph, leaves, _ = split_module(module)
-        own = {leaf.path: leaf for leaf in student.leaves}
-        leaves = tuple(own[leaf.path] for leaf in leaves)  # the skeleton has integers for keys
+        by_path = {leaf.path: leaf for leaf in student.leaves}
+        leaves = tuple(by_path[leaf.path] for leaf in leaves)  # the skeleton has integers for keys
         frozen = {path: dict(sizes) for path, sizes in layers.items()}
         return replace(student, graph=graph, leaves=leaves, base=base, layers=frozen, dropped=tuple(sorted(dropped)))
 
@@ -293,9 +293,9 @@ class FunctionalModule:
 def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """{name: parameter} of a function or a module's class; the signature of an NNX class itself shows none."""
     if isinstance(factory, functools.partial):
-        own = inspect.Signature(list(parameters_of(factory.func).values()))
-        bound = own.bind_partial(*factory.args).arguments
-        return {name: parameter for name, parameter in own.parameters.items() if name not in bound}
+        signature = inspect.Signature(list(parameters_of(factory.func).values()))
+        bound = signature.bind_partial(*factory.args).arguments
+        return {name: parameter for name, parameter in signature.parameters.items() if name not in bound}
     if isinstance(factory, type) and issubclass(factory, nnx.Module):
         return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
     return dict(inspect.signature(factory).parameters)
@@ -310,8 +310,8 @@ class Zeros(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shapes that the layer would return."""
         variables = nest(
-            own := [leaf for leaf in self.layer.leaves if not leaf.random],
-            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in own],
+            arrays := [leaf for leaf in self.layer.leaves if not leaf.random],
+            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arrays],
         )
         output = jax.eval_shape(lambda leaves: self.layer.apply(leaves, *args, **kwargs), variables)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output)
@@ -326,9 +326,9 @@ def _check_names(layers: LayerSizes, dropped: tuple[str, ...], paths: set[str], 
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"architecture: the model has no layer {path!r}{hint} ({kind})")
         for name, size in layers.get(path, {}).items():
-            own = shapes.get((path, name))
-            if own is not None and (len(size) != len(own) or any(a > b for a, b in zip(size, own, strict=True))):
-                raise ValueError(f"architecture: {name!r} of layer {path!r} is {tuple(size)}; in {kind} it is {own}")
+            shape = shapes.get((path, name))
+            if shape is not None and (len(size) != len(shape) or any(a > b for a, b in zip(size, shape, strict=True))):
+                raise ValueError(f"architecture: {name!r} of layer {path!r} is {tuple(size)}; in {kind} it is {shape}")
 
 
 def _set_integers(node: nnx.Module, path: str, sizes: Mapping[str, Any], places: set[tuple[str, str]]) -> None:

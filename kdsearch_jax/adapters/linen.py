@@ -22,7 +22,7 @@ from kdsearch_jax.adapters.base import (
     LayerSizes,
     Shapes,
     Sizes,
-    array_leaves,
+    apply_function,
     call_arguments,
     integer_attributes,
 )
@@ -53,13 +53,13 @@ def boxed_variables(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[st
 def jaxpr(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operations of `module.apply`."""
     with _explain_errors(module, inputs, kwargs), nn.intercept_methods(_skip_initializers):
-        return jax.make_jaxpr(_call(module, kwargs))(variables, *inputs)
+        return jax.make_jaxpr(apply_function(module, kwargs))(variables, *inputs)
 
 
 def traced(module: nn.Module, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The traced call, to be lowered."""
     with nn.intercept_methods(_skip_initializers):
-        return jax.jit(_call(module, kwargs)).trace(variables, *inputs)
+        return jax.jit(apply_function(module, kwargs)).trace(variables, *inputs)
 
 
 def trace_layers(
@@ -72,9 +72,9 @@ def trace_layers(
     def record(call: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
         layer, path = context.module, "/".join(context.module.path)
         if isinstance(layer, StudentModule):
-            for below, own in layer.layers.items():
+            for below, student_sizes in layer.layers.items():
                 name = "/".join(filter(None, [path, below]))
-                sizes[name] = {**own, **sizes.get(name, {})}  # the outermost student has the last word
+                sizes[name] = {**student_sizes, **sizes.get(name, {})}  # the outermost student has the last word
             return call(*args, **call_kwargs)
         result = call(*args, **call_kwargs)
         if context.method_name == "__call__":
@@ -104,18 +104,9 @@ def layer_outputs(
             seen.setdefault("/".join(context.module.path), result)
         return result
 
-    args, keywords = call_arguments(inputs, kwargs)
     with nn.intercept_methods(record):
-        module.apply(variables, *args, **keywords)
+        apply_function(module, kwargs)(variables, *inputs)
     return seen
-
-
-def _call(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    def call(variables: Any, *inputs: Any) -> list[Any]:
-        args, keywords = call_arguments(inputs, kwargs)
-        return array_leaves(module.apply(variables, *args, **keywords))
-
-    return call
 
 
 @contextlib.contextmanager

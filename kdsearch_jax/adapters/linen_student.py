@@ -144,8 +144,8 @@ class _Resizer:
     def _merged_sizes(self, student: StudentModule, path: str) -> dict[str, Any]:
         """The fields of a submodule that is a student itself, overridden by this student's sizes."""
         start = f"{path}/" if path else ""
-        own = {name[len(start) :]: sizes for name, sizes in self.layers.items() if f"{name}/".startswith(start)}
-        merged = {name: {**student.layers.get(name, {}), **own.get(name, {})} for name in {**student.layers, **own}}
+        below = {name[len(start) :]: sizes for name, sizes in self.layers.items() if f"{name}/".startswith(start)}
+        merged = {name: {**student.layers.get(name, {}), **below.get(name, {})} for name in {**student.layers, **below}}
         gone = {name[len(start) :] for name in self.dropped if name.startswith(start)}
         return {"layers": freeze(merged), "dropped": tuple(sorted({*student.dropped, *gone}))}
 
@@ -206,9 +206,9 @@ def _first_entries(value: Any, shape: tuple[int, ...]) -> Any:
     """
 
     def resize_leaf(leaf: Any) -> Any:
-        own = shape[len(shape) - leaf.ndim :]
-        leaf = leaf[tuple(map(slice, own))]
-        missing = [(0, n - m) for n, m in zip(own, leaf.shape, strict=True)]
+        sizes = shape[len(shape) - leaf.ndim :]
+        leaf = leaf[tuple(map(slice, sizes))]
+        missing = [(0, n - m) for n, m in zip(sizes, leaf.shape, strict=True)]
         return jnp.pad(leaf, missing, mode="wrap") if any(n for _, n in missing) else leaf
 
     return jax.tree.map(resize_leaf, value)

@@ -17,7 +17,7 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from kdsearch_jax.adapters.base import LayerInfo, LayerSizes, Shapes, Sizes, call_arguments, integer_attributes
+from kdsearch_jax.adapters.base import LayerInfo, LayerSizes, Shapes, Sizes, apply_function, integer_attributes
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.adapters.nnx_leaves import path_name
 from kdsearch_jax.tracing.program import Program, flatten_jaxpr
@@ -31,12 +31,12 @@ def abstract_variables(module: FunctionalModule, inputs: Sequence[Any], kwargs: 
 
 def jaxpr(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operations of `module.apply`."""
-    return jax.make_jaxpr(_call(module, kwargs))(variables, *inputs)
+    return jax.make_jaxpr(apply_function(module, kwargs))(variables, *inputs)
 
 
 def traced(module: FunctionalModule, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The traced call, to be lowered."""
-    return jax.jit(_call(module, kwargs)).trace(variables, *inputs)
+    return jax.jit(apply_function(module, kwargs)).trace(variables, *inputs)
 
 
 def trace_layers(
@@ -91,22 +91,14 @@ def layer_outputs(
         return result
 
     with watched(module, record):
-        _call(module, kwargs)(variables, *inputs)
+        apply_function(module, kwargs)(variables, *inputs)
     return seen
-
-
-def _call(module: FunctionalModule, kwargs: Mapping[str, Any]) -> Any:
-    def call(variables: Any, *inputs: Any) -> Any:
-        args, keywords = call_arguments(inputs, kwargs)
-        return module.apply(variables, *args, **keywords)
-
-    return call
 
 
 def _own_arrays(before: Shapes, after: Shapes) -> Sizes:
     """The shapes of a layer's own arrays, by their names in it."""
-    own = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
-    return {name: shape for name, shape in own.items() if shape}
+    shapes = {name.partition("/")[2]: shape for name, shape in after.items() if name.count("/") == 1}
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 def _integers(node: Any) -> dict[str, int]:
@@ -154,13 +146,13 @@ def watched(module: FunctionalModule, on_call: OnCall) -> Iterator[None]:
         return call
 
     kinds = {type(node) for node in _modules(module.skeleton()).values() if callable(node)}
-    own = {kind: vars(kind).get("__call__") for kind in kinds}
+    originals = {kind: vars(kind).get("__call__") for kind in kinds}
     try:
         for kind in kinds:
             kind.__call__ = watching(kind.__call__)  # type: ignore[method-assign]
         yield
     finally:
-        for kind, original in own.items():
+        for kind, original in originals.items():
             if original is None:
                 del kind.__call__
             else:

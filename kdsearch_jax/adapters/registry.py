@@ -228,9 +228,9 @@ def _imported(name: str) -> Callable[..., Any]:
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        what = "has no" if factory is None else "has, but cannot call,"
-        own = (n for n, v in vars(module).items() if callable(v) and _returns(v, (nn.Module, nnx.Module)))
-        hint = _nearest(attribute, own)
+        what = "has no" if factory is None else "cannot call its"
+        factories = (n for n, v in vars(module).items() if callable(v) and _returns(v, (nn.Module, nnx.Module)))
+        hint = _nearest(attribute, factories)
         raise ValueError(f"model {name!r}: module {module_name!r} {what} {attribute!r}{hint}")
     if not _returns(factory, (nn.Module, nnx.Module)):
         raise ValueError(

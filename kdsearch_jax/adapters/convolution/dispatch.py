@@ -12,8 +12,9 @@ must be traced without it.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,68 +30,39 @@ from kdsearch_jax.adapters.convolution import dense, grouped, widths
 from kdsearch_jax.adapters.convolution.grouped import NARROW, Window
 
 _MOST_TAPS = 128  # larger kernels of grouped convolutions are left to XLA, since every tap compiles to an operation
+_SIGNATURE = inspect.signature(lax.conv_general_dilated)
 
 
-def conv_general_dilated(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
-    *,
-    portable: bool = False,
-) -> Array:
-    """`jax.lax.conv_general_dilated`, equal up to rounding.
+def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, portable: bool = False, **kwargs: Any) -> Array:
+    """`jax.lax.conv_general_dilated` with the same arguments, equal up to rounding.
 
     Args:
-      portable: uses XLA's own operations only, so that the program can be exported. All others as there.
+      portable: uses XLA's own operations only, so that the program can be exported.
     """
-    native = partial(
-        lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        **({} if out_sharding is None else {"out_sharding": out_sharding}),
-    )
-    input_dilated = lhs_dilation is not None and any(step != 1 for step in lhs_dilation)
-    if batch_group_count != 1 or input_dilated or out_sharding is not None:
+
+    def native(lhs: Array, rhs: Array) -> Array:
+        return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+    bound = _SIGNATURE.bind(lhs, rhs, *args, **kwargs)
+    bound.apply_defaults()
+    options = bound.arguments
+    input_dilated = any(step != 1 for step in options["lhs_dilation"] or ())
+    if options["batch_group_count"] != 1 or input_dilated or options.get("out_sharding") is not None:
         return native(lhs, rhs)
-    expected = jax.eval_shape(native, lhs, rhs)  # raises what JAX raises for wrong arguments
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    out = jax.eval_shape(native, lhs, rhs)  # raises JAX's own errors for wrong arguments
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, options["dimension_numbers"])
     lhs_axes, out_axes = ((spec[0], *spec[2:], spec[1]) for spec in (numbers.lhs_spec, numbers.out_spec))
     rhs_axes = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
-    space = [lhs.shape[axis] for axis in lhs_axes[1:-1]]
-    taps = [rhs.shape[axis] for axis in rhs_axes[:-2]]
-    sizes = [*space, lhs.shape[lhs_axes[-1]], *rhs.shape, *(expected.shape[axis] for axis in out_axes[1:])]
-    sizes += [size for size in lhs.shape if isinstance(size, int)]
-    if not (_all_known(sizes) and _all_real(lhs, rhs, expected)) or _varies(lhs) or _varies(rhs):
+    sizes = [*(lhs.shape[i] for i in lhs_axes[1:]), *rhs.shape, *(out.shape[i] for i in out_axes[1:])]
+    if not (_all_known(sizes, lhs.shape[lhs_axes[0]]) and _all_real(lhs, rhs, out)) or _varies(lhs) or _varies(rhs):
         return native(lhs, rhs)
-    dilation = tuple(rhs_dilation or (1,) * len(taps))
-    if isinstance(padding, str):
-        spans = [step * (size - 1) + 1 for step, size in zip(dilation, taps, strict=True)]
-        padding = lax.padtype_to_pads(space, spans, window_strides, padding)
-    pads = tuple((int(before), int(after)) for before, after in padding)
-    window = Window(tuple(window_strides), pads, dilation, feature_group_count, precision, expected.dtype)
-    if feature_group_count > 1:
-        fast = grouped.convolve if math.prod(taps) <= _MOST_TAPS else None
-    elif any(axes != tuple(range(lhs.ndim)) for axes in (lhs_axes, rhs_axes, out_axes)):
-        fast = None
+    window = _window([lhs.shape[i] for i in lhs_axes[1:-1]], [rhs.shape[i] for i in rhs_axes[:-2]], options, out.dtype)
+    channels_last = all(axes == tuple(range(lhs.ndim)) for axes in (lhs_axes, rhs_axes, out_axes))
+    if window.groups > 1:
+        fast = grouped.convolve if math.prod(rhs.shape[i] for i in rhs_axes[:-2]) <= _MOST_TAPS else None
     elif portable:
-        fast = widths.convolve if widths.supported(lhs.shape, rhs.shape, window) else None
-    elif dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, expected.dtype)):
+        fast = widths.convolve if channels_last and widths.supported(lhs.shape, rhs.shape, window) else None
+    elif channels_last and dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, out.dtype)):
         return dense.convolve(lhs, rhs, window)
     else:
         fast = None
@@ -104,8 +76,21 @@ def conv_general_dilated(
     return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
 
 
-def _all_known(sizes: Sequence[Any]) -> bool:
-    """Whether no size is 0 or symbolic (`jax.export`)."""
+def _window(space: Sequence[int], taps: Sequence[int], options: Mapping[str, Any], dtype: Any) -> Window:
+    """The window of a convolution over an image with these spatial sizes and a kernel with these taps."""
+    dilation = tuple(options["rhs_dilation"] or (1,) * len(taps))
+    padding = options["padding"]
+    if isinstance(padding, str):
+        spans = [step * (size - 1) + 1 for step, size in zip(dilation, taps, strict=True)]
+        padding = lax.padtype_to_pads(space, spans, options["window_strides"], padding)
+    pads = tuple((int(before), int(after)) for before, after in padding)
+    strides, groups = tuple(options["window_strides"]), options["feature_group_count"]
+    return Window(strides, pads, dilation, groups, options["precision"], dtype)
+
+
+def _all_known(sizes: Sequence[Any], images: Any) -> bool:
+    """Whether no size is 0 or symbolic (`jax.export`); the number of images may be symbolic."""
+    sizes = [*sizes, images] if isinstance(images, int) else sizes
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 

@@ -143,10 +143,10 @@ def _reshape_block(ctx: RuleContext, axes: list[Axis], sizes: list[int], new: li
     spread = [1] * len(sizes)
     spread[keep] = sizes[keep]
     labels = np.broadcast_to(axes[keep].reshape(spread), sizes).reshape(new)
-    made = split_axes(labels)
-    if not any(map(has_labels, made)):
+    new_axes = split_axes(labels)
+    if not any(map(has_labels, new_axes)):
         ctx.freeze(labels, "split apart in")
-    return made
+    return new_axes
 
 
 def _concatenate(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:

@@ -188,9 +188,9 @@ def _ragged_dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValu
         if b.weight and j not in (*right, *batch_right, *groups):
             ctx.analysis.mark("neurons", b.axes[j])
     summed = [_size(a.axes[i], ctx.shape(0)[i]) for i in left]
-    made = [_size(axis, n) for axis, n in zip(axes, ctx.out_shape(), strict=True)]
+    outputs = [_size(axis, n) for axis, n in zip(axes, ctx.out_shape(), strict=True)]
     groups_in_result = math.prod(ctx.out_shape()[: len(set(left) & set(divided))])
-    _add_term(ctx, 1.0 / groups_in_result, [*made, *summed], _leaves(ctx, a, b))
+    _add_term(ctx, 1.0 / groups_in_result, [*outputs, *summed], _leaves(ctx, a, b))
     ctx.analysis.uncounted.add(ctx.op.name)
     return [combine(ins, axes, all(v.linear for v in ins[:2] if v.weight))]
 
