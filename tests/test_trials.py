@@ -20,7 +20,7 @@ from kdsearch_jax.adapters.base import integer_attributes, replace_integer
 from kdsearch_jax.adapters.functional_module import FunctionalModule
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.network import trace
-from kdsearch_jax.pruning.student import cut
+from kdsearch_jax.pruning.student import cut_student
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -277,7 +277,7 @@ def test_a_student_whose_sizes_coincide_by_chance_is_refused():
     keep = {group.name: np.arange(group.size) < 16 for group in found.topology.groups}
     ones = {group.name: np.ones(group.size, np.float32) for group in found.topology.groups}
     with pytest.raises(surgery.SurgeryError):
-        cut(found, variables_of(Compared(), image(6)), ones, keep, (image(6),))
+        cut_student(found, variables_of(Compared(), image(6)), ones, keep, (image(6),))
 
 
 class Scaled(nn.Module):
