@@ -190,8 +190,7 @@ def prepare_run(
     dataset, objective = _dataset_and_objective(experiment, dataset, architecture, module, teacher, user_teacher)
     base = None if user_teacher is None else base_of(user_teacher.module)
     extra_teachers = tuple(
-        load_extra_teacher(experiment, dataset, source, base, trust_code)
-        for source in experiment.distill.teachers
+        load_extra_teacher(experiment, dataset, source, base, trust_code) for source in experiment.distill.teachers
     )
     if extra_teachers:
         count, ensemble = 1 + len(extra_teachers), experiment.distill.ensemble
