@@ -494,7 +494,7 @@ def refused(message: str, directory: Path | None = None, lines: int = 1):
         (("--budgt.macs", "0.4"), "'--budget.macs'"),
         (("--budget.macs", "0"), "budget.macs: 0"),
         (("--budget.macs", "1.5"), "budget.macs: 1.5 "),
-        (("--budget.macs", "1.0"), "budget.macs: 1 .*30,112"),
+        (("--budget.macs", "1.0"), "budget.macs: 1"),
         (("--budget.macs", "0.001"), "budget.macs: 0.001 "),
         (("--budget.macs", "500"), "budget.macs: 500.0 "),
         (("--budget.params", "1e9"), "budget.params: .*2,886"),
@@ -546,7 +546,7 @@ def test_weights_of_another_architecture_list_both_trees(tmp_path):
     tensors = {"conv1.weight": np.ones((3, 3), np.float32), "layer9.0.conv1.weight": np.ones((2, 2), np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "other.safetensors")
     resnet = ("--model.name", "cifar_resnet", "--model.arguments", "depth=8", "width=4")
-    with refused("holds another network", tmp_path, lines=40) as refusal:
+    with refused("other.safetensors", tmp_path, lines=40) as refusal:
         tiny(tmp_path / "run", "--teacher-from", tmp_path / "other.safetensors", *resnet)
     for part in (
         "in the network but not in the file",
@@ -567,7 +567,7 @@ def test_a_directory_that_holds_a_run_stays_as_it_is(run):
         tiny(run)
     with refused(r"another experiment \(search.steps: 12, not 13\)", run):
         tiny(run, "--baselines", "uniform", "magnitude", "--search.steps", "13", "--resume")
-    with refused("already holds a run", run):
+    with refused("already holds a", run):
         search_main(["--search-from", str(run), "--workdir", str(run)])
 
 
@@ -633,7 +633,7 @@ def test_a_command_of_its_own_process_refuses_in_one_line(run, tmp_path, python)
     status, out, err = start(python, "kdsearch_jax.search", *config, "--budget.macs", "0.001")
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: budget.macs: 0.001 ")
     status, out, err = start(python, "kdsearch_jax.search", "--config", TINY, "--workdir", run)
-    assert (status, out, err.count("\n")) == (1, "", 1) and "already holds a run" in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and "--resume" in err
     status, out, err = start(python, "kdsearch_jax.teacher", *config, "--data.name", "npz:/dev/null")
     assert (status, out, err.count("\n")) == (1, "", 1) and "/dev/null" in err
     assert contents(tmp_path) == {}
@@ -707,7 +707,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
         teacher.main(["--workdir", str(directory), "--resume"])
     (directory / "environment.json").unlink()
     (directory / "run.json").unlink()
-    with refused(r"teacher.learning_rate: 0.1 there, 0.2 now"):
+    with refused(r"teacher.learning_rate: 0.1 .*0.2"):
         teacher.main(["--workdir", str(directory), "--resume"])
     assert not (directory / "teacher" / "network").exists()
     assert dataclasses.asdict(load_experiment(str(directory / "config.json")).teacher)["learning_rate"] == 0.2

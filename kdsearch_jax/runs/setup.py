@@ -268,12 +268,13 @@ def _check_budgets(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     random_importance = np.random.default_rng(0).uniform(0.1, 1.0, topology.units)
     all_limits = resolve_limits(setup.experiment, setup.trace_teacher(), points)
     budget_points.search_path(setup.experiment, all_limits, topology)  # raises if there are too few steps
+    if setup.experiment.baselines:
+        for limits in all_limits:
+            baselines.check(topology, limits)
     for limits, point in zip(all_limits, points, strict=True):
         selection = choose(topology, limits, random_importance)
         if selection.exact and not latency.measured_bounds(point.budget):  # the same whatever the search finds
             setup.warn(selection.note)
-        if setup.experiment.baselines:
-            baselines.check(topology, limits)
 
 
 def _dataset_and_objective(
