@@ -161,7 +161,7 @@ def test_a_module_that_no_file_can_name_is_loaded_with_module(tmp_path):
     )
     assert 0 <= within(result, 0.5)["student"]["accuracy"] <= 1
     assert result.architecture["model"].startswith("given:test_api.") and result.architecture["model"].endswith("Local")
-    with pytest.raises(ValueError, match=r"module object.*Local.*module="):
+    with pytest.raises(ValueError, match=r"Local.*module="):
         kdsearch_jax.load(tmp_path / "run" / "student")
     module, variables = kdsearch_jax.load(tmp_path / "run" / "student", module=Local())
     logits = module.apply(variables, x).logits
@@ -193,12 +193,12 @@ def refused(two_heads, match, *, data=TOKENS, variables=None, **options):
         ),
         (r"loss: .* is nan", {"loss": lambda s, t, b: s["box"].sum() * jnp.nan}),
         (r"metrics: .*\{name: \(2,\)\}", {"metrics": lambda o, b: {"x": o["box"]}}),
-        (r"needs 'explore', which nothing describes.*train_kwargs", {"train_kwargs": {}, "eval_kwargs": {}}),
+        (r"needs 'explore'.*train_kwargs", {"train_kwargs": {}, "eval_kwargs": {}}),
         (r"train_kwargs.*takes no 'exploring'", {"train_kwargs": {"exploring": True}}),
         (r"data.inputs: .*'words'.* mask, tokens", {"inputs": ("tokens", "words")}),
-        (r"needs 'mask', which nothing describes", {"inputs": ("tokens",)}),
+        (r"needs 'mask'", {"inputs": ("tokens",)}),
         (r"unequal lengths \(tokens: 64, mask: 60\)", {"data": {**TOKENS, "mask": TOKENS["mask"][:60]}}),
-        (r"data: list is not possible", {"data": [1, 2]}),
+        (r"data: list", {"data": [1, 2]}),
         (r"budget\.macs: 0\.0 is not possible", {"budget": 0.0}),
         (r"budget", {"budget": 0.01}),
         (r"search\.optimiser is not a setting; did you mean 'search\.optim", {"settings": {"search.optimiser": 1}}),
@@ -249,9 +249,9 @@ def test_importing_the_package_is_light():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
-def test_the_example_in_the_readme_runs(repository, tmp_path):
+def test_the_example_of_an_own_model_runs(repository, tmp_path):
     """What stands between the markers, in a process of its own, with fewer steps."""
-    text = (repository / "README.md").read_text()
+    text = (repository / "docs" / "own_model.md").read_text()
     (code,) = re.findall(r"<!-- own model -->\n+```python\n(.*?)```", text, re.S)
     assert len(code.strip().splitlines()) <= 20
     code = code.replace("budget=0.4", "budget=0.4, search_steps=4, retrain_steps=2")

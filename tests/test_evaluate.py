@@ -228,7 +228,7 @@ def scores(logits, labels, teacher_logits):
     """Metrics of given logits, compared with a teacher's."""
     shape = jax.ShapeDtypeStruct(logits.shape[1:], jnp.float32)
     networks = {
-        name: evaluation.EvaluatedNetwork(Entry(), {}, CallSpec((name,), {name: shape}), (), ())
+        name: evaluation.EvaluatedNetwork(Entry(), {"params": {}}, CallSpec((name,), {name: shape}), (), ())
         for name in ("student", "teacher")
     }
     split = Split({"student": logits, "teacher": teacher_logits, "labels": labels})
