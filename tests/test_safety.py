@@ -86,7 +86,7 @@ def untrusted_network(tmp_path, monkeypatch):
 
 def test_a_package_is_imported_only_with_consent(untrusted_network):
     directory, mark = untrusted_network
-    with pytest.raises(ValueError, match=r"'somebody_s_\w+' would be imported.*--trust-code.*trust_code=True"):
+    with pytest.raises(ValueError, match="somebody_s_.*--trust-code"):
         load(directory)
     with pytest.raises(ValueError, match="would be imported"):
         export_formats.load_safetensors(directory.with_suffix(".safetensors"))

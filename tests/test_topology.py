@@ -98,7 +98,7 @@ def test_gates_of_another_network_are_refused():
     topology = network_of("mlp").topology
     with pytest.raises(ValueError, match="the groups differ from the topology's in dense1"):
         gates_lib.fold({}, {"dense2": jnp.ones(6)}, topology)
-    with pytest.raises(ValueError, match=r"gates\['dense2'\]: shape \(5,\), not \(6,\)"):
+    with pytest.raises(ValueError, match=r"gates\['dense2'\]: shape .*5.*6"):
         gates_lib.fold({}, {"dense1": jnp.ones(8), "dense2": jnp.ones(5)}, topology)
     with pytest.raises(ValueError, match="the groups differ"):
         topology.flatten({"dense1": np.ones(8)})

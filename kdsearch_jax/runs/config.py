@@ -205,8 +205,9 @@ def load_experiment(name_or_path: str, quick: bool = False) -> Experiment:
     if path.suffix == ".json":
         if quick:
             raise ValueError(f"--quick is a variant of an experiment file; {path} holds one experiment: leave it out")
+        values = read_json(path, MAX_SETTINGS)  # whose errors name the file
         try:
-            return from_json(read_json(path, MAX_SETTINGS))
+            return from_json(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     spec = importlib.util.spec_from_file_location(f"kdsearch_experiment_{path.stem}", path)
