@@ -100,8 +100,8 @@ def test_logits_far_from_zero_are_not_masked():
 def test_metrics_are_those_of_the_other_classes(mask):
     student, teacher = logits(0), logits(1)
     objective = task_lib.classification(DistillConfig())
-    found = objective.figures(with_mask(student, MASKS[mask]), {"labels": LABELS}, with_mask(teacher, MASKS[mask]))
-    expected = objective.figures(student[:, KEPT], {"labels": OF_KEPT}, teacher[:, KEPT])
+    found = objective.measure(with_mask(student, MASKS[mask]), {"labels": LABELS}, with_mask(teacher, MASKS[mask]))
+    expected = objective.measure(student[:, KEPT], {"labels": OF_KEPT}, teacher[:, KEPT])
     assert {"accuracy", "loss", "kl", "agreement"} <= found.keys() == expected.keys()
     for name, values in found.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
