@@ -176,7 +176,7 @@ def test_another_model_is_refused():
     with pytest.raises(ValueError, match="traced"):
         search_of().init(Net(6, nnx.Rngs(0)))
     gated, optimizer = start()
-    with pytest.raises(ValueError, match="updates; train on"):
+    with pytest.raises(ValueError, match="budget after"):
         search_of().finish(gated, optimizer, X)
     with pytest.raises(ValueError, match=r"search\.init"):
         search_of().finish(model(), optimizer, X)

@@ -181,7 +181,7 @@ def test_retraining_is_drawn_from_the_step_of_the_cut(tmp_path: Path) -> None:
 def test_budgets_on_time_and_memory_are_checked(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", blocks=1)
     tools = latency.Instruments(
-        clock=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
+        timer=lambda *_: lambda: {"teacher": 4.0, "student": 1.9},
         memory=lambda *_: {"teacher": 3e6, "student": 1e6},
     )
     asked = BudgetConfig(None, latency=0.5, memory=2e6)

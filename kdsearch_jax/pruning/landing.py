@@ -1,8 +1,7 @@
 """The landing: the final choice of units, made on the host with exact integer costs.
 
 Units with g > 0 stay if together they are within the budget, so the student computes what the gated network does;
-removed units return to fill the budget. If those units exceed the budget, or the budget cannot be filled with all of
-them, units are chosen anew, and the least important per cost go first.
+removed units return to fill the budget. If those units exceed the budget, units are chosen by importance per cost.
 """
 
 from __future__ import annotations
@@ -18,12 +17,22 @@ from kdsearch_jax.pruning.selection import Selection, choose
 from kdsearch_jax.tracing.topology import Topology
 
 
-def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.ndarray, least: np.ndarray) -> Selection:
+def land(
+    topology: Topology,
+    limits: Limits,
+    gates: np.ndarray,
+    importance: np.ndarray,
+    least: np.ndarray,
+    *,
+    fill: bool = False,
+) -> Selection:
     """The units to keep after a search.
 
     Args:
       gates, importance: (units,) not negative.
       least: (groups,) units that must stay.
+      fill: choose units by importance per cost, also among those with g > 0, if only that comes within 0.98 of the
+        budget. The student then has to be trained further, because it is not the gated network.
 
     Returns:
       the selection, with a note if it costs less than 0.98 of the budget.
@@ -43,7 +52,7 @@ def land(topology: Topology, limits: Limits, gates: np.ndarray, importance: np.n
         preserving = choose(topology, limits, worth, widths)
     except BudgetError:  # the units with g > 0 exceed the budget
         return chosen
-    if not preserving.note:
+    if not preserving.note or not fill:
         return preserving
     better = min(chosen.pressure, FLOOR) > min(preserving.pressure, FLOOR)
     return chosen if better else replace(preserving, note=chosen.note, exact=chosen.exact)

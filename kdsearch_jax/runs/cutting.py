@@ -135,7 +135,7 @@ def choose(topology: Topology, limits: Limits, gates: Gates, importance: Gates) 
     """The units of a kept state to cut to; see `kdsearch_jax.pruning.landing`."""
     flat_gates, flat_importance = (topology.flatten(values).astype(float) for values in (gates, importance))
     least = np.array([fewest_units(limits.round_to, {}, group) for group in topology.groups])
-    return landing.land(topology, limits, flat_gates, flat_importance, least)
+    return landing.land(topology, limits, flat_gates, flat_importance, least, fill=True)
 
 
 def land(setup: RunSetup, point: BudgetPoint, network: Network | None = None) -> int | None:
