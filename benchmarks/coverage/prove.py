@@ -141,7 +141,7 @@ def random_variables(call: CallSpec, seed: int) -> Any:
 
 def _specs(call: CallSpec) -> Any:
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs)
-    return adapter_for(call.module).variables(call.module, inputs, call.kwargs)
+    return adapter_for(call.module).abstract_variables(call.module, inputs, call.kwargs)
 
 
 def first_line(error: BaseException) -> str:
