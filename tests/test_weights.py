@@ -111,7 +111,7 @@ def test_what_is_nothing_of_the_kind_is_named(tmp_path):
         "a.txt": "a.txt",
         "b.msgpack": "msgpack",
         "c.safetensors": "complete",
-        "empty": "no directory",
+        "empty": "empty",
     }.items():
         with pytest.raises(ValueError, match=match):
             teacher_weights.load_weights(tmp_path / name, Net(), CALL)
