@@ -20,7 +20,9 @@ from kdsearch_jax.distill.settings import DistillConfig
 from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.pruning import budgets, selection
 from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.pruning.landing import land
 from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.search import search_state
 from kdsearch_jax.pruning.settings import BudgetConfig, GatesConfig
 from kdsearch_jax.training import loop, optimizer
 from kdsearch_jax.training import state as training_state
@@ -232,6 +234,11 @@ def check_selection(search, state):
     pressure = search.limits[0].pressure(search.topology, flat(search, keep).astype(float))
     assert pressure <= 1
     assert pressure >= budgets.FLOOR or (selection.note and flat(search, keep)[opened].all())
+    # What the built-in run cuts lands between 0.98 and 1 of the budget, without exception.
+    gates = flat(search, state.params["gates"]).astype(float)
+    importance = np.asarray(search_state(state.opt_state).importance, float)
+    filled = land(search.topology, search.limits[0], gates, importance, search.least, fill=True)
+    assert budgets.FLOOR <= filled.pressure <= 1
     assert all(keep[g.name].any() for g in search.topology.groups if g.kind != "branches")
     return keep
 
