@@ -157,7 +157,7 @@ def test_what_would_be_met_is_met_and_nothing_lies_between(seed):
 @given(SEEDS)
 def test_no_addition_and_no_exchange_is_better(seed):
     """Of networks of many pieces, where the best is not looked for among all."""
-    topology, limits, importance, _ = drawn(seed, groups=6, largest=24)
+    topology, limits, importance, _ = drawn(seed, groups=6, largest=40)
     pieces = pieces_of(topology, limits, importance)
     chosen = selection.choose(topology, limits, importance)
     keep = flat(topology, chosen)
