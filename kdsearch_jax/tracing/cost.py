@@ -58,7 +58,7 @@ class Cost:
         slope[0] = 0.0
         result = self.counts.T @ slope
         for b in range(self.alive.shape[1]):
-            used = self.alive[:, b] >= 0
+            used = (self.alive[:, b] >= 0) & (self.alive[:, :b] != self.alive[:, b : b + 1]).all(1)  # a branch counts once
             units = self.alive[used, b]
             rest = np.where(self.alive[used] == units[:, None], -1, self.alive[used])
             others = np.where(rest < 0, 1.0, np.append(keep, 1.0)[rest]).prod(1)
