@@ -32,7 +32,8 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(labels))
     parts = {"validation": np.sort(order[:CHOOSING]), "test": np.sort(order[CHOOSING:])}
     splits = {"train": arrays["train"], **{name: (images[part], labels[part]) for name, part in parts.items()}}
-    named = {f"{split}_{kind}": a for split, pair in splits.items() for kind, a in zip(("images", "labels"), pair)}
+    named = {f"{split}_images": images for split, (images, _) in splits.items()}
+    named |= {f"{split}_labels": labels for split, (_, labels) in splits.items()}
     np.savez(options.file, **named)
     print({name: array.shape for name, array in named.items()})
 
