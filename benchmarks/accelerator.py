@@ -138,7 +138,7 @@ def _keep(runs: Path, out: Path) -> None:
 
 def _restore(out: Path, folder: str) -> None:
     """The inverse of `_keep`."""
-    if paths := sorted(out.glob("runs.tar.*")):
+    if paths := sorted(out.glob("runs.tar.*"), key=lambda path: int(path.suffix[1:])):
         content = b"".join(path.read_bytes() for path in paths)
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             tar.extractall(folder, filter="data")
@@ -175,7 +175,8 @@ def _progress(directory: Path) -> dict[str, Any]:
     for pattern in STAGES:
         for path in sorted(directory.glob(f"{pattern}/metrics.jsonl")):
             lines = path.read_text().splitlines()
-            newest[str(path.parent.relative_to(directory))] = _parsed(lines[-1]) if lines else None
+            whole = (record for line in reversed(lines) if (record := _parsed(line)) is not None)
+            newest[str(path.parent.relative_to(directory))] = next(whole, None)
     results = [directory / "results.json", *sorted(directory.glob("seed-*/*/result.json"))]
     done = {str(path.relative_to(directory)): _parsed(path.read_text()) for path in results if path.is_file()}
     return {"stages": newest, "results": done}
