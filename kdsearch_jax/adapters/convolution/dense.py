@@ -125,10 +125,14 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, con
 
 
 def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
+    if native.ready(jnp.dtype(convolution.window.dtype)):  # float32, or bfloat16 where the processor multiplies it
+        narrow = jnp.dtype(convolution.window.dtype) == jnp.bfloat16
+        if narrow or not _suits_xla(result, convolution):
+            return _compiled(a, b, result, convolution, convolution.window.dtype)
     if _suits_xla(result, convolution):
         return _plain(a, b, result=result, convolution=convolution)
-    if native.ready():
-        return _compiled(a, b, result, convolution)
+    if native.ready(jnp.dtype(jnp.float32)):
+        return _compiled(a, b, result, convolution, jnp.float32)
     if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
     if result != "w" and (output := _widened(a, b, result, convolution)) is not None:
@@ -144,8 +148,8 @@ def _suits_xla(result: Operand, convolution: Convolution) -> bool:
     return positions < 4 or max(convolution.window.strides) > 2
 
 
-def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> Array:
-    """The product by the native kernels, which take an image with one axis as one with a single row."""
+def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution, dtype: Any) -> Array:
+    """The product by the native kernels for this dtype, which take an image with one axis as one with a single row."""
     window, extra = convolution.window, (1,) * (2 - len(convolution.window.strides))
     pads = tuple(before for before, _ in window.padding)
     x, y = ((shape[0], *extra, *shape[1:]) for shape in (convolution.x, convolution.y))
@@ -153,7 +157,7 @@ def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> 
     shapes: dict[Operand, tuple[int, ...]] = {"x": x, "w": w, "y": y}
     moves = (*extra, *window.strides, *(0 for _ in extra), *pads, *extra, *window.dilation)
     first, second = (
-        operand.astype(jnp.float32).reshape(shapes[name])
+        operand.astype(dtype).reshape(shapes[name])
         for operand, name in zip((a, b), _OPERANDS[result], strict=True)
     )
     handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.ffi
@@ -33,9 +34,11 @@ from jax import Array, lax
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("convolution.cc")
 HANDLERS = ("forward", "input_gradient", "kernel_gradient")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_BF16_FLAGS = ("-mamx-tile", "-mamx-bf16")
+_BF16_FEATURES = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}  # as /proc/cpuinfo names them
+_SUFFIXES = {jnp.float32: "", jnp.bfloat16: "_bf16"}
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -44,31 +47,43 @@ class UnavailableError(RuntimeError):
 
 
 @functools.cache
-def ready() -> bool:
-    """Whether the kernels can be called; compiles and registers them on the first call."""
-    if os.environ.get("KDSEARCH_NATIVE", "1") == "0":
+def ready(dtype: Any = jnp.float32) -> bool:
+    """Whether the kernels for arrays of this dtype can be called; compiles and registers them on the first call."""
+    if os.environ.get("KDSEARCH_NATIVE", "1") == "0" or jnp.dtype(dtype) not in map(jnp.dtype, _SUFFIXES):
+        return False
+    narrow = jnp.dtype(dtype) == jnp.bfloat16
+    if narrow and not _BF16_FEATURES <= set(_processor().split()):
         return False
     try:
-        compiler = _compiler()
-        final = _cache() / f"convolution-{_digest(compiler)}.so"
-        if final.is_file():
-            _register(final)
-            return True
-        log.info("compiling convolutions for this CPU, once: %s", final)
-        with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-            library = Path(folder) / final.name
-            _compile(compiler, library)
-            _register(library)
-            _check()
-            library.replace(final)
+        _prepare(dtype, Path(__file__).with_name("convolution_bf16.cc" if narrow else "convolution.cc"))
     except (UnavailableError, OSError, subprocess.SubprocessError) as error:
-        log.info("using XLA's own convolutions on this CPU, training takes about twice as long: %s", error)
+        if narrow:
+            log.info("computing bfloat16 convolutions in float32 on this CPU: %s", error)
+        else:
+            log.info("using XLA's own convolutions on this CPU, training takes about twice as long: %s", error)
         return False
     return True
 
 
+def _prepare(dtype: Any, source: Path) -> None:
+    """Registers the kernels of a source, compiled and checked now unless a checked library is in the cache."""
+    compiler = _compiler()
+    flags = (*_FLAGS, *(_BF16_FLAGS if jnp.dtype(dtype) == jnp.bfloat16 else ()))
+    final = _cache() / f"{source.stem}-{_digest(compiler, flags, source)}.so"
+    if final.is_file():
+        return _register(final, dtype)
+    log.info("compiling convolutions for this CPU, once: %s", final)
+    with tempfile.TemporaryDirectory(dir=final.parent) as folder:
+        library = Path(folder) / final.name
+        _compile(compiler, flags, source, library)
+        _register(library, dtype)
+        _check(dtype)
+        library.replace(final)
+    return None
+
+
 def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Sequence[int]) -> Array:
-    """One of the three products of float32 arrays, channels last.
+    """One of the three products of two float32 or two bfloat16 arrays, channels last, in their dtype.
 
     Args:
       handler: "forward" of (x, w), "input_gradient" of (y, w), or "kernel_gradient" of (x, y).
@@ -76,8 +91,13 @@ def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Se
       shape: images, height, width, inputs, kernel height, kernel width, outputs, output height, output width, then two
         each of strides, padding before, and dilation.
     """
-    call = jax.ffi.ffi_call(f"kdsearch_{handler}", jax.ShapeDtypeStruct(result, jnp.float32))
+    call = jax.ffi.ffi_call(f"kdsearch_{handler}{_suffix(a.dtype)}", jax.ShapeDtypeStruct(result, a.dtype))
     return call(a, b, shape=np.asarray(shape, np.int64))
+
+
+def _suffix(dtype: Any) -> str:
+    """What the names of the handlers for arrays of this dtype end with."""
+    return next(suffix for known, suffix in _SUFFIXES.items() if jnp.dtype(known) == jnp.dtype(dtype))
 
 
 def _compiler() -> str:
@@ -89,25 +109,27 @@ def _compiler() -> str:
     return compiler
 
 
-def _digest(compiler: str) -> str:
+def _digest(compiler: str, flags: Sequence[str], source: Path) -> str:
     """A hash of everything that the compiled library depends on."""
-    parts = (compiler, *_FLAGS, jax.__version__, _processor())
-    return hashlib.sha256(SOURCE.read_bytes() + "|".join(parts).encode()).hexdigest()[:20]
+    parts = (compiler, *flags, jax.__version__, _processor())
+    code = source.read_bytes() + source.with_name("convolution.h").read_bytes()
+    return hashlib.sha256(code + "|".join(parts).encode()).hexdigest()[:20]
 
 
-def _compile(compiler: str, target: Path) -> None:
-    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(target)]
+def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
+    command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason given"]
         raise UnavailableError(f"{compiler} failed: {lines[0][:200]}")
 
 
-def _register(library: Path) -> None:
+def _register(library: Path, dtype: Any) -> None:
     handlers = ctypes.CDLL(str(library))
-    for name in HANDLERS:
-        capsule = jax.ffi.pycapsule(getattr(handlers, f"kdsearch_{name}"))
-        jax.ffi.register_ffi_target(f"kdsearch_{name}", capsule, platform="cpu")
+    if jnp.dtype(dtype) == jnp.bfloat16 and handlers.kdsearch_request_tiles() != 0:
+        raise UnavailableError("the operating system does not grant the use of AMX")
+    for name in (f"kdsearch_{handler}{_suffix(dtype)}" for handler in HANDLERS):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
 
 
 def _processor() -> str:
@@ -130,23 +152,28 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="kdsearch_jax-"))
 
 
-def _check() -> None:
-    """Raises UnavailableError if the kernels differ from XLA's on small integers, whose sums are exact."""
+def _check(dtype: Any) -> None:
+    """Raises UnavailableError if the kernels differ from XLA's on small integers, whose sums are exact in float32."""
     random, strides, pads = np.random.default_rng(0), (2, 1), ((1, 1), (2, 0))
-    x, w = (random.integers(-3, 4, shape).astype(np.float32) for shape in ((3, 9, 20, 19), (3, 3, 19, 37)))
+    x, w, y = (
+        random.integers(-3, 4, shape).astype(np.float32) for shape in ((3, 9, 20, 19), (3, 3, 19, 37), (3, 5, 20, 37))
+    )
     shape = (3, 9, 20, 19, 3, 3, 37, 5, 20, *strides, 1, 2, 1, 1)
 
-    def both(x: Array, w: Array) -> list[tuple[Array, Array]]:
+    def both(x: Array, w: Array, y: Array) -> list[tuple[Array, Array]]:
         numbers = ("NHWC", "HWIO", "NHWC")
-        y, pullback = jax.vjp(
+        value, pullback = jax.vjp(
             lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers), x, w
         )
         of_x, of_w = pullback(y)
-        operands = {"forward": (x, w, y), "input_gradient": (y, w, of_x), "kernel_gradient": (x, y, of_w)}
-        return [(product(name, c.shape, a, b, shape), c) for name, (a, b, c) in operands.items()]
+        operands = {"forward": (x, w, value), "input_gradient": (y, w, of_x), "kernel_gradient": (x, y, of_w)}
+        return [
+            (product(name, c.shape, a.astype(dtype), b.astype(dtype), shape), c.astype(dtype))
+            for name, (a, b, c) in operands.items()
+        ]
 
     with jax.ensure_compile_time_eval():
-        results = jax.jit(both)(x, w)
+        results = jax.jit(both)(x, w, y)
     for name, (ours, theirs) in zip(HANDLERS, results, strict=True):
         if not np.array_equal(ours, theirs):
             raise UnavailableError(f"the compiled {name} differs from XLA's")
