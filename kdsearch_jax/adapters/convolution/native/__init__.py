@@ -22,7 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,33 @@ from jax import Array, lax
 log = logging.getLogger(__name__)
 
 HANDLERS = ("forward", "input_gradient", "kernel_gradient")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
-_BF16_FLAGS = ("-mamx-tile", "-mamx-bf16")
-_BF16_FEATURES = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}  # as /proc/cpuinfo names them
-_SUFFIXES = {jnp.float32: "", jnp.bfloat16: "_bf16"}
 _COMPILERS = ("c++", "g++", "clang++")
+_COMMON_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A source file with all of `HANDLERS`, once for each suffix of their names.
+
+    Attributes:
+      kinds: {suffix: dtype of the arrays}.
+      features: that the processor must have, as /proc/cpuinfo names them.
+    """
+
+    source: Path
+    kinds: Mapping[str, Any]
+    flags: tuple[str, ...] = _COMMON_FLAGS
+    features: tuple[str, ...] = ()
+
+
+_FLOAT32 = _Library(_HERE / "convolution.cc", {"": jnp.float32})
+_BF16 = _Library(
+    _HERE / "convolution_bf16.cc",
+    {"_bf16": jnp.bfloat16, "_rounded": jnp.float32},
+    (*_COMMON_FLAGS, "-mamx-tile", "-mamx-bf16"),
+    ("amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"),
+)
 
 
 class UnavailableError(RuntimeError):
@@ -47,42 +70,28 @@ class UnavailableError(RuntimeError):
 
 
 @functools.cache
-def ready(dtype: Any = jnp.float32) -> bool:
-    """Whether the kernels for arrays of this dtype can be called; compiles and registers them on the first call."""
-    if os.environ.get("KDSEARCH_NATIVE", "1") == "0" or jnp.dtype(dtype) not in map(jnp.dtype, _SUFFIXES):
-        return False
-    narrow = jnp.dtype(dtype) == jnp.bfloat16
-    if narrow and not _BF16_FEATURES <= set(_processor().split()):
+def ready(*, bf16: bool = False) -> bool:
+    """Whether the kernels can be called; compiles and registers them on the first call.
+
+    Args:
+      bf16: those that multiply bfloat16 numbers, for processors with AMX; otherwise those that compute in float32.
+    """
+    if os.environ.get("KDSEARCH_NATIVE", "1") == "0":
         return False
     try:
-        _prepare(dtype, Path(__file__).with_name("convolution_bf16.cc" if narrow else "convolution.cc"))
+        _prepare(_BF16 if bf16 else _FLOAT32)
     except (UnavailableError, OSError, subprocess.SubprocessError) as error:
-        if narrow:
-            log.info("computing bfloat16 convolutions in float32 on this CPU: %s", error)
+        if bf16:
+            log.info("not multiplying bfloat16 numbers on this CPU: %s", error)
         else:
             log.info("using XLA's own convolutions on this CPU, training takes about twice as long: %s", error)
         return False
     return True
 
 
-def _prepare(dtype: Any, source: Path) -> None:
-    """Registers the kernels of a source, compiled and checked now unless a checked library is in the cache."""
-    compiler = _compiler()
-    flags = (*_FLAGS, *(_BF16_FLAGS if jnp.dtype(dtype) == jnp.bfloat16 else ()))
-    final = _cache() / f"{source.stem}-{_digest(compiler, flags, source)}.so"
-    if final.is_file():
-        return _register(final, dtype)
-    log.info("compiling convolutions for this CPU, once: %s", final)
-    with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-        library = Path(folder) / final.name
-        _compile(compiler, flags, source, library)
-        _register(library, dtype)
-        _check(dtype)
-        library.replace(final)
-    return None
-
-
-def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Sequence[int]) -> Array:
+def product(
+    handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Sequence[int], *, rounded: bool = False
+) -> Array:
     """One of the three products of two float32 or two bfloat16 arrays, channels last, in their dtype.
 
     Args:
@@ -90,14 +99,30 @@ def product(handler: str, result: tuple[int, ...], a: Array, b: Array, shape: Se
       result: shape of what is returned.
       shape: images, height, width, inputs, kernel height, kernel width, outputs, output height, output width, then two
         each of strides, padding before, and dilation.
+      rounded: round float32 arrays to bfloat16 before they are multiplied. This and bfloat16 arrays need
+        `ready(bf16=True)`.
     """
-    call = jax.ffi.ffi_call(f"kdsearch_{handler}{_suffix(a.dtype)}", jax.ShapeDtypeStruct(result, a.dtype))
+    suffix = "_bf16" if a.dtype == jnp.bfloat16 else "_rounded" if rounded else ""
+    call = jax.ffi.ffi_call(f"kdsearch_{handler}{suffix}", jax.ShapeDtypeStruct(result, a.dtype))
     return call(a, b, shape=np.asarray(shape, np.int64))
 
 
-def _suffix(dtype: Any) -> str:
-    """What the names of the handlers for arrays of this dtype end with."""
-    return next(suffix for known, suffix in _SUFFIXES.items() if jnp.dtype(known) == jnp.dtype(dtype))
+def _prepare(library: _Library) -> None:
+    """Registers a library's handlers; compiles and checks it first unless it is in the cache."""
+    compiler = _compiler()
+    if missing := sorted(set(library.features) - set(_processor().split())):
+        raise UnavailableError(f"the processor has no {missing[0]}")
+    final = _cache() / f"{library.source.stem}-{_digest(compiler, library)}.so"
+    if final.is_file():
+        return _register(library, final)
+    log.info("compiling convolutions for this CPU, once: %s", final)
+    with tempfile.TemporaryDirectory(dir=final.parent) as folder:
+        compiled = Path(folder) / final.name
+        _compile(compiler, library, compiled)
+        _register(library, compiled)
+        _check(library)
+        compiled.replace(final)
+    return None
 
 
 def _compiler() -> str:
@@ -109,26 +134,26 @@ def _compiler() -> str:
     return compiler
 
 
-def _digest(compiler: str, flags: Sequence[str], source: Path) -> str:
+def _digest(compiler: str, library: _Library) -> str:
     """A hash of everything that the compiled library depends on."""
-    parts = (compiler, *flags, jax.__version__, _processor())
-    code = source.read_bytes() + source.with_name("convolution.h").read_bytes()
+    parts = (compiler, *library.flags, jax.__version__, _processor())
+    code = library.source.read_bytes() + (_HERE / "convolution.h").read_bytes()
     return hashlib.sha256(code + "|".join(parts).encode()).hexdigest()[:20]
 
 
-def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
-    command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(target)]
+def _compile(compiler: str, library: _Library, target: Path) -> None:
+    command = [compiler, *library.flags, f"-I{jax.ffi.include_dir()}", str(library.source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason given"]
         raise UnavailableError(f"{compiler} failed: {lines[0][:200]}")
 
 
-def _register(library: Path, dtype: Any) -> None:
-    handlers = ctypes.CDLL(str(library))
-    if jnp.dtype(dtype) == jnp.bfloat16 and handlers.kdsearch_request_tiles() != 0:
+def _register(library: _Library, compiled: Path) -> None:
+    handlers = ctypes.CDLL(str(compiled))
+    if library is _BF16 and handlers.kdsearch_request_tiles() != 0:
         raise UnavailableError("the operating system does not grant the use of AMX")
-    for name in (f"kdsearch_{handler}{_suffix(dtype)}" for handler in HANDLERS):
+    for name in (f"kdsearch_{handler}{suffix}" for handler in HANDLERS for suffix in library.kinds):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
 
 
@@ -152,15 +177,14 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="kdsearch_jax-"))
 
 
-def _check(dtype: Any) -> None:
+def _check(library: _Library) -> None:
     """Raises UnavailableError if the kernels differ from XLA's on small integers, whose sums are exact in float32."""
     random, strides, pads = np.random.default_rng(0), (2, 1), ((1, 1), (2, 0))
-    x, w, y = (
-        random.integers(-3, 4, shape).astype(np.float32) for shape in ((3, 9, 20, 19), (3, 3, 19, 37), (3, 5, 20, 37))
-    )
+    shapes = (3, 9, 20, 19), (3, 3, 19, 37), (3, 5, 20, 37)
+    x, w, y = (random.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
     shape = (3, 9, 20, 19, 3, 3, 37, 5, 20, *strides, 1, 2, 1, 1)
 
-    def both(x: Array, w: Array, y: Array) -> list[tuple[Array, Array]]:
+    def both(x: Array, w: Array, y: Array) -> list[tuple[str, Array, Array]]:
         numbers = ("NHWC", "HWIO", "NHWC")
         value, pullback = jax.vjp(
             lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers), x, w
@@ -168,12 +192,16 @@ def _check(dtype: Any) -> None:
         of_x, of_w = pullback(y)
         operands = {"forward": (x, w, value), "input_gradient": (y, w, of_x), "kernel_gradient": (x, y, of_w)}
         return [
-            (product(name, c.shape, a.astype(dtype), b.astype(dtype), shape), c.astype(dtype))
+            (
+                name,
+                product(name, c.shape, a.astype(dtype), b.astype(dtype), shape, rounded=suffix == "_rounded"),
+                c.astype(dtype),
+            )
+            for suffix, dtype in library.kinds.items()
             for name, (a, b, c) in operands.items()
         ]
 
     with jax.ensure_compile_time_eval():
-        results = jax.jit(both)(x, w, y)
-    for name, (ours, theirs) in zip(HANDLERS, results, strict=True):
-        if not np.array_equal(ours, theirs):
-            raise UnavailableError(f"the compiled {name} differs from XLA's")
+        for name, ours, theirs in both(x, w, y):
+            if not np.array_equal(ours, theirs):
+                raise UnavailableError(f"the compiled {name} differs from XLA's")
