@@ -4,9 +4,9 @@ With `precision="bf16"`, parameters and inputs are cast so that an unmodified mo
 collections (BatchNorm's running statistics) keep their dtype, and Flax reduces its statistics in float32.
 Floating-point outputs are always float32.
 
-XLA's own bfloat16 arithmetic is slower than float32's on CPUs. In programs that are compiled for one CPU device with AMX
-(`compiled_for`), "bf16" therefore means that dense convolutions multiply bfloat16 numbers and add in float32; all else,
-activations included, is float32.
+On CPUs, XLA's own bfloat16 arithmetic is slower than float32's. In programs that are compiled for one CPU device with
+AMX (`compiled_for`), "bf16" therefore means that dense convolutions multiply bfloat16 numbers and add in float32; all
+else, activations included, is float32.
 
 Convolutions are replaced by those of
 `kdsearch_jax.adapters.convolution.dispatch`; tracing and the proof of equality run the module's own.
