@@ -78,7 +78,7 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
 
 
 def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int, str], CallSpec]:
-    """(what, network, batch, precision) → a call of this package's; the networks' arrays are left in the folder for PyTorch."""
+    """(what, network, batch, precision) → a call of this package's; leaves the networks' arrays in the folder."""
     from kdsearch_jax.runs import heap
 
     heap.keep_freed()  # as every command of this package does

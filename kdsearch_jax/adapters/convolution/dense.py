@@ -146,8 +146,8 @@ def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) ->
         return _plain(a, b, result=result, convolution=convolution)
     if native.ready():
         single = replace(convolution, rounded=False, window=replace(convolution.window, dtype=jnp.float32))
-        wide = (z.astype(jnp.float32) for z in (a, b))
-        return _compiled(*wide, result, single).astype(convolution.window.dtype)
+        output = _compiled(a.astype(jnp.float32), b.astype(jnp.float32), result, single)
+        return output.astype(convolution.window.dtype)
     if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
     if result != "w" and (output := _widened(a, b, result, convolution)) is not None:

@@ -202,6 +202,6 @@ def _check(library: _Library) -> None:
         ]
 
     with jax.ensure_compile_time_eval():
-        for name, ours, theirs in both(x, w, y):
+        for name, ours, theirs in both(*map(jnp.asarray, (x, w, y))):
             if not np.array_equal(ours, theirs):
                 raise UnavailableError(f"the compiled {name} differs from XLA's")
