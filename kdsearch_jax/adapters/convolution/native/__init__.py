@@ -3,11 +3,13 @@
 XLA:CPU computes the gradient of a convolution kernel about four times slower than PyTorch, and convolutions with few
 channels about twice as slow. `convolution.cc` has the three products of a convolution (values, gradient of the input,
 gradient of the kernel) as handlers of XLA's foreign function interface (`jax.ffi`). They use the compiler's vector
-extensions and XLA's thread pool; results do not depend on the number of threads.
+extensions and XLA's thread pool; results do not depend on the number of threads. `convolution_bf16.cc` has the same
+products of bfloat16 numbers, for x86 processors with AMX.
 
 `ready` compiles them once per machine, JAX version and source into the user's cache directory, compares them with
 XLA's own convolution, and registers them. It returns False and logs the reason if this is not Linux, there is no C++
-compiler (`CXX`, `c++`, `g++`, `clang++`), compilation fails, or KDSEARCH_NATIVE=0; callers then use XLA's convolutions.
+compiler (`CXX`, `c++`, `g++`, `clang++`), compilation fails, the processor lacks what they need, or KDSEARCH_NATIVE=0;
+callers then do without them.
 """
 
 from __future__ import annotations

@@ -238,12 +238,14 @@ void CopyPixels(const T* from, Int step, Int count, Int channels, Int wide, Half
   }
 }
 
-// Memory that is needed soon: brings it to the second-level cache, some of it whenever `Some` is called.
+// Numbers `from` to `to` of an array of `size` that are needed soon: brings them to the second-level cache, some of them
+// whenever `Some` is called.
 class Soon {
  public:
   template <typename T>
-  Soon(const T* from, const T* to, const T* end, Int calls)
-      : at_(reinterpret_cast<const char*>(std::min(from, end))), end_(reinterpret_cast<const char*>(std::min(to, end))),
+  Soon(const T* array, Int from, Int to, Int size, Int calls)
+      : at_(reinterpret_cast<const char*>(array + std::min(from, size))),
+        end_(reinterpret_cast<const char*>(array + std::min(to, size))),
         step_(Ceil(Ceil(end_ - at_, 64), std::max<Int>(1, calls))) {}
   void Some() {
     for (Int i = 0; i < step_ && at_ < end_; ++i, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
@@ -304,7 +306,7 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const T* x, const T* w, 
     Factors f{.a_bytes = plan.step_w * channels * Int{sizeof(Half)}, .b_step = depth * kColumns};
     for (Int i = 0; i < 4; ++i) f.sums[i] = sums + i * kSums;
     const Int size = plan.height * plan.width * plan.channels, calls = Ceil((end - first) * per_row, blocks > 1 ? 2 : 4);
-    Soon next(x + size * (job + 1) / bands, x + size * (job + 2) / bands, x + size * plan.images, calls);
+    Soon next(x, size * (job + 1) / bands, size * (job + 2) / bands, size * plan.images, calls);
     const Tiles tiles(wide, depth);
     for (size_t p = 0; p < packed.size(); ++p) {
       const Phase& phase = plan.phases[p];
@@ -442,8 +444,8 @@ class Part {
       const Int calls = Ceil(g.outputs, 2) * Ceil(tiles, g.outputs > 1 ? 2 : 4);
       const auto band = [&](Int number, Int size) { return size * number / g.bands; };
       const Int size_x = s.height * s.width * s.inputs, size_y = s.out_h * s.out_w * s.outputs, next = first + bands;
-      Soon next_x(x + band(next, size_x), x + band(next + bands, size_x), x + s.images * size_x, calls);
-      Soon next_y(y + band(next, size_y), y + band(next + bands, size_y), y + s.images * size_y, calls);
+      Soon next_x(x, band(next, size_x), band(next + bands, size_x), s.images * size_x, calls);
+      Soon next_y(y, band(next, size_y), band(next + bands, size_y), s.images * size_y, calls);
       const Tiles loaded(kRows, kDepth);
       for (Int block = 0; block < g.outputs; block += 2) {
         const Int m = std::min<Int>(2, g.outputs - block), at_once = 4 / m;
