@@ -6,10 +6,10 @@
 //
 // Arrays are dense and channels last, kernels (height, width, inputs, outputs). The first two are one computation
 // (`Correlate`): a tile of neighbouring outputs times one or two vectors of channels, or of channels times vectors of
-// neighbours, stays in registers while the sum runs over taps and inputs; the rows that a band of outputs reads are laid
-// out as (row, channel, column) before, so that neighbours are neighbours in memory. A gradient of the input under strides is one such computation for each
-// phase of the stride, with the taps that meet it. In the third, a tile of inputs times vectors of outputs stays in
-// registers while the sum runs over positions.
+// neighbours, stays in registers while the sum runs over taps and inputs; the rows that a band of outputs reads are
+// laid out as (row, channel, column) before, so that neighbours are neighbours in memory. A gradient of the input under
+// strides is one such computation for each phase of the stride, with the taps that meet it. In the third, a tile of
+// inputs times vectors of outputs stays in registers while the sum runs over positions.
 //
 // Work is cut into the same pieces whatever the number of threads, so results do not depend on it.
 

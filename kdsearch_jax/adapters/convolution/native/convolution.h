@@ -130,8 +130,7 @@ Reach ReachOf(const Plan& plan) {
 
 using Numbers = ffi::Span<const Int>;
 
-template <ffi::DataType type, typename T,
-          void (*function)(ffi::ThreadPool&, const Shape&, const T*, const T*, T*)>
+template <ffi::DataType type, typename T, void (*function)(ffi::ThreadPool&, const Shape&, const T*, const T*, T*)>
 ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> b, ffi::Result<ffi::Buffer<type>> result,
                Numbers shape) {
   if (shape.size() != sizeof(Shape) / sizeof(Int)) return ffi::Error::InvalidArgument("shape: wrong length");

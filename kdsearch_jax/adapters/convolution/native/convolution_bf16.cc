@@ -1,17 +1,17 @@
-// The convolutions of convolution.cc for bfloat16 arrays, and for float32 ones whose numbers are rounded to bfloat16 before
-// they are multiplied, by the matrix unit AMX of x86 processors.
+// The convolutions of convolution.cc by the matrix unit AMX of x86 processors: for bfloat16 arrays, and for float32 ones
+// whose numbers are rounded to bfloat16 before they are multiplied.
 //
 // AMX multiplies tiles: 16 × 32 numbers by 32 × 16, whose rows lie in pairs, and adds the products to 16 × 16 sums in
-// float32, to which results are rounded only for bfloat16 arrays. Like AMX itself, these functions take subnormal numbers for zero.
-// A tile is loaded row by row, three times as fast where each row lies within a cache line.
+// float32. Results are rounded only for bfloat16 arrays. Like AMX itself, these functions take subnormal numbers for
+// zero. A tile is loaded row by row, three times as fast where each row lies within a cache line.
 //
 // Values and the gradient of the input: a tile has the channels of 16 neighbouring outputs at one tap. The rows of an
 // image are copied with zeros beside them, and with channels filled up with zeros to 16 or a multiple of 32.
 //
 // The gradient of the kernel is a sum over positions: a tile has 16 outputs' gradients of y at 32 positions, times one
 // tap's and 16 inputs' x at these positions in pairs. Positions are numbered with the row length of x, so that a tap is
-// an offset, and y is zero in between; x lies there in pairs from even positions on and from odd ones. There is one such
-// array for each phase of the stride.
+// an offset, and y is zero in between; x lies there in pairs from even positions on and from odd ones. There is one
+// such array for each phase of the stride.
 //
 // Work is cut into the same pieces whatever the number of threads, so results do not depend on it.
 
@@ -28,8 +28,8 @@ using Half = uint16_t;  // the bits of a bfloat16
 constexpr Int kRows = 16, kDepth = 32, kColumns = 16;  // of a tile: of the sums, of what is summed over, of the sums
 constexpr Int kSums = kRows * kColumns;
 constexpr Int kBand = 1 << 17;     // numbers of a band of rows: they should stay in the second-level cache
-constexpr Int kStrip = 1 << 16;    // bytes that a kernel's gradient works with: they should stay in the first cache,
-constexpr Int kPositions = 256;    // unless these are fewer positions
+constexpr Int kStrip = 1 << 16;    // bytes that a kernel's gradient works with at a time, unless they hold fewer
+constexpr Int kPositions = 256;    // positions than this
 constexpr Int kParts = 16;         // pieces of a kernel's gradient
 constexpr Int kPartial = 1 << 22;  // floats of the sums of these pieces, before they are added
 
@@ -55,7 +55,9 @@ T* Scratch(Int size) {
 }
 
 inline Half Rounded(Half value) { return value; }
-inline Half Rounded(float value) { return (Half)_mm_cvtness_sbh(value); }
+inline Half Rounded(float value) {
+  return static_cast<Half>(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value))));
+}
 
 // --- tiles ---
 
@@ -135,8 +137,8 @@ inline void Finish(float* const* sums) {
   }
 }
 
-// Tiles of A and B, and how they go on: a row of A begins `a_bytes` after the previous one, a step of A at `offsets`, one
-// of B `b_step` after the previous one.
+// Tiles of A and B, and how they go on: a row of A begins `a_bytes` after the previous one, a step of A at `offsets`,
+// one of B `b_step` after the previous one.
 struct Factors {
   const Half *a[4], *b[4];
   Int a_bytes, b_step, steps;
@@ -182,7 +184,8 @@ void Pack(const Plan& plan, const Phase& phase, const T* w, Int depth, Packed* p
     for (const Tap& tap : phase.taps) {
       const T* from = w + tap.kernel * plan.kernel_tap + block * kColumns * plan.kernel_output;
       for (Int c = 0; c < plan.channels; ++c, from += plan.kernel_input)
-        for (Int o = 0; o < outputs; ++o) to[(c / 2 * kColumns + o) * 2 + c % 2] = Rounded(from[o * plan.kernel_output]);
+        for (Int o = 0; o < outputs; ++o)
+          to[(c / 2 * kColumns + o) * 2 + c % 2] = Rounded(from[o * plan.kernel_output]);
       to += in_tap;
     }
   }
@@ -238,7 +241,7 @@ void CopyPixels(const T* from, Int step, Int count, Int channels, Int wide, Half
   }
 }
 
-// Numbers `from` to `to` of an array of `size` that are needed soon: brings them to the second-level cache, some of them
+// Numbers `from` to `to` of an array of `size` that are needed soon: brings them to the second-level cache, some
 // whenever `Some` is called.
 class Soon {
  public:
@@ -303,9 +306,11 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const T* x, const T* w, 
     for (Int r = 0; r < needed; ++r)
       ReadRow(image, first * plan.step_h + reach.low_h + r, reach.low_w, 1, columns, channels, z + r * line);
     float* sums = Scratch<1, float>(4 * kSums);
-    Factors f{.a_bytes = plan.step_w * channels * Int{sizeof(Half)}, .b_step = depth * kColumns};
+    Factors f;
+    f.a_bytes = plan.step_w * channels * sizeof(Half), f.b_step = depth * kColumns;
     for (Int i = 0; i < 4; ++i) f.sums[i] = sums + i * kSums;
-    const Int size = plan.height * plan.width * plan.channels, calls = Ceil((end - first) * per_row, blocks > 1 ? 2 : 4);
+    const Int size = plan.height * plan.width * plan.channels;
+    const Int calls = Ceil((end - first) * per_row, blocks > 1 ? 2 : 4) * Ceil(blocks, 2);
     Soon next(x, size * (job + 1) / bands, size * (job + 2) / bands, size * plan.images, calls);
     const Tiles tiles(wide, depth);
     for (size_t p = 0; p < packed.size(); ++p) {
@@ -399,7 +404,8 @@ struct Strips {
   Int inputs, outputs;     // blocks of 16 of them
 
   explicit Strips(const Shape& s) {
-    const Int reach_h = (s.taps_h - 1) * s.dilation_h / s.stride_h, reach_w = (s.taps_w - 1) * s.dilation_w / s.stride_w;
+    const Int reach_h = (s.taps_h - 1) * s.dilation_h / s.stride_h;
+    const Int reach_w = (s.taps_w - 1) * s.dilation_w / s.stride_w;
     inputs = Ceil(s.inputs, 16), outputs = Ceil(s.outputs, 16);
     pitch_w = s.out_w + reach_w;
     const Int most = std::max(kPositions, kStrip / (64 * inputs * s.stride_h * s.stride_w + 64 * outputs));
@@ -439,7 +445,8 @@ class Part {
         if (used[phase]) ReadX(first, bands, phase, x);
       ReadY(first, bands, y);
       const Int tiles = begins_.size();
-      Factors f{.a_bytes = g.line * Int{sizeof(Half)}, .b_step = kDepth * kColumns};
+      Factors f;
+      f.a_bytes = g.line * sizeof(Half), f.b_step = kDepth * kColumns;
       f.offsets = offsets_.data(), f.steps = Ceil((bands * g.pitch_h - (g.pitch_h - g.rows)) * g.pitch_w, kDepth);
       const Int calls = Ceil(g.outputs, 2) * Ceil(tiles, g.outputs > 1 ? 2 : 4);
       const auto band = [&](Int number, Int size) { return size * number / g.bands; };
