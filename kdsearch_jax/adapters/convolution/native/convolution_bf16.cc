@@ -1,4 +1,4 @@
-// The convolutions of convolution.cc by the matrix unit AMX of x86 processors: for bfloat16 arrays, and for float32 ones
+// The convolutions of convolution.cc by AMX, the matrix unit of x86 processors: for bfloat16 arrays, and for float32 ones
 // whose numbers are rounded to bfloat16 before they are multiplied.
 //
 // AMX multiplies tiles: 16 × 32 numbers by 32 × 16, whose rows lie in pairs, and adds the products to 16 × 16 sums in
