@@ -1,5 +1,5 @@
-// The convolutions of convolution.cc by AMX, the matrix unit of x86 processors: for bfloat16 arrays, and for float32 ones
-// whose numbers are rounded to bfloat16 before they are multiplied.
+// The convolutions of convolution.cc by AMX, the matrix unit of x86 processors: for bfloat16 arrays, and for float32
+// ones whose numbers are rounded to bfloat16 before they are multiplied.
 //
 // AMX multiplies tiles: 16 × 32 numbers by 32 × 16, whose rows lie in pairs, and adds the products to 16 × 16 sums in
 // float32. Results are rounded only for bfloat16 arrays. Like AMX itself, these functions take subnormal numbers for
