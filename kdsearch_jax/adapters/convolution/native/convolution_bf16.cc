@@ -31,20 +31,21 @@ constexpr Int kBand = 1 << 17;     // numbers of a band of rows: they should sta
 constexpr Int kStrip = 1 << 16;    // bytes that a kernel's gradient works with at a time, unless they hold fewer
 constexpr Int kPositions = 256;    // positions than this
 constexpr Int kParts = 16;         // pieces of a kernel's gradient
-constexpr Int kPartial = 1 << 22;  // floats of the sums of these pieces, before they are added
+constexpr Int kPartial = 1 << 24;  // floats of the sums of these pieces, before they are added
 
 // Numbers whose first begins a cache line, with two cache lines beyond the last.
 template <typename T>
 class Buffer {
  public:
   T* Grow(Int size) {
-    const size_t bytes = size * sizeof(T) + 192;
-    if (bytes > memory_.size()) memory_.resize(bytes);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+    const Int bytes = size * sizeof(T) + 192;
+    if (bytes > bytes_) memory_.reset(new char[bytes]), bytes_ = bytes;
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
   }
 
  private:
-  std::vector<char> memory_;
+  std::unique_ptr<char[]> memory_;
+  Int bytes_ = 0;
 };
 
 // Memory of this thread, whatever is in it; one for each number.
