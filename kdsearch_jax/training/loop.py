@@ -32,6 +32,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from kdsearch_jax.adapters.apply import compiled_for
 from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, place, replicate
 from kdsearch_jax.data.batches import preprocess
 from kdsearch_jax.data.device_feed import training_feed
@@ -354,7 +355,8 @@ def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned:
         if not isinstance(batch, Mapping):
             rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[batch], by_batch), resident["arrays"])
         inputs = preprocess(rows, resident["mean"], resident["std"], augment_key, crop=data.crop, flip=data.flip)
-        return step(state, inputs, step_key, constants)
+        with compiled_for(mesh):
+            return step(state, inputs, step_key, constants)
 
     def update_once(state: TrainState, batch: Any, resident: dict[str, Any], constants: Any) -> Any:
         return update(resident, constants, state, batch)
