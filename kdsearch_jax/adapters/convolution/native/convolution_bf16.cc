@@ -242,24 +242,6 @@ void CopyPixels(const T* from, Int step, Int count, Int channels, Int wide, Half
   }
 }
 
-// Numbers `from` to `to` of an array of `size` that are needed soon: brings them to the second-level cache, some
-// whenever `Some` is called.
-class Soon {
- public:
-  template <typename T>
-  Soon(const T* array, Int from, Int to, Int size, Int calls)
-      : at_(reinterpret_cast<const char*>(array + std::min(from, size))),
-        end_(reinterpret_cast<const char*>(array + std::min(to, size))),
-        step_(Ceil(Ceil(end_ - at_, 64), std::max<Int>(1, calls))) {}
-  void Some() {
-    for (Int i = 0; i < step_ && at_ < end_; ++i, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
-  }
-
- private:
-  const char *at_, *end_;
-  Int step_;
-};
-
 template <typename T>
 struct Image {
   const T* pixels;
@@ -310,9 +292,6 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const T* x, const T* w, 
     Factors f;
     f.a_bytes = plan.step_w * channels * sizeof(Half), f.b_step = depth * kColumns;
     for (Int i = 0; i < 4; ++i) f.sums[i] = sums + i * kSums;
-    const Int size = plan.height * plan.width * plan.channels;
-    const Int calls = Ceil((end - first) * per_row, blocks > 1 ? 2 : 4) * Ceil(blocks, 2);
-    Soon next(x, size * (job + 1) / bands, size * (job + 2) / bands, size * plan.images, calls);
     const Tiles tiles(wide, depth);
     for (size_t p = 0; p < packed.size(); ++p) {
       const Phase& phase = plan.phases[p];
@@ -327,7 +306,6 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const T* x, const T* w, 
           for (Int i = 0; i < m; ++i)
             f.a[i] = z + (t + i) / in_row * plan.step_h * line + (t + i) % in_row * wide * plan.step_w * channels;
           Multiply<false>(m, n, f);
-          next.Some();
           for (Int i = 0; i < m; ++i) {
             const Int row = first + (t + i) / in_row, column = (t + i) % in_row * wide;
             const Int at = (number * plan.out_h + phase.first_h + row * plan.spread_h) * plan.out_w + phase.first_w +
@@ -449,11 +427,6 @@ class Part {
       Factors f;
       f.a_bytes = g.line * sizeof(Half), f.b_step = kDepth * kColumns;
       f.offsets = offsets_.data(), f.steps = Ceil((bands * g.pitch_h - (g.pitch_h - g.rows)) * g.pitch_w, kDepth);
-      const Int calls = Ceil(g.outputs, 2) * Ceil(tiles, g.outputs > 1 ? 2 : 4);
-      const auto band = [&](Int number, Int size) { return size * number / g.bands; };
-      const Int size_x = s.height * s.width * s.inputs, size_y = s.out_h * s.out_w * s.outputs, next = first + bands;
-      Soon next_x(x, band(next, size_x), band(next + bands, size_x), s.images * size_x, calls);
-      Soon next_y(y, band(next, size_y), band(next + bands, size_y), s.images * size_y, calls);
       const Tiles loaded(kRows, kDepth);
       for (Int block = 0; block < g.outputs; block += 2) {
         const Int m = std::min<Int>(2, g.outputs - block), at_once = 4 / m;
@@ -465,7 +438,6 @@ class Part {
             for (Int i = 0; i < m; ++i) f.sums[i * n + j] = total + ((block + i) * tiles + t + j) * kSums;
           }
           Multiply<true>(m, n, f);
-          next_x.Some(), next_y.Some();
         }
       }
     }
