@@ -331,3 +331,18 @@ def test_memory_that_is_freed_is_kept():
     )
     if sys.platform == "linux":
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_negative_padding_is_a_smaller_input(kernels):
+    """XLA:CPU's own gradient of the kernel is wrong there."""
+    x, w = numbers(0, (2, 7, 6, 3), (3, 3, 3, 4))
+
+    def loss(x, w, padding):
+        y = conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=numbering(2))
+        return (y * jnp.arange(float(y.size)).reshape(y.shape)).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    of_x, of_w = gradients(x, w, ((-2, -1), (0, 0)))
+    expected_x, expected_w = gradients(x[:, 2:-1], w, "VALID")
+    assert_same((of_x[:, 2:-1], of_w), (expected_x, expected_w))
+    assert not of_x[:, :2].any() and not of_x[:, -1:].any()
