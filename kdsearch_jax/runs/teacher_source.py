@@ -27,7 +27,8 @@ from kdsearch_jax.models import pretrained
 from kdsearch_jax.runs import teacher_weights
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.storage import export_formats
-from kdsearch_jax.storage.files import one_line, read_json_object
+from kdsearch_jax.storage.arrays import describe, flatten
+from kdsearch_jax.storage.files import json_digest, one_line, read_json_object
 from kdsearch_jax.storage.networks import BOXES, initial_boxes, load_network
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ class LoadedNetwork:
     def of(directory: Path, base_module: Any = None, *, trust_code: bool = False) -> LoadedNetwork:
         """Reads a network directory; base_module: the base model, if the directory cannot name it."""
         return LoadedNetwork(*load_network(directory, base_module, trust_code=trust_code))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the architecture and of every array."""
+        arrays = {name: describe(np.asarray(leaf)) for name, leaf in flatten(self.variables).items()}
+        return json_digest({"architecture": self.architecture.to_json(), "arrays": arrays})
 
     @property
     def costs(self) -> dict[str, int]:

@@ -56,6 +56,10 @@ class RowSetup(RunSetup):
         """The teacher's network directory."""
         return self.comparison_directory / "teacher" / "network"
 
+    def outputs_directory(self, seed: int) -> Path | None:
+        """Shared by all rows; its name begins with a dot because what can be computed again is not published."""
+        return self.comparison_directory / ".teacher-outputs" / f"stream-{seed}"
+
 
 def row_setup(setup: RunSetup, name: str, seed: int, budget: BudgetConfig) -> RowSetup:
     """The setup in which the row is made with this seed and budget."""
