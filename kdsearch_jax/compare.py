@@ -2,6 +2,8 @@
 
     python -m kdsearch_jax.compare --config NAME [--seeds 0 1 2] [--match both] [--rows …] --workdir DIR
 
+`--rows … external:DIR` adds a student of any origin, whose network is in the directory DIR (`kd.save`).
+
 Every student has the same teacher, budget, data and training recipe, and as many updates as search and retraining
 together; only the way it is made differs (`rows`). Each row and seed has its own directory in DIR (`make_rows`), so an
 interrupted comparison can be resumed, several processes can share one, and rows and seeds can be added. The table
@@ -32,7 +34,7 @@ class CompareOptions(command_line.RunOptions):
     """The seeds; each student is made once per seed."""
     rows: tuple[str, ...] = ()
     """Students to make; all by default: searched, layers, uniform, both, random, magnitude, bn_scale, slimming,
-    scratch, scratch2."""
+    scratch, scratch2. external:DIR adds a student made elsewhere, within the budget: a directory as of `kd.save`."""
     match: Literal["macs", "both"] = "both"
     """Match students by the budget's MACs (macs), or also by the parameters of the uniform student (both)."""
     latency: bool = True
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
     from kdsearch_jax import reporting
     from kdsearch_jax.runs import directories, stages
-    from kdsearch_jax.runs.comparison import make_rows, table
+    from kdsearch_jax.runs.comparison import external, make_rows, table
     from kdsearch_jax.runs.setup import prepare_run
 
     check_seeds(options.seeds)
@@ -59,8 +61,10 @@ def main(argv: list[str]) -> int:
     experiment = dataclasses.replace(experiment, baselines=())
     check_same_comparison(directory, options.match)
     setup = prepare_run(experiment, directory, resume=True, trust_code=options.trust_code)
+    students = external.load_students(setup, rows, options.trust_code)
     if setup.provided_teacher is not None:
         make_rows.check_teacher(setup, setup.provided_teacher)
+        external.check_budget(setup, students, make_rows.matched_budget(setup, options.match))
     with locked(directory, wait=True):
         check_same_comparison(directory, options.match, setup.fingerprint)  # another process may have begun since
         write_json(directory / "setup.json", {"match": options.match, "data": setup.fingerprint})
@@ -70,9 +74,10 @@ def main(argv: list[str]) -> int:
     if setup.provided_teacher is None:
         make_rows.check_teacher(setup, setup.load(setup.teacher_directory))
     budget = make_rows.matched_budget(setup, options.match)
+    external.check_budget(setup, students, budget)
     for seed in options.seeds:
         for row in rows:
-            make_rows.make_row(setup, row, seed, budget)
+            make_rows.make_row(setup, row, seed, budget, students.get(row.name))
     comparison = table.collect(setup, budget, options.match, latency=options.latency)
     table.write(directory, comparison)
     print(table.markdown(comparison))

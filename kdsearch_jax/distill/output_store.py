@@ -1,6 +1,6 @@
 """Teacher outputs of training updates on disk, in float16, for every process that trains on the same batches.
 
-    header.json    what the outputs were computed from, their shape, and the number of updates that the files have room for
+    header.json    what the outputs depend on, their shape, and the number of updates that the files have room for
     outputs.bin    (updates, batch, classes), memory-mapped when read
     digests.bin    (updates, 32): SHA-256 of the header's digest, the update's number and its outputs
 
