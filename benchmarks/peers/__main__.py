@@ -6,17 +6,18 @@
         --rows searched uniform external:DIR/group-l2-macs
 
 Needs `pip install 'kdsearch-jax[peers]'` (torch, torch-pruning 1.6.0). Each student is written as DIR/RULE-MATCH, a network
-directory whose logits equal PyTorch's to 1e-4, with DIR/RULE-MATCH.json beside it: widths, costs, pruning ratios and the
-CPU seconds that the rule took, in all threads, without the reading of data.
+directory whose logits equal PyTorch's to 1e-4, with DIR/RULE-MATCH.json beside it: widths, costs, what was tuned (stage 3's
+share of the ratio, or the factor of a shape's widths) and the CPU seconds that the rule took, in all threads, without the reading of data.
 
 Budgets are those of a comparison: `macs` bounds the MACs by a share of the teacher's, `both` also bounds the parameters by
-those of the uniform student within these MACs. How ratios are found is in `benchmarks.peers.pruning`.
+those of the uniform student within these MACs. How a student is brought to a budget is in `benchmarks.peers.pruning`.
 
     group-l2    group L2 norm (`GroupMagnitudeImportance(p=2)`), no data
     bn-scale    BatchNorm scale (`BNScaleImportance`), no data
     taylor      weight times gradient of the cross-entropy, over `--taylor-batches` batches of augmented training images
-    group-sl    `--sl-steps` updates on augmented training images with `GroupNormPruner`'s regulariser, then group-l2 of
-                the result, whose weights the student keeps. These updates come on top of those of the comparison
+    group-sl    `--sl-steps` updates on augmented training images with `GroupNormPruner`'s regulariser (two epochs here,
+                100 in its benchmark), then group-l2 of the result, whose weights the student keeps. These updates come
+                on top of those of the comparison
     tas         the shape found by TAS, see `benchmarks.peers.shapes`; not of Torch-Pruning
 
 Two of its importances are left out: `GroupHessianImportance` keeps the squared gradient of the last sample only, and
@@ -70,10 +71,10 @@ def make(
     """Prunes to a budget, and writes the student and what is known about it."""
     start = time.process_time()
     if rule in shapes.TITLES:
-        student, ratios = shapes.within(network, *bounds)
+        student, tuned = shapes.within(network, *bounds)
         title = shapes.TITLES[rule]
     else:
-        student, ratios = pruning.within(network, rule, *bounds)
+        student, tuned = pruning.within(network, rule, *bounds)
         title = f"Torch-Pruning, {pruning.TITLES[rule]}"
     seconds = preparation + time.process_time() - start
     name = title if match == "macs" else f"{title}, also parameters"
@@ -81,7 +82,7 @@ def make(
     directory = options.out / f"{rule}-{match}"
     written = conversion.save(student, directory, name, options.data, rule=rule, match=match, updates_before=updates)
     record = {
-        "name": name, "rule": rule, "match": match, **written, "bounds": bounds, "ratios": ratios,
+        "name": name, "rule": rule, "match": match, **written, "bounds": bounds, "tuned": tuned,
         "widths": student.widths, "cpu_seconds": round(seconds, 2), "cpu_seconds_scoring": round(preparation, 2),
         "updates_before": updates, "batch_size": options.batch_size, "seed": options.seed,
         "torch": torch.__version__, "weights": str(options.weights),
@@ -121,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="directory of TFDS data sets")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--taylor-batches", type=int, default=50)
-    parser.add_argument("--sl-steps", type=int, default=390)
+    parser.add_argument("--sl-steps", type=int, default=1500)
     parser.add_argument("--sl-rate", type=float, default=0.01)
     parser.add_argument("--sl-reg", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)

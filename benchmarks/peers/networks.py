@@ -83,7 +83,9 @@ def load(tensors: Mapping[str, np.ndarray]) -> CifarResNet:
         if match := re.fullmatch(r"layer([123])\.\d+\.conv1\.weight", name):
             widths[int(match[1]) - 1].append(len(tensors[name]))
     if not all(widths) or "linear.weight" not in tensors:
-        raise ValueError("weights: not a CIFAR ResNet with the names of pytorch_resnet_cifar10 (layer1.0.conv1.weight, …)")
+        raise ValueError(
+            "weights: not a CIFAR ResNet with the names of pytorch_resnet_cifar10 (layer1.0.conv1.weight, …)"
+        )
     network = CifarResNet(widths, len(tensors["linear.weight"]))
     state = {name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}
     missing, unexpected = network.load_state_dict(state, strict=False)

@@ -4,15 +4,19 @@ Channels of all inner groups are ranked together (`global_pruning`). The first c
 the classifier are ignored: Torch-Pruning does not see that the zero channels of an option A shortcut are fixed, and cuts
 the residual stream wrongly otherwise.
 
-    MACs alone            one ratio, by bisection: the smallest at which the student is within the budget
-    MACs and parameters   two ratios, one for the channels of stages 1 and 2, one for those of stage 3, ranked together
-                          within these. For a ratio of stage 3 the other follows from the MACs by bisection, and that of
-                          stage 3 from the parameters: parameters are mostly in stage 3, MACs mostly in stage 1.
+Pruning is gradual, as in Torch-Pruning's own benchmark of CIFAR: ratios rise from 0 in `STEPS` steps, less than one channel
+each, and importances are computed again in each, until the student is within the MACs.
+
+    MACs alone            all channels are ranked together
+    MACs and parameters   those of stages 1 and 2 are ranked together, and those of stage 3. Parameters are mostly in stage
+                          3 and MACs in stage 1, so parameters fall with the share of the ratio that stage 3 gets; the
+                          smallest share at which the student is within the parameters is found by bisection
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +28,8 @@ from torch.nn import functional
 from benchmarks.peers.networks import SIZE, CifarResNet, batches, costs
 from kdsearch_jax.data.examples import Dataset
 
-STEPS = 24  # halvings of an interval of ratios
-Ratios = tuple[float, ...]  # one for all stages, or (stages 1 and 2, stage 3)
+STEPS = 400  # of gradual pruning, as in Torch-Pruning's benchmark
+LARGEST_SHARE = 0.75  # of the ratio for stage 3: beyond it, half of the MACs cannot go
 
 TITLES = {"group-l2": "group-L2", "taylor": "Taylor", "bn-scale": "BatchNorm scale", "group-sl": "group-SL"}
 
@@ -82,65 +86,67 @@ def ignored(network: CifarResNet) -> list[nn.Module]:
     return [network.conv1, network.linear, *(block.conv2 for stage in network.stages for block in stage)]  # type: ignore
 
 
-def pruned(network: CifarResNet, rule: str, ratios: Ratios) -> CifarResNet:
-    """A copy of the network without its least important channels."""
+def pruned(network: CifarResNet, rule: str, macs: float, late: float | None = None) -> CifarResNet | None:
+    """A copy of the network without its least important channels; None if it cannot be pruned to these MACs.
+
+    Args:
+      late: share of the ratio for stage 3, in (0, 1); the rest is for stages 1 and 2. None: ranks all stages together.
+    """
     student = copy.deepcopy(network)
     for own, original in zip(student.parameters(), network.parameters(), strict=True):
         own.grad = None if original.grad is None else original.grad.clone()
     by_stage = None
-    if len(ratios) > 1:
+    if late is not None:
         first, second, third = student.stages
-        by_stage = {tuple([*_inner(first), *_inner(second)]): ratios[0], tuple(_inner(third)): ratios[1]}
+        larger = max(late, 1 - late)
+        by_stage = {(*_inner(first), *_inner(second)): (1 - late) / larger, tuple(_inner(third)): late / larger}
     pruner = torch_pruning.pruner.BasePruner(
-        student, torch.zeros(1, 3, SIZE, SIZE), importance(rule), global_pruning=True, pruning_ratio=ratios[0],
-        pruning_ratio_dict=by_stage, ignored_layers=ignored(student),
+        student, torch.zeros(1, 3, SIZE, SIZE), importance(rule), global_pruning=True, pruning_ratio=1.0,
+        pruning_ratio_dict=by_stage, iterative_steps=STEPS, ignored_layers=ignored(student),
     )  # fmt: skip
-    pruner.step()
-    return student.eval()
+    classes = network.linear.out_features
+    for _ in range(STEPS):
+        if costs(student.widths, classes)[0] <= macs:
+            return student.eval()
+        pruner.step()
+    return student.eval() if costs(student.widths, classes)[0] <= macs else None
 
 
 def _inner(stage: nn.Sequential) -> list[nn.Module]:
     return [block.conv1 for block in stage]  # type: ignore
 
 
-def within(network: CifarResNet, rule: str, macs: float, params: float | None) -> tuple[CifarResNet, Ratios]:
-    """The student closest to the budget, and its ratios.
+def within(network: CifarResNet, rule: str, macs: float, params: float | None) -> tuple[CifarResNet, float | None]:
+    """The student closest to the budget, and the share of the ratio that stage 3 got (`pruned`).
 
     Args:
       macs, params: the most that it may cost; params None: not bounded.
 
     Raises:
-      ValueError: no ratio meets the budget.
+      ValueError: no student meets the budget.
     """
-    classes = network.linear.out_features
 
-    def cost(student: CifarResNet) -> tuple[int, int]:
-        return costs(student.widths, classes)
+    def fits(made: tuple[CifarResNet | None, float]) -> bool:
+        return made[0] is not None and costs(made[0].widths, made[0].linear.out_features)[1] <= (params or math.inf)
 
-    def by_macs(make: Callable[[float], Ratios]) -> tuple[CifarResNet, Ratios] | None:
-        return bisect(lambda ratio: (pruned(network, rule, make(ratio)), make(ratio)), lambda s: cost(s[0])[0] <= macs)
-
-    if params is None:
-        found = by_macs(lambda ratio: (ratio,))
-    else:
-        found = bisect(
-            lambda late: by_macs(lambda early: (early, late)), lambda s: s is not None and cost(s[0])[1] <= params
+    found: Any = (pruned(network, rule, macs), None)
+    if params is not None:
+        found = bisect(lambda late: (pruned(network, rule, macs, late), late), fits, LARGEST_SHARE)
+    if found is None or found[0] is None:
+        raise ValueError(
+            f"macs: {rule} has no student of {macs:,.0f} MACs and {params} parameters; give a larger --macs"
         )
-    if found is None:
-        raise ValueError(f"macs: {rule} has no student of {macs:,.0f} MACs and {params} parameters; give a larger --macs")
     return found
 
 
-def bisect(make: Callable[[float], Any], fits: Callable[[Any], bool]) -> Any:
-    """What `make` returns at the smallest ratio in [0, 1) where it fits; None if it fits nowhere."""
-    low, high, best = 0.0, 1.0, None
-    for _ in range(STEPS if best is None else 0):
-        ratio = (low + high) / 2
-        made = make(ratio)
+def bisect(make: Callable[[float], Any], fits: Callable[[Any], bool], high: float = 1.0, halvings: int = 12) -> Any:
+    """What `make` returns at the smallest number in (0, high) where it fits; None if it fits nowhere."""
+    low, best = 0.0, None
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        made = make(middle)
         if fits(made):
-            high, best = ratio, made
+            high, best = middle, made
         else:
-            low = ratio
-        if high - low < 1e-4:
-            break
+            low = middle
     return best
