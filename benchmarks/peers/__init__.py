@@ -1,7 +1,8 @@
 """Students made by other pruning libraries, from the same PyTorch weights, as rows of a comparison.
 
-`python -m benchmarks.peers` prunes a CIFAR ResNet with Torch-Pruning 1.6 and writes each student as a network directory,
-which `python -m kdsearch_jax.compare --rows … external:DIR` trains like every other row. See `benchmarks.peers.__main__`.
+`python -m benchmarks.peers` prunes a CIFAR ResNet with Torch-Pruning 1.6 and writes each student as a network
+directory, which `python -m kdsearch_jax.compare --rows … external:DIR` trains like every other row. See
+`benchmarks.peers.__main__`.
 
     networks.py    the CIFAR ResNet in PyTorch, its data, and its costs
     pruning.py     Torch-Pruning's rules, and the ratios that meet a budget

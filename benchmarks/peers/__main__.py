@@ -5,12 +5,13 @@
     python -m kdsearch_jax.compare --config cifar10_resnet20 --teacher-from cifar10-resnet20.safetensors --match macs
         --rows searched uniform external:DIR/group-l2-macs
 
-Needs `pip install 'kdsearch-jax[peers]'` (torch, torch-pruning 1.6.0). Each student is written as DIR/RULE-MATCH, a network
-directory whose logits equal PyTorch's to 1e-4, with DIR/RULE-MATCH.json beside it: widths, costs, what was tuned (stage 3's
-share of the ratio, or the factor of a shape's widths) and the CPU seconds that the rule took, in all threads, without the reading of data.
+Needs `pip install 'kdsearch-jax[peers]'` (torch, torch-pruning 1.6.0). Each student is written as DIR/RULE-MATCH, a
+network directory whose logits equal PyTorch's to 1e-4. DIR/RULE-MATCH.json beside it has its widths and costs, what was
+tuned (stage 3's share of the ratio, or the factor of a shape's widths), and the CPU seconds that the rule took, in all
+threads and without the reading of data.
 
-Budgets are those of a comparison: `macs` bounds the MACs by a share of the teacher's, `both` also bounds the parameters by
-those of the uniform student within these MACs. How a student is brought to a budget is in `benchmarks.peers.pruning`.
+Budgets are those of a comparison: `macs` bounds the MACs by a share of the teacher's, `both` also bounds the parameters
+by those of the uniform student within these MACs. `benchmarks.peers.pruning` says how they are met.
 
     group-l2    group L2 norm (`GroupMagnitudeImportance(p=2)`), no data
     bn-scale    BatchNorm scale (`BNScaleImportance`), no data

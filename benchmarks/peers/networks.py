@@ -20,7 +20,7 @@ SIZE, CROP = 32, 4  # pixels of an image's side, and of its padding in augmentat
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); option A: subsamples, and pads half of `pad` on each side."""
+    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); option A pads `pad` zero channels on each side."""
 
     def __init__(self, features: int, inner: int, stride: int, inputs: int):
         super().__init__()

@@ -1,16 +1,16 @@
 """Torch-Pruning's rules, and the pruning ratios that meet a budget.
 
-Channels of all inner groups are ranked together (`global_pruning`). The first convolution, each block's second one and
-the classifier are ignored: Torch-Pruning does not see that the zero channels of an option A shortcut are fixed, and cuts
-the residual stream wrongly otherwise.
+The first convolution, each block's second one and the classifier are ignored: Torch-Pruning does not see that the zero
+channels of an option A shortcut are fixed, and cuts the residual stream wrongly otherwise. The channels inside of the
+blocks are left.
 
-Pruning is gradual, as in Torch-Pruning's own benchmark of CIFAR: ratios rise from 0 in `STEPS` steps, less than one channel
-each, and importances are computed again in each, until the student is within the MACs.
+Pruning is gradual, as in Torch-Pruning's own benchmark of CIFAR: ratios rise from 0 in `STEPS` steps, less than one
+channel each, and importances are computed again in each, until the student is within the MACs.
 
-    MACs alone            all channels are ranked together
-    MACs and parameters   those of stages 1 and 2 are ranked together, and those of stage 3. Parameters are mostly in stage
-                          3 and MACs in stage 1, so parameters fall with the share of the ratio that stage 3 gets; the
-                          smallest share at which the student is within the parameters is found by bisection
+    MACs alone            all channels are ranked together (`global_pruning`)
+    MACs and parameters   those of stages 1 and 2 are ranked together, and those of stage 3. Parameters are mostly in
+                          stage 3 and MACs in stage 1, so parameters fall with the share of the ratio that stage 3 gets;
+                          the smallest share at which the student is within the parameters is found by bisection
 """
 
 from __future__ import annotations
