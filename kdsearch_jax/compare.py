@@ -23,7 +23,7 @@ from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.comparison.rows import check_seeds, select_rows
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.locks import locked
-from kdsearch_jax.storage.files import read_json_object, write_json
+from kdsearch_jax.storage.files import core_numbers, read_json_object, write_json
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class CompareOptions(command_line.RunOptions):
     """Match students by the budget's MACs (macs), or also by the parameters of the uniform student (both)."""
     latency: bool = True
     """Measure the time per image of all students, alternating between them."""
+    jobs: int = 1
+    """Rows to make at a time, each in a process of its own with its share of the cores."""
+    table: bool = True
+    """Write the table and the report at the end."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,10 +52,12 @@ def main(argv: list[str]) -> int:
 
     from kdsearch_jax import reporting
     from kdsearch_jax.runs import directories, stages
-    from kdsearch_jax.runs.comparison import external, make_rows, table
+    from kdsearch_jax.runs.comparison import external, jobs, make_rows, table
     from kdsearch_jax.runs.setup import prepare_run
 
     check_seeds(options.seeds)
+    if options.jobs < 1:
+        raise ValueError(f"jobs: {options.jobs} is not possible; give at least 1")
     rows = select_rows(options.rows)
     if jax.process_count() > 1:
         raise ValueError("compare: runs in a single process; start several with different --seeds instead")
@@ -75,9 +81,16 @@ def main(argv: list[str]) -> int:
         make_rows.check_teacher(setup, setup.load(setup.teacher_directory))
     budget = make_rows.matched_budget(setup, options.match)
     external.check_budget(setup, students, budget)
-    for seed in options.seeds:
-        for row in rows:
-            make_rows.make_row(setup, row, seed, budget, students.get(row.name))
+    if options.jobs > 1:
+        flags = [f"--{name.replace('_', '-')}" for name in ("trust_code", "traceback") if getattr(options, name)]
+        pending = jobs.pending(setup, rows, students, options.seeds, ("--match", options.match, *flags))
+        jobs.run(pending, options.jobs, core_numbers())
+    else:
+        for seed in options.seeds:
+            for row in rows:
+                make_rows.make_row(setup, row, seed, budget, students.get(row.name))
+    if not options.table:
+        return 0
     comparison = table.collect(setup, budget, options.match, latency=options.latency)
     table.write(directory, comparison)
     print(table.markdown(comparison))

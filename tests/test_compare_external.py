@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.compare import main
+from kdsearch_jax.runs.comparison import jobs
 from kdsearch_jax.runs.comparison.rows import select_rows
 from kdsearch_jax.storage import arrays
 from kdsearch_jax.storage.files import read_sealed
@@ -149,3 +151,38 @@ def test_names_of_external_rows(tmp_path):
         select_rows([f"external:{tmp_path}/a/x y", f"external:{tmp_path}/b/x y"])
     with pytest.raises(ValueError, match="rows: 'extrenal:z' is unknown; did you mean"):
         select_rows(["extrenal:z"])
+
+
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_made_side_by_side_are_the_same(comparison, tmp_path, capfd):
+    """By two processes, each with its share of the cores, from nothing but the comparison's directory."""
+    rows = ("--rows", "uniform", f"external:{comparison / 'by hand'}")
+    assert compare(tmp_path / "here", "--teacher-from", comparison / "teacher", "--jobs", 2, *rows) == 0
+    assert "2 done · 0 left" in capfd.readouterr().err
+    for row in ("uniform", "external-by-hand"):
+        one, other = (
+            arrays.flatten(load_network(directory / "here" / "seed-0" / row / "retrain" / "network")[1])
+            for directory in (comparison, tmp_path)
+        )
+        assert all(np.array_equal(one[name], leaf) for name, leaf in other.items())
+    made, expected = rows_of(tmp_path / "here"), rows_of(comparison / "here")
+    for name, row in expected.items():
+        assert {**made[name], "seconds": None} == {**row, "seconds": None}
+
+
+def test_a_row_that_fails_side_by_side_is_named(tmp_path, capfd):
+    """The others are made, and the error has the last line of its output."""
+    results = []
+    for number, code in enumerate(("print('all well')", "raise SystemExit('error: the disk is full')", "pass")):
+        results.append(
+            jobs.RowJob(f"row {number}", tmp_path / str(number), [sys.executable, "-c", code], {"retrain": 4})
+        )
+    (tmp_path / "0" / "retrain").mkdir(parents=True)
+    (tmp_path / "0" / "retrain" / "metrics.jsonl").write_text('{"step": 3, "loss": 0.25}\n{"step": 4, "lo')
+    assert results[0].progress() == "retrain 3/4, loss 0.25" and results[1].progress() == "starting"
+    with pytest.raises(ValueError, match="jobs: 1 of 3 rows failed .row 1: error: the disk is full"):
+        jobs.run(results, 2, ())
+    assert [job.status for job in results] == [0, 1, 0]
+    assert (tmp_path / "0" / "log.txt").read_text() == "all well\n"

