@@ -156,8 +156,10 @@ def test_names_of_external_rows(tmp_path):
 # --- side by side -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_made_side_by_side_are_the_same(comparison, tmp_path, capfd):
+@pytest.mark.slow  # it starts two processes
+def test_rows_made_side_by_side_are_the_same(comparison, tmp_path, capfd, monkeypatch):
     """By two processes, each with its share of the cores, from nothing but the comparison's directory."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as in this process
     rows = ("--rows", "uniform", f"external:{comparison / 'by hand'}")
     assert compare(tmp_path / "here", "--teacher-from", comparison / "teacher", "--jobs", 2, *rows) == 0
     assert "2 done · 0 left" in capfd.readouterr().err

@@ -30,6 +30,7 @@ from kdsearch_jax.runs.comparison.external import ExternalStudent
 from kdsearch_jax.runs.comparison.rows import ROWS, Row
 from kdsearch_jax.runs.evaluation import evaluate
 from kdsearch_jax.runs.locks import locked
+from kdsearch_jax.runs.provenance import made_by
 from kdsearch_jax.runs.setup import RunSetup, resolve_limits
 from kdsearch_jax.runs.stage_training import save_run_network
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
@@ -104,8 +105,8 @@ def make_row(
       student: of an external row.
 
     Returns:
-      {"accuracy", "agreement", "kl", "macs", "params", "bytes", "steps", "seconds"}, or {"why"} if it cannot be made;
-      of an external student also its {"label", "external"}.
+      {"accuracy", "agreement", "kl", "macs", "params", "bytes", "steps", "seconds", "made_by"}, or {"why"} if it cannot
+      be made; of an external student also its {"label", "external"}.
 
     Raises:
       ValueError: the row was made from another external student.
@@ -130,7 +131,14 @@ def make_row(
             result = {"why": str(error), **about}
         else:
             steps = row.times * _steps(place)
-            result = {**scores, **trained.costs, "steps": steps, "seconds": round(_spent(place.directory), 1), **about}
+            result = {
+                **scores,
+                **trained.costs,
+                "made_by": made_by(),
+                "steps": steps,
+                "seconds": round(_spent(place.directory), 1),
+                **about,
+            }
         write_sealed(path, result)
         storage.publish()
     return result

@@ -76,6 +76,7 @@ def _row(name: str, by_seed: Mapping[int, dict[str, Any]], times: Mapping[str, f
         row[key] = [result[key] for result in done.values()]
     row["ms_per_image"] = [times.get(f"seed-{seed}/{name}") for seed in done]
     row["steps"] = next(iter(done.values()))["steps"]
+    row["made_by"] = [result.get("made_by") for result in done.values()]
     return {**row, **({"failed": why} if why else {})}
 
 
@@ -211,8 +212,20 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         )  # fmt: skip
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     absent = [f"{row['label']}: not made: {row['why']}" for row in comparison["rows"] if "why" in row]
-    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent
+    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent + _versions(finished)
     return f"{table}\n\n{_about(comparison)}\n" + "".join(f"\n{line}\n" for line in footnotes)
+
+
+def _versions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line if the rows were not all made by the same versions of the code, as far as they say."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        for version in dict.fromkeys(row.get("made_by") or ()):
+            if version is not None:
+                labels.setdefault(version, []).append(row["label"])
+    if len(labels) < 2:
+        return []
+    return ["made by different versions: " + "; ".join(f"{', '.join(names)} by {v}" for v, names in labels.items())]
 
 
 def _about(comparison: Mapping[str, Any]) -> str:
