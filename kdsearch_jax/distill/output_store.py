@@ -123,7 +123,7 @@ class OutputStore:
             if (stored := header.get(name)) != (now := self._identity.get(name)):
                 raise ValueError(
                     f"distill.cache: {self.directory} has the teacher's outputs for {name} {stored}, not {now}; remove "
-                    "it, or give --no-distill.cache"
+                    "it, or give another --workdir"
                 )
         return updates if isinstance(updates, int) else self._start_again()
 

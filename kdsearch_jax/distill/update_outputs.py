@@ -81,7 +81,7 @@ class UpdateOutputs:
         if overflows:
             raise ValueError(
                 f"distill.cache: the teacher's outputs exceed float16's {np.finfo(np.float16).max:,.0f} at update "
-                f"{update}; give --no-distill.cache"
+                f"{update}; give --no-distill.cache and another --workdir"
             )
         return self.store.write(update, np.asarray(rounded))
 
