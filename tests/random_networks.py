@@ -227,7 +227,10 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
         assert "nothing in this network can be pruned (" in message and (": " in message or "no parameters" in message)
         raise Nothing(message) from error
     topology, rng = network.topology, np.random.default_rng(seed)
-    gated, ones = jax.jit(functools.partial(_gated, network, gradient)), gates_lib.init(topology)
+    # Without XLA's optimisations, the gradient of a maximum is NaN where its operand is recomputed with other rounding.
+    options = {"xla_backend_optimization_level": 3} if gradient else None
+    gated = jax.jit(functools.partial(_gated, network, gradient), compiler_options=options)
+    ones = gates_lib.init(topology)
     for turn in range(6):  # a few rectifiers may all be off, but hardly for every choice of parameters
         variables = variables_of(module, *inputs, seed=seed + turn)
         if _largest(module, variables, inputs) > OUTGROWN:

@@ -265,3 +265,24 @@ def test_a_decision_holds_the_dead_and_presses_the_living():
     assert (penalties[gates > 0] > 0).any() and float(decision.lambda2) > 0 and float(decision.gain) > 1.0
     removed = decide(np.int32(50), np.zeros_like(gates), importance, np.float32(2))
     assert float(removed.lambda2) == 0.0 and float(removed.gain) < 2.0
+
+
+def test_lambda2_grows_at_the_budget_until_the_cost_is_within_it():
+    """Gates that do not follow the prediction, a little above the budget."""
+    network = convolutional()
+    search = GatedSearch(network, Budget(macs=0.5), steps=100)
+    importance = states(network.topology, 0, 0.0)[1]
+    limits = search.limits[0]
+    keep = network.topology.flatten(selection.choose(network.topology, limits, importance).keep) > 0
+    for unit in np.flatnonzero(~keep):
+        more = keep | (np.arange(len(keep)) == unit)
+        if 1 < limits.pressure(network.topology, more) < 1.02:
+            break
+    else:
+        pytest.fail("no unit takes the cost a little above the budget")
+    decide, gain, levels = jax.jit(search.controller), np.float32(1), []
+    for step in (80, 90, 100):
+        decision = decide(np.int32(step), more.astype(np.float32), importance, gain)
+        gain = decision.gain
+        levels.append(float(decision.lambda2))
+    assert levels[0] < levels[1] < levels[2]

@@ -1,5 +1,7 @@
 """Surgery: every network, however cut, equals the gated network and costs what was counted; wrong students fail."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from kdsearch_jax.adapters import registry
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning import surgery
-from kdsearch_jax.pruning.network import trace
+from kdsearch_jax.pruning.network import count, trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,6 +113,15 @@ def test_a_wrong_count_is_found(cnn):
     assert keep["stage1/conv"].sum() != other["stage1/conv"].sum()
     with pytest.raises(surgery.SurgeryError, match=r"[\d,]+ MACs and [\d,]+ parameters"):
         surgery.verify_cost(network, keep, network.student(other))
+
+
+def test_a_product_that_xla_counts_differently_is_found(cnn):
+    network, _, images = cnn
+    counted = count(network.module, images)
+    assert counted.miscounted() is None
+    wrong = [counted.products[0], counted.products[1]._replace(flops=counted.products[1].flops + 2)]
+    message = dataclasses.replace(counted, products=wrong).miscounted()
+    assert message is not None and wrong[1].op.scope in message
 
 
 def test_architecture_builds_the_student_from_json(cnn):

@@ -39,7 +39,8 @@ from kdsearch_jax.pruning.counting import Costs
 from kdsearch_jax.tracing.topology import Topology
 
 HOLD = 1e6  # penalty on a gate at 0, which holds it there even while λ2 is 0, unless its unit is recalled
-LAG, GAIN, MOST_GAIN = 1.02, 1.5, 1e6  # λ2 grows by GAIN at each call while the cost is LAG times its target or more
+# λ2 grows by GAIN at each call while the cost is LAG times its target or more, and at the budget while it is above it.
+LAG, GAIN, MOST_GAIN = 1.02, 1.5, 1e6
 RECALLED = 1000  # units that one call tries to recall
 BISECTIONS, SUBGRADIENT_STEPS = 10, 30  # to find μ under two bounds, and under more
 _LARGEST = 69.0  # log of the largest penalty, 1e30, which takes any gate to 0 in one step
@@ -126,7 +127,7 @@ class Controller:
         cost = self.cost_of(alive, importance, goal)
         log_alpha = self.log_alpha(gates, importance, cost)
         if self.lambda2 is None:
-            behind = pressure > now * LAG
+            behind = pressure > jnp.where(now > 1.0, now * LAG, 1.0)
             gain = jnp.where(behind, jnp.minimum(gain * GAIN, MOST_GAIN), jnp.maximum(gain / GAIN, 1.0))
             log_lambda = jnp.log(gain) + self.log_level(gates, log_alpha, goal)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import flax.nnx
@@ -27,7 +28,7 @@ from kdsearch_jax.pruning import trials
 from kdsearch_jax.pruning.gates import keep_all
 from kdsearch_jax.pruning.restrict import restricted
 from kdsearch_jax.tracing import topology as topology_lib
-from kdsearch_jax.tracing.analysis import Contraction
+from kdsearch_jax.tracing.analysis import Contraction, Product
 from kdsearch_jax.tracing.grouping import build_topology
 from kdsearch_jax.tracing.interpreter import analyze
 from kdsearch_jax.tracing.program import flatten_jaxpr
@@ -214,6 +215,7 @@ class Count:
       foldable: operations on constants, which XLA may or may not count; not part of `flops`.
       batch_macs: multiply-accumulates of a batch.
       orders: contraction orders of einsums of three or more operands.
+      products: matrix products and convolutions.
     """
 
     macs: int
@@ -224,6 +226,24 @@ class Count:
     foldable: float = 0.0
     batch_macs: float = 0.0
     orders: tuple[Contraction, ...] = ()
+    products: tuple[Product, ...] = ()
+
+    def miscounted(self) -> str | None:
+        """The first product for which XLA counts other FLOPs when it is compiled alone; None if there is none."""
+        for op, operands, flops in self.products:
+            found = _flops(jax.jit(partial(_PRODUCTS[op.name].bind, **op.params)).lower(*operands))
+            if found != flops:
+                return f"XLA counts {found:,.0f} operations for {op.name} {op.scope}, {flops:,.0f} were counted"
+        return None
+
+
+_PRODUCTS = {"dot_general": jax.lax.dot_general_p, "conv_general_dilated": jax.lax.conv_general_dilated_p}
+
+
+def _flops(lowered: Any) -> float:
+    """The operations of a lowered program, counted by XLA."""
+    analysis = lowered.cost_analysis()
+    return float((analysis[0] if isinstance(analysis, list) else analysis).get("flops", 0.0))
 
 
 @off_mesh
@@ -242,11 +262,9 @@ def _counted(module: Any, structure: Any, leaves: tuple[Any, ...], keywords: tup
     found = analyze(flatten_jaxpr(traced.jaxpr), topology_lib.leaf_shapes(variables))
     macs = sum(term.macs() for term in found.terms)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
-    analysis: Any = traced.lower().cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    xla, uncounted = float(analysis.get("flops", 0.0)), tuple(sorted(found.uncounted))
-    batch, orders = topology_lib.batch_size(shapes), tuple(found.contractions)
-    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable_flops, macs, orders)
+    xla, uncounted = _flops(traced.lower()), tuple(sorted(found.uncounted))
+    batch, orders, products = topology_lib.batch_size(shapes), tuple(found.contractions), tuple(found.products)
+    return Count(round(macs / batch), params, found.flops, xla, uncounted, found.foldable_flops, macs, orders, products)
 
 
 def macs_in_order_of(network: Network, student: Count) -> int:

@@ -258,6 +258,12 @@ def initial_shapes(module: Any, call: CallSpec) -> dict[str, tuple[int, ...]]:
 
 def _abstract_variables(module: Any, call: CallSpec) -> Any:
     """The boxed `jax.ShapeDtypeStruct`s of a Linen module's `init`."""
+    return _initialised(module, json.dumps(call.to_json()))
+
+
+@memoize(8)
+def _initialised(module: Any, call_json: str) -> Any:
+    call = CallSpec.from_json(json.loads(call_json))  # the JSON has a hash, the record has none
     static = call.keywords(module, train=False)
 
     def init(rngs: Any, *inputs: Any) -> Any:

@@ -76,6 +76,14 @@ class Contraction(NamedTuple):
     scope: str
 
 
+class Product(NamedTuple):
+    """A matrix product or a convolution: its operation, the shapes of its operands, and its FLOPs."""
+
+    op: Op
+    operands: tuple[Any, ...]
+    flops: float
+
+
 _PADDED = "joined to a fixed index (padding or a constant)"
 
 
@@ -98,6 +106,7 @@ class Analysis:
       ops: the operations, in order.
       unscaled: scopes of residual additions that no parameter scales.
       unknown: primitives without a rule. uncounted: primitives that only XLA counts.
+      products: matrix products and convolutions.
       flops, foldable_flops: arithmetic as XLA counts it; on constants, which XLA may fold away.
     """
 
@@ -114,6 +123,7 @@ class Analysis:
     op_terms: dict[int, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
     ops: list[TracedOp] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     graph: residual.DataflowGraph | None = None
     branches: list[residual.ResidualBranch] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
@@ -291,6 +301,12 @@ class RuleContext(NamedTuple):
     def count(self, flops: float) -> None:
         """Adds arithmetic as XLA counts it: once for a loop's body."""
         self.analysis.flops += flops
+
+    def count_product(self, flops: float) -> None:
+        """Adds the arithmetic of a matrix product or a convolution."""
+        self.count(flops)
+        operands = tuple(self.program.avals[value] for value in self.op.inputs)
+        self.analysis.products.append(Product(self.op, operands, flops))
 
     def count_foldable(self, flops: float) -> None:
         """Adds arithmetic on constants, which XLA counts only where it does not fold it."""

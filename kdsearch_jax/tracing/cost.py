@@ -58,7 +58,8 @@ class Cost:
         slope[0] = 0.0
         result = self.counts.T @ slope
         for b in range(self.alive.shape[1]):
-            used = self.alive[:, b] >= 0
+            first = (self.alive[:, :b] != self.alive[:, b : b + 1]).all(1)  # a term may hold a branch more than once
+            used = (self.alive[:, b] >= 0) & first
             units = self.alive[used, b]
             rest = np.where(self.alive[used] == units[:, None], -1, self.alive[used])
             others = np.where(rest < 0, 1.0, np.append(keep, 1.0)[rest]).prod(1)

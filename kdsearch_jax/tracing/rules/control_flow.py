@@ -96,7 +96,7 @@ def _outline(value: AbstractValue) -> tuple[Any, ...]:
     return (*value[1:], *("labels" if has_labels(axis) else axis for axis in value.axes))
 
 
-_LISTS = ("joins", "freezes", "contracted", "read_together", "kind_marks", "terms", "ops", "contractions")
+_LISTS = ("joins", "freezes", "contracted", "read_together", "kind_marks", "terms", "ops", "contractions", "products")
 
 
 def _snapshot(analysis: Analysis) -> tuple[dict[str, int], float, float]:

@@ -66,7 +66,7 @@ def _dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     summed = a if any(isinstance(a.axes[i], np.ndarray) for i in left) else b
     sizes += [_size(summed.axes[k], shapes[0][i]) for k, i in zip(left if summed is a else right, left, strict=True)]
     _add_term(ctx, 1.0, sizes, _leaves(ctx, a, b))
-    ctx.count(2.0 * math.prod(ctx.out_shape()) * math.prod(shapes[0][i] for i in left))
+    ctx.count_product(2.0 * math.prod(ctx.out_shape()) * math.prod(shapes[0][i] for i in left))
     linear = all(v.linear for v in ins if v.weight)
     return [combine(ins, axes, linear)]
 
@@ -105,7 +105,7 @@ def _conv(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     batch = ctx.shape(0)[x_spec[0]] // p["batch_group_count"]
     sizes = [_size(inputs, ctx.shape(1)[k_spec[1]]), _size(outputs, ctx.shape(1)[k_spec[0]])]
     _add_term(ctx, float(positions * window * batch), sizes, _leaves(ctx, kernel))
-    ctx.count(2.0 * _in_bounds(ctx) * batch * ctx.shape(1)[k_spec[1]] * ctx.shape(1)[k_spec[0]])
+    ctx.count_product(2.0 * _in_bounds(ctx) * batch * ctx.shape(1)[k_spec[1]] * ctx.shape(1)[k_spec[0]])
     axes: list[Axis] = [FIXED] * len(o_spec)
     axes[o_spec[1]] = outputs
     return [combine(ins, axes, False)]
