@@ -1,13 +1,15 @@
 """Compares a distillation step and inference with PyTorch on this CPU, on the same networks, interleaved in one run.
 
 python benchmarks/against_torch.py [--rounds 15] [--cores 1 2] [--batches 64 128] [--networks whole half]
-                                   [--what step inference] [--weights resnet20.safetensors]
+                                   [--what step inference] [--precision fp32 bf16]
+                                   [--weights resnet20.safetensors]
 
 Needs PyTorch (`pip install torch`). The teacher is a CIFAR ResNet-20 with option A shortcuts, the student either the
 same network ("whole") or one at half of the MACs ("half"), whose units were drawn at random over all layers, so that it
 has the odd widths that a search gives. Both sides do the same step: normalise uint8 images, teacher in inference mode,
 student in training mode, KL of the softened logits, SGD with Nesterov's momentum. Here it is the training loop's own
-compiled update; PyTorch has `channels_last` and as many threads as cores.
+compiled update; PyTorch has `channels_last` and as many threads as cores. With `--precision bf16`, steps have
+`run.precision = "bf16"` here and `torch.autocast("cpu", torch.bfloat16)` there; inference is always in float32.
 
 Each side is a process bound to the cores; they alternate, `--seconds` each, so that other load on the machine affects
 both alike. Printed per configuration: the median over rounds of the milliseconds per call, the median ratio of
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -74,8 +77,8 @@ def networks(weights: str | None) -> dict[str, tuple[Any, Any]]:
     return {"whole": (module, variables), "half": (architecture.module(), small)}
 
 
-def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], CallSpec]:
-    """(what, network, batch) → a call of this package's; the networks' arrays are left in the folder for PyTorch."""
+def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int, str], CallSpec]:
+    """(what, network, batch, precision) → a call of this package's; leaves the networks' arrays in the folder."""
     from kdsearch_jax.runs import heap
 
     heap.keep_freed()  # as every command of this package does
@@ -105,7 +108,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
     resident |= {"mean": np.asarray(MEAN, np.float32), "std": np.asarray(STD, np.float32)}
     resident, constants = devices.replicate(resident, mesh), devices.replicate(teacher_variables, mesh)
 
-    def step(name: str, batch: int) -> CallSpec:
+    def step(name: str, batch: int, precision: str) -> CallSpec:
         module, variables = both[name]
         stage = StageConfig(
             steps=10**6,
@@ -116,7 +119,7 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
             schedule="constant",
         )
         tx = optimizer.make_optimizer(stage)
-        update = distill_step(module, teacher, tx, stage, RunConfig(steps_per_dispatch=1), task)
+        update = distill_step(module, teacher, tx, stage, RunConfig(steps_per_dispatch=1, precision=precision), task)
         dispatch = loop.make_dispatch(update, mesh, DataConfig(crop=0, flip=False), 0, scanned=False)
         held = [devices.donatable_copy(create_state(variables, tx), mesh)]
         rows = np.arange(batch, dtype=np.int32)[None]
@@ -127,14 +130,14 @@ def jax_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, 
 
         return call
 
-    def inference(name: str, batch: int) -> CallSpec:
+    def inference(name: str, batch: int, _: str) -> CallSpec:
         module, variables = both[name]
         run, arguments = measurement.compile_inference(module, variables, batch, CallSpec.of_image((32, 32, 3)))
         return lambda: float(np.asarray(run(*arguments)).std())
 
     jax.block_until_ready(constants)
     kinds = {"step": step, "inference": inference}
-    return lambda what, name, batch: kinds[what](name, batch)
+    return lambda what, name, batch, precision: kinds[what](name, batch, precision)
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -196,8 +199,8 @@ def torch_network(arrays: dict[str, np.ndarray]) -> Any:
     return Net().to(memory_format=torch.channels_last)
 
 
-def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int], CallSpec]:
-    """(what, network, batch) → a call of PyTorch's."""
+def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str, int, str], CallSpec]:
+    """(what, network, batch, precision) → a call of PyTorch's."""
     import torch
     from torch.nn import functional
 
@@ -211,16 +214,18 @@ def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str
 
     teacher = load("whole").eval()
 
-    def step(name: str, batch: int) -> CallSpec:
+    def step(name: str, batch: int, precision: str) -> CallSpec:
         student = load(name).train()
         optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, nesterov=True)
         rows = torch.arange(batch)
 
         def call() -> float:
             x = ((resident[rows].float() / 255 - mean) / std).permute(0, 3, 1, 2)  # channels_last
-            with torch.no_grad():
-                target = functional.log_softmax(teacher(x) / TEMPERATURE, 1)
-            own = functional.log_softmax(student(x) / TEMPERATURE, 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                with torch.no_grad():
+                    logits = teacher(x)
+                outputs = student(x)
+            target, own = (functional.log_softmax(z.float() / TEMPERATURE, 1) for z in (logits, outputs))
             loss = TEMPERATURE**2 * functional.kl_div(own, target, reduction="batchmean", log_target=True)
             optimizer.zero_grad()
             loss.backward()
@@ -229,7 +234,7 @@ def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str
 
         return call
 
-    def inference(name: str, batch: int) -> CallSpec:
+    def inference(name: str, batch: int, _: str) -> CallSpec:
         network = load(name).eval()
         x = np.random.default_rng(0).normal(size=(batch, 32, 32, 3)).astype(np.float32)
         x = torch.tensor(x).permute(0, 3, 1, 2)
@@ -241,14 +246,14 @@ def torch_calls(options: argparse.Namespace, folder: Path) -> Callable[[str, str
         return call
 
     kinds = {"step": step, "inference": inference}
-    return lambda what, name, batch: kinds[what](name, batch)
+    return lambda what, name, batch, precision: kinds[what](name, batch, precision)
 
 
 # --- taking turns -----------------------------------------------------------------------------------------------------
 
 
 def work(options: argparse.Namespace) -> None:
-    """A worker: one JSON line in, one out. {"what", "network", "batch"} prepares, {"seconds"} measures."""
+    """A worker: one JSON line in, one out. {"what", "network", "batch", "precision"} prepares, {"seconds"} measures."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.worker_cores])
     make = (jax_calls if options.worker == "jax" else torch_calls)(options, Path(options.folder))
     call: CallSpec = lambda: 0.0  # noqa: E731
@@ -256,7 +261,7 @@ def work(options: argparse.Namespace) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "what" in asked:
-            call = make(asked["what"], asked["network"], asked["batch"])
+            call = make(asked["what"], asked["network"], asked["batch"], asked["precision"])
             answer = {"values": [call() for _ in range(3)]}
         else:
             begin, used, times = time.perf_counter(), time.process_time(), []
@@ -318,7 +323,8 @@ def workers(cores: int, weights: str | None) -> Iterator[dict[str, Worker]]:
 def measure(both: dict[str, Worker], rounds: int, seconds: float, **what: Any) -> dict[str, Any]:
     """One configuration: median milliseconds of both sides, median and middle half of the ratios of neighbours."""
     values = {kind: worker.ask(**what)["values"] for kind, worker in both.items()}
-    if not np.allclose(values["jax"], values["torch"], rtol=2e-2, atol=1e-5):
+    tolerance = 2e-2 if what["precision"] == "fp32" else 5e-2
+    if not np.allclose(values["jax"], values["torch"], rtol=tolerance, atol=1e-5):
         raise SystemExit(f"{what}: the sides compute something else: {values}")
     turns: dict[str, list[dict[str, float]]] = {kind: [] for kind in both}
     for number in range(rounds):
@@ -343,6 +349,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128], help="default: 64 128")
     parser.add_argument("--networks", nargs="+", default=["whole", "half"], choices=["whole", "half"])
     parser.add_argument("--what", nargs="+", default=["step", "inference"], choices=["step", "inference"])
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="of steps")
     parser.add_argument("--weights", help="the teacher's, in PyTorch's format; random if left out")
     for name, kind in (("--worker", str), ("--worker-cores", int), ("--folder", str)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
@@ -351,12 +358,14 @@ def main() -> None:
         return work(options)
     for cores in options.cores:
         with workers(cores, options.weights) as both:
-            for what in options.what:
-                for network in options.networks:
-                    for batch in options.batches:
-                        asked = {"what": what, "network": network, "batch": batch}
-                        found = measure(both, options.rounds, options.seconds, **asked)
-                        print(json.dumps({"cores": cores, **found}), flush=True)
+            for what, network, batch, precision in itertools.product(
+                options.what, options.networks, options.batches, options.precision
+            ):
+                if what == "step" or precision == options.precision[0]:
+                    asked = {"what": what, "network": network, "batch": batch}
+                    asked |= {"precision": precision if what == "step" else "fp32"}
+                    found = measure(both, options.rounds, options.seconds, **asked)
+                    print(json.dumps({"cores": cores, **found}), flush=True)
     return None
 
 

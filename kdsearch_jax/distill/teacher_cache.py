@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kdsearch_jax.adapters.apply import compiled_for
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
 from kdsearch_jax.data import streaming
 from kdsearch_jax.data.batches import padded_batches, preprocess
@@ -58,7 +59,8 @@ def cache_outputs(
     mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
 
     def run(variables: Any, arrays: Any) -> Any:
-        return function(variables, preprocess(arrays, mean, std))
+        with compiled_for(mesh):
+            return function(variables, preprocess(arrays, mean, std))
 
     def batch(indices: np.ndarray) -> Any:
         return place(train[indices].arrays, NamedSharding(mesh, PartitionSpec("data")))

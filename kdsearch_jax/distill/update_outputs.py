@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from kdsearch_jax.adapters.apply import compiled_for
 from kdsearch_jax.adapters.devices import data_mesh, place, replicate
 from kdsearch_jax.data import streaming
 from kdsearch_jax.data.examples import Dataset
@@ -92,7 +93,8 @@ class UpdateOutputs:
         inputs = loop.make_inputs(mesh, self.data, self.seed)
 
         def run(variables: Any, resident: Any, indices: Array, number: Array) -> tuple[Array, Array]:
-            exact = self.outputs(variables, inputs(resident, indices, number)[0])
+            with compiled_for(mesh):
+                exact = self.outputs(variables, inputs(resident, indices, number)[0])
             rounded = exact.astype(jnp.float16)
             return rounded, (jnp.isinf(rounded) & jnp.isfinite(exact)).any()
 

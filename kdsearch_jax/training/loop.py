@@ -32,6 +32,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from kdsearch_jax.adapters.apply import compiled_for
 from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, place, replicate
 from kdsearch_jax.data.batches import preprocess
 from kdsearch_jax.data.device_feed import IndexedBatches, UpdateEntries, training_feed
@@ -374,7 +375,8 @@ def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned:
 
     def update(resident: dict[str, Any], constants: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         inputs, key = make(resident, batch, state.step)
-        return step(state, inputs, key, constants)
+        with compiled_for(mesh):
+            return step(state, inputs, key, constants)
 
     def update_once(state: TrainState, batch: Any, resident: dict[str, Any], constants: Any) -> Any:
         return update(resident, constants, state, batch)

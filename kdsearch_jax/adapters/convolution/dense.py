@@ -4,7 +4,8 @@ A convolution y = x ∗ w is bilinear, and its three products are derivatives of
 x from (y, w), and the gradient of w from (x, y). `product_p` computes each of them from the other two, so it has
 derivatives of every order, in forward and reverse mode.
 
-On CPUs, float32 and narrower types are computed in float32 by the kernels in `native`. Without them, XLA computes the
+On CPUs, the kernels in `native` compute in float32; on those with AMX, they multiply bfloat16 numbers where arrays have
+that type, or are to be rounded to it. Without kernels, XLA computes the
 values and the gradient of x at widths that suit it (`widths`), and the gradient of w is a sum of matrix products over a
 few images each. On other platforms, all three products lower to the operations that `jax.lax.conv_general_dilated` and
 its derivatives lower to, so programs for TPU and GPU do not change.
@@ -42,11 +43,13 @@ class Convolution:
 
     Attributes:
       x, w: their shapes. All three arrays have `window.dtype`.
+      rounded: whether factors are rounded to bfloat16 before they are multiplied, in the derivatives as well.
     """
 
     x: tuple[int, ...]
     w: tuple[int, ...]
     window: Window
+    rounded: bool = False
 
     @property
     def y(self) -> tuple[int, ...]:
@@ -56,17 +59,18 @@ class Convolution:
         ).shape
 
 
-def convolve(x: Array, w: Array, window: Window) -> Array:
+def convolve(x: Array, w: Array, window: Window, *, rounded: bool = False) -> Array:
     """y = x ∗ w; both arrays have the window's dtype.
 
     Args:
       x: (batch, space…, inputs).
       w: (space…, inputs, outputs).
+      rounded: round factors to bfloat16 before they are multiplied, in the derivatives as well.
 
     Returns:
       (batch, space…, outputs).
     """
-    return _product(x, w, "y", Convolution(x.shape, w.shape, window))
+    return _product(x, w, "y", Convolution(x.shape, w.shape, window, rounded))
 
 
 def supported(shape: Sequence[Any], dtypes: Sequence[Any]) -> bool:
@@ -89,12 +93,21 @@ def _product(a: Array, b: Array, result: Operand, convolution: Convolution) -> A
 def _plain(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
     """The product by XLA's own convolution and its transposes."""
     window = convolution.window
+    a, b = _rounded(a, b, convolution)
     if result == "y":
         return window.convolve(a, b)
     wanted = jax.ShapeDtypeStruct(getattr(convolution, result), window.dtype)
     if result == "x":
         return jax.linear_transpose(lambda x: window.convolve(x, b), wanted)(a)[0]
     return jax.linear_transpose(partial(window.convolve, a), wanted)(b)[0]
+
+
+def _rounded(a: Array, b: Array, convolution: Convolution) -> tuple[Array, Array]:
+    """The factors as they are multiplied."""
+    if not convolution.rounded:
+        return a, b
+    bits = jnp.finfo(jnp.bfloat16)
+    return lax.reduce_precision(a, bits.nexp, bits.nmant), lax.reduce_precision(b, bits.nexp, bits.nmant)
 
 
 def _abstract(a: Any, b: Any, *, result: Operand, convolution: Convolution) -> Any:
@@ -116,7 +129,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, con
         return jax.vmap(partial(_plain, result=result, convolution=convolution), axes)(a, b), 0
     a = jnp.moveaxis(a, axes[0], 0)
     number = a.shape[0]
-    merged = Convolution((number * convolution.x[0], *convolution.x[1:]), convolution.w, convolution.window)
+    merged = replace(convolution, x=(number * convolution.x[0], *convolution.x[1:]))
     output = _product(a.reshape(-1, *a.shape[2:]), b, result, merged)
     return output.reshape(number, -1, *output.shape[1:]), 0
 
@@ -125,10 +138,16 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, result: Operand, con
 
 
 def _on_cpu(a: Array, b: Array, *, result: Operand, convolution: Convolution) -> Array:
+    narrow = convolution.rounded or convolution.window.dtype == jnp.bfloat16
+    if narrow and native.ready(bf16=True):
+        return _compiled(a, b, result, convolution)
+    a, b = _rounded(a, b, convolution)
     if _suits_xla(result, convolution):
         return _plain(a, b, result=result, convolution=convolution)
     if native.ready():
-        return _compiled(a, b, result, convolution)
+        single = replace(convolution, rounded=False, window=replace(convolution.window, dtype=jnp.float32))
+        output = _compiled(a.astype(jnp.float32), b.astype(jnp.float32), result, single)
+        return output.astype(convolution.window.dtype)
     if result == "w" and math.prod(convolution.w[:-2]) <= _MOST_TAPS:
         return _summed(a, b, convolution)
     if result != "w" and (output := _widened(a, b, result, convolution)) is not None:
@@ -152,13 +171,11 @@ def _compiled(a: Array, b: Array, result: Operand, convolution: Convolution) -> 
     w = (*extra, *convolution.w)
     shapes: dict[Operand, tuple[int, ...]] = {"x": x, "w": w, "y": y}
     moves = (*extra, *window.strides, *(0 for _ in extra), *pads, *extra, *window.dilation)
-    first, second = (
-        operand.astype(jnp.float32).reshape(shapes[name])
-        for operand, name in zip((a, b), _OPERANDS[result], strict=True)
-    )
+    first, second = (operand.reshape(shapes[name]) for operand, name in zip((a, b), _OPERANDS[result], strict=True))
     handler = {"y": "forward", "x": "input_gradient", "w": "kernel_gradient"}[result]
-    output = native.product(handler, shapes[result], first, second, (*x, *w[:2], w[3], *y[1:3], *moves))
-    return output.reshape(getattr(convolution, result)).astype(window.dtype)
+    shape = (*x, *w[:2], w[3], *y[1:3], *moves)
+    output = native.product(handler, shapes[result], first, second, shape, rounded=convolution.rounded)
+    return output.reshape(getattr(convolution, result))
 
 
 def _widened(a: Array, w: Array, result: Operand, convolution: Convolution) -> Array | None:

@@ -33,11 +33,14 @@ _MOST_TAPS = 128  # larger kernels of grouped convolutions are left to XLA, sinc
 _SIGNATURE = inspect.signature(lax.conv_general_dilated)
 
 
-def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, portable: bool = False, **kwargs: Any) -> Array:
+def conv_general_dilated(
+    lhs: Array, rhs: Array, *args: Any, portable: bool = False, rounded: bool = False, **kwargs: Any
+) -> Array:
     """`jax.lax.conv_general_dilated` with the same arguments, equal up to rounding.
 
     Args:
       portable: uses XLA's own operations only, so that the program can be exported.
+      rounded: rounds the factors of convolutions that `dense` computes to bfloat16, sums and results are not rounded.
     """
 
     def native(lhs: Array, rhs: Array) -> Array:
@@ -63,7 +66,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, portable: bool = Fa
     elif portable:
         fast = widths.convolve if channels_last and widths.supported(lhs.shape, rhs.shape, window) else None
     elif channels_last and dense.supported(lhs.shape, (lhs.dtype, rhs.dtype, out.dtype)):
-        return dense.convolve(lhs, rhs, window)
+        return dense.convolve(lhs, rhs, window, rounded=rounded and out.dtype == jnp.float32)
     else:
         fast = None
     if fast is None:
@@ -109,7 +112,7 @@ def _varies(array: Array) -> bool:
 
 
 @contextmanager
-def fast_convolutions(*models: Any, portable: bool = False) -> Iterator[None]:
+def fast_convolutions(*models: Any, portable: bool = False, rounded: bool = False) -> Iterator[None]:
     """Within this context, `Conv` layers compute their convolutions with `conv_general_dilated` of this module.
 
     This applies to all Linen modules and `FunctionalModule`s that are called inside, and to the NNX modules in
@@ -119,8 +122,10 @@ def fast_convolutions(*models: Any, portable: bool = False) -> Iterator[None]:
     Args:
       models: NNX modules; pass copies (`nnx.merge`) of modules that other threads use.
       portable: whether the programs traced inside will be exported.
+      rounded: whether dense convolutions of float32 arrays multiply bfloat16 numbers.
     """
-    function = partial(conv_general_dilated, portable=True) if portable else conv_general_dilated
+    options = {"portable": portable, "rounded": rounded}
+    function = partial(conv_general_dilated, **options) if any(options.values()) else conv_general_dilated
     changed = [layer for model in models for layer in _nnx_layers(model)]
     token = functional_module.module_hook.set(partial(_set_convolution, function))
     try:

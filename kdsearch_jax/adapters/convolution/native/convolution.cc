@@ -6,21 +6,13 @@
 //
 // Arrays are dense and channels last, kernels (height, width, inputs, outputs). The first two are one computation
 // (`Correlate`): a tile of neighbouring outputs times one or two vectors of channels, or of channels times vectors of
-// neighbours, stays in registers while the sum runs over taps and inputs; the rows that a band of outputs reads are laid
-// out as (row, channel, column) before, so that neighbours are neighbours in memory. A gradient of the input under strides is one such computation for each
-// phase of the stride, with the taps that meet it. In the third, a tile of inputs times vectors of outputs stays in
-// registers while the sum runs over positions.
+// neighbours, stays in registers while the sum runs over taps and inputs; the rows that a band of outputs reads are
+// laid out as (row, channel, column) before, so that neighbours are neighbours in memory. A gradient of the input under
+// strides is one such computation for each phase of the stride, with the taps that meet it. In the third, a tile of
+// inputs times vectors of outputs stays in registers while the sum runs over positions.
 //
 // Work is cut into the same pieces whatever the number of threads, so results do not depend on it.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -28,12 +20,9 @@
 #include <immintrin.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
+#include "convolution.h"
 
 namespace {
-
-namespace ffi = xla::ffi;
-using Int = int64_t;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kWide1 = 16, kWide2 = 12;  // floats of a vector; tiles of one and of two vectors
@@ -50,46 +39,6 @@ constexpr Int kParts = 8;        // pieces of a kernel's gradient
 constexpr Int kPartial = 1 << 22;  // floats of the sums of these pieces, before they are added
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
-
-struct Shape {
-  Int images, height, width, inputs, taps_h, taps_w, outputs, out_h, out_w;
-  Int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-};
-
-Int Ceil(Int a, Int b) { return (a + b - 1) / b; }
-
-// Runs job(0), …, job(count − 1) on this thread, and on threads of the pool that happen to be free: this one never
-// waits for work that nobody has begun, so that several such calls cannot wait for each other.
-void Parallel(ffi::ThreadPool& pool, Int count, std::function<void(Int)> job) {
-  const Int helpers = std::min<Int>(pool.num_threads(), count) - 1;
-  if (helpers <= 0) {
-    for (Int i = 0; i < count; ++i) job(i);
-    return;
-  }
-  struct Work {
-    std::function<void(Int)> job;
-    Int count;
-    std::atomic<Int> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-    void Run() {
-      for (Int i; (i = next.fetch_add(1)) < count;) {
-        job(i);
-        if (done.fetch_add(1) + 1 == count) {
-          std::lock_guard<std::mutex> lock(mutex);
-          finished.notify_all();
-        }
-      }
-    }
-  };
-  auto work = std::make_shared<Work>();
-  work->job = std::move(job);
-  work->count = count;
-  for (Int i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
-  work->Run();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done.load() == count; });
-}
 
 // Floats whose first begins a cache line, with a vector beyond the last.
 class Floats {
@@ -252,23 +201,6 @@ TileFunction TileOf(bool across, Int m, Int n) {
                 : TileOf<2>(across, m, std::make_integer_sequence<int, kWide2>());
 }
 
-struct Tap {
-  Int row, column, kernel;  // where it reads, seen from the first output; its number in the kernel
-};
-
-struct Phase {  // outputs at (first + i · spread), and the taps that meet them
-  Int first_h, first_w, rows, columns;
-  std::vector<Tap> taps;
-};
-
-struct Plan {
-  Int images, height, width, channels;            // what is read
-  Int out_h, out_w, out_channels;                 // what is written
-  Int step_h, step_w, spread_h, spread_w;         // from one output to the next: in what is read, in what is written
-  Int kernel_input, kernel_output, kernel_tap;    // steps in the kernel
-  std::vector<Phase> phases;
-};
-
 // Some of the outputs' channels: one or two vectors of them, or as many as are broadcast.
 struct Block {
   Int first, vectors, lanes;
@@ -315,16 +247,9 @@ Floats Packed(const Plan& plan, const std::vector<Block>& blocks, bool across, c
 }
 
 void Correlate(ffi::ThreadPool& pool, const Plan& plan, const float* x, const float* w, float* y) {
-  Int low_h = 0, high_h = 0, low_w = 0, high_w = 0, rows = 0, columns = 0;
-  bool any = false;
-  for (const Phase& phase : plan.phases) {
-    rows = std::max(rows, phase.rows), columns = std::max(columns, phase.columns);
-    for (const Tap& tap : phase.taps) {
-      low_h = any ? std::min(low_h, tap.row) : tap.row, high_h = any ? std::max(high_h, tap.row) : tap.row;
-      low_w = any ? std::min(low_w, tap.column) : tap.column, high_w = any ? std::max(high_w, tap.column) : tap.column;
-      any = true;
-    }
-  }
+  const Reach reach = ReachOf(plan);
+  const Int low_h = reach.low_h, low_w = reach.low_w, high_h = reach.high_h, high_w = reach.high_w;
+  const Int rows = reach.rows, columns = reach.columns;
   // Columns are sorted by their phase of the step, so that outputs side by side read numbers side by side.
   const Int part = columns + (high_w - low_w) / plan.step_w, line = part * plan.step_w, row = plan.channels * line;
   const Int span = high_h - low_h + 1, fit = std::max<Int>(1, (kBand / row - span) / plan.step_h + 1);
@@ -397,33 +322,11 @@ void Correlate(ffi::ThreadPool& pool, const Plan& plan, const float* x, const fl
 }
 
 void Forward(ffi::ThreadPool& pool, const Shape& s, const float* x, const float* w, float* y) {
-  Phase phase{0, 0, s.out_h, s.out_w, {}};
-  for (Int k = 0; k < s.taps_h; ++k)
-    for (Int l = 0; l < s.taps_w; ++l)
-      phase.taps.push_back({k * s.dilation_h - s.pad_h, l * s.dilation_w - s.pad_w, k * s.taps_w + l});
-  Correlate(pool,
-            {s.images, s.height, s.width, s.inputs, s.out_h, s.out_w, s.outputs, s.stride_h, s.stride_w, 1, 1,
-             s.outputs, 1, s.inputs * s.outputs, {phase}},
-            x, w, y);
+  Correlate(pool, ForwardPlan(s), x, w, y);
 }
 
 void InputGradient(ffi::ThreadPool& pool, const Shape& s, const float* y, const float* w, float* x) {
-  std::vector<Phase> phases;
-  for (Int p = 0; p < std::min(s.stride_h, s.height); ++p)
-    for (Int q = 0; q < std::min(s.stride_w, s.width); ++q) {
-      Phase phase{p, q, Ceil(s.height - p, s.stride_h), Ceil(s.width - q, s.stride_w), {}};
-      for (Int k = 0; k < s.taps_h; ++k)
-        for (Int l = 0; l < s.taps_w; ++l) {
-          const Int row = p + s.pad_h - k * s.dilation_h, column = q + s.pad_w - l * s.dilation_w;
-          if (row % s.stride_h == 0 && column % s.stride_w == 0)
-            phase.taps.push_back({row / s.stride_h, column / s.stride_w, k * s.taps_w + l});
-        }
-      phases.push_back(std::move(phase));
-    }
-  Correlate(pool,
-            {s.images, s.out_h, s.out_w, s.outputs, s.height, s.width, s.inputs, 1, 1, s.stride_h, s.stride_w, 1,
-             s.outputs, s.inputs * s.outputs, std::move(phases)},
-            y, w, x);
+  Correlate(pool, InputGradientPlan(s), y, w, x);
 }
 
 // --- the gradient of the kernel ---
@@ -537,27 +440,8 @@ void KernelGradient(ffi::ThreadPool& pool, const Shape& s, const float* x, const
   });
 }
 
-// --- for XLA ---
-
-using Array = ffi::Buffer<ffi::F32>;
-using Result = ffi::Result<Array>;
-using Numbers = ffi::Span<const Int>;
-
-template <void (*function)(ffi::ThreadPool&, const Shape&, const float*, const float*, float*)>
-ffi::Error Run(ffi::ThreadPool pool, Array a, Array b, Result result, Numbers shape) {
-  if (shape.size() != sizeof(Shape) / sizeof(Int)) return ffi::Error::InvalidArgument("shape: wrong length");
-  Shape s;
-  std::memcpy(&s, shape.begin(), sizeof s);
-  function(pool, s, a.typed_data(), b.typed_data(), result->typed_data());
-  return ffi::Error::Success();
-}
-
-auto Binding() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<Numbers>("shape");
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_forward, Run<Forward>, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_input_gradient, Run<InputGradient>, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_kernel_gradient, Run<KernelGradient>, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_forward, (Run<ffi::F32, float, Forward>), Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_input_gradient, (Run<ffi::F32, float, InputGradient>), Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kdsearch_kernel_gradient, (Run<ffi::F32, float, KernelGradient>), Binding<ffi::F32>());
