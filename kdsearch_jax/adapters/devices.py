@@ -58,7 +58,9 @@ def gathered(tree: Any) -> Any:
     """The tree with every array that is sharded over a mesh copied to the default device."""
 
     def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if not isinstance(leaf.sharding, NamedSharding):
             return leaf
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))

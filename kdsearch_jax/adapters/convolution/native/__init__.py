@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from kdsearch_jax.adapters.user_cache import user_cache
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("convolution.cc")
@@ -50,7 +52,7 @@ def ready() -> bool:
         return False
     try:
         compiler = _compiler()
-        final = _cache() / f"convolution-{_digest(compiler)}.so"
+        final = user_cache() / f"convolution-{_digest(compiler)}.so"
         if final.is_file():
             _register(final)
             return True
@@ -114,20 +116,6 @@ def _processor() -> str:
     """The processor's features, since machines with different processors may share a home directory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache() -> Path:
-    """A directory that only the user can write to."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "kdsearch_jax"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="kdsearch_jax-"))
 
 
 def _check() -> None:
