@@ -261,7 +261,7 @@ def _zeros(layer: nn.Module, args: Any, kwargs: Any) -> Any:
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
     detached = layer.clone(parent=None)
     output, variables = jax.eval_shape(lambda: detached.init_with_output(rngs, *args, **kwargs))
-    # Its parameters would have been cast like those of the other layers: float32 zeros would widen what they are added to.
+    # Its parameters would have been cast like all others. Float32 zeros would widen what they are added to.
     dtypes = _float_dtypes(layer.scope.root.variables().get("params", {})) if layer.scope is not None else set()
     if len(dtypes) == 1 and _float_dtypes(variables.get("params", {})) - dtypes:
         (dtype,) = dtypes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`kdsearch_jax` in the user's cache directory (XDG_CACHE_HOME), or a temporary directory if others can write there."""
+    """`kdsearch_jax` in the user's cache directory (XDG_CACHE_HOME); a temporary one if others may write there."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "kdsearch_jax"
     try:

@@ -353,7 +353,8 @@ def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned:
         rows = batch
         if not isinstance(batch, Mapping):
             rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[batch], by_batch), resident["arrays"])
-        inputs = preprocess(rows, resident["mean"], resident["std"], augment_key, crop=data.crop, flip=data.flip)
+        with jax.named_scope("input"):
+            inputs = preprocess(rows, resident["mean"], resident["std"], augment_key, crop=data.crop, flip=data.flip)
         return step(state, inputs, step_key, constants)
 
     def update_once(state: TrainState, batch: Any, resident: dict[str, Any], constants: Any) -> Any:

@@ -1,13 +1,14 @@
 """Compiles the programs of a run for a target and puts what the compiler says into one record.
 
-Times are estimates: cycles of the compiler's cost model over the chip's clock. They see padding, but not what overlaps;
-collectives are added as a ring over all links at the vendor's peak, and the latency of small ones is left out. What bounds a
-program is the resource that would take the longest at its own peak, or "padding" if none takes half of the estimated time:
-then most cycles go into lanes without data and into small operations.
+Times are estimates: cycles of the compiler's cost model over the chip's clock. They see padding, but not what overlaps.
+Collectives are added as a ring over all links at the vendor's peak; the latency of small ones is left out. What bounds
+a program is the resource that would take the longest at its own peak, or "padding" if none takes half of the estimated
+time: then most cycles go into lanes without data and into small operations.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,26 +18,28 @@ from kdsearch_jax.runs.targets import Estimates, Target, TargetError, compile_fo
 from kdsearch_jax.runs.targets.program_text import Scope
 from kdsearch_jax.tracing.messages import nearest
 
-OTHER = "(no layer)"  # optimiser, losses, augmentation, and whatever XLA does not attribute
+# What is no layer of the trained network, by the scopes of the loop; OTHER is losses and what XLA does not attribute.
+TEACHER, OPTIMIZER, INPUT, OTHER = "(teacher)", "(optimizer and search)", "(input)", "(other)"
+_SCOPES = {"optimizer": OPTIMIZER, "input": INPUT}
 
 
 def plan(run: AbstractRun, target: Target, names: Sequence[str] = ()) -> dict[str, Any]:
     """What the compiler says about a run on a target, as plain JSON.
 
     Args:
-      names: of the programs to compile, all by default; "forward" is every forward pass.
+      names: of the programs to compile. By default all; for a student, only its forward pass and that of its teacher.
 
     Raises:
       TargetError: a batch cannot be divided among the devices, or the compiler is missing.
       ValueError: a name is unknown.
     """
+    if run.is_pruned and not names:
+        names = ("forward", "forward unpruned")
     programs = run.programs()
     for name in names:
-        if not any(each.split()[0] == name.split()[0] for each in programs):
-            raise ValueError(f"--programs: {name!r} is unknown; {nearest(name, [n.split()[0] for n in programs])}")
-    chosen = [p for p in programs.values() if not names or p.name in names or p.name.split()[0] in names]
-    for program in chosen:
-        _check_batch(program, target)
+        if name not in programs:
+            raise ValueError(f"--programs: {name!r} is not compiled; {nearest(name, programs)}")
+    chosen = [_divided(program, target) for program in programs.values() if not names or program.name in names]
     layers = layer_paths(run)
     rows = {program.name: program_record(program, target, layers) for program in chosen}
     return {
@@ -74,13 +77,16 @@ def _compile(program: Program, target: Target, batch: int) -> Estimates:
     return compile_for(target, function, *arguments, name=f"{program.name}, {batch} examples,")
 
 
-def _check_batch(program: Program, target: Target) -> None:
-    if program.batch % target.devices and program.stage is not None:
-        near = max(target.devices, program.batch - program.batch % target.devices)
+def _divided(program: Program, target: Target) -> Program:
+    """The program, if its batch can be divided among the devices; evaluation rounds its batch up."""
+    rest = program.batch % target.devices
+    if rest and program.stage is not None:
+        near = max(target.devices, program.batch - rest)
         raise TargetError(
             f"{program.name}.batch_size: {program.batch} is not a multiple of the {target.devices} devices of "
             f"{target.name}; give {near}, for example"
         )
+    return dataclasses.replace(program, batch=-(-program.batch // target.devices) * target.devices)
 
 
 def _summary(program: Program, target: Target, found: Estimates, layers: Iterable[str]) -> dict[str, Any]:
@@ -157,7 +163,10 @@ def layer_paths(run: AbstractRun) -> list[str]:
 
 
 def layer_of(scope: str, layers: Iterable[str]) -> str:
-    """The layer that an operation's scope belongs to, the longest whose path it contains; `OTHER` if there is none."""
+    """The layer that an operation's scope belongs to: the longest path in it, or a name for what is no layer."""
     plain = "/" + re.sub(r"\b(jvp|transpose|jit|vmap|remat|checkpoint)\(|\)", "", scope) + "/"
-    within = [path for path in layers if f"/{path}/" in plain]
-    return max(within, key=len, default=OTHER)
+    if "/teacher/" in plain:
+        return TEACHER
+    if within := [path for path in layers if f"/{path}/" in plain]:
+        return max(within, key=len)
+    return next((name for part, name in _SCOPES.items() if f"/{part}/" in plain), OTHER)

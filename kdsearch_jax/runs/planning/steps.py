@@ -1,12 +1,13 @@
 """The programs of a run, as the loop compiles them, for abstract arguments on any mesh.
 
-    search, retrain, teacher   `training.loop.make_update` around the step of that stage: scanned with resident examples where
-                               the size of the data set is known, one streamed batch otherwise
-    forward                    `evaluation.inference`, in float32 and in batches of run.eval_batch_size: what evaluation calls
+    search, retrain, teacher   `training.loop.make_update` around the step of that stage: scanned with resident examples
+                               where the size of the data set is known, one streamed batch otherwise
+    forward                    of the network, of a student and, for a network that is a student, of what it was cut
+                               from: `evaluation.inference` in float32, in batches of run.eval_batch_size
 
-Nothing is read and nothing is computed. The student of `retrain` keeps units of random importance within the budget, as the
-search's own choice is not known yet. Not included: teachers besides the first, and the bounds of a budget on latency and
-memory.
+Nothing is read and nothing is computed. The student of `retrain` keeps units of random importance within the budget,
+as the search's own choice is not known yet. Not included: teachers besides the first, and the bounds of a budget on
+latency and memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step, supervised_step
 from kdsearch_jax.pruning import selection
 from kdsearch_jax.pruning.network import Network, adapter_for, count
-from kdsearch_jax.runs import budget_points
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.evaluation import inference
 from kdsearch_jax.runs.setup import resolve_limits
@@ -95,6 +95,11 @@ class AbstractRun:
         return self.network.student(selection.choose(topology, limits, importance, per_cost=False).keep)
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether the network is a student already."""
+        return base_module(self.network.module) is not self.network.module
+
+    @property
     def macs(self) -> dict[str, int]:
         """MACs an example of the networks that `forward` programs call."""
         keywords = {name: self.call.keywords(module, train=False) for name, module in self._forwards().items()}
@@ -129,9 +134,8 @@ class AbstractRun:
 
     def _forwards(self) -> dict[str, Any]:
         module = self.network.module
-        unpruned = base_module(module)
-        before = {} if unpruned is module else {"forward unpruned": unpruned}
-        return {**before, "forward teacher": module, "forward student": self.student}
+        before = {"forward unpruned": base_module(module)} if self.is_pruned else {}
+        return {**before, "forward": module, "forward student": self.student}
 
     def _shapes(self, module: Any) -> Any:
         return adapter_for(module).abstract_variables(
@@ -166,9 +170,7 @@ class AbstractRun:
 
     @cached_property
     def _objective(self) -> Objective:
-        return infer_objective(
-            self.network.module, self.variables, self.call, self._dataset, self.experiment.distill
-        )
+        return infer_objective(self.network.module, self.variables, self.call, self._dataset, self.experiment.distill)
 
     def _step(self, name: str, stage: StageConfig) -> tuple[Step, Any, Any, Any]:
         """(step, abstract state, abstract constants, the teacher's cached outputs or None) of a stage."""
@@ -231,7 +233,7 @@ class AbstractRun:
         if outputs is not None:
             size = len(self._dataset.train)
             arrays[teacher_cache.KEY] = jax.tree.map(lambda x: input_spec((size, *x.shape[1:]), x.dtype), outputs)
-        resident = {key: jax.ShapeDtypeStruct((len(self._dataset.mean),), jnp.float32) for key in ("mean", "std")}
+        resident: dict[str, Any] = {key: jax.ShapeDtypeStruct((len(self._dataset.mean),), jnp.float32) for key in ("mean", "std")}
         if self.scanned:
             resident["arrays"] = arrays
             indices = jax.ShapeDtypeStruct((run.steps_per_dispatch, stage.batch_size), jnp.int32)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdsearch_jax.reporting.formatting import amount, file_size, percent
-from kdsearch_jax.runs.inspection import Table, common, print_table
-from kdsearch_jax.runs.planning.report import OTHER
+from kdsearch_jax.runs.plain_tables import Table, common, print_table
 
 GIB = 2.0**30
 SHOWN = 12  # lines of the table of layers
@@ -18,8 +17,8 @@ def print_plan(record: Mapping[str, Any]) -> None:
     """Prints the table of programs, then times, communication and the layers of the most expensive program."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     print(
-        f"{record['target']}: {record['chips']} chips, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by the "
-        f"compiler ({versions}), nothing was measured"
+        f"{record['target']}: {record['chips']} chips, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by "
+        f"the compiler ({versions}), nothing was measured"
     )
     titles = ("program", "batch", "a device", "HBM, GiB", "fits", "ms", "examples/s", "matrix unit", "HBM", "links",
               "bf16", "padding", "bound by")  # fmt: skip
@@ -29,7 +28,9 @@ def print_plan(record: Mapping[str, Any]) -> None:
     steps = {name: row for name, row in record["programs"].items() if row["layers"]}
     if steps:
         name = next((n for n in ("search", "retrain", "teacher") if n in steps), next(iter(steps)))
-        print_table((f"layers of {name}", "share of cycles", "in matrix operations", "padding"), layer_lines(steps[name]))
+        print_table(
+            (f"layers of {name}", "share of cycles", "in matrix operations", "padding"), layer_lines(steps[name])
+        )
 
 
 def _line(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -50,13 +51,15 @@ def _share(value: float | None) -> str:
 def _remarks(record: Mapping[str, Any]) -> list[str]:
     rows, lines = record["programs"], [""]
     lines += _comparison(rows, record["macs"])
-    hours = {n: record["updates"][n] * rows[n]["milliseconds"] / 3.6e6 for n in record["updates"] if rows[n]["milliseconds"]}
+    hours = {
+        n: record["updates"][n] * rows[n]["milliseconds"] / 3.6e6 for n in record["updates"] if rows[n]["milliseconds"]
+    }
     if hours:
         parts = " + ".join(f"{name} {record['updates'][name]:,}" for name in hours)
         total = sum(hours.values())
         lines.append(
-            f"updates: {parts}: {_hours(total)} of this slice, {_hours(total * record['chips'], 'chip-hours')}; without "
-            "baselines, input, evaluation and compilation"
+            f"updates: {parts}: {_hours(total)} of this slice, {_hours(total * record['chips'], 'chip-hours')}; "
+            "without baselines, input, evaluation and compilation"
         )
     for name, row in rows.items():
         kinds = [f"{each['count']} {kind} ({file_size(each['bytes'])}, {each['small']} of at most 64 KiB)"
@@ -75,7 +78,7 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
 
 def _comparison(rows: Mapping[str, Any], macs: Mapping[str, int]) -> list[str]:
     """Whether each pruned network is faster than the one it was cut from."""
-    pairs = [("forward student", "forward teacher"), ("forward teacher", "forward unpruned")]
+    pairs = [("forward student", "forward"), ("forward", "forward unpruned")]
     lines = []
     for pruned, whole in pairs:
         times = [rows.get(name, {}).get("milliseconds") for name in (pruned, whole)]
@@ -83,7 +86,8 @@ def _comparison(rows: Mapping[str, Any], macs: Mapping[str, int]) -> list[str]:
             share, left = times[0] / times[1], macs[pruned] / macs[whole]
             verdict = "faster" if share < 0.98 else "not faster" if share < 1.02 else "slower"
             lines.append(
-                f"{pruned}: {verdict} than {whole}: {share:.2f} of its time with {left:.2f} of its {amount(macs[whole])} MACs"
+                f"{pruned}: {verdict} than {whole}: {share:.2f} of its time with {left:.2f} of its "
+                f"{amount(macs[whole])} MACs"
             )
     return lines
 
@@ -105,6 +109,3 @@ def layer_lines(row: Mapping[str, Any]) -> Table:
         padding = _share(sum(paddings) / len(paddings)) if paddings else ""
         lines.append((common([name for name, _ in layers]), percent(share), percent(matrix), padding))
     return lines[:SHOWN]
-
-
-__all__ = ["OTHER", "layer_lines", "print_plan"]

@@ -8,10 +8,10 @@
 | v6e | 31.25 | 918 | 1640 | 448 | 1.75 | 1 |
 | tpu7x | 94.75 | 1154 | 3690 | 600 | 2.2 | 2 |
 
-Each number is that of one device as JAX sees it; a chip of tpu7x is two. HBM is what the compiler lets a program use, read
-from its own error message. Peaks and links (all links of a chip, in one direction) are the vendor's, from
-https://cloud.google.com/tpu/docs. The clock is the peak divided by the operations per cycle that the compiler's cost model
-assumes (2¹⁷ for v5e, 2¹⁸ for v4 and v5p, 2¹⁹ for v6e and tpu7x). It turns estimated cycles into time.
+Each number is that of one device as JAX sees it; a chip of tpu7x is two. HBM is what the compiler lets a program use,
+read from its own error message. Peaks and links (all links of a chip, in one direction) are the vendor's, from
+https://cloud.google.com/tpu/docs. The clock is the peak divided by the operations per cycle that the compiler's cost
+model assumes (2¹⁷ for v5e, 2¹⁸ for v4 and v5p, 2¹⁹ for v6e and tpu7x). It turns estimated cycles into time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Target:
         return self.chips * self.chip.devices
 
     def mesh(self) -> Mesh:
-        """A mesh with one axis, "data", over all devices, as `adapters.devices.data_mesh` makes it of those that are here.
+        """A mesh with one axis, "data", over all devices, as `devices.data_mesh` makes it of those that are here.
 
         Raises:
           TargetError: libtpu is missing, or refuses the topology.

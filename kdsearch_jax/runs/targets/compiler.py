@@ -39,9 +39,9 @@ class Estimates:
 
     Attributes:
       target: its name. versions: of jax and libtpu. seconds: that compiling took.
-      fits: whether the program fits into HBM. memory: bytes {"arguments", "outputs", "temporaries", "aliased", "peak"}; if it
-        does not fit, "peak" alone, or nothing where the compiler does not say.
-      flops, bytes: of XLA's cost analysis on logical sizes, a loop's body counted once; None where they are not positive.
+      fits: whether the program fits into HBM. memory: bytes {"arguments", "outputs", "temporaries", "aliased", "code",
+        "peak"}; if it does not fit, "peak" alone, or nothing where the compiler does not say.
+      flops, bytes: of XLA's cost analysis on logical sizes, a loop's body counted once; None if they are not positive.
       counts: of the program's text.
     """
 

@@ -1,10 +1,10 @@
 """Reads a program that XLA has compiled for a TPU: estimated cycles, matrix operations, padding and collectives.
 
-Every instruction of the text has its shapes with layouts (`bf16[8,32,32,20]{3,0,2,1:T(8,128)(2,1)}`: axis 3 lies along
-128 lanes, axis 0 along 8 sublanes, and both are padded to these), the scope that it comes from (`op_name`), and the cycles
-that the backend's cost model expects (`estimated_cycles`). Cycles count a loop's body as often as the loop runs, where
-its condition compares a counter with a constant, and once otherwise. They see padding. They ignore that operations
-overlap, and they do not include collectives and custom calls.
+Every instruction of the text has its shapes with layouts (`bf16[8,32,32,20]{3,0,2,1:T(8,128)(2,1)}`: axis 3 lies
+along 128 lanes, axis 0 along 8 sublanes, and both are padded to these), the scope that it comes from (`op_name`), and
+the cycles that the backend's cost model expects (`estimated_cycles`). A loop's body is counted as often as the loop
+runs if its condition compares a counter with a constant, and once otherwise. Cycles see padding. They ignore that
+operations overlap, and they do not include collectives and custom calls.
 """
 
 from __future__ import annotations
@@ -23,13 +23,21 @@ _ARRAY = re.compile(r"(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SMALL = 1 << 16  # bytes up to which an exchange is one of statistics, which the next layer waits for
-_FREE = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")  # hints, no work
+_FREE = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+)  # hints, no work
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class Scope:
     """What the operations of one scope take together.
 
     Attributes:
-      cycles: of all. matrix: of those fusions that contain a convolution or product. elements, padded: of the arrays that
-        these read and write, without and with the padding of their layouts.
+      cycles: of all. matrix: of those fusions that contain a convolution or product. elements, padded: of the arrays
+        that these read and write, without and with the padding of their layouts.
     """
 
     cycles: float = 0.0
@@ -231,7 +239,9 @@ def _rounds(condition: Body) -> int | None:
 # --- convolutions, products, collectives ------------------------------------------------------------------------------
 
 
-def _products(computations: Mapping[str, Body], instruction: Instruction, body: Body) -> Iterator[tuple[Instruction, Body]]:
+def _products(
+    computations: Mapping[str, Body], instruction: Instruction, body: Body
+) -> Iterator[tuple[Instruction, Body]]:
     """(convolution or product, its computation) of an instruction: itself, or those fused into it."""
     if instruction.kind in ("convolution", "dot"):
         yield instruction, body
