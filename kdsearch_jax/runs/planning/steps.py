@@ -233,7 +233,9 @@ class AbstractRun:
         if outputs is not None:
             size = len(self._dataset.train)
             arrays[teacher_cache.KEY] = jax.tree.map(lambda x: input_spec((size, *x.shape[1:]), x.dtype), outputs)
-        resident: dict[str, Any] = {key: jax.ShapeDtypeStruct((len(self._dataset.mean),), jnp.float32) for key in ("mean", "std")}
+        resident: dict[str, Any] = {
+            key: jax.ShapeDtypeStruct((len(self._dataset.mean),), jnp.float32) for key in ("mean", "std")
+        }
         if self.scanned:
             resident["arrays"] = arrays
             indices = jax.ShapeDtypeStruct((run.steps_per_dispatch, stage.batch_size), jnp.int32)
