@@ -16,7 +16,7 @@ from kdsearch_jax.adapters.registry import accepts, build
 from kdsearch_jax.pruning import budgets, hardware, selection
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
-from kdsearch_jax.runs import latency, measurement
+from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.plain_tables import Table, common, pattern
 from kdsearch_jax.runs.planning.steps import AbstractRun
@@ -129,7 +129,8 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Whether the experiment's budget can be met (None if that must be measured), and the reason if not."""
     bounds = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        limits = budgets.resolve(experiment.budget, network.topology)
+        multiples = latency.target_multiples(experiment.budget, network.topology)
+        limits = budgets.resolve(experiment.budget, network.topology, multiples)
     except budgets.BudgetError as error:
         return {**bounds, "reachable": False, "reason": str(error)}
     if measured := latency.measured_bounds(experiment.budget):
@@ -141,6 +142,7 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
     """The record with latency and memory of a call, and whether a budget on these can be met."""
     config, random = experiment.budget, np.random.default_rng(0)
+    instruments = latency.instruments_for(config)
     shapes = adapter_for(network.module).abstract_variables(network.module, network.inputs, network.kwargs)
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
@@ -148,8 +150,8 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
         "smallest": latency.sliced_student(network, drawn, budgets.smallest_keep(network.topology)),
     }
     costs = {
-        "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),
-        "memory": measurement.measure_memory(networks, config.batch_size, call),
+        "latency": latency.medians(instruments.timer(networks, config.batch_size, call)),
+        "memory": dict(instruments.memory(networks, config.batch_size, call)),
     }
     smallest = dict(record["smallest"])
     for name, values in costs.items():

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.architecture import base_module
 from kdsearch_jax.adapters.call_spec import CallSpec, input_spec
+from kdsearch_jax.adapters.devices import shardings_of
 from kdsearch_jax.data.examples import Dataset, Split
 from kdsearch_jax.distill import distiller as distiller_lib
 from kdsearch_jax.distill import search_step, teacher_cache
@@ -243,8 +244,9 @@ class AbstractRun:
         else:
             rows = jax.tree.map(lambda x: input_spec((stage.batch_size, *x.shape[1:]), x.dtype), arrays)
             batch = _abstract(rows, by_batch)
-        update = loop.make_update(step, mesh, self.experiment.data, run.seed, scanned=self.scanned)
-        return update, (_abstract(state, whole), batch, _abstract(resident, whole), _abstract(constants, whole))
+        shardings, fixed = (shardings_of(tree, mesh, run.shard) for tree in (state, constants))
+        update = loop.make_update(step, mesh, self.experiment.data, run.seed, scanned=self.scanned, shardings=shardings)
+        return update, (_abstract(state, shardings), batch, _abstract(resident, whole), _abstract(constants, fixed))
 
     def _forward(self, module: Any, mesh: Mesh, batch: int) -> tuple[Any, tuple[Any, ...]]:
         whole, by_batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
@@ -253,4 +255,6 @@ class AbstractRun:
 
 
 def _abstract(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    """The shapes of a tree in one sharding, or in a tree of them."""
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, NamedSharding) else sharding
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
