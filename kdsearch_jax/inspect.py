@@ -20,6 +20,7 @@ there than the network that it was cut from.
 # No `from __future__ import annotations` here: tyro reads the types at run time.
 
 import json
+import os
 from dataclasses import dataclass
 
 from kdsearch_jax import inspect
@@ -60,6 +61,8 @@ class InspectOptions(command_line.RunOptions):
 def main(argv: list[str]) -> int:
     """Traces the network that the command line names and prints its groups."""
     options, experiment = command_line.parse(argv, InspectOptions, "kdsearch_jax.inspect", inspect.__doc__ or "")
+    if options.target is not None or experiment.budget.target is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only; libtpu would look for a TPU that is not here
     from kdsearch_jax.runs import inspection, planning, targets  # jax and flax, which --help does not need
 
     target = None if options.target is None else targets.parse_target(options.target)

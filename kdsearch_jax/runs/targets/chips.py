@@ -22,6 +22,8 @@ import importlib.util
 import math
 import os
 import re
+import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +195,7 @@ def _mesh(target: Target) -> Mesh:
     options: dict[str, Any] = {"chips_per_host_bounds": bounds} if bounds != (2, 2, 1) else {}
     options |= {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
     options |= {"num_slices": target.slices} if target.slices > 1 else {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options
@@ -200,6 +203,10 @@ def _mesh(target: Target) -> Mesh:
     except Exception as error:  # of the runtime, whose kinds differ between versions
         line = " ".join(str(error).split())
         raise TargetError(f"--target: {target.name}: the TPU compiler refuses it ({line[:200]})") from error
+    finally:  # libtpu installs its own, which end the process where a run would save a checkpoint
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if len(found.devices) != target.devices:
         raise TargetError(f"--target: {target.name}: {len(found.devices)} devices, not the expected {target.devices}")
     if target.slices > 1:  # in the order of the slices, so that only few links cross the data-centre network
