@@ -14,12 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.adapters.registry import build
+from kdsearch_jax.pruning import budgets, selection
+from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.network import trace
-from kdsearch_jax.runs import planning
+from kdsearch_jax.pruning.settings import BudgetConfig
+from kdsearch_jax.runs import latency, planning
 from kdsearch_jax.runs.config import Experiment, changed
 from kdsearch_jax.runs.planning.report import TEACHER, layer_of
 from kdsearch_jax.runs.targets import CHIPS, TargetError, compile_for, parse_target
 from kdsearch_jax.runs.targets.program_text import read_program
+from kdsearch_jax.storage.files import read_sealed
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -167,6 +171,7 @@ NETWORKS = {
     "cnn": (lambda: build("small_cnn", {"width": 8, "num_classes": 10}), (8, 8, 1)),
     "vit": (lambda: build("vit", {"patch": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 10}), (8, 8, 1)),
     "nnx": (Perceptron, (32,)),
+    "wide": (lambda: build("mlp", {"hidden": [1024, 1024], "num_classes": 10}), (8, 8, 1)),
 }
 
 
@@ -223,6 +228,44 @@ def test_padding_costs_cycles():
 
     narrow, whole, wide = cycles(1000), cycles(1024), cycles(1032)
     assert whole == pytest.approx(narrow, rel=0.02) and wide > 1.05 * whole
+
+
+@needs_compiler
+def test_a_sharded_state_takes_a_share_of_the_memory():
+    target, arguments = parse_target("tpu:v5e:2x4"), {}
+    for shard in (None, "fsdp"):
+        run = abstract_run("wide", **{"run.shard": shard, "retrain.batch_size": 64, "budget.macs": 0.9})
+        step = planning.plan(run, target, ["retrain"])["programs"]["retrain"]
+        arguments[shard] = step["memory"]["arguments"]
+        assert ("all-gather" in step["collectives"]) == (shard == "fsdp")
+    assert arguments["fsdp"] < 0.25 * arguments[None]  # the examples, biases and layers of odd sizes stay whole
+
+
+@needs_compiler
+def test_a_budget_on_a_target_is_met_as_compiled(tmp_path):
+    module, call = build("mlp", {"hidden": [512], "num_classes": 10}), CallSpec.of_image((16, 16, 1))
+    variables = module.init(jax.random.key(0), *(np.zeros(x.shape, x.dtype) for x in call.example(2)))
+    network = trace(module, *call.example(2), train=False)
+    budget = BudgetConfig(macs=None, latency=0.7, batch_size=1024, target="tpu:v5e:1x1")
+    record = latency.calibrate(network, variables, budget, call)
+    limits = latency.with_measured(budgets.resolve(budget, network.topology), budget, record)
+    importance = np.random.default_rng(0).uniform(0.1, 1.0, network.topology.units)
+    chosen, verdicts = latency.land(
+        lambda bounds: selection.choose(network.topology, bounds, importance), limits, network, variables, budget, call
+    )
+    assert verdicts["latency"]["within"] and verdicts["latency"]["share"] == pytest.approx(0.95, abs=0.05)
+    keep = network.topology.flatten(chosen.keep).astype(float)
+    student = latency.sliced_student(network, variables, keep)
+    latency.confirm((module, variables), student, budget, call, tmp_path / "measured.json")
+    assert read_sealed(tmp_path / "measured.json")["target"] == record["device"] == "tpu:v5e:1x1"
+
+
+def test_the_target_of_a_budget_is_checked():
+    with pytest.raises(ValueError, match=r"budget\.target: 'tpu:v5:1x1'"):
+        changed(Experiment(), {"budget.target": "tpu:v5:1x1"})
+    budget = BudgetConfig(macs=None, latency=0.5, batch_size=60, target="tpu:v5e:2x4")
+    with pytest.raises(BudgetError, match=r"budget\.batch_size: 60 .* give 56"):
+        latency.instruments_for(budget).timer({}, 60, CallSpec.of_image((8, 8, 1)))
 
 
 def test_a_batch_that_does_not_divide_names_the_setting():
