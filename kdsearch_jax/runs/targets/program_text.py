@@ -141,17 +141,6 @@ def read_program(text: str) -> ProgramCounts:
     return counts
 
 
-def collectives_of(text: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "arrays", "bytes" of the results, "small"}} of a program's text, for any backend."""
-    counts = ProgramCounts()
-    for body in _parse(text)[0].values():
-        for instruction in body.values():
-            kind = instruction.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
-                _add_collective(counts, kind, instruction.result)
-    return counts.collectives
-
-
 # --- text -> instructions ---------------------------------------------------------------------------------------------
 
 Body = dict[str, Instruction]
