@@ -168,7 +168,13 @@ class TestTpu:
 
     def test_a_plan_is_compiled_here(self, cloud):
         done = cloud("tpu.sh", "plan", "--type", "v5litepod-8", "--dry-run", "--", "--config", "digits")
-        assert done.stdout.split()[1:] == "-m kdsearch_jax.inspect --config digits --target=tpu:v5litepod-8".split()
+        assert done.stdout.split()[1:] == [
+            "-m",
+            "kdsearch_jax.inspect",
+            "--config",
+            "digits",
+            "--target=tpu:v5litepod-8",
+        ]
         assert cloud.calls() == []
 
     def test_creating_says_how_to_stop(self, cloud):
