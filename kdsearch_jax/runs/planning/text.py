@@ -17,7 +17,7 @@ def print_plan(record: Mapping[str, Any]) -> None:
     """Prints the table of programs, then times, communication and the layers of the most expensive program."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     print(
-        f"{record['target']}: {record['chips']} chips, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by "
+        f"{record['target']}: {record['chips']} chip{'s' * (record['chips'] > 1)}, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by "
         f"the compiler ({versions}), nothing was measured"
     )
     titles = ("program", "batch", "a device", "HBM, GiB", "fits", "ms", "examples/s", "matrix unit", "HBM", "links",
@@ -27,7 +27,7 @@ def print_plan(record: Mapping[str, Any]) -> None:
         print(line)
     steps = {name: row for name, row in record["programs"].items() if row["layers"]}
     if steps:
-        name = next((n for n in ("search", "retrain", "teacher") if n in steps), next(iter(steps)))
+        name = next((n for n in ("search", "retrain", "teacher", "forward") if n in steps), next(iter(steps)))
         print_table(
             (f"layers of {name}", "share of cycles", "in matrix operations", "padding"), layer_lines(steps[name])
         )
