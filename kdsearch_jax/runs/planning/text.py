@@ -16,9 +16,10 @@ SHOWN = 12  # lines of the table of layers
 def print_plan(record: Mapping[str, Any]) -> None:
     """Prints the table of programs, then times, communication and the layers of the most expensive program."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    chips = f"{record['chips']} chip{'s' * (record['chips'] > 1)}"
     print(
-        f"{record['target']}: {record['chips']} chip{'s' * (record['chips'] > 1)}, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by "
-        f"the compiler ({versions}), nothing was measured"
+        f"{record['target']}: {chips}, {record['memory'] / GIB:.4g} GiB of HBM a device; estimated by the compiler "
+        f"({versions}), nothing was measured"
     )
     titles = ("program", "batch", "a device", "HBM, GiB", "fits", "ms", "examples/s", "matrix unit", "HBM", "links",
               "bf16", "padding", "bound by")  # fmt: skip
