@@ -265,6 +265,7 @@ def _teacher_path(
 
 def _check_budgets(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     """Raises ValueError if a budget cannot be met; warns if its outcome is known to be off."""
+    latency.check_target(setup.experiment.budget)
     topology = setup.trace_teacher().topology
     random_importance = np.random.default_rng(0).uniform(0.1, 1.0, topology.units)
     all_limits = resolve_limits(setup.experiment, setup.trace_teacher(), points)

@@ -14,7 +14,7 @@ from kdsearch_jax.runs.latency.calibration import (
     sliced_student,
     with_measured,
 )
-from kdsearch_jax.runs.latency.compiled import instruments_for, target_multiples, width_steps
+from kdsearch_jax.runs.latency.compiled import check_target, instruments_for, target_multiples, width_steps
 from kdsearch_jax.runs.latency.landing import compare_costs, confirm, land
 from kdsearch_jax.runs.latency.timing import Instruments, decide, measured_bounds, medians
 
@@ -25,6 +25,7 @@ __all__ = [
     "calibrate",
     "calibrate_once",
     "check_reach",
+    "check_target",
     "compare_costs",
     "confirm",
     "decide",

@@ -23,13 +23,23 @@ from kdsearch_jax.adapters.call_spec import CallSpec
 from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.hardware import WIDTHS
 from kdsearch_jax.pruning.settings import BudgetConfig
-from kdsearch_jax.runs.latency.timing import Instruments, Networks, Turn
+from kdsearch_jax.runs.latency.timing import Instruments, Networks, Turn, measured_bounds
 from kdsearch_jax.runs.targets import Estimates, Target, compile_for, parse_target
 from kdsearch_jax.tracing.topology import Topology
 
 SHARES = (0.75, 0.5, 0.25)  # widths of each class of groups that are compiled, as shares of their sizes
 ROWS = 4096  # of the products that `width_steps` compiles
 FREE = 1.02  # relative cycles that count as no more
+
+
+def check_target(budget: BudgetConfig) -> None:
+    """Raises ValueError if the budget needs a target's compiler that is not installed, or a batch does not divide."""
+    if budget.target is None or not (measured_bounds(budget) or budget.round_to == "hardware"):
+        return
+    target = parse_target(budget.target, "budget.target")
+    if measured_bounds(budget):
+        _check_batch(target, budget.batch_size)
+    target.mesh()
 
 
 def instruments_for(budget: BudgetConfig) -> Instruments:
@@ -52,13 +62,17 @@ def instruments_for(budget: BudgetConfig) -> Instruments:
     return Instruments(timer, memory)
 
 
-def _estimates(target: Target, networks: Networks, batch_size: int, call: CallSpec) -> dict[str, Estimates]:
+def _check_batch(target: Target, batch_size: int) -> None:
     if batch_size % target.devices:
         near = max(target.devices, batch_size - batch_size % target.devices)
         raise BudgetError(
             f"budget.batch_size: {batch_size} is not a multiple of the {target.devices} devices of {target.name}; "
             f"give {near}, for example"
         )
+
+
+def _estimates(target: Target, networks: Networks, batch_size: int, call: CallSpec) -> dict[str, Estimates]:
+    _check_batch(target, batch_size)
     mesh, found = target.mesh(), {}
     whole, by_batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 

@@ -35,7 +35,7 @@ from jax.sharding import AxisType, Mesh
 from kdsearch_jax.tracing.messages import nearest
 
 GIB = 2.0**30
-INSTALL = "pip install 'kdsearch-jax[tpu-compiler]' (libtpu, 200 MB; no TPU is needed)"
+INSTALL = "pip install 'kdsearch-jax[tpu-compiler]' (213 MB; no TPU is needed)"
 
 
 class TargetError(ValueError):
@@ -181,7 +181,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
 def compiler_version() -> str:
     """The version of libtpu. Raises TargetError if it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        raise TargetError(f"--target: the TPU compiler is not installed: {INSTALL}")
+        raise TargetError(f"target: the TPU compiler is not installed: {INSTALL}")
     return importlib.metadata.version("libtpu")
 
 
