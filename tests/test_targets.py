@@ -216,6 +216,16 @@ def test_what_does_not_fit_is_reported_and_what_was_compiled_is_not_compiled_aga
 
 
 @needs_compiler
+def test_of_a_batch_that_does_not_fit_it_finds_one_that_does():
+    run = abstract_run("nnx", **{"run.eval_batch_size": 1 << 28})
+    step = planning.plan(run, parse_target("tpu:v5e:1x1"), ["forward"])["programs"]["forward"]
+    assert not step["fits"] and step["milliseconds"] is None
+    found = step["at_largest_batch"]
+    assert found["fits"] and 0 < step["largest_batch"] == found["batch"] <= 1 << 27
+    assert found["memory"]["peak"] <= CHIPS["v5e"].memory
+
+
+@needs_compiler
 def test_padding_costs_cycles():
     """Two products take as many cycles at an inner width of 1000 as at 1024, eight lanes of 128, and more at 1032."""
     target = parse_target("tpu:v5e:1x1")
