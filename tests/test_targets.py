@@ -177,7 +177,13 @@ NETWORKS = {
 
 def abstract_run(name: str, examples: int | None = 256, **settings) -> planning.AbstractRun:
     make, shape = NETWORKS[name]
-    settings = {"run.precision": "bf16", "search.batch_size": 64, "run.steps_per_dispatch": 2, **settings}
+    settings = {
+        "run.precision": "bf16",
+        "search.batch_size": 64,
+        "retrain.batch_size": 64,
+        "run.steps_per_dispatch": 2,
+        **settings,
+    }
     call = CallSpec.of_image(shape) if len(shape) == 3 else CallSpec(("x",), {"x": jax.ShapeDtypeStruct(shape, "f4")})
     module = make()
     keywords = {} if isinstance(module, nnx.Module) else call.keywords(module, train=False)
@@ -244,8 +250,8 @@ def test_padding_costs_cycles():
 def test_a_sharded_state_takes_a_share_of_the_memory():
     target, arguments = parse_target("tpu:v5e:2x4"), {}
     for shard in (None, "fsdp"):
-        run = abstract_run("wide", **{"run.shard": shard, "retrain.batch_size": 64, "budget.macs": 0.9})
-        step = planning.plan(run, target, ["retrain"])["programs"]["retrain"]
+        run = abstract_run("wide", **{"run.shard": shard, "teacher.batch_size": 64})
+        step = planning.plan(run, target, ["teacher"])["programs"]["teacher"]
         arguments[shard] = step["memory"]["arguments"]
         assert ("all-gather" in step["collectives"]) == (shard == "fsdp")
     assert arguments["fsdp"] < 0.25 * arguments[None]  # the examples, biases and layers of odd sizes stay whole
@@ -253,7 +259,7 @@ def test_a_sharded_state_takes_a_share_of_the_memory():
 
 @needs_compiler
 def test_a_budget_on_a_target_is_met_as_compiled(tmp_path):
-    module, call = build("mlp", {"hidden": [512], "num_classes": 10}), CallSpec.of_image((16, 16, 1))
+    module, call = build("mlp", {"hidden": [2048, 2048], "num_classes": 10}), CallSpec.of_image((16, 16, 1))
     variables = module.init(jax.random.key(0), *(np.zeros(x.shape, x.dtype) for x in call.example(2)))
     network = trace(module, *call.example(2), train=False)
     budget = BudgetConfig(macs=None, latency=0.7, batch_size=1024, target="tpu:v5e:1x1")
