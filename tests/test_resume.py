@@ -142,6 +142,7 @@ def test_two_fresh_runs_are_equal_bit_by_bit(straight, tmp_path):
     assert all(one[key] == other[key] for key in one.keys() - others) and one.keys() == other.keys()
 
 
+@pytest.mark.slow  # `test_processes` does so with two processes
 def test_sigterm_outside_of_training_ends_a_run_at_once_and_cleanly(straight, tmp_path, python):
     """During the export, while a subprocess checks it."""
     directory = tmp_path / "run"

@@ -238,6 +238,7 @@ def _changed(module, change):
 # --- searched -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # those of NNX are, below
 def test_linen_students_are_searched_again(tmp_path):
     """As loaded, with the first model as a second teacher; the files alone restore each student."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -340,7 +340,9 @@ def test_a_teacher_from_pytorch(tmp_path):
     assert read(tmp_path / "run" / "search" / "architecture.json")["layers"]
 
 
-@pytest.mark.parametrize("command", [search_main, retrain.main], ids=["search", "retrain"])
+@pytest.mark.parametrize(
+    "command", [search_main, pytest.param(retrain.main, marks=pytest.mark.slow)], ids=["search", "retrain"]
+)
 def test_a_search_of_another_run(run, tmp_path, command):
     """Without --config the run's experiment is used; the new directory does not depend on the old one."""
     directory, before = tmp_path / "run", contents(run)

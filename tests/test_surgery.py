@@ -41,7 +41,7 @@ def test_every_network_however_cut(case):
         prove(network.select([kind]), variables, images, hows=("branches" if kind == "branches" else "half",), seed=1)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 def test_large_resnets(depth):
     module = registry.build("resnet", {"depth": depth, "num_classes": 5, "stem": "small", "width": 4})
     images = image(8, 8, 3, batch=2)
