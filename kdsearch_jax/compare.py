@@ -2,6 +2,8 @@
 
     python -m kdsearch_jax.compare --config NAME [--seeds 0 1 2] [--match both] [--rows …] --workdir DIR
 
+`--rows … external:DIR` adds a student of any origin, whose network is in the directory DIR (`kd.save`).
+
 Every student has the same teacher, budget, data and training recipe, and as many updates as search and retraining
 together; only the way it is made differs (`rows`). Each row and seed has its own directory in DIR (`make_rows`), so an
 interrupted comparison can be resumed, several processes can share one, and rows and seeds can be added. The table
@@ -21,7 +23,7 @@ from kdsearch_jax.runs import command_line
 from kdsearch_jax.runs.comparison.rows import check_seeds, select_rows
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.runs.locks import locked
-from kdsearch_jax.storage.files import read_json_object, write_json
+from kdsearch_jax.storage.files import core_numbers, read_json_object, write_json
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class CompareOptions(command_line.RunOptions):
     """The seeds; each student is made once per seed."""
     rows: tuple[str, ...] = ()
     """Students to make; all by default: searched, layers, uniform, both, random, magnitude, bn_scale, slimming,
-    scratch, scratch2."""
+    scratch, scratch2. external:DIR adds a student made elsewhere, within the budget: a directory as of `kd.save`."""
     match: Literal["macs", "both"] = "both"
     """Match students by the budget's MACs (macs), or also by the parameters of the uniform student (both)."""
     latency: bool = True
     """Measure the time per image of all students, alternating between them."""
+    jobs: int = 1
+    """Rows to make at a time, each in a process of its own with its share of the cores."""
+    table: bool = True
+    """Write the table and the report at the end."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,10 +52,12 @@ def main(argv: list[str]) -> int:
 
     from kdsearch_jax import reporting
     from kdsearch_jax.runs import directories, stages
-    from kdsearch_jax.runs.comparison import make_rows, table
+    from kdsearch_jax.runs.comparison import external, jobs, make_rows, table
     from kdsearch_jax.runs.setup import prepare_run
 
     check_seeds(options.seeds)
+    if options.jobs < 1:
+        raise ValueError(f"jobs: {options.jobs} is not possible; give at least 1")
     rows = select_rows(options.rows)
     if jax.process_count() > 1:
         raise ValueError("compare: runs in a single process; start several with different --seeds instead")
@@ -59,8 +67,10 @@ def main(argv: list[str]) -> int:
     experiment = dataclasses.replace(experiment, baselines=())
     check_same_comparison(directory, options.match)
     setup = prepare_run(experiment, directory, resume=True, trust_code=options.trust_code)
+    students = external.load_students(setup, rows, options.trust_code)
     if setup.provided_teacher is not None:
         make_rows.check_teacher(setup, setup.provided_teacher)
+        external.check_budget(setup, students, make_rows.matched_budget(setup, options.match))
     with locked(directory, wait=True):
         check_same_comparison(directory, options.match, setup.fingerprint)  # another process may have begun since
         write_json(directory / "setup.json", {"match": options.match, "data": setup.fingerprint})
@@ -70,9 +80,17 @@ def main(argv: list[str]) -> int:
     if setup.provided_teacher is None:
         make_rows.check_teacher(setup, setup.load(setup.teacher_directory))
     budget = make_rows.matched_budget(setup, options.match)
-    for seed in options.seeds:
-        for row in rows:
-            make_rows.make_row(setup, row, seed, budget)
+    external.check_budget(setup, students, budget)
+    if options.jobs > 1:
+        flags = [f"--{name.replace('_', '-')}" for name in ("trust_code", "traceback") if getattr(options, name)]
+        pending = jobs.pending(setup, rows, students, options.seeds, ("--match", options.match, *flags))
+        jobs.run(pending, options.jobs, core_numbers())
+    else:
+        for seed in options.seeds:
+            for row in rows:
+                make_rows.make_row(setup, row, seed, budget, students.get(row.name))
+    if not options.table:
+        return 0
     comparison = table.collect(setup, budget, options.match, latency=options.latency)
     table.write(directory, comparison)
     print(table.markdown(comparison))

@@ -231,6 +231,9 @@ def test_tables_say_what_was_measured(comparison):
         assert told in text
     rows = [*found["rows"], {"name": "bn_scale", "label": "BatchNorm scale", "why": "there is none"}]
     assert "BatchNorm scale: not made: there is none" in table.markdown({**found, "rows": rows})
+    assert "made by different versions" not in text and all(uniform["made_by"])
+    mixed = [{**row, "made_by": ["jax 1"] if row["name"] == "searched" else ["jax 2", None]} for row in found["rows"]]
+    assert "different versions: searched by jax 1; fewer layers," in table.markdown({**found, "rows": mixed})
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

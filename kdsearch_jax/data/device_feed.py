@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,6 +27,27 @@ from kdsearch_jax.data.batches import batch_indices, padded_batches
 from kdsearch_jax.data.examples import Dataset
 
 OwnBatches = Callable[[int], Iterator[Mapping[str, Any]]]  # from an update on, see `kdsearch_jax.training.loop.fit`
+# (first update, indices (updates, batch), resident) → {entry: array (updates, batch, …)}
+UpdateEntries = Callable[[int, NDArray[np.int32], dict[str, Any]], dict[str, Any]]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["indices", "entries"], meta_fields=[])
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Batches of resident examples, with entries that differ from update to update.
+
+    Attributes:
+      indices: (updates, batch) or (batch,), into the resident examples.
+      entries: {entry: array (updates, batch, …) or (batch, …)}, added to those of the examples.
+    """
+
+    indices: Any
+    entries: dict[str, Any]
+
+    def __iter__(self) -> Iterator[IndexedBatches]:
+        """The batch of each update."""
+        for update, indices in enumerate(self.indices):
+            yield IndexedBatches(indices, {entry: values[update] for entry, values in self.entries.items()})
 
 
 class Feed(Protocol):
@@ -48,33 +70,49 @@ class Feed(Protocol):
         """Stops threads and processes that work ahead."""
 
 
-def training_feed(dataset: Dataset, batch_size: int, mesh: Mesh, steps: int, batches: OwnBatches | None = None) -> Feed:
+def training_feed(
+    dataset: Dataset,
+    batch_size: int,
+    mesh: Mesh,
+    steps: int,
+    batches: OwnBatches | None = None,
+    entries: UpdateEntries | None = None,
+) -> Feed:
     """The feed of a data set's training split, or of `batches`.
 
     Args:
       steps: of the stage; nothing is read for later updates.
+      entries: further entries of each update's batch; only for examples that reside on the devices.
     """
     constants = {name: np.asarray(getattr(dataset, name), np.float32) for name in ("mean", "std")}
     if batches is not None:
         return IteratorFeed(batches, batch_size, replicate(constants, mesh))
     reader = streaming.reader_of(dataset.train.arrays)
     if reader is None:
-        return ResidentFeed(dataset, batch_size, replicate({"arrays": dataset.train.arrays, **constants}, mesh))
+        resident = replicate({"arrays": dataset.train.arrays, **constants}, mesh)
+        return ResidentFeed(dataset, batch_size, resident, entries)
+    assert entries is None
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return StreamedFeed(reader, batch_size, replicate(constants, mesh), sharding, steps)
 
 
 class ResidentFeed:
-    """A `Feed` of examples that reside on the devices: sends indices, (updates, batch)."""
+    """A `Feed` of examples that reside on the devices: sends indices, (updates, batch), and further entries."""
 
     resides, waited = True, 0.0
 
-    def __init__(self, dataset: Dataset, batch_size: int, resident: dict[str, Any]):
+    def __init__(
+        self, dataset: Dataset, batch_size: int, resident: dict[str, Any], entries: UpdateEntries | None = None
+    ):
         self.resident, self._examples, self._batch_size = resident, len(dataset.train), batch_size
+        self._entries = entries
 
-    def take(self, first: int, count: int, seed: int) -> NDArray[np.int32]:
+    def take(self, first: int, count: int, seed: int) -> NDArray[np.int32] | IndexedBatches:
         """See `Feed`."""
-        return batch_indices(seed, self._examples, self._batch_size, first, count)
+        indices = batch_indices(seed, self._examples, self._batch_size, first, count)
+        return (
+            indices if self._entries is None else IndexedBatches(indices, self._entries(first, indices, self.resident))
+        )
 
     def close(self) -> None:
         """See `Feed`."""

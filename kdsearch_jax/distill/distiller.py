@@ -24,14 +24,17 @@ import optax
 from jax import Array
 
 from kdsearch_jax.adapters.apply import apply_eval, apply_train
+from kdsearch_jax.adapters.call_spec import input_spec
 from kdsearch_jax.adapters.memoize import RecentValues
+from kdsearch_jax.data.device_feed import UpdateEntries
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.data.settings import DataConfig
-from kdsearch_jax.distill import ensemble, features, losses, teacher_cache
+from kdsearch_jax.distill import ensemble, features, losses, teacher_cache, update_outputs
 from kdsearch_jax.distill.ensemble import Teacher, TeacherModule
 from kdsearch_jax.distill.losses import learned
 from kdsearch_jax.distill.objective import Objective
 from kdsearch_jax.distill.settings import DistillConfig, loss_weights
+from kdsearch_jax.distill.update_outputs import UpdateCache
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
 from kdsearch_jax.training.settings import RunConfig, StageConfig
@@ -165,7 +168,7 @@ class Distillation:
     """What a stage trains with.
 
     Attributes:
-      constants, dataset: for `loop.fit`.
+      constants, dataset, entries: for `loop.fit`.
       learned: the maps and their optimiser's state, for the state's `extra`; None if no loss learns any.
     """
 
@@ -173,6 +176,7 @@ class Distillation:
     constants: Any
     dataset: Dataset
     learned: Any = None
+    entries: UpdateEntries | None = None
 
     @property
     def objective(self) -> Objective:
@@ -226,6 +230,7 @@ def make_distillation(
     retraining: bool,
     topology: Topology | None = None,
     memory: RecentValues | None = None,
+    update_cache: UpdateCache | None = None,
 ) -> Distillation:
     """What a stage trains with.
 
@@ -235,6 +240,7 @@ def make_distillation(
       retraining: whether to use `distill.retrain_losses`.
       topology: of a search, whose gates apply to the student's features.
       memory: of the run; keeps the teachers' outputs for the next stage.
+      update_cache: where the outputs for augmented batches are stored; None if no other stage sees these batches.
 
     Raises:
       ValueError: the layers or outputs of teachers and student cannot be compared.
@@ -248,6 +254,10 @@ def make_distillation(
     modules = (first_module, *(TeacherModule.of(teacher, dataset) for teacher in teachers[1:]))
     constants: Any = teachers[0].variables if len(teachers) == 1 else tuple(each.variables for each in teachers)
     distiller = Distiller(objective, modules, run.precision)
+    if update_cache is not None and (data.crop or data.flip):
+        found = _with_outputs_by_update(distiller, constants, dataset, config, data, run, stage, update_cache)
+        if found is not None:
+            return found
     if not _feature_losses(objective.distill):
         why = teacher_cache.reason_not_to_cache(config, data, stage, dataset)
         if why is None:
@@ -288,6 +298,30 @@ def _with_cached_outputs(
     numbers = tuple(id(part) for each in teachers for part in (each.module, each.variables))
     key = ("outputs", numbers, id(dataset), size, run.precision, config.ensemble)
     return memory.get_or_make(key, compute)[1]
+
+
+def _with_outputs_by_update(
+    distiller: Distiller,
+    constants: Any,
+    dataset: Dataset,
+    config: DistillConfig,
+    data: DataConfig,
+    run: RunConfig,
+    stage: StageConfig,
+    cache: UpdateCache,
+) -> Distillation | None:
+    """A distillation from outputs that are cached for each update; None, with a line in the log, if they cannot be."""
+    inputs = dict(distiller.objective.call.inputs)
+    batch = jax.tree.map(lambda leaf: input_spec((stage.batch_size, *leaf.shape), leaf.dtype), inputs)
+    shape = jax.eval_shape(distiller.outputs, constants, batch)
+    why = update_outputs.reason_not_to_cache(config, run, stage, dataset, len(distiller.teachers), shape)
+    if names := _feature_losses(distiller.objective.distill):
+        why = f"{names[0]} compares features"
+    if why is not None:
+        log.info("the teacher's outputs are not cached: %s", why)
+        return None
+    entries = update_outputs.open_outputs(cache, distiller.outputs, constants, shape.shape, dataset, data, run, stage)
+    return Distillation(dataclasses.replace(distiller, cached=True), None, dataset, entries=entries)
 
 
 def _feature_losses(config: DistillConfig) -> list[str]:

@@ -20,7 +20,7 @@ class DistillConfig:
     features: layers whose outputs are compared, as paths or patterns (fnmatch); by default the last of each resolution.
     teachers: additional teachers, each as in `teacher_from`. The student learns from the mean of their softened
     probabilities, or of their logits (`ensemble`). cache: compute teachers' outputs once, if data are not augmented and
-    no features are compared.
+    no features are compared; in a comparison, a single teacher's also if they are augmented.
 
     loss: `package.module:function` of (student's outputs, teacher's outputs, batch) that replaces all of the above;
     metrics: one of (outputs, batch), for the results table. logits: outputs compared by KL, as paths or patterns

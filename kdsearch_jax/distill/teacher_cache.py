@@ -1,7 +1,8 @@
 """Cached teacher outputs: computed once for every training example.
 
 Without augmentation, a teacher in inference mode has the same outputs for an example in every epoch. They are stored in
-the training split under `KEY`, and the loop gathers them by index as it gathers labels.
+the training split under `KEY`, and the loop gathers them by index as it gathers labels. Under augmentation, see
+`kdsearch_jax.distill.update_outputs`.
 """
 
 from __future__ import annotations
@@ -101,5 +102,10 @@ def _same(compiled: Any, variables: Any, mesh: Mesh, batch: Any, found: list[np.
 
 
 def split_outputs(batch: Any) -> tuple[Any, Any]:
-    """(the batch without the teacher's outputs, these)."""
-    return {entry: value for entry, value in batch.items() if entry != KEY}, jax.tree.map(jnp.asarray, batch[KEY])
+    """(the batch without the teacher's outputs, these, with half-precision numbers in float32)."""
+
+    def widened(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.float32) if leaf.dtype == jnp.float16 else leaf
+
+    return {entry: value for entry, value in batch.items() if entry != KEY}, jax.tree.map(widened, batch[KEY])

@@ -47,6 +47,13 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def made_by() -> str:
+    """The versions that numbers depend on most, in one line: `jax 0.10.2, commit 1a2b3c4d5e6f`."""
+    installed, revision = versions(), git_revision(Path(__file__).parents[1])
+    names = [f"{name} {installed[name]}" for name in ("kdsearch-jax", "jax") if name in installed]
+    return ", ".join([*names, *([f"commit {revision[:12]}{revision[40:]}"] if revision else [])])
+
+
 def code(experiment: Experiment) -> dict[str, str]:
     """{module: digest of its file} of the imported user modules that the experiment names."""
     named = (experiment.model.name, experiment.distill.loss, experiment.distill.metrics)

@@ -104,6 +104,10 @@ class RunSetup:
         """The search stage's directory."""
         return self.directory / "search"
 
+    def outputs_directory(self, seed: int) -> Path | None:
+        """Where teachers' outputs for the augmented batches of a seed are stored; None if no other stage sees them."""
+        return None
+
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the data."""

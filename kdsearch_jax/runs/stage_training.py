@@ -13,9 +13,10 @@ import jax
 
 from kdsearch_jax.adapters.architecture import Architecture
 from kdsearch_jax.adapters.devices import replicate
+from kdsearch_jax.data.device_feed import UpdateEntries
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.pruning.network import count
-from kdsearch_jax.runs.config import to_json
+from kdsearch_jax.runs.config import Experiment, to_json
 from kdsearch_jax.runs.evaluation import evaluate
 from kdsearch_jax.runs.setup import PROOF_EXAMPLES, RunSetup
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
@@ -43,6 +44,7 @@ def train_stage(
     until: Callable[[TrainState], bool] | None = None,
     checkpoints_in: Path | None = None,
     dataset: Dataset | None = None,
+    entries: UpdateEntries | None = None,
     stream: int = 0,
 ) -> TrainState:
     """`training.loop.fit` with the run's settings, evaluated on the validation split.
@@ -51,6 +53,7 @@ def train_stage(
       module, variables_of: the network to evaluate, as a function of the state.
       teacher: compared with in evaluation, unless the run classifies images, where validation accuracy suffices.
       dataset: the data to train on, if not the run's.
+      entries: further entries of the batches, see `loop.fit`.
       stream: selects the random stream.
     """
     experiment = setup.experiment
@@ -81,10 +84,16 @@ def train_stage(
         evaluate=validate,
         between=between,
         until=until,
+        entries=entries,
         checkpoints_in=checkpoints_in,
-        seed=experiment.run.seed * 1000 + stream,
+        seed=stage_seed(experiment, stream),
         resume=resume,
     )
+
+
+def stage_seed(experiment: Experiment, stream: int) -> int:
+    """The seed of a stage's batches, augmentation and dropout, for one of the run's random streams."""
+    return experiment.run.seed * 1000 + stream
 
 
 def save_run_network(

@@ -24,6 +24,7 @@ from kdsearch_jax import reporting
 from kdsearch_jax.distill import distiller, search_step, shrinking
 from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step, supervised_step
+from kdsearch_jax.distill.update_outputs import UpdateCache
 from kdsearch_jax.pruning import surgery
 from kdsearch_jax.pruning.search import GatedSearch
 from kdsearch_jax.pruning.transform import GATES
@@ -31,7 +32,13 @@ from kdsearch_jax.runs import budget_points, cutting, latency
 from kdsearch_jax.runs.budget_points import BudgetPoint
 from kdsearch_jax.runs.results import export_student, write_results
 from kdsearch_jax.runs.setup import RunSetup, is_finished, proof_batch, resolve_limits
-from kdsearch_jax.runs.stage_training import save_run_network, train_stage, write_run_arrays, write_run_json
+from kdsearch_jax.runs.stage_training import (
+    save_run_network,
+    stage_seed,
+    train_stage,
+    write_run_arrays,
+    write_run_json,
+)
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, model_architecture
 from kdsearch_jax.runs.teacher_weights import init_variables
 from kdsearch_jax.storage import sync_processes
@@ -231,8 +238,12 @@ def retrain(setup: RunSetup, name: str, source: Path, stage: StageConfig, resume
     if is_finished(directory):
         return
     experiment, teacher, student = setup.experiment, setup.load(setup.teacher_directory), setup.load(source)
-    tx = make_optimizer(stage)
-    distillation = _distillation(setup, stage, student.module, student.variables)
+    tx, stream = make_optimizer(stage), 100 + stream
+    outputs = setup.outputs_directory(seed := stage_seed(experiment, stream))
+    distillation = _distillation(
+        setup, stage, student.module, student.variables,
+        update_cache=outputs and UpdateCache(outputs, seed, _origin_of_outputs(setup, teacher)),
+    )  # fmt: skip
     step = distill_step(
         student.module, teacher.module, tx, stage, experiment.run, distillation.objective, distillation.distiller
     )
@@ -240,7 +251,7 @@ def retrain(setup: RunSetup, name: str, source: Path, stage: StageConfig, resume
     state = train_stage(
         setup, state, step, stage, directory, resume,
         module=student.module, teacher=teacher, constants=distillation.constants, dataset=distillation.dataset,
-        stream=100 + stream,
+        entries=distillation.entries, stream=stream,
     )  # fmt: skip
     save_run_network(directory / "network", setup, student.architecture, student.module, state.variables)
 
@@ -255,8 +266,18 @@ def _confirm(setup: RunSetup, point: BudgetPoint) -> None:
     latency.confirm(*networks, point.budget, setup.objective.call, directory / "measured.json")
 
 
+def _origin_of_outputs(setup: RunSetup, teacher: LoadedNetwork) -> dict[str, str]:
+    """What a teacher's outputs depend on besides the settings of the stage: its digest, and that of the data."""
+    return {"teacher": teacher.digest, "data": setup.fingerprint}
+
+
 def _distillation(
-    setup: RunSetup, stage: StageConfig, module: Any, variables: Any, topology: Topology | None = None
+    setup: RunSetup,
+    stage: StageConfig,
+    module: Any,
+    variables: Any,
+    topology: Topology | None = None,
+    update_cache: UpdateCache | None = None,
 ) -> distiller.Distillation:
     """Teachers and losses of a stage that trains `module`; topology: in a search, that of its gates."""
     loaded = (setup.load(setup.teacher_directory), *setup.extra_teachers)
@@ -265,7 +286,7 @@ def _distillation(
     return distiller.make_distillation(
         setup.objective, teachers, setup.dataset, experiment.distill, experiment.data, experiment.run, stage, module,
         variables,
-        retraining=topology is None, topology=topology, memory=setup.cache,
+        retraining=topology is None, topology=topology, memory=setup.cache, update_cache=update_cache,
     )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from kdsearch_jax.models import pretrained
 from kdsearch_jax.runs import teacher_weights
 from kdsearch_jax.runs.config import Experiment
 from kdsearch_jax.storage import export_formats
-from kdsearch_jax.storage.files import one_line, read_json_object
+from kdsearch_jax.storage.arrays import describe, flatten
+from kdsearch_jax.storage.files import json_digest, one_line, read_json_object
 from kdsearch_jax.storage.networks import BOXES, initial_boxes, load_network
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ class LoadedNetwork:
     def of(directory: Path, base_module: Any = None, *, trust_code: bool = False) -> LoadedNetwork:
         """Reads a network directory; base_module: the base model, if the directory cannot name it."""
         return LoadedNetwork(*load_network(directory, base_module, trust_code=trust_code))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the architecture and of every array."""
+        arrays = {name: describe(np.asarray(leaf)) for name, leaf in flatten(self.variables).items()}
+        return json_digest({"architecture": self.architecture.to_json(), "arrays": arrays})
 
     @property
     def costs(self) -> dict[str, int]:
@@ -104,7 +111,7 @@ def load_teacher(
         teacher = _from_huggingface(experiment, dataset, path)
     else:
         return _from_weights(experiment, dataset, path)
-    _check_teacher(path, teacher, experiment, dataset)
+    check_network(path, teacher, experiment, dataset)
     return teacher
 
 
@@ -165,36 +172,46 @@ def load_extra_teacher(
     return teacher
 
 
-def _check_teacher(path: str, teacher: LoadedNetwork, experiment: Experiment, dataset: Dataset) -> None:
-    """Raises ValueError if the network at `path` cannot be a teacher on this data."""
-    architecture = teacher.architecture
+def check_network(
+    path: str | Path, network: LoadedNetwork, experiment: Experiment, dataset: Dataset, setting: str = "teacher_from"
+) -> Any:
+    """Checks that the network at `path` can be trained or distilled on this data.
+
+    Returns:
+      Its abstract outputs for one example; None if the data have no classes.
+
+    Raises:
+      ValueError: it cannot; `setting` is what named it.
+    """
+    architecture = network.architecture
     call, image_shape = call_spec_for(experiment, dataset)
     if architecture.input_shape and tuple(architecture.input_shape) != image_shape:
         raise ValueError(
-            f"teacher_from: {path} takes images {tuple(architecture.input_shape)}, those of {dataset.name} are "
-            f"{image_shape}; give a teacher of this data, or its data by --data.name"
+            f"{setting}: {path} takes images {tuple(architecture.input_shape)}, those of {dataset.name} are "
+            f"{image_shape}; give a network for this data, or its data by --data.name"
         )
     inputs = (call or CallSpec.of_image(image_shape)).inputs
     if not architecture.input_shape and architecture.call_spec.inputs != inputs:
         raise ValueError(
-            f"teacher_from: {path} takes {architecture.call_spec.to_json()['inputs']}, the data have "
+            f"{setting}: {path} takes {architecture.call_spec.to_json()['inputs']}, the data have "
             f"{CallSpec(tuple(inputs), inputs).to_json()['inputs']}; give its data by --data.name and --data.inputs"
         )
     if not dataset.num_classes:
-        return
+        return None
     try:
         outputs = jax.eval_shape(
-            lambda v, *xs: apply_eval(teacher.module, v, xs, call_spec=architecture.custom_call), teacher.variables,
+            lambda v, *xs: apply_eval(network.module, v, xs, call_spec=architecture.custom_call), network.variables,
             *architecture.call_spec.example(1),
         )  # fmt: skip
     except Exception as error:  # a model may raise anything at a size that it was not made for
-        raise ValueError(f"teacher_from: {path} does not run on images {image_shape} ({one_line(error)})") from error
+        raise ValueError(f"{setting}: {path} does not run on images {image_shape} ({one_line(error)})") from error
     classes = outputs.shape[-1] if hasattr(outputs, "shape") else dataset.num_classes
     if classes != dataset.num_classes:
         raise ValueError(
-            f"teacher_from: {path} has {classes} classes, but {dataset.name} has {dataset.num_classes}; give a teacher "
-            "of this data, or its data by --data.name"
+            f"{setting}: {path} has {classes} classes, but {dataset.name} has {dataset.num_classes}; give a network "
+            "for this data, or its data by --data.name"
         )
+    return outputs
 
 
 def model_architecture(experiment: Experiment, dataset: Dataset) -> Architecture:

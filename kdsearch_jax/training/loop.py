@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from kdsearch_jax.adapters.apply import compiled_for
 from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, place, replicate
 from kdsearch_jax.data.batches import preprocess
-from kdsearch_jax.data.device_feed import training_feed
+from kdsearch_jax.data.device_feed import IndexedBatches, UpdateEntries, training_feed
 from kdsearch_jax.data.examples import Dataset
 from kdsearch_jax.data.progress import Progress
 from kdsearch_jax.data.settings import DataConfig
@@ -75,6 +75,7 @@ def fit(
     between: Between | None = None,
     until: Callable[[TrainState], bool] | None = None,
     batches: Callable[[int], Iterator[Mapping[str, Any]]] | None = None,
+    entries: UpdateEntries | None = None,
     checkpoints_in: Path | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -102,6 +103,8 @@ def fit(
       batches: an iterator of your own in place of the training split: `batches(n)` is called once and returns the
         batches from update n on, each {entry: array (stage.batch_size, …)}, the same in every process. After a rollback
         (`run.spike`) it simply continues. A resumed run is bit-exact only if `batches(n)` is a function of n.
+      entries: further entries of the batches of resident examples, (first update, indices (updates, batch), resident) →
+        {entry: array (updates, batch, …)}, as a pure function of the update.
       checkpoints_in: the directory of checkpoints, `directory`/checkpoints by default.
       seed: of batches, augmentation and dropout.
       resume: continue from the newest intact checkpoint, if there is one.
@@ -141,7 +144,9 @@ def fit(
         stack.enter_context(loop.progress)
         loop.open_report()
         stop = stack.enter_context(catch_sigterm())
-        feed = stack.enter_context(closing(training_feed(dataset, stage.batch_size, mesh, stage.steps, batches)))
+        feed = stack.enter_context(
+            closing(training_feed(dataset, stage.batch_size, mesh, stage.steps, batches, entries))
+        )
         scanned = feed.resides and jax.default_backend() != "cpu"
         dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched)
         while not loop.finished:
@@ -341,22 +346,37 @@ def _restore(
     return donatable_copy(state, mesh), step, stored
 
 
+def make_inputs(mesh: Mesh, data: DataConfig, seed: int) -> Callable[[Any, Any, Array], tuple[dict[str, Any], Array]]:
+    """(resident, batch, update's number) → (the update's batch as networks receive it, its random key); jittable.
+
+    A batch is an array of indices into the resident examples, `IndexedBatches`, or a dictionary of arrays.
+    """
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
+
+    def inputs(resident: dict[str, Any], batch: Any, number: Array) -> tuple[dict[str, Any], Array]:
+        augment_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        rows = batch
+        if not isinstance(batch, Mapping):
+            indices, entries = (batch.indices, batch.entries) if isinstance(batch, IndexedBatches) else (batch, {})
+            rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[indices], by_batch), resident["arrays"])
+            rows = {**rows, **entries}
+        mean, std = resident["mean"], resident["std"]
+        return preprocess(rows, mean, std, augment_key, crop=data.crop, flip=data.flip), step_key
+
+    return inputs
+
+
 def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool) -> Any:
     """Compiles a step: (state, batch, resident, constants) → (state, metrics). The state is donated.
 
-    A batch is an array of indices into the resident examples, or a dictionary of arrays. With `scanned`, the function
-    takes the indices of several batches, (updates, batch), and returns stacked metrics.
+    Batches are as in `make_inputs`. With `scanned`, the function takes several, stacked, and returns stacked metrics.
     """
-    replicated, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    replicated, make = NamedSharding(mesh, PartitionSpec()), make_inputs(mesh, data, seed)
 
     def update(resident: dict[str, Any], constants: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        augment_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        rows = batch
-        if not isinstance(batch, Mapping):
-            rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[batch], by_batch), resident["arrays"])
-        inputs = preprocess(rows, resident["mean"], resident["std"], augment_key, crop=data.crop, flip=data.flip)
+        inputs, key = make(resident, batch, state.step)
         with compiled_for(mesh):
-            return step(state, inputs, step_key, constants)
+            return step(state, inputs, key, constants)
 
     def update_once(state: TrainState, batch: Any, resident: dict[str, Any], constants: Any) -> Any:
         return update(resident, constants, state, batch)
@@ -378,7 +398,8 @@ def make_dispatch(
 
     Args:
       scanned: run all updates in one call of the device; otherwise each is one call, with results equal up to rounding.
-        Batches are indices (updates, batch) then, and otherwise an iterable of indices or batches, on devices or not.
+        Batches are indices (updates, batch) or `IndexedBatches` then, and otherwise an iterable of batches, each as in
+        `make_inputs`, on devices or not.
       watched: names of the leaves that must stay finite; None for all floating-point leaves.
     """
     by_batch, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))

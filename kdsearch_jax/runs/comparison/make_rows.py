@@ -25,9 +25,12 @@ from kdsearch_jax.pruning.budgets import BudgetError
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import SurgeryError
 from kdsearch_jax.runs import budget_points, cutting, directories, stages
+from kdsearch_jax.runs.comparison import external
+from kdsearch_jax.runs.comparison.external import ExternalStudent
 from kdsearch_jax.runs.comparison.rows import ROWS, Row
 from kdsearch_jax.runs.evaluation import evaluate
 from kdsearch_jax.runs.locks import locked
+from kdsearch_jax.runs.provenance import made_by
 from kdsearch_jax.runs.setup import RunSetup, resolve_limits
 from kdsearch_jax.runs.stage_training import save_run_network
 from kdsearch_jax.runs.teacher_source import LoadedNetwork
@@ -56,6 +59,10 @@ class RowSetup(RunSetup):
         """The teacher's network directory."""
         return self.comparison_directory / "teacher" / "network"
 
+    def outputs_directory(self, seed: int) -> Path | None:
+        """Shared by all rows; its name begins with a dot because what can be computed again is not published."""
+        return self.comparison_directory / ".teacher-outputs" / f"stream-{seed}"
+
 
 def row_setup(setup: RunSetup, name: str, seed: int, budget: BudgetConfig) -> RowSetup:
     """The setup in which the row is made with this seed and budget."""
@@ -75,7 +82,7 @@ def matched_budget(setup: RunSetup, match: str) -> BudgetConfig:
     budget = setup.experiment.budget
     if match == "macs":
         return budget
-    teacher, network = setup.load(setup.teacher_directory), setup.trace_teacher()
+    teacher, network = setup.provided_teacher or setup.load(setup.teacher_directory), setup.trace_teacher()
     limits = resolve_limits(setup.experiment, network)[0]
     try:
         keep = baselines.select("uniform", teacher.variables, network.topology, limits)
@@ -89,35 +96,55 @@ def matched_budget(setup: RunSetup, match: str) -> BudgetConfig:
     )
 
 
-def make_row(setup: RunSetup, row: Row, seed: int, budget: BudgetConfig) -> dict[str, Any]:
+def make_row(
+    setup: RunSetup, row: Row, seed: int, budget: BudgetConfig, student: ExternalStudent | None = None
+) -> dict[str, Any]:
     """Makes, trains and measures the student of a row and seed, unless that is done; returns its `result.json`.
 
+    Args:
+      student: of an external row.
+
     Returns:
-      {"accuracy", "agreement", "kl", "macs", "params", "bytes", "steps", "seconds"}, or {"why"} if it cannot be made.
+      {"accuracy", "agreement", "kl", "macs", "params", "bytes", "steps", "seconds", "made_by"}, or {"why"} if it cannot
+      be made; of an external student also its {"label", "external"}.
+
+    Raises:
+      ValueError: the row was made from another external student.
     """
     place = row_setup(setup, row.name, seed, budget)
     path = place.directory / "result.json"
     with locked(place.directory, wait=True):
         directories.remove_leftovers_below(place.directory)
+        about: dict[str, Any] = {}
+        if student is not None:
+            external.check_same(place.directory, student)
+            about = {"label": student.label, external.KEY: student.record}
         if path.is_file() and "why" not in (result := read_sealed(path)):
             return result
         log.info("%s, seed %d", row.label, seed)
         try:
             with _timed(place.directory):
-                student = _student(place, setup, row)
-                scores = comparison_scores(place, student, teacher=place.load(place.teacher_directory))
+                trained = _student(place, setup, row, student)
+                scores = comparison_scores(place, trained, teacher=place.load(place.teacher_directory))
         except (BudgetError, SurgeryError, CannotMakeError, TrainingDiverged) as error:
             log.warning("%s, seed %d: cannot be made: %s", row.label, seed, error)
-            result = {"why": str(error)}
+            result = {"why": str(error), **about}
         else:
             steps = row.times * _steps(place)
-            result = {**scores, **student.costs, "steps": steps, "seconds": round(_spent(place.directory), 1)}
+            result = {
+                **scores,
+                **trained.costs,
+                "made_by": made_by(),
+                "steps": steps,
+                "seconds": round(_spent(place.directory), 1),
+                **about,
+            }
         write_sealed(path, result)
         storage.publish()
     return result
 
 
-def _student(place: RowSetup, setup: RunSetup, row: Row) -> LoadedNetwork:
+def _student(place: RowSetup, setup: RunSetup, row: Row, student: ExternalStudent | None) -> LoadedNetwork:
     """Makes and trains the student."""
     stage, steps = place.experiment.retrain, row.times * _steps(place)
     if row.how == "search":
@@ -128,6 +155,8 @@ def _student(place: RowSetup, setup: RunSetup, row: Row) -> LoadedNetwork:
         source = cutting.by_hand(
             place, row.name, budget_points.points(place.experiment)[0], place.directory / "start", rng
         )
+    elif student is not None:
+        source = external.copy(place.directory / "start", student)
     else:
         source = _initialised(place, _searched(place, setup))
     stages.retrain(place, "retrain", source, dataclasses.replace(stage, steps=steps), True, STREAM)
@@ -225,9 +254,10 @@ def _spent(directory: Path) -> float:
 
 
 def read_results(directory: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """{row: {seed: result}} of all finished rows, in the order of the table."""
+    """{row: {seed: result}} of all finished rows, in the order of the table, external ones last."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in ROWS:
+    others = sorted({path.parent.name for path in directory.glob("seed-*/external-*/result.json")})
+    for name in (*ROWS, *others):
         paths = {int(p.parts[-3].removeprefix("seed-")): p for p in directory.glob(f"seed-*/{name}/result.json")}
         if paths:
             results[name] = {seed: read_sealed(paths[seed]) for seed in sorted(paths)}

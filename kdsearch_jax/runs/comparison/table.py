@@ -24,6 +24,7 @@ from scipy import stats
 from kdsearch_jax.pruning import budgets
 from kdsearch_jax.pruning.settings import BOUNDS, BudgetConfig
 from kdsearch_jax.runs import measurement
+from kdsearch_jax.runs.comparison import external
 from kdsearch_jax.runs.comparison.make_rows import comparison_scores, read_results, row_setup
 from kdsearch_jax.runs.comparison.rows import ROWS
 from kdsearch_jax.runs.setup import RunSetup, resolve_limits
@@ -65,7 +66,7 @@ def collect(setup: RunSetup, budget: BudgetConfig, match: str, *, latency: bool 
 
 
 def _row(name: str, by_seed: Mapping[int, dict[str, Any]], times: Mapping[str, float]) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "label": ROWS[name].label}
+    row: dict[str, Any] = {"name": name, **_about_row(name, by_seed)}
     done = {seed: result for seed, result in by_seed.items() if "why" not in result}
     why = {str(seed): result["why"] for seed, result in by_seed.items() if "why" in result}
     if not done:
@@ -75,7 +76,18 @@ def _row(name: str, by_seed: Mapping[int, dict[str, Any]], times: Mapping[str, f
         row[key] = [result[key] for result in done.values()]
     row["ms_per_image"] = [times.get(f"seed-{seed}/{name}") for seed in done]
     row["steps"] = next(iter(done.values()))["steps"]
+    row["made_by"] = [result.get("made_by") for result in done.values()]
     return {**row, **({"failed": why} if why else {})}
+
+
+def _about_row(name: str, by_seed: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """{"label"}; of an external student also its origin, and a note with it."""
+    if name in ROWS:
+        return {"label": ROWS[name].label}
+    result = next(iter(by_seed.values()))
+    origin = result[external.KEY]
+    note = f"made elsewhere, read from {origin['source']}, SHA-256 {origin['digest']}"
+    return {"label": result["label"], external.KEY: origin, "note": note}
 
 
 def _note_unused_budget(setup: RunSetup, budget: BudgetConfig, rows: Sequence[dict[str, Any]]) -> None:
@@ -88,7 +100,9 @@ def _note_unused_budget(setup: RunSetup, budget: BudgetConfig, rows: Sequence[di
             share = min(max(row[name][i] / bound for name, bound in bounds.items()) for i in range(len(row["seeds"])))
             if share < budgets.FLOOR:
                 percent = format_distinct(100 * share, 100 * budgets.FLOOR, digits=1)[0]
-                row["note"] = f"costs {percent}% of the budget, the closest that this row can get"
+                closest = "" if external.KEY in row else ", the closest that this row can get"
+                note = f"costs {percent}% of the budget{closest}"
+                row["note"] = "; ".join(filter(None, (note, row.get("note"))))
 
 
 def _teacher(setup: RunSetup) -> dict[str, Any]:
@@ -198,8 +212,20 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         )  # fmt: skip
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     absent = [f"{row['label']}: not made: {row['why']}" for row in comparison["rows"] if "why" in row]
-    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent
+    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + absent + _versions(finished)
     return f"{table}\n\n{_about(comparison)}\n" + "".join(f"\n{line}\n" for line in footnotes)
+
+
+def _versions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line if the rows were not all made by the same versions of the code, as far as they say."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        for version in dict.fromkeys(row.get("made_by") or ()):
+            if version is not None:
+                labels.setdefault(version, []).append(row["label"])
+    if len(labels) < 2:
+        return []
+    return ["made by different versions: " + "; ".join(f"{', '.join(names)} by {v}" for v, names in labels.items())]
 
 
 def _about(comparison: Mapping[str, Any]) -> str:
