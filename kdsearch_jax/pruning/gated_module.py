@@ -60,8 +60,7 @@ class Gated(nnx.Module):
 
     def _scaled(self) -> frozenset[str]:
         """Names of arrays that gates multiply."""
-        groups = self._topology.network.topology.groups
-        return frozenset(member.leaf for group in groups for member in group.members if member.consumes)
+        return gates_lib.multiplied(self._topology.network.topology)
 
 
 class _Hidden:

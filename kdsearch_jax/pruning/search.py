@@ -281,8 +281,7 @@ class GatedSearch:
     @cached_property
     def _read(self) -> frozenset[str]:
         """Arrays that gates multiply."""
-        members = (member for group in self.topology.groups for member in group.members)
-        return frozenset(member.leaf for member in members if member.consumes)
+        return gates_lib.multiplied(self.topology)
 
     # --- progress and result ----------------------------------------------------------------------------------------
 

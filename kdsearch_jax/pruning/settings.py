@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kdsearch_jax.tracing.topology import KINDS
+
 BOUNDS = ("macs", "params", "latency", "memory")
 
 
@@ -50,7 +52,7 @@ class GatesConfig:
         without the removed units (`kdsearch_jax.distill.shrinking`). None: never.
     """
 
-    kinds: tuple[str, ...] = ("channels", "neurons", "heads", "values", "groups", "branches")
+    kinds: tuple[str, ...] = KINDS
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     penalty: Literal["importance", "macs", "params", "one"] = "importance"

@@ -8,6 +8,7 @@ exactly what remains of its previous result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from kdsearch_jax.tracing.analysis import Analysis, TracedOp
 from kdsearch_jax.tracing.labels import UNIFORM, AbstractValue, SplitAxis, has_labels
 from kdsearch_jax.tracing.program import Program
 from kdsearch_jax.tracing.rules.elementwise import NAMES as ELEMENTWISE
+from kdsearch_jax.tracing.rules.elementwise import mean_divisor
 
 # These may pass on a tensor that is constant along an axis, whatever the size of the axis.
 _SIZE_AGNOSTIC = ELEMENTWISE | {
@@ -64,7 +66,12 @@ def find_mismatch(before: Analysis, after: Analysis, remaining: np.ndarray) -> s
 def _mismatch(old: TracedOp, new: TracedOp, remaining: np.ndarray, units: np.ndarray) -> str | None:
     if old.op.name != new.op.name:
         return "its size decides which operations there are"
-    if _constants(old) != _constants(new) or _parameters(old) != _parameters(new):
+    if all(value.number is not None for value in (*old.outs, *new.outs)):
+        return None  # a number made of numbers; it is compared where it meets an array
+    divisor = mean_divisor(old.op.name, old.ins)
+    if divisor is not None and not _divides_by_size(old, new, divisor, remaining):
+        return "a number that equals its size is written into the code"
+    if _constants(old, divisor) != _constants(new, divisor) or _parameters(old) != _parameters(new):
         return "its size enters the computation as a number"
     resized = any(_constant_axis_resized(*pair) for pair in zip(_shaped(old, "ins"), _shaped(new, "ins"), strict=True))
     if resized and old.op.name not in _SIZE_AGNOSTIC:
@@ -74,6 +81,14 @@ def _mismatch(old: TracedOp, new: TracedOp, remaining: np.ndarray, units: np.nda
             if not _same_axis(x, y, n, m, remaining, units) and not _single_unit(x, b, m, remaining, units):
                 return "the model's code needs this size"
     return None
+
+
+def _divides_by_size(old: TracedOp, new: TracedOp, divisor: int, remaining: np.ndarray) -> bool:
+    """Whether the mean of the remaining units is taken over as many as there are."""
+    summed = old.ins[1 - divisor].summed
+    terms = math.prod(n if isinstance(n, int) else int(remaining[n].sum()) for n in summed)
+    number = new.ins[divisor].number
+    return bool(number) and math.isclose(number if old.op.name == "div" else 1 / number, terms, rel_tol=1e-6)
 
 
 def _without_stretches(analysis: Analysis) -> list[TracedOp]:
@@ -156,13 +171,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _constants(traced: TracedOp) -> tuple[Any, ...]:
-    """The operation's constant operands, each by its one number where it has only one."""
-    inputs = traced.op.inputs
+def _constants(traced: TracedOp, divisor: int | None) -> tuple[Any, ...]:
+    """The operation's constant operands, each by its one number where it has only one; without a mean's divisor."""
+    inputs = [v for i, v in enumerate(traced.op.inputs) if i != divisor]
+    numbers = {v: value.number for v, value in zip(traced.op.inputs, traced.ins, strict=True)}
     if traced.op.name == "dynamic_slice":  # where it starts on an axis with labels shows in its result
         axes = traced.ins[0].axes
         inputs = (inputs[0], *(v for v, axis in zip(inputs[1:], axes, strict=True) if not isinstance(axis, np.ndarray)))
-    return tuple(_fingerprint(traced.program, v) for v in inputs if v in traced.program.constants)
+    known = traced.program.constants
+    return tuple(
+        _fingerprint(traced.program, v) if v in known else numbers[v]
+        for v in inputs
+        if v in known or numbers[v] is not None
+    )
 
 
 def _fingerprint(program: Program, value: int) -> Any:
