@@ -73,8 +73,6 @@ class Subnetwork:
 
     def fold(self, params: Any, model_state: Any) -> Any:
         """Variables of the gated subnetwork; params: {"params": of the subnetwork, "gates": of the whole network}."""
-        if self.network is self.whole:
-            return self.search.fold(params, **model_state)
         variables = {"params": params["params"], **model_state}
         return gates_lib.fold(variables, self.gates(params[GATES]), self.network.topology)
 

@@ -65,9 +65,7 @@ def kept(gates: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
     return {group.name: jnp.asarray(gates[group.name]) > 0 for group in topology.groups if group.masked}
 
 
-def fold(
-    variables: Any, gates: Mapping[str, Any], topology: Topology, keep: Mapping[str, Any] | None = None
-) -> Any:
+def fold(variables: Any, gates: Mapping[str, Any], topology: Topology, keep: Mapping[str, Any] | None = None) -> Any:
     """The variables of the gated network: each kernel that reads a unit, times the gate of the unit.
 
     Of a masked group, what produces the unit is multiplied by its gate, and what reads the unit by 1 or 0. The gated

@@ -79,7 +79,9 @@ def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], net
 
 @memoize(2)
 def _jitted_fold(topology: Topology) -> Any:
-    return jax.jit(lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology, keep))
+    return jax.jit(
+        lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology, keep)
+    )
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:

@@ -38,7 +38,7 @@ def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, 
     """The function with the units outside of `kept` masked where it mixes units.
 
     Args:
-      function: (variables, *inputs) → a pytree of arrays; other values that it depends on must not be traced.
+      function: (variables, *args, **kwargs) → any pytree; every traced array that it depends on is among its arguments.
       topology: of the network; arrays of `variables` are found by their paths, others count as inputs.
       kept: {group: (size,) bool} of all groups that are masked.
 
@@ -51,29 +51,37 @@ def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, 
         return function
     alive = jnp.concatenate([*(jnp.asarray(kept[group.name], bool) for group in groups), jnp.ones(1, bool)])
 
-    def call(variables: Any, *inputs: Any) -> Any:
-        flat, structure = jax.tree_util.tree_flatten_with_path(variables)
+    def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        flat, _ = jax.tree_util.tree_flatten_with_path(variables)
+        leaves, structure = jax.tree.flatten((variables, args, kwargs))
         names = [path_string(path) for path, _ in flat]
-        order = sorted(range(len(flat)), key=lambda i: names[i] not in topology.shapes)  # others are inputs
-        arrays = [flat[i][1] for i in order]
+        known = [i for i, name in enumerate(names) if name in topology.shapes]
+        order = known + [i for i, leaf in enumerate(leaves) if i not in set(known) and _is_array(leaf)]
+        results: list[tuple[list[Any], Any]] = []
 
-        def run(arrays: Sequence[Any], *inputs: Any) -> Any:
-            return function(jax.tree.unflatten(structure, [arrays[order.index(i)] for i in range(len(flat))]), *inputs)
+        def run(*arrays: Any) -> list[Any]:
+            filled = list(leaves)
+            for i, array in zip(order, arrays, strict=True):
+                filled[i] = array
+            variables, args, kwargs = jax.tree.unflatten(structure, filled)
+            results.append(jax.tree.flatten(function(variables, *args, **kwargs)))
+            return [leaf for leaf in results[-1][0] if _is_array(leaf)]
 
-        closed, result = jax.make_jaxpr(run, return_shape=True)(arrays, *inputs)
-        known = [names[i] for i in order if names[i] in topology.shapes]
-        program = flatten_jaxpr(closed)
-        labels = Labels.of([topology.shapes[name] for name in known])
-        unit_of = _units_of_labels(labels, known, topology)
-        sites = _sites(reanalyze(program, labels, len(known)), unit_of)
-
-        def stays(axis: np.ndarray) -> Any:
-            return alive[unit_of[axis]]
-
-        evaluated = _Evaluation(sites, stays).run(closed.jaxpr, closed.consts, jax.tree.leaves((arrays, inputs)))
-        return jax.tree.unflatten(jax.tree.structure(result), evaluated)
+        arrays = [leaves[i] for i in order]
+        closed = jax.make_jaxpr(run)(*arrays)
+        labels = Labels.of([topology.shapes[names[i]] for i in known])
+        unit_of = _units_of_labels(labels, [names[i] for i in known], topology)
+        sites = _sites(reanalyze(flatten_jaxpr(closed), labels, len(known)), unit_of)
+        evaluation = _Evaluation(sites, lambda axis: alive[unit_of[axis]])
+        outs = iter(evaluation.run(closed.jaxpr, closed.consts, arrays))
+        made, result = results[-1]
+        return jax.tree.unflatten(result, [next(outs) if _is_array(leaf) else leaf for leaf in made])
 
     return call
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
 
 
 def _units_of_labels(labels: Labels, names: Sequence[str], topology: Topology) -> np.ndarray:

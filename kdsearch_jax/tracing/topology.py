@@ -8,9 +8,9 @@ that own entries on the same parameter axes; all units of a group are interchang
 
 A unit can be removed only if every operation that mixes it with others is a contraction with a stored kernel. A gate
 g ≥ 0 on those kernel rows then scales the unit's contribution, and g = 0 makes its removal exact, whatever BatchNorm,
-bias or activation stands between. Sums over units, as in a LayerNorm, and contractions of two activations, as of queries
-and keys, are made exact by leaving removed units out of them (`masking`). All other labels are frozen, with a reason.
-Freezing is always safe.
+bias or activation stands between. Sums over units, as in a LayerNorm, and contractions of two activations, as of
+queries and keys, are made exact by leaving removed units out of them (`masking`). All other labels are frozen, with a
+reason. Freezing is always safe.
 
 A residual branch is a group with one unit, whose gate multiplies the parameters at the branch's end.
 

@@ -27,7 +27,7 @@ def _contract(ctx: RuleContext, a: AbstractValue, b: AbstractValue, i: int, j: i
     if kernel is not None:
         ctx.analysis.contracted.append(kernel)
     else:  # two activations, or a kernel that is not used as stored
-        ctx.analysis.mix(ctx, 0, {i: left}, "queries" if a.active and b.active else "width")
+        ctx.analysis.mix(ctx, 0, {i: left}, "queries" if a.active and b.active and a is not b else "width")
 
 
 def _leaves(ctx: RuleContext, *values: AbstractValue) -> tuple[int, ...]:
@@ -67,9 +67,9 @@ def _dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     _add_term(ctx, 1.0, sizes, _leaves(ctx, a, b))
     ctx.count(2.0 * math.prod(ctx.out_shape()) * math.prod(shapes[0][i] for i in left))
     linear = all(v.linear for v in ins if v.weight)
-    summed = tuple(_size(summed.axes[k], shapes[0][i]) for k, i in zip(left if summed is a else right, left, strict=True))
-    counts = any(isinstance(n, np.ndarray) for n in summed) and a.active and b.active
-    return [combine(ins, axes, linear)._replace(summed=summed if counts else ())]
+    terms = tuple(sizes[len(axes) :])
+    counts = a.active and b.active and any(isinstance(n, np.ndarray) for n in terms)
+    return [combine(ins, axes, linear)._replace(summed=terms if counts else ())]
 
 
 def _add_term(ctx: RuleContext, constant: float, sizes: Sequence[Any], leaves: tuple[int, ...]) -> None:
