@@ -51,7 +51,7 @@ class Gated(nnx.Module):
         """
         if masks := self._masks():
             raise ValueError(
-                f"folded: the units of {masks[0]} are masked where the model averages over them; call this module itself"
+                f"folded: units of {masks[0]} are masked where the model averages over them; call this module itself"
             )
         return self._fold()
 

@@ -292,7 +292,7 @@ class GatedSearch:
         for group in self.topology.groups:
             if group.masked:
                 raise ValueError(
-                    f"fold: the units of {group.name} are masked where the model averages over them, which module.apply "
+                    f"fold: units of {group.name} are masked where the model averages over them, which module.apply "
                     "does not do; use search.apply({**params, …}, x), or exclude these groups"
                 )
         return folded

@@ -85,15 +85,19 @@ def _jitted_fold(topology: Topology) -> Any:
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf sliced to the indices that stay, in its box if it has one, without the leaves of dropped layers."""
-    masks: dict[str, list[tuple[int, np.ndarray]]] = {}
+    """Every leaf sliced to the indices that stay, in its box if it has one, without the leaves of dropped layers.
+
+    Parameters behind numbers that follow a size, such as 1/√d, are rescaled (`Network.factors`).
+    """
+    factors, masks = network.factors(keep), dict[str, list[tuple[int, np.ndarray]]]()
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
 
     def sliced(name: str, leaf: Any) -> Any:
         for axis, mask in masks.get(name, ()):
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
-        return jnp.asarray(leaf)
+        factor = factors.get(name, 1.0)
+        return jnp.asarray(leaf) if factor == 1.0 else jnp.asarray(leaf) * jnp.asarray(factor, leaf.dtype)
 
     dropped = network.topology.dropped(keep)
     variables = {name: leaves for name, leaves in variables.items() if name != gates_lib.KEPT}

@@ -164,7 +164,7 @@ class _Evaluation:
         return self.run(jaxpr, consts, operands[first:], path)
 
     def scan(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
-        """A scan whose body is corrected; its operands are constants, carry and slices, its results carry and slices."""
+        """A scan whose body is corrected: of constants, carry and slices, it returns carry and slices."""
         p, body = eqn.params, eqn.params["jaxpr"]
         outer, inner = [v.aval for v in eqn.invars], [v.aval for v in body.jaxpr.invars]
         sliced = sum(len(a.shape) > len(b.shape) for a, b in zip(outer, inner, strict=True))
