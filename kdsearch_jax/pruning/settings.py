@@ -37,7 +37,7 @@ class GatesConfig:
     """Which structures may be removed, and how the proximal search treats their gates.
 
     Attributes:
-      kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`.
+      kinds: of `channels`, `neurons`, `heads`, `queries`, `values`, `width`, `groups`, `branches`.
       include, exclude: patterns (fnmatch) of group names.
       penalty: α_j, see `kdsearch_jax.pruning.control`. sharpness: exponent of α_j for `importance`.
       learning_rate, momentum: of the proximal step. importance_decay: of the running mean of importances.

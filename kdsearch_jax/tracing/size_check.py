@@ -50,9 +50,9 @@ class RescaleCheck:
 
     def agrees(self, new: TracedOp) -> bool:
         """Whether an operation of a trial has the number that earlier trials lead to expect."""
-        if self.size == self.whole:
-            return True
         follows = self.found.is_number(new.ins[self.found.operand].number, self.size)
+        if self.size == self.whole:
+            return follows
         self.follows = follows if self.follows is None else self.follows
         return follows == self.follows
 

@@ -59,10 +59,11 @@ def _sum(ctx: RuleContext, value: AbstractValue, gone: Collection[int], keep: Co
     for i in [i for i in labels if value.weight and ctx.analysis.is_stored(value, labels[i])]:
         ctx.analysis.contracted.append(labels.pop(i))
     if labels:
-        ctx.analysis.mix(ctx, 0, labels, "width")
+        ctx.analysis.mix(ctx, 0, labels, "width" if value.active else None)
     sizes = [axis if isinstance(axis := value.axes[i], np.ndarray) else ctx.shape(0)[i] for i in gone]
+    terms = (*value.summed, *sizes)
     result = combine([value], [value.axes[i] for i in keep], value.linear)
-    return result._replace(summed=tuple(sizes)) if any(isinstance(n, np.ndarray) for n in sizes) else result
+    return result._replace(summed=terms) if any(isinstance(n, np.ndarray) for n in terms) else result
 
 
 def _along(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:

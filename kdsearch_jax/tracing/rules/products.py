@@ -27,7 +27,8 @@ def _contract(ctx: RuleContext, a: AbstractValue, b: AbstractValue, i: int, j: i
     if kernel is not None:
         ctx.analysis.contracted.append(kernel)
     else:  # two activations, or a kernel that is not used as stored
-        ctx.analysis.mix(ctx, 0, {i: left}, "queries" if a.active and b.active and a is not b else "width")
+        kind = "queries" if a is not b else "width"
+        ctx.analysis.mix(ctx, 0, {i: left}, kind if a.active and b.active else None)
 
 
 def _leaves(ctx: RuleContext, *values: AbstractValue) -> tuple[int, ...]:
