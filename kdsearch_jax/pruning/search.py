@@ -267,10 +267,12 @@ class GatedSearch:
           ValueError: variables have no gates, or those of another network.
         """
         folded, (_, gates) = self._fold(variables, {}), transform.split(variables, self.topology)
-        gates = {name: jnp.asarray(gate) for name, gate in gates.items()}
-        return masked(self.network.module.apply, self.topology, gates_lib.kept(gates, self.topology))(
-            folded, *args, **kwargs
-        )
+        module, boxes, kept = self.network.module, boxes_of(folded), gates_lib.kept(gates, self.topology)
+
+        def run(plain: Any, *args: Any, **kwargs: Any) -> Any:
+            return module.apply(boxed(plain, boxes), *args, **kwargs)
+
+        return masked(run, self.topology, kept)(unboxed(folded), *args, **kwargs)
 
     def fold(self, params: Any, **collections: Any) -> Any:
         """Variables of the gated network, for `module.apply`; `apply` does both, for every network.

@@ -43,8 +43,8 @@ def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, 
       kept: {group: (size,) bool} of all groups that are masked.
 
     Returns:
-      a function with the same arguments. It raises ValueError where it reads units in a way that the trace of the
-      network did not: in another mode of the model, say.
+      a function with the same arguments. It raises ValueError if variables are missing, or if it reads units in a way
+      that the trace of the network did not: in another mode of the model, say.
     """
     groups = [group for group in topology.groups if group.masked]
     if not groups:
@@ -55,6 +55,8 @@ def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, 
         flat, _ = jax.tree_util.tree_flatten_with_path(variables)
         leaves, structure = jax.tree.flatten((variables, args, kwargs))
         names = [path_string(path) for path, _ in flat]
+        if missing := sorted({member.leaf for group in groups for member in group.members} - set(names)):
+            raise ValueError(f"variables: {missing[0]} is missing, whose units are masked; give those of the network")
         known = [i for i, name in enumerate(names) if name in topology.shapes]
         order = known + [i for i, leaf in enumerate(leaves) if i not in set(known) and _is_array(leaf)]
         results: list[tuple[list[Any], Any]] = []
