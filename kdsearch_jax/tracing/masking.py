@@ -92,9 +92,9 @@ def _units_of_labels(labels: Labels, names: Sequence[str], topology: Topology) -
     unit_of, start = np.full(len(labels.leaf), -1), 0
     for group in (group for group in topology.groups if group.masked):
         for member in group.members:
-            if member.leaf in number and member.units is not None:
-                owned = member.units >= 0
-                unit_of[labels.value_axes(number[member.leaf])[member.axis][owned]] = start + member.units[owned]
+            axis = None if member.units is None else labels.value_axes(number[member.leaf])[member.axis]
+            if axis is not None and member.units is not None:  # an axis of length 1 has no labels
+                unit_of[axis[member.units >= 0]] = start + member.units[member.units >= 0]
         start += group.size
     return unit_of
 
