@@ -91,7 +91,7 @@ def einsum_with_batch_axes(m, x):
     return out(pooled(nn.relu(jnp.einsum("bso,sod->bsd", y, p))))
 
 
-@case(VECTOR, neurons(b=5, k=7), {"a/kernel[1]": "not used as stored"})
+@case(VECTOR, neurons(a=6, b=5, k=7))
 def kernel_behind_a_nonlinear_function(m, x):
     x = nn.relu(nn.Dense(6, name="a")(x))
     k = m.param("k", nn.initializers.normal(), (6, 7))
@@ -106,7 +106,7 @@ def kernel_times_a_mask(m, x):
     return out(nn.relu(x @ (k * m.param("s", nn.initializers.ones, (x.shape[-1], 1)))))
 
 
-@case((3, 4), neurons(b=5), {"a/kernel[1]": "two activations are contracted"})
+@case((3, 4), {"a": ("width", 6), **neurons(b=5)})
 def gram_matrix(m, x):
     x = nn.Dense(6, name="a")(x)
     return out(nn.relu(nn.Dense(5, name="b")(jnp.einsum("bsc,btc->bst", x, x))).mean(1))
