@@ -321,7 +321,7 @@ def normed_stream(s, x, a, b, c):
             4: lambda: x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1),
             5: lambda: x / jnp.sqrt(jnp.sum(x**2, -1, keepdims=True) + 0.1),
         }[a % 6]()
-        return x * s.param("gain", (n,)) if a % 2 else x
+        return x * s.param("gain", (1,) * (x.ndim - 1) + (n,)) if a % 2 else x
 
     for _ in range(2):
         y = _dense(s, "down", n, activation_of(b)(_dense(s, "up", widths(c), x if post else norm(x))))

@@ -38,7 +38,7 @@ class ByHand(nn.Module):
             "length": lambda: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
             "literal": lambda: x * jax.lax.rsqrt(jnp.sum(x**2, -1, keepdims=True) / 12 + 0.1),
         }[self.how]()
-        return self.param("scale", nn.initializers.ones, (x.shape[-1],)) * y
+        return self.param("scale", nn.initializers.ones, (1, 1, x.shape[-1])) * y
 
 
 class Layer(nn.Module):

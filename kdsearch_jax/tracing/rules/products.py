@@ -27,7 +27,7 @@ def _contract(ctx: RuleContext, a: AbstractValue, b: AbstractValue, i: int, j: i
     if kernel is not None:
         ctx.analysis.contracted.append(kernel)
     else:  # two activations, or a kernel that is not used as stored
-        kind = "queries" if a is not b else "width"
+        kind = "width" if len(set(ctx.op.inputs)) == 1 else "queries"
         ctx.analysis.mix(ctx, 0, {i: left}, kind if a.active and b.active else None)
 
 
