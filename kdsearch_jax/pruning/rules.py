@@ -31,7 +31,8 @@ class Rule:
       freeze: True: nothing that matches may be removed. False: an exception to later rules.
       least: number of units that must stay; below 1 a share of the group. For a residual branch, 1 keeps it.
       round_to: widths are multiples of this number, or unchanged.
-      kinds: those of "channels", "neurons", "heads", "values", "groups" and "branches" that may be removed.
+      kinds: those of "channels", "neurons", "heads", "queries", "values", "width", "groups" and "branches" that may be
+        removed.
 
     Raises:
       ValueError: the expression or a setting is not valid.
