@@ -9,6 +9,9 @@ usage() {
   cat <<'END'
 usage: launch/tpu.sh VERB NAME --zone ZONE [options]
 
+  plan --type TYPE -- ARGUMENTS...
+                          what a run would take on such a slice, and whether it fits: compiled on this machine, which
+                          needs no TPU (kdsearch_jax.inspect ARGUMENTS --target tpu:TYPE)
   create NAME --type TYPE [--queued] [--spot] [--version V] [-- gcloud's own flags]
                           a slice such as v5litepod-8 or v6e-8; --queued waits in line for one
   wait NAME               until a queued slice is there (fails where it never will be)
@@ -34,6 +37,15 @@ verb=$1
 shift
 zone='' project='' type='' version='' bucket='' worker=0 queued=no spot=no yes=no dry_run=no
 parse "--zone --project --type --version --bucket --worker" "--queued --spot --yes --dry-run" "$@"
+
+if [ "$verb" = plan ]; then
+  need --type "$type"
+  # shellcheck disable=SC2154 # parse sets it
+  [ ${#positional[@]} = 0 ] || die "plan: ${positional[0]} is not possible; give the run's arguments after --"
+  [ ${#rest[@]} -gt 0 ] || die "plan: no run; give its arguments after --, such as -- --config cifar10_resnet20"
+  run "${PYTHON:-python3}" -m kdsearch_jax.inspect "${rest[@]}" "--target=tpu:$type"
+  exit
+fi
 
 name=${positional[0]:-}
 [ "$verb" = status ] || need NAME "$name"

@@ -166,6 +166,17 @@ class TestTpu:
         assert calls == [["gcloud", "compute", "tpus", *call] for call in expected]
         assert all(map(known_to_gcloud, calls))
 
+    def test_a_plan_is_compiled_here(self, cloud):
+        done = cloud("tpu.sh", "plan", "--type", "v5litepod-8", "--dry-run", "--", "--config", "digits")
+        assert done.stdout.split()[1:] == [
+            "-m",
+            "kdsearch_jax.inspect",
+            "--config",
+            "digits",
+            "--target=tpu:v5litepod-8",
+        ]
+        assert cloud.calls() == []
+
     def test_creating_says_how_to_stop(self, cloud):
         done = cloud("tpu.sh", "create", "one", "--zone", "z", "--type", "v6e-8", "--queued", "--project", "p")
         (line,) = set(done.stderr.splitlines())
@@ -255,6 +266,9 @@ class TestTpu:
             (["fetch", "one", "runs", "--zone", "z"], "2 words"),
             (["explode", "one", "--zone", "z"], "explode is not a verb"),
             (["create", "one", "--zoen", "z"], "--zoen is not an option"),
+            (["plan", "--type", "v6e-8"], "no run"),
+            (["plan", "--", "--config", "digits"], "--type is missing"),
+            (["plan", "one", "--type", "v6e-8", "--", "--config", "digits"], "one is not possible"),
         ],
     )
     def test_refuses_in_one_line(self, cloud, argv, message):

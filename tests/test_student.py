@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization, traverse_util
+from flax import nnx, serialization, traverse_util
 from proof import ANY, image, random_gates, random_keep, traced, variables_of
 from test_models import small
 
 from kdsearch_jax import models
+from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.architecture import Architecture, StudentModule
+from kdsearch_jax.adapters.registry import build
 from kdsearch_jax.pruning import surgery
+from kdsearch_jax.pruning.network import adapter_for, trace
+from kdsearch_jax.tracing.program import flatten_jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -277,3 +281,35 @@ def test_bfloat16_and_no_batch_limit():
     half = jax.tree.map(jnp.bfloat16, cut.sliced)
     logits = jax.eval_shape(cut.student.apply, half, jnp.zeros((7, 8, 8, 1), jnp.bfloat16))
     assert logits.shape == (7, 5) and logits.dtype == jnp.bfloat16
+
+
+class ResidualNNX(nnx.Module):
+    """Two residual blocks of an NNX network."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.stem, self.head = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.first, self.second = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        x = x + self.first(nnx.relu(x))
+        return self.head(x + self.second(nnx.relu(x)))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_student_without_branches_computes_in_the_precision_of_the_run(kind):
+    """What dropped layers return does not widen what it is added to: every product has operands in bfloat16."""
+    if kind == "linen":
+        module, x = build("cifar_resnet", {"depth": 8, "width": 4, "num_classes": 5}), image(8, 8, 3)
+        network = trace(module, x, train=False)
+    else:
+        network, x = trace(ResidualNNX(), np.ones((2, 6), np.float32)), np.ones((2, 6), np.float32)
+    keep = {g.name: np.full(g.size, g.kind != "branches") for g in network.topology.groups}
+    student = network.student(keep)
+    assert any(g.kind == "branches" for g in network.topology.groups)
+    variables = adapter_for(student).abstract_variables(student, network.inputs, network.kwargs)
+    for precision, dtype in (("bf16", jnp.bfloat16), ("fp32", jnp.float32)):
+        program = flatten_jaxpr(jax.make_jaxpr(lambda v, x, p=precision: apply_eval(student, v, x, p))(variables, x))
+        products = [op for op in program.ops if op.name in ("dot_general", "conv_general_dilated", "product")]
+        assert products and all(program.avals[v].dtype == dtype for op in products for v in op.inputs)

@@ -1,8 +1,9 @@
-"""Array placement: one mesh over all devices of all processes, with replicated or batch-sharded arrays."""
+"""Array placement: one mesh over all devices of all processes, with replicated or sharded arrays."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -11,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+SMALLEST = 1 << 14  # elements of an array that is worth sharding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,7 +62,9 @@ def gathered(tree: Any) -> Any:
     """The tree with every array that is sharded over a mesh copied to the default device."""
 
     def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            return leaf
+        if not isinstance(leaf.sharding, NamedSharding):
             return leaf
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))
@@ -72,17 +78,54 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
     return place(tree, NamedSharding(mesh or data_mesh(), PartitionSpec()))
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts every leaf in this sharding, which may span processes; they must all hold the same values."""
+def shardings_of(tree: Any, mesh: Mesh, shard: str | None) -> Any:
+    """The sharding of each leaf of a training state.
 
-    def put(leaf: Any) -> Array:
+    Args:
+      tree: arrays or shapes.
+      shard: "fsdp" divides each leaf of `SMALLEST` elements or more among all devices, along its largest axis that
+        their number divides; None replicates all.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        shape, axes = np.shape(leaf), PartitionSpec()
+        fitting = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 0]
+        if shard == "fsdp" and fitting and math.prod(shape) >= SMALLEST:
+            axes = PartitionSpec(*(None,) * max(fitting, key=lambda axis: shape[axis]), "data")
+        return NamedSharding(mesh, axes)
+
+    return jax.tree.map(sharding, tree)
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Replicates every leaf that does not lie on the mesh already, in whatever sharding."""
+
+    def put(leaf: Any) -> Any:
+        there = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if there and not leaf.weak_type else replicate(leaf, mesh)
+
+    return jax.tree.map(put, tree)
+
+
+def place(tree: Any, sharding: Any) -> Any:
+    """Puts every leaf in this sharding, which may span processes; they must all hold the same values.
+
+    Args:
+      sharding: one for all leaves, or a tree of them.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> Array:
         # An equivalent sharding is not enough: `jit` would recompile for it.
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding and not leaf.weak_type:
             return leaf
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
         host = np.asarray(leaf if isinstance(leaf, (np.ndarray, jax.Array)) else jnp.asarray(leaf))
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+    if isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
+    return jax.tree.map(put, tree, sharding)
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
@@ -105,7 +148,12 @@ def assemble(tree: Any, held: Sequence[int], sharding: NamedSharding, rows: int)
     return jax.tree.map(put, tree)
 
 
-def donatable_copy(tree: Any, mesh: Mesh) -> Any:
-    """Replicated copies in new buffers, so that donating them leaves the caller's arrays valid."""
-    copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return copy(replicate(tree, mesh))
+def donatable_copy(tree: Any, where: Any) -> Any:
+    """Copies in new buffers, so that donating them leaves the caller's arrays valid.
+
+    Args:
+      where: a tree of shardings, or a mesh to replicate to.
+    """
+    shardings = NamedSharding(where, PartitionSpec()) if isinstance(where, Mesh) else where
+    copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves), out_shardings=shardings)
+    return copy(place(tree, shardings))

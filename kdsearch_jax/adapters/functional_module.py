@@ -308,13 +308,21 @@ class Zeros(nnx.Module):
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the shapes that the layer would return."""
+        """Zeros of the shapes and dtypes that the layer would return; its parameters have the type of its inputs."""
+        arrays = [leaf for leaf in self.layer.leaves if not leaf.random]
+        floats = {leaf.dtype for leaf in jax.tree.leaves((args, kwargs)) if _is_float(leaf)}
+        # Where all computes in bfloat16, float32 zeros would widen what they are added to.
+        narrow = floats.pop() if len(floats) == 1 else None
+        dtypes = [narrow if narrow == jnp.bfloat16 and leaf.dtype == jnp.float32 else leaf.dtype for leaf in arrays]
         variables = nest(
-            arrays := [leaf for leaf in self.layer.leaves if not leaf.random],
-            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arrays],
+            arrays, [jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in zip(arrays, dtypes, strict=True)]
         )
         output = jax.eval_shape(lambda leaves: self.layer.apply(leaves, *args, **kwargs), variables)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output)
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _check_names(layers: LayerSizes, dropped: tuple[str, ...], paths: set[str], base: FunctionalModule) -> None:

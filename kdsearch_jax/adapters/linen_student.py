@@ -257,8 +257,23 @@ def _like(value: Any, old: Any) -> Any:
 
 
 def _zeros(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Zeros of the shapes that `layer` would return; its parameters are neither created nor read."""
+    """Zeros of the shapes and dtypes that `layer` would return; its parameters are neither created nor read."""
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
     detached = layer.clone(parent=None)
-    output, _ = jax.eval_shape(lambda: detached.init_with_output(rngs, *args, **kwargs))
+    output, variables = jax.eval_shape(lambda: detached.init_with_output(rngs, *args, **kwargs))
+    # Its parameters would have been cast like all others. Float32 zeros would widen what they are added to.
+    dtypes = _float_dtypes(layer.scope.root.variables().get("params", {})) if layer.scope is not None else set()
+    if len(dtypes) == 1 and _float_dtypes(variables.get("params", {})) - dtypes:
+        (dtype,) = dtypes
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if _is_float(x) else x, variables["params"])
+        variables = {**variables, "params": cast}
+        output = jax.eval_shape(lambda v: detached.apply(v, *args, rngs=rngs, mutable=True, **kwargs)[0], variables)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _float_dtypes(tree: Any) -> set[Any]:
+    return {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(tree) if _is_float(leaf)}

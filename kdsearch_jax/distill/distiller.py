@@ -90,9 +90,11 @@ class Distiller:
         """The teachers' outputs and features, without gradient."""
         if self.cached:
             return Activations(jax.lax.stop_gradient(teacher_cache.split_outputs(batch)[1]), {})
-        with features.record_features(self.teachers[0].module) if self.feature_paths else nullcontext({}) as seen:
-            first = self.teachers[0].outputs(self._variables(constants)[0], batch, self.precision)
-        shown = Activations(self._mean(first, constants, batch), features.select_features(seen, self.feature_paths))
+        recorded = features.record_features(self.teachers[0].module) if self.feature_paths else nullcontext({})
+        with jax.named_scope("teacher"):
+            with recorded as seen:
+                first = self.teachers[0].outputs(self._variables(constants)[0], batch, self.precision)
+            shown = Activations(self._mean(first, constants, batch), features.select_features(seen, self.feature_paths))
         return jax.lax.stop_gradient(shown)
 
     def outputs(self, constants: Any, batch: Mapping[str, Any]) -> Any:

@@ -154,8 +154,11 @@ class Limits:
         return [(name, bound) for name in COUNTED if (bound := getattr(self, name))]
 
 
-def resolve(config: BudgetConfig, topology: Topology) -> Limits:
+def resolve(config: BudgetConfig, topology: Topology, multiples: Mapping[str, int] | None = None) -> Limits:
     """The limits on MACs and parameters that settings ask for; `kdsearch_jax.runs.latency` adds the measured ones.
+
+    Args:
+      multiples: {group: multiple} for `round_to="hardware"`; by default those of this device.
 
     Raises:
       BudgetError: a bound is not positive, not below the cost of the network, or below that of the smallest student.
@@ -163,7 +166,8 @@ def resolve(config: BudgetConfig, topology: Topology) -> Limits:
     if all(getattr(config, name) is None for name in BOUNDS):
         raise BudgetError(f"budget: give budget.macs or budget.params (or budget.{' or budget.'.join(BOUNDS[2:])})")
     _check_round_to(config.round_to)
-    limits = _counted_limits(config, topology, config.round_to)
+    by_target = multiples is not None and config.round_to == "hardware"
+    limits = _counted_limits(config, topology, multiples if by_target and multiples else config.round_to)
     _check_reachable(topology, limits, {}, vars(config))
     return limits
 

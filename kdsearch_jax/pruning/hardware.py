@@ -24,7 +24,7 @@ from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.topology import Topology
 
 MULTIPLES: dict[str, tuple[int, ...]] = {"tpu": (8, 128), "gpu": (8,), "cpu": (1,)}
-_WIDTHS = ("channels", "neurons", "queries", "values", "width")  # kinds of units that are indices of an axis
+WIDTHS = ("channels", "neurons", "queries", "values", "width")  # kinds of units that are indices of an axis
 
 
 def current_platform() -> str:
@@ -40,7 +40,7 @@ def multiple_of(width: int, platform: str | None = None) -> int:
 
 def multiples(topology: Topology, platform: str | None = None) -> dict[str, int]:
     """{group: multiple that its width should have}."""
-    return {g.name: multiple_of(g.size, platform) if g.kind in _WIDTHS else 1 for g in topology.groups}
+    return {g.name: multiple_of(g.size, platform) if g.kind in WIDTHS else 1 for g in topology.groups}
 
 
 def padded_macs(topology: Topology, keep: np.ndarray, platform: str | None = None) -> float:

@@ -22,6 +22,8 @@ class BudgetConfig:
       round_to: widths are multiples of this number; `hardware`: of numbers that this device does not pad
         (`kdsearch_jax.pruning.hardware`).
       batch_size: examples of a call for latency and memory.
+      target: a TPU slice that is not here, such as `tpu:v5e:1x1`: latency, memory and the multiples of `hardware` are
+        those that its compiler estimates, in bfloat16 (docs/tpu.md). None: this device.
     """
 
     macs: float | None = 0.5
@@ -30,6 +32,7 @@ class BudgetConfig:
     latency: float | None = None
     memory: float | None = None
     batch_size: int = 64
+    target: str | None = None
 
 
 @dataclass(frozen=True)

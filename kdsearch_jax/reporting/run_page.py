@@ -181,13 +181,14 @@ def _measured_budgets(run: RunRecord) -> list[BudgetCheck]:
     """Of budgets on time and memory, for every trained student."""
     checks = []
     for stage, record in run.measured_budgets.items():
+        where = f" on {record['target']}, estimated by the compiler" if "target" in record else ""
         for key, noun, text in (("latency", "time", milliseconds), ("memory", "memory", file_size)):
             if (measured := record.get(key)) is None:
                 continue
             limit = measured["budget"] * (measured["teacher"] if measured["budget"] <= 1 else 1)
             checks.append(
                 BudgetCheck(
-                    f"{text(limit)} of {noun} per call with {record['batch_size']} examples",
+                    f"{text(limit)} of {noun} per call with {record['batch_size']} examples{where}",
                     text(measured["student"]),
                     measured["within"],
                     text(measured["teacher"]),

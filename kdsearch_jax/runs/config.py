@@ -342,6 +342,10 @@ def _check_together(experiment: Experiment) -> None:
     if not any(getattr(experiment.budget, name) is not None for name in BOUNDS):
         settings = ", ".join(f"budget.{name}" for name in BOUNDS)
         raise ValueError(f"{settings} are all None; bound at least one, as in --budget.macs 0.5")
+    if experiment.budget.target is not None:
+        from kdsearch_jax.runs.targets.chips import parse_target  # imports jax, which --help does not need
+
+        parse_target(experiment.budget.target, "budget.target")
     mean, std = experiment.data.mean, experiment.data.std
     if (mean is None) != (std is None):
         raise ValueError(f"data.mean is {mean} and data.std is {std}; give both, or neither to measure them")

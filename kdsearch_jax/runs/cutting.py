@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kdsearch_jax.adapters.devices import gathered
 from kdsearch_jax.distill import shrinking
 from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.pruning import baselines, landing, selection, surgery
@@ -63,7 +64,7 @@ def keep(
 ) -> None:
     """Keeps the state of a search for `land`: the network, gates not folded in, with gates and importances."""
     directory = point.cut_directory(setup.search_directory) / "kept"
-    state = jax.tree.map(np.asarray, state)
+    state = jax.tree.map(np.asarray, gathered(state))
     variables, gates = shrinking.expanded(subnetwork, state, teacher.variables), state.params[GATES]
     importance = subnetwork.whole.topology.unflatten(np.asarray(search_state(state.opt_state).importance))
     directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdsearch_jax.adapters.apply import apply_eval
 from kdsearch_jax.adapters.call_spec import CallSpec
-from kdsearch_jax.adapters.devices import data_mesh, place, replicate
+from kdsearch_jax.adapters.devices import data_mesh, on_mesh, place, replicate
 from kdsearch_jax.adapters.memoize import memoize
 from kdsearch_jax.data.batches import is_image, preprocess
 from kdsearch_jax.data.device_feed import evaluation_batches
@@ -106,7 +106,7 @@ def _batch_evaluator(
 ) -> Any:
     """A function of a batch on the devices to {(network, metric): value per example, or () for the whole batch}."""
     order = sorted(networks, key=lambda name: name != teacher)  # the teacher first
-    placed = {name: replicate(network.variables, mesh) for name, network in networks.items()}
+    placed = {name: on_mesh(network.variables, mesh) for name, network in networks.items()}
     forward = {name: inference(n.module, json.dumps(n.call.to_json())) for name, n in networks.items()}
     scales = {name: (tuple(n.mean), tuple(n.std)) for name, n in networks.items()}
     constants = {s: replicate([np.asarray(values, np.float32) for values in s], mesh) for s in scales.values()}

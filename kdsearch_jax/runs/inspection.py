@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +16,20 @@ from kdsearch_jax.adapters.registry import accepts, build
 from kdsearch_jax.pruning import budgets, hardware, selection
 from kdsearch_jax.pruning.network import Network, adapter_for, trace
 from kdsearch_jax.pruning.settings import BOUNDS
-from kdsearch_jax.runs import latency, measurement
+from kdsearch_jax.runs import latency
 from kdsearch_jax.runs.config import Experiment
+from kdsearch_jax.runs.plain_tables import Table, common, pattern
+from kdsearch_jax.runs.planning.steps import AbstractRun
 from kdsearch_jax.runs.teacher_source import LoadedNetwork, network_directory
 from kdsearch_jax.storage.files import one_line
 from kdsearch_jax.tracing.topology import Topology
 
 SHOWN = 4  # names of frozen parameters listed per reason
 
-Table = list[tuple[str, ...]]
-
 
 def inspect_network(
     experiment: Experiment, call: CallSpec, classes: int, measure: bool, trust_code: bool = False
-) -> tuple[Network, dict[str, Any]]:
+) -> tuple[Network, CallSpec, dict[str, Any]]:
     """Traces the experiment's network.
 
     Args:
@@ -40,7 +39,7 @@ def inspect_network(
       trust_code: a stored network may import its package.
 
     Returns:
-      The traced network, and everything that is known about it as plain JSON.
+      The traced network, how it is called, and everything that is known about it as plain JSON.
 
     Raises:
       ValueError: the network cannot be built, called or pruned.
@@ -71,7 +70,8 @@ def inspect_network(
     if measure:
         record = _measured(record, network, experiment, call)
     inputs = call.to_json()["inputs"]
-    return network, record | {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
+    record |= {"model": model, "arguments": arguments, "inputs": inputs, "seconds": round(seconds, 3)}
+    return network, call, record
 
 
 def parse_call(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords: Any) -> CallSpec:
@@ -97,6 +97,20 @@ def parse_call(inputs: Sequence[str], shape: Sequence[int], dtype: str, keywords
     )
 
 
+def abstract_run(experiment: Experiment, network: Network, call: CallSpec, examples: int | None) -> AbstractRun:
+    """The experiment's run without data: a network of one image is called as by a data set of images.
+
+    Args:
+      examples: of the training split; None if they are streamed or their number is unknown.
+    """
+    (name, spec), *others = call.inputs.items()
+    if not others and len(getattr(spec, "shape", ())) == 3 and call.arguments == (name,):
+        call = CallSpec(("images",), {"images": spec}, call.train, call.eval)
+    if examples is not None and experiment.data.train_limit is not None:
+        examples = min(examples, experiment.data.train_limit)
+    return AbstractRun(experiment, network, call, None if experiment.data.stream else examples)
+
+
 def report(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Groups, frozen axes, costs, the smallest student and whether the budget can be met, as plain JSON."""
     topology, config = network.topology, experiment.budget
@@ -115,7 +129,8 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
     """Whether the experiment's budget can be met (None if that must be measured), and the reason if not."""
     bounds = {name: getattr(experiment.budget, name) for name in BOUNDS}
     try:
-        limits = budgets.resolve(experiment.budget, network.topology)
+        multiples = latency.target_multiples(experiment.budget, network.topology)
+        limits = budgets.resolve(experiment.budget, network.topology, multiples)
     except budgets.BudgetError as error:
         return {**bounds, "reachable": False, "reason": str(error)}
     if measured := latency.measured_bounds(experiment.budget):
@@ -127,6 +142,7 @@ def _reach(network: Network, experiment: Experiment) -> dict[str, Any]:
 def _measured(record: dict[str, Any], network: Network, experiment: Experiment, call: CallSpec) -> dict[str, Any]:
     """The record with latency and memory of a call, and whether a budget on these can be met."""
     config, random = experiment.budget, np.random.default_rng(0)
+    instruments = latency.instruments_for(config)
     shapes = adapter_for(network.module).abstract_variables(network.module, network.inputs, network.kwargs)
     drawn = jax.tree.map(lambda leaf: random.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype), shapes)
     networks = {
@@ -134,8 +150,8 @@ def _measured(record: dict[str, Any], network: Network, experiment: Experiment, 
         "smallest": latency.sliced_student(network, drawn, budgets.smallest_keep(network.topology)),
     }
     costs = {
-        "latency": latency.medians(measurement.turn_timer(networks, config.batch_size, call)),
-        "memory": measurement.measure_memory(networks, config.batch_size, call),
+        "latency": latency.medians(instruments.timer(networks, config.batch_size, call)),
+        "memory": dict(instruments.memory(networks, config.batch_size, call)),
     }
     smallest = dict(record["smallest"])
     for name, values in costs.items():
@@ -238,37 +254,3 @@ def _alike(word: str, layers: frozenset[str]) -> str:
         if "/".join(parts[begin:end]).rstrip(":") in layers:
             return "/".join(pattern(part) if begin <= i < end else part for i, part in enumerate(parts))
     return word
-
-
-def pattern(name: str) -> str:
-    """A name with # in place of each number."""
-    return re.sub(r"\d+", "#", name)
-
-
-def common(names: Sequence[str]) -> str:
-    """Names that differ only in numbers as one: # where the numbers differ."""
-    parts = [re.split(r"(\d+)", name) for name in names]
-    return "".join(part[0] if len(set(part)) == 1 else "#" for part in zip(*parts, strict=True))
-
-
-def print_table(titles: Sequence[str], lines: Table) -> None:
-    """Prints a table: with rich on a terminal, as aligned text into a file or pipe."""
-    if not lines:
-        return
-    numbers = [all(re.fullmatch(r"[\d,.%]*", line[i]) for line in lines) for i in range(len(titles))]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table as RichTable
-
-        table = RichTable(box=None, header_style="bold")
-        for title, number in zip(titles, numbers, strict=True):
-            table.add_column(title, justify="right" if number else "left", overflow="fold")
-        for line in lines:
-            table.add_row(*(cell.replace("[", r"\[") for cell in line))
-        Console().print()
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-    for line in [("",) * len(titles), tuple(titles), *lines]:
-        cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
-        print("  ".join(cells).rstrip())

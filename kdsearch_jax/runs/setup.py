@@ -233,7 +233,8 @@ def resolve_limits(
       BudgetError: one of the budgets cannot be met.
     """
     points = budget_points.points(experiment) if points is None else points
-    limits = [budgets.resolve(point.budget, network.topology) for point in points]
+    multiples = latency.target_multiples(experiment.budget, network.topology)
+    limits = [budgets.resolve(point.budget, network.topology, multiples) for point in points]
     if search is not None:
         limits = [latency.add_measured(each, point.budget, search) for each, point in zip(limits, points, strict=True)]
     return tuple(limits)
@@ -268,6 +269,7 @@ def _teacher_path(
 
 def _check_budgets(setup: RunSetup, points: Sequence[BudgetPoint]) -> None:
     """Raises ValueError if a budget cannot be met; warns if its outcome is known to be off."""
+    latency.check_target(setup.experiment.budget)
     topology = setup.trace_teacher().topology
     random_importance = np.random.default_rng(0).uniform(0.1, 1.0, topology.units)
     all_limits = resolve_limits(setup.experiment, setup.trace_teacher(), points)
@@ -354,7 +356,7 @@ def _finished_search(path: Path, experiment: Experiment, directory: Path) -> Pat
         budget = read_sealed(stage / "selection.json")["budget"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"search_from: {stage / 'selection.json'} is damaged ({error}); search again") from error
-    if budget != dataclasses.asdict(experiment.budget):
+    if {"target": None, **budget} != dataclasses.asdict(experiment.budget):
         raise ValueError(
             f"budget: {dataclasses.asdict(experiment.budget)} is not the budget of the search in {stage}, {budget}; "
             "give that one, or search again"

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax import reporting
+from kdsearch_jax.adapters.devices import gathered
 from kdsearch_jax.distill import distiller, search_step, shrinking
 from kdsearch_jax.distill.shrinking import Subnetwork
 from kdsearch_jax.distill.steps import distill_step, supervised_step
@@ -203,7 +204,7 @@ def _descend(
             module=subnetwork.module, teacher=teacher, variables_of=variables_of, constants=distillation.constants,
             between=between, until=shrinks, checkpoints_in=checkpoints, dataset=distillation.dataset,
         )  # fmt: skip
-        state = jax.tree.map(np.asarray, state)  # off the devices of other processes
+        state = jax.tree.map(np.asarray, gathered(state))  # off the devices of other processes
         if not shrinks(state):
             return subnetwork, state
         subnetwork, state = _shrink(setup, subnetwork, state, teacher, tx)

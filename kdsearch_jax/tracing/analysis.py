@@ -265,8 +265,9 @@ class Analysis:
     def mix(self, ctx: RuleContext, operand: int, axes: Mapping[int, np.ndarray], kind: str | None) -> None:
         """Records that an operation mixes the units on these axes of an operand, {axis: labels}; kind: of the units."""
         self.sites.append(MixingSite(ctx.op.path, operand, axes))
-        for labels in axes.values() if kind else ():
-            self.mark(kind, labels)
+        if kind is not None:
+            for labels in axes.values():
+                self.mark(kind, labels)
 
     def pair_parts(self, site: SplitSite, rows: np.ndarray) -> bool:
         """Records the labels (parts, n) of a split site; joins the parts, and returns True, if the site is `paired`."""

@@ -15,13 +15,16 @@ from kdsearch_jax.storage.files import CheckpointError, as_json
 
 
 def check_config(path: Path, stored: Any, expected: Mapping[str, Any]) -> None:
-    """Raises ValueError, listing the settings that differ between a checkpoint's and the expected configuration."""
+    """Raises ValueError, listing the settings that differ between a checkpoint's and the expected configuration.
+
+    A setting that the checkpoint's version did not have counts as equal if it is None, which turns it off.
+    """
     old, new = _by_dotted_name(stored or {}), _by_dotted_name(as_json(expected, "expected_config"))
     differing = [
         f"{key}: {json.dumps(old[key]) if key in old else 'absent'} in the checkpoint, "
         f"{json.dumps(new[key]) if key in new else 'absent'} now"
         for key in sorted(old.keys() | new.keys())
-        if key not in old or key not in new or old[key] != new[key]
+        if (key not in old and new[key] is not None) or key not in new or (key in old and old[key] != new[key])
     ]
     if differing:
         raise ValueError(

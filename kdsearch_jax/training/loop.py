@@ -11,7 +11,8 @@ Between two calls the host checks the losses, calls `between`, evaluates, and wr
 randomness is folded from (seed, step), and calls begin at multiples of `run.steps_per_dispatch`, so a resumed run ends
 bit for bit where an uninterrupted one does on the same machine. docs/training.md explains why a mesh and not `pmap`.
 
-Not in this module: what is trained and with which loss, where batches come from, sharded parameters.
+With `run.shard`, parameters, optimiser state and constants are divided among the devices; XLA gathers each where it is
+used. Not in this module: what is trained and with which loss, where batches come from.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from kdsearch_jax.adapters.apply import compiled_for
-from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, place, replicate
+from kdsearch_jax.adapters.devices import data_mesh, donatable_copy, gathered, place, shardings_of
 from kdsearch_jax.data.batches import preprocess
 from kdsearch_jax.data.device_feed import IndexedBatches, UpdateEntries, training_feed
 from kdsearch_jax.data.examples import Dataset
@@ -110,7 +111,7 @@ def fit(
       resume: continue from the newest intact checkpoint, if there is one.
 
     Returns:
-      The last state, on all devices.
+      The last state, on all devices; with `run.shard` in host memory.
 
     Raises:
       ValueError: settings and data are incompatible, `between` changed the structure of the state, `batches` ended
@@ -125,21 +126,22 @@ def fit(
     _check_batch_size(stage, dataset if batches is None else None, mesh)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(checkpoints_in or Path(directory) / "checkpoints", run.keep))
-        state = donatable_copy(state, mesh)
+        shardings = shardings_of(state, mesh, run.shard)
+        state = donatable_copy(state, shardings)
         watched = _finite_leaves(state)  # of the initial state: what is not finite in a resumed one has diverged
-        state, stored = _resume(state, checkpoints, meta, resume, mesh)
+        state, stored = _resume(state, checkpoints, meta, resume, shardings)
         first, guard = int(state.step), LossSpikeGuard(run, stored.get(META_KEY))
         if evaluate is not None and (row := stored.get(_UNEVALUATED)) is not None:
             with _reporter(directory, name, stage.steps, first - 1) as report:
                 report(first, row | evaluate(state))
         if first >= stage.steps or (until is not None and until(state)):
-            return state
+            return _result(state, run)
         if guard.active and not checkpoints.steps():  # there must be one to go back to
             checkpoints.save(first, state, {**meta, **guard.to_meta()}, wait=True)
         loop = _Loop(
-            stage=stage, run=run, mesh=mesh, name=name, directory=directory, meta=meta, seed=seed,
+            stage=stage, run=run, shardings=shardings, name=name, directory=directory, meta=meta, seed=seed,
             evaluate=evaluate, between=between, until=until, checkpoints=checkpoints, guard=guard, watched=watched,
-            state=state, updates=first, constants=replicate(constants, mesh),
+            state=state, updates=first, constants=place(constants, shardings_of(constants, mesh, run.shard)),
         )  # fmt: skip
         stack.enter_context(loop.progress)
         loop.open_report()
@@ -148,10 +150,10 @@ def fit(
             closing(training_feed(dataset, stage.batch_size, mesh, stage.steps, batches, entries))
         )
         scanned = feed.resides and jax.default_backend() != "cpu"
-        dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched)
+        dispatch = make_dispatch(step, mesh, data, seed, scanned=scanned, watched=watched, shardings=shardings)
         while not loop.finished:
             loop.advance(dispatch, feed, stop)
-        return loop.state
+        return _result(loop.state, run)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -163,7 +165,7 @@ class _Loop:
 
     stage: StageConfig
     run: RunConfig
-    mesh: Mesh
+    shardings: Any
     name: str
     directory: Path
     meta: dict[str, Any]
@@ -220,7 +222,7 @@ class _Loop:
         diverged = not (np.isfinite(losses).all() and finite)
         is_spike = self.guard.is_spike(np.nan if diverged else float(losses.mean()))
         if is_spike and not self.guard.exhausted:
-            self.state, step, stored = _restore(self.state, self.checkpoints, self.meta, self.mesh)
+            self.state, step, stored = _restore(self.state, self.checkpoints, self.meta, self.shardings)
             self._rollback_metrics = self.guard.roll_back(stored, step, done)
             log.warning(
                 "%s: the loss jumped to %.4g at step %d; going back to step %d and on with other batches (%d of %d)",
@@ -243,7 +245,7 @@ class _Loop:
         """Calls `between`, evaluates, reports, saves, and ends training when it is due."""
         if self.between is not None:
             state, more = self.between(self.state)
-            self.state, row = _replaced(state, self._kind, self.mesh), row | more
+            self.state, row = _replaced(state, self._kind, self.shardings), row | more
         last = done >= self.stage.steps or (self.until is not None and self.until(self.state))
         stopping, unevaluated = stop.requested, {}
         if self.evaluate is not None and (last or _crosses(first, done, self.run.evaluate_every)):
@@ -322,7 +324,7 @@ def _check_batch_size(stage: StageConfig, dataset: Dataset | None, mesh: Mesh) -
 
 
 def _resume(
-    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], resume: bool, mesh: Mesh
+    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], resume: bool, shardings: Any
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, its meta) of the newest intact checkpoint, or the given state if there is none."""
     steps = checkpoints.steps()
@@ -332,18 +334,23 @@ def _resume(
         )
     if not steps:
         return state, {}
-    state, _, stored = _restore(state, checkpoints, meta, mesh)
+    state, _, stored = _restore(state, checkpoints, meta, shardings)
     return state, stored
 
 
 def _restore(
-    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], mesh: Mesh
+    state: TrainState, checkpoints: Checkpointer, meta: dict[str, Any], shardings: Any
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """(state, step, meta) of the newest intact checkpoint."""
     restored = checkpoints.restore(state, meta.get("config"))
     assert restored is not None
     step, state, stored = restored
-    return donatable_copy(state, mesh), step, stored
+    return donatable_copy(state, shardings), step, stored
+
+
+def _result(state: TrainState, run: RunConfig) -> TrainState:
+    """What `fit` returns."""
+    return state if run.shard is None else jax.tree.map(np.asarray, gathered(state))
 
 
 def make_inputs(mesh: Mesh, data: DataConfig, seed: int) -> Callable[[Any, Any, Array], tuple[dict[str, Any], Array]]:
@@ -361,15 +368,19 @@ def make_inputs(mesh: Mesh, data: DataConfig, seed: int) -> Callable[[Any, Any, 
             rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[indices], by_batch), resident["arrays"])
             rows = {**rows, **entries}
         mean, std = resident["mean"], resident["std"]
-        return preprocess(rows, mean, std, augment_key, crop=data.crop, flip=data.flip), step_key
+        with jax.named_scope("input"):
+            return preprocess(rows, mean, std, augment_key, crop=data.crop, flip=data.flip), step_key
 
     return inputs
 
 
-def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool) -> Any:
+def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, shardings: Any = None) -> Any:
     """Compiles a step: (state, batch, resident, constants) → (state, metrics). The state is donated.
 
     Batches are as in `make_inputs`. With `scanned`, the function takes several, stacked, and returns stacked metrics.
+
+    Args:
+      shardings: of the state; None: replicated.
     """
     replicated, make = NamedSharding(mesh, PartitionSpec()), make_inputs(mesh, data, seed)
 
@@ -384,11 +395,19 @@ def make_update(step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned:
     def update_many(state: TrainState, indices: Array, resident: dict[str, Any], constants: Any) -> Any:
         return jax.lax.scan(partial(update, resident, constants), state, indices)
 
-    return jax.jit(update_many if scanned else update_once, donate_argnums=0, out_shardings=replicated)
+    out = (replicated if shardings is None else shardings, replicated)
+    return jax.jit(update_many if scanned else update_once, donate_argnums=0, out_shardings=out)
 
 
 def make_dispatch(
-    step: Step, mesh: Mesh, data: DataConfig, seed: int, *, scanned: bool, watched: Collection[str] | None = None
+    step: Step,
+    mesh: Mesh,
+    data: DataConfig,
+    seed: int,
+    *,
+    scanned: bool,
+    watched: Collection[str] | None = None,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics, bool]]:
     """Returns (state, batches, resident, constants) → (state, metrics (updates,), whether the state is finite).
 
@@ -401,9 +420,10 @@ def make_dispatch(
         Batches are indices (updates, batch) or `IndexedBatches` then, and otherwise an iterable of batches, each as in
         `make_inputs`, on devices or not.
       watched: names of the leaves that must stay finite; None for all floating-point leaves.
+      shardings: of the state; None: replicated.
     """
     by_batch, stacked = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))
-    compiled = make_update(step, mesh, data, seed, scanned=scanned)
+    compiled = make_update(step, mesh, data, seed, scanned=scanned, shardings=shardings)
     positions: list[int] = []  # of the watched leaves among all floating-point leaves
 
     # Bounds the updates in flight: many collectives can starve a few CPU threads, and many batches fill the memory.
@@ -441,15 +461,15 @@ def _kind(state: TrainState) -> tuple[Any, list[Any]]:
     return structure, [(x.shape, x.dtype) for x in arrays]
 
 
-def _replaced(state: TrainState, kind: tuple[Any, list[Any]], mesh: Mesh) -> TrainState:
-    """The state that `between` returned, on all devices; ValueError if its structure, a shape or a dtype changed."""
+def _replaced(state: TrainState, kind: tuple[Any, list[Any]], shardings: Any) -> TrainState:
+    """The state that `between` returned, on the devices; ValueError if its structure, a shape or a dtype changed."""
     if (actual := _kind(state)) != kind:
         before, after = (_by_name(*each) for each in (kind, actual))
         for name in {**before, **after}:
             if before.get(name) != after.get(name):
                 now, expected = after.get(name, "absent"), before.get(name, "absent")
                 raise ValueError(f"between changed {name}: {now}, not {expected}")
-    return replicate(state, mesh)
+    return place(state, shardings)
 
 
 def _by_name(structure: Any, leaves: list[Any]) -> dict[str, Any]:
@@ -481,7 +501,8 @@ def _finite_leaves(state: TrainState) -> frozenset[str]:
 
 def _are_finite(leaves: Sequence[Any]) -> NDArray[np.bool_]:
     """(leaves,) whether each is finite. On CPUs nothing is compiled: NumPy reads the arrays in place."""
-    if jax.default_backend() == "cpu":
+    here = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves if isinstance(leaf, Array))
+    if jax.default_backend() == "cpu" and here:
         return np.array([_is_finite(leaf) for leaf in leaves], bool)
     return np.asarray(_are_finite_on_device(leaves))
 

@@ -41,6 +41,8 @@ class RunConfig:
     more than 10 minutes. None skips no checkpoint, as does `spike`.
     spike: if the loss of a call exceeds this multiple of its running median, or is not finite, training goes back to
     the last checkpoint and on with other batches, at most `rollbacks` times per stage; None disables this.
+    shard: `fsdp` divides parameters, optimiser state, averages and the teacher among all devices, each array along its
+    largest axis that their number divides; None: every device holds all of them. The results are the same.
     """
 
     seed: int = 0
@@ -53,6 +55,7 @@ class RunConfig:
     eval_batch_size: int = 500
     spike: float | None = None
     rollbacks: int = 3
+    shard: Literal["fsdp"] | None = None
 
 
 # {setting or *.suffix: (condition, what to give instead)}; None is not checked.

@@ -67,11 +67,12 @@ def update(
       model_state: the new one.
       ema: decay of the averaged variables, or None.
     """
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
     average = state.ema
-    if ema is not None:
-        average = update_average(state.ema, {"params": params, **model_state}, ema, state.step)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if ema is not None:
+            average = update_average(state.ema, {"params": params, **model_state}, ema, state.step)
     return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=average)
 
 

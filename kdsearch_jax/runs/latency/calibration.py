@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.pruning.surgery import slice_variables
 from kdsearch_jax.runs.coordination import broadcast_json
+from kdsearch_jax.runs.latency.compiled import SHARES, instruments_for
 from kdsearch_jax.runs.latency.timing import UNITS, Instruments, measured_bounds, medians
 from kdsearch_jax.storage import sync_processes
 from kdsearch_jax.storage.files import DamagedError, read_sealed, write_sealed
@@ -112,9 +113,10 @@ def calibrate(
     network: Network, variables: Any, budget: BudgetConfig, call: CallSpec, instruments: Instruments | None = None
 ) -> dict[str, Any]:
     """The budget's measured bounds as plain JSON: batch size, device, measured values, fitted estimates."""
-    instruments, topology = instruments or Instruments(), network.topology
-    keeps = designs(topology)
-    log.info("measuring %s of %d networks to fit a cost model", " and ".join(measured_bounds(budget)), len(keeps))
+    instruments, topology = instruments or instruments_for(budget), network.topology
+    keeps = designs(topology, (0.5,) if budget.target is None else SHARES)
+    how = "measuring" if budget.target is None else f"compiling for {budget.target}:"
+    log.info("%s %s of %d networks to fit a cost model", how, " and ".join(measured_bounds(budget)), len(keeps))
     networks = {name: sliced_student(network, variables, keep) for name, keep in keeps.items()}
     values: dict[str, Mapping[str, float]] = {}
     if budget.latency is not None:
@@ -127,7 +129,7 @@ def calibrate(
         log.info("%s: %.4g%s; the model is within %.0f%%", name, values[name]["whole"], UNITS[name], 100 * max(errors))
     return {
         "batch_size": budget.batch_size,
-        "device": jax.local_devices()[0].device_kind,
+        "device": budget.target or jax.local_devices()[0].device_kind,
         "whole": {name: measured["whole"] for name, measured in values.items()},
         "smallest": {name: min(measured.values()) for name, measured in values.items()},
         "values": {name: dict(measured) for name, measured in values.items()},
@@ -168,8 +170,12 @@ def _shares(topology: Topology) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in topology.unflatten(np.asarray(share)).items()}
 
 
-def designs(topology: Topology) -> dict[str, np.ndarray]:
-    """{name: flat mask of kept units} of the networks to measure, the whole one first."""
+def designs(topology: Topology, shares: Sequence[float] = (0.5,)) -> dict[str, np.ndarray]:
+    """{name: flat mask of kept units} of the networks to measure, the whole one first.
+
+    Args:
+      shares: of its units that a class of groups keeps, one network for each.
+    """
 
     def keep(share: Callable[[Group], float]) -> np.ndarray:
         left = {
@@ -179,10 +185,11 @@ def designs(topology: Topology) -> dict[str, np.ndarray]:
 
     masks = {"whole": np.ones(topology.units)}
     for number, groups in enumerate(classes(topology)):
-        # Removes half of each group, and every second branch as a whole.
+        # Every second branch is removed as a whole.
         branches = [g.name for g in groups if g.kind == "branches"]
-        left = {g.name: 0.5 for g in groups} | dict.fromkeys(branches, 1.0) | dict.fromkeys(branches[::2], 0.0)
-        masks[f"class{number}"] = keep(lambda g, left=left: left.get(g.name, 1.0))
+        for share in shares if len(branches) < len(groups) else shares[:1]:
+            left = {g.name: share for g in groups} | dict.fromkeys(branches, 1.0) | dict.fromkeys(branches[::2], 0.0)
+            masks[f"class{number} at {share}"] = keep(lambda g, left=left: left.get(g.name, 1.0))
     for share in (0.75, 0.5, 0.25):
         masks[f"all at {share}"] = keep(lambda g, share=share: 1.0 if g.kind == "branches" else share)
     return {**masks, "smallest": budgets.smallest_keep(topology)}

@@ -23,6 +23,7 @@ from kdsearch_jax.pruning.selection import Selection
 from kdsearch_jax.pruning.settings import BudgetConfig
 from kdsearch_jax.runs.coordination import broadcast_json
 from kdsearch_jax.runs.latency.calibration import sliced_student
+from kdsearch_jax.runs.latency.compiled import instruments_for
 from kdsearch_jax.runs.latency.timing import UNITS, Instruments, check_noise, decide, measured_bounds
 from kdsearch_jax.storage.files import write_sealed
 from kdsearch_jax.tracing.messages import format_distinct
@@ -54,7 +55,7 @@ def compare_costs(
     Returns:
       {"latency" and/or "memory": as returned by `timing.decide`, memory in bytes}, measured on the first process.
     """
-    instruments, networks = instruments or Instruments(), {"teacher": teacher, "student": student}
+    instruments, networks = instruments or instruments_for(budget), {"teacher": teacher, "student": student}
 
     def measure() -> dict[str, Any]:
         verdicts: dict[str, Any] = {}
@@ -177,6 +178,11 @@ def confirm(
     for name, verdict in verdicts.items():
         share, low, high, _ = format_distinct(verdict["share"], verdict["low"], verdict["high"], 1.0)
         taken = f"{verdict['student']:,.4g}{UNITS[name]} a call, {share} of the budget (95% interval {low} to {high}"
+        if budget.target is not None:
+            taken = (
+                f"{verdict['student']:,.4g}{UNITS[name]} a call, {share} of the budget (estimated by the compiler for "
+                f"{budget.target}"
+            )
         if verdict["within"]:
             log.info("%s: %s)", name, taken)
             continue
@@ -186,4 +192,5 @@ def confirm(
             "a search for a smaller budget leaves more room"
         )
     if jax.process_index() == 0:
-        write_sealed(path, {"batch_size": budget.batch_size, **verdicts})
+        target = {} if budget.target is None else {"target": budget.target}
+        write_sealed(path, {"batch_size": budget.batch_size, **target, **verdicts})

@@ -35,6 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from kdsearch_jax.adapters.user_cache import user_cache
+
 log = logging.getLogger(__name__)
 
 HANDLERS = ("forward", "input_gradient", "kernel_gradient")
@@ -114,7 +116,7 @@ def _prepare(library: _Library) -> None:
     compiler = _compiler()
     if missing := sorted(set(library.features) - set(_processor().split())):
         raise UnavailableError(f"the processor has no {missing[0]}")
-    final = _cache() / f"{library.source.stem}-{_digest(compiler, library)}.so"
+    final = user_cache() / f"{library.source.stem}-{_digest(compiler, library)}.so"
     if final.is_file():
         return _register(library, final)
     log.info("compiling convolutions for this CPU, once: %s", final)
@@ -163,20 +165,6 @@ def _processor() -> str:
     """The processor's features, since machines with different processors may share a home directory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache() -> Path:
-    """A directory that only the user can write to."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "kdsearch_jax"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="kdsearch_jax-"))
 
 
 def _check(library: _Library) -> None:
