@@ -77,7 +77,12 @@ def mean_divisor(name: str, ins: Sequence[AbstractValue]) -> int | None:
         return None
     for i in (1,) if name == "div" else (0, 1):
         number, terms = ins[i].number, ins[1 - i].terms
-        if number and terms and math.isclose(number if name == "div" else 1 / number, terms, rel_tol=_ROUNDING):
+        if (
+            number
+            and terms
+            and ins[1 - i].active
+            and math.isclose(number if name == "div" else 1 / number, terms, rel_tol=_ROUNDING)
+        ):
             return i
     return None
 

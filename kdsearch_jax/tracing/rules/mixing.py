@@ -58,8 +58,10 @@ def _sum(ctx: RuleContext, value: AbstractValue, gone: Collection[int], keep: Co
     labels = {i: axis for i in gone if isinstance(axis := value.axes[i], np.ndarray)}
     for i in [i for i in labels if value.weight and ctx.analysis.is_stored(value, labels[i])]:
         ctx.analysis.contracted.append(labels.pop(i))
-    if labels:
-        ctx.analysis.mix(ctx, 0, labels, "width" if value.active else None)
+    if labels and value.active:
+        ctx.analysis.mix(ctx, 0, labels, "width")
+    for axis in labels.values() if not value.active else ():
+        ctx.freeze(axis, "its units are mixed by")
     sizes = [axis if isinstance(axis := value.axes[i], np.ndarray) else ctx.shape(0)[i] for i in gone]
     terms = (*value.summed, *sizes)
     result = combine([value], [value.axes[i] for i in keep], value.linear)

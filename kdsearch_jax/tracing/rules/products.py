@@ -26,9 +26,10 @@ def _contract(ctx: RuleContext, a: AbstractValue, b: AbstractValue, i: int, j: i
     kernel = next((axis for v, axis in kernels if ctx.analysis.is_stored(v, axis)), None)
     if kernel is not None:
         ctx.analysis.contracted.append(kernel)
-    else:  # two activations, or a kernel that is not used as stored
-        kind = "width" if len(set(ctx.op.inputs)) == 1 else "queries"
-        ctx.analysis.mix(ctx, 0, {i: left}, kind if a.active and b.active else None)
+    elif a.active and b.active:
+        ctx.analysis.mix(ctx, 0, {i: left}, "width" if len(set(ctx.op.inputs)) == 1 else "queries")
+    else:
+        ctx.freeze(left, "read by a kernel that is not used as stored, in")
 
 
 def _leaves(ctx: RuleContext, *values: AbstractValue) -> tuple[int, ...]:
