@@ -4,7 +4,7 @@ python benchmarks/targets.py [--target tpu:v5e:1x1] [--model vit --arguments '{"
 
 Both students are cut from the same random importances: one by a budget on MACs, one by a budget on the time that the
 TPU compiler estimates, with widths rounded to what that TPU pads. Nothing is trained or measured. Needs libtpu
-(`pip install 'kdsearch-jax[tpu-compiler]'`). Estimates are cached, so the second time is fast. docs/tpu.md has results.
+(`pip install 'kdsearch-jax[tpu-compiler]'`). Estimates are cached, so the second time is fast. Not yet run to its end.
 """
 
 from __future__ import annotations

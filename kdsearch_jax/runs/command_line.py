@@ -198,6 +198,7 @@ def configure_logging() -> None:
     logging.getLogger("kdsearch_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines per checkpoint here
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and here a traceback for each array it cannot read
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a traceback before each error that it raises
     logging.captureWarnings(True)
     warnings.formatwarning = _one_line_warning
 
