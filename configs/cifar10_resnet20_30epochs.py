@@ -1,8 +1,8 @@
 """CIFAR-10, ResNet-20 at half of its MACs after 30 epochs in all, on two CPU cores.
 
-command:  python -m benchmarks.cifar_split cifar10 cifar10.npz
-          python -m kdsearch_jax.compare --config cifar10_resnet20_30epochs --data.name npz:cifar10.npz \
+command:  python -m kdsearch_jax.compare --config cifar10_resnet20_30epochs --data.name npz:cifar10.npz \
               --teacher-from resnet20.safetensors --match macs
+data:     python -m benchmarks.cifar_split cifar10 cifar10.npz
 hardware: CPU cores with AMX
 time:     not yet run
 result:   10 epochs (--search.steps 780 --retrain.steps 3120): docs/results.md
@@ -29,4 +29,4 @@ def experiment(quick: bool = False) -> Experiment:
         retrain=StageConfig(steps=24 * EPOCH, batch_size=128, learning_rate=0.05, weight_decay=5e-4),
         run=RunConfig(precision="bf16", steps_per_dispatch=30, checkpoint_every=EPOCH, evaluate_every=5 * EPOCH),
     )
-    return shorten(config) if quick else config
+    return shorten(config, depth=8) if quick else config

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from kdsearch_jax.pruning import hardware
 from kdsearch_jax.pruning.budgets import RoundTo, width_multiple
 from kdsearch_jax.pruning.network import Network
-from kdsearch_jax.tracing.topology import KINDS, Group, Topology
+from kdsearch_jax.tracing.kinds import KINDS
+from kdsearch_jax.tracing.topology import Group, Topology
 
 
 @dataclass(frozen=True)

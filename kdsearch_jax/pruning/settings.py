@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdsearch_jax.tracing.topology import KINDS
+from kdsearch_jax.tracing.kinds import KINDS
 
 BOUNDS = ("macs", "params", "latency", "memory")
 

@@ -33,8 +33,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax.tracing.cost import Cost
-
-KINDS = ("channels", "neurons", "heads", "queries", "values", "width", "groups", "branches")
+from kdsearch_jax.tracing.kinds import KINDS
 
 
 @dataclass(frozen=True)
