@@ -38,7 +38,7 @@ SHARED = (
 )
 STAGES = ("teacher", "search", "retrain", "at-*", "uniform*", "seed-*/*/search", "seed-*/*/retrain")
 
-# name: (data, command, settings); sized for about 7 ms an update of ResNet-56 with batch 128.
+# name: (data, command, settings); sized by a guess, 7 ms an update of ResNet-56 with batch 128; not measured.
 JOBS: dict[str, tuple[str, str, str]] = {
     "cifar10-resnet56": (
         "cifar10",

@@ -79,7 +79,7 @@ def cases(draw):
     taps, strides, dilation = zip(*each, strict=True)
     padding = draw(st.sampled_from(["SAME", "VALID", "SAME_LOWER", "numbers"]))
     if padding == "numbers":
-        padding = [draw(st.sampled_from([(0, 0), (1, 2), (3, 0)])) for _ in range(rank)]
+        padding = [draw(st.sampled_from([(0, 0), (1, 2), (3, 0), (-1, 1)])) for _ in range(rank)]
     space = [d * (k - 1) + 2 + draw(st.integers(0, 14)) for k, _, d in each]
     widths = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 50])
     inputs, outputs = draw(widths), draw(widths)
@@ -109,7 +109,16 @@ def test_values_and_gradients_are_those_of_jax(kernels, drawn):
 
         return products(x, w)
 
-    assert_same(run(conv_general_dilated), run(lax.conv_general_dilated))
+    assert_same(run(conv_general_dilated), run(cropped_convolution))
+
+
+def cropped_convolution(x, w, *, padding, **kwargs):
+    """JAX's convolution of a cropped input where padding is negative, for which XLA:CPU's own gradients are wrong."""
+    if not isinstance(padding, str):
+        starts, ends = zip(*((max(-before, 0), max(-after, 0)) for before, after in padding), strict=True)
+        x = x[:, *(slice(a, n - b) for a, b, n in zip(starts, ends, x.shape[1:-1], strict=True))]
+        padding = [(max(before, 0), max(after, 0)) for before, after in padding]
+    return lax.conv_general_dilated(x, w, padding=padding, **kwargs)
 
 
 @settings(max_examples=8)
