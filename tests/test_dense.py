@@ -222,6 +222,16 @@ def test_what_is_not_covered_is_left_to_jax(reason, monkeypatch):
     assert str(found) == str(expected)
 
 
+def test_a_second_copy_is_not_registered(monkeypatch, tmp_path):
+    """XLA keeps what a process has registered; another cache directory has another copy of it."""
+    if not native.ready():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.ready.cache_clear()
+    assert native.ready()
+    native.ready.cache_clear()
+
+
 def test_without_a_compiler_xla_computes(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")

@@ -294,6 +294,28 @@ def test_readers_never_see_two_versions_mixed(store, other_machine):
     assert len(set(seen)) > 2  # it saw several, or it proves nothing
 
 
+def test_an_object_that_is_moved_into_place_while_it_is_read_is_found(store, other_machine, monkeypatch):
+    """A reader finds the old object, and the new one, staged until then, in its place when it looks again."""
+    writer = Mirror("bucket://b/run", scratch.copy_path("bucket://b/writer"))
+    write(writer.directory, {"a": "old"})
+    writer.push()
+    write(writer.directory, {"a": "new"})
+    with monkeypatch.context() as context:
+        context.setattr(Mirror, "_settle", lambda *_: None)  # killed after its commit
+        writer.push()
+    get_file, heir = object_store.ObjectStore.get_file, Mirror("bucket://b/run", scratch.copy_path("bucket://b/heir"))
+
+    def get_then_move(self: Any, rpath: str, *rest: Any, **options: Any) -> None:
+        get_file(self, rpath, *rest, **options)
+        if rpath.endswith("/a"):
+            heir.claim()  # completes the commit
+
+    monkeypatch.setattr(object_store.ObjectStore, "get_file", get_then_move)
+    reader = Mirror("bucket://b/run", scratch.copy_path("bucket://b/reader"))
+    reader.pull()
+    assert read(reader.directory) == {"a": "new"}
+
+
 def test_a_published_version_existed_at_one_moment(store):
     """Files are created one after the other: each published version contains all that precede its newest file."""
     run = storage.local_copy("bucket://b/run")

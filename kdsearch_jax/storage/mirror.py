@@ -157,8 +157,9 @@ class Mirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            for source in (name, record.staged):
-                if source and self._bucket.download(source, part):
+            # In place once more: a staged object is moved there and deleted, perhaps between the first two reads.
+            for source in (name, record.staged, name) if record.staged else (name,):
+                if self._bucket.download(source, part):
                     size, digest = _digest(part)
                     if record.sha256 in (None, digest):
                         part.replace(path)

@@ -69,6 +69,9 @@ _BF16 = _Library(
 )
 
 
+_registered: set[Path] = set()  # sources; XLA keeps handlers for the rest of the process and refuses another copy
+
+
 class UnavailableError(RuntimeError):
     """The kernels cannot be compiled, or their results differ from XLA's."""
 
@@ -154,11 +157,14 @@ def _compile(compiler: str, library: _Library, target: Path) -> None:
 
 
 def _register(library: _Library, compiled: Path) -> None:
+    if library.source in _registered:
+        return
     handlers = ctypes.CDLL(str(compiled))
     if library is _BF16 and handlers.kdsearch_request_tiles() != 0:
         raise UnavailableError("the operating system does not grant the use of AMX")
     for name in (f"kdsearch_{handler}{suffix}" for handler in HANDLERS for suffix in library.kinds):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(handlers, name)), platform="cpu")
+    _registered.add(library.source)
 
 
 def _processor() -> str:
