@@ -44,15 +44,15 @@ def random_gates(topology: Topology, rng: np.random.Generator) -> dict[str, np.n
 
 
 def random_keep(topology: Topology, rng: np.random.Generator, how: str = "half") -> dict[str, np.ndarray]:
-    """What to keep: "half" of everything, "one" unit of each group and no branch, or everything in "branches"."""
+    """What to keep: "half" of everything, "one" unit of each group (three of a width) and no branch, or everything in "branches"."""
     keep = {}
     for group in topology.groups:
         share = {"half": 0.5, "one": 0.0, "branches": 1.0}[how]
         mask = rng.uniform(size=group.size) < share
         if group.kind == "branches":
             mask = rng.uniform(size=1) < {"half": 0.7, "one": 0.0, "branches": 0.5}[how]
-        elif not mask.any():
-            mask[rng.integers(group.size)] = True
+        elif mask.sum() < (few := 3 if group.kind == "width" else 1):  # a LayerNorm over few units loses its input
+            mask[rng.permutation(group.size)[:few]] = True
         keep[group.name] = mask
     return keep
 

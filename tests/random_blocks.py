@@ -302,3 +302,28 @@ def masked(s, x, a, b, c):
     else:
         scores = scores - jnp.asarray(np.abs(np.subtract.outer(np.arange(t), np.arange(t))), x.dtype)[None]
     return (nn.softmax(scores) @ v).reshape(*s.whole(x)[:-1], -1)
+
+
+# --- residual streams -------------------------------------------------------------------------------------------------
+
+
+@step
+def normed_stream(s, x, a, b, c):
+    """Two residual blocks on one stream, with a norm over channels before or after each addition."""
+    n, post = s.size(x, c), b % 2
+
+    def norm(x):
+        x = {
+            0: lambda: nn.LayerNorm(epsilon=0.1, name=s.name("norm"))(x),
+            1: lambda: nn.RMSNorm(epsilon=0.1, name=s.name("norm"))(x),
+            2: lambda: nn.GroupNorm(1, epsilon=0.1, name=s.name("norm"))(x),
+            3: lambda: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 0.1),
+            4: lambda: x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1),
+            5: lambda: x / jnp.sqrt(jnp.sum(x**2, -1, keepdims=True) + 0.1),
+        }[a % 6]()
+        return x * s.param("gain", (1,) * (x.ndim - 1) + (n,)) if a % 2 else x
+
+    for _ in range(2):
+        y = _dense(s, "down", n, activation_of(b)(_dense(s, "up", widths(c), x if post else norm(x))))
+        x = norm(x + y) if post else x + y
+    return x

@@ -29,6 +29,7 @@ from random_steps import STEPS, pooled, spread, widths
 
 from kdsearch_jax.pruning import equality, surgery
 from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.tracing.masking import masked
 from kdsearch_jax.tracing.topology import Topology
 
 BATCH = 3
@@ -230,22 +231,22 @@ def check(program: Program, hows: Sequence[str] = HOWS, seed: int = 0, gradient:
     # Without XLA's optimisations, the gradient of a maximum is NaN where its operand is recomputed with other rounding.
     options = {"xla_backend_optimization_level": 3} if gradient else None
     gated = jax.jit(functools.partial(_gated, network, gradient), compiler_options=options)
-    ones = gates_lib.init(topology)
+    ones, everything = gates_lib.init(topology), gates_lib.keep_all(topology)
     for turn in range(6):  # a few rectifiers may all be off, but hardly for every choice of parameters
         variables = variables_of(module, *inputs, seed=seed + turn)
         if _largest(module, variables, inputs) > OUTGROWN:
             return "outgrown"
-        if _sensitive(*gated(variables, random_gates(topology, rng), inputs)):
+        if _sensitive(*gated(variables, random_gates(topology, rng), everything, inputs)):
             break
     else:
         return "insensitive"
     for how in hows:
         keep = cut(topology, rng, how)
         gates = {name: np.where(keep[name], gate, 0) for name, gate in random_gates(topology, rng).items()}
-        folded, _, _ = gated(variables, gates, inputs)
+        folded, _, _ = gated(variables, gates, keep, inputs)
         sliced, student = surgery.slice_variables(folded, network, keep), network.student(keep)
         run = jax.jit(student.apply)
-        expected = equality.reference_outputs(lambda v, *xs: _named(gated(v, ones, xs)[1]), folded, inputs)
+        expected = equality.reference_outputs(lambda v, *xs: _named(gated(v, ones, keep, xs)[1]), folded, inputs)  # noqa: B023
         got, wrong = _named(run(sliced, *inputs)), _named(run(_noisy(sliced, rng), *inputs))
         difference = equality.difference(expected, got)
         assert difference <= surgery.TOLERANCE, f"{how}: the student differs by {difference:.1e} of its own scale"
@@ -275,12 +276,12 @@ def _far(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return any(jnp.abs(one[name] - other[name]).max() > 1e-3 * jnp.abs(one[name]).max() for name in one)
 
 
-def _gated(network: Any, by_gates: bool, variables: Any, gates: Any, inputs: Any) -> tuple[Any, Any, Any]:
+def _gated(network: Any, by_gates: bool, variables: Any, gates: Any, keep: Any, inputs: Any) -> tuple[Any, Any, Any]:
     """(folded variables, outputs, gradient of a function of the outputs by the gates)."""
 
     def loss(gates: Any) -> Any:
-        folded = gates_lib.fold(variables, gates, network.topology)
-        outputs = network.module.apply(folded, *inputs)
+        folded = gates_lib.fold(variables, gates, network.topology, keep)
+        outputs = masked(network.module.apply, network.topology, keep)(folded, *inputs)
         made = [jnp.ravel(leaf) for leaf in jax.tree.leaves(outputs)]
         return sum(jnp.sum(jnp.sin(leaf) * jnp.arange(1.0, leaf.size + 1)) for leaf in made), (folded, outputs)
 

@@ -169,7 +169,7 @@ def test_pruned_and_searched_in_ones_own_loop():
 
     def update(carry, _):
         params, state = carry
-        slope = jax.grad(lambda p: jnp.square(module.apply(search.fold(p), X) - target).mean())(params)
+        slope = jax.grad(lambda p: jnp.square(search.apply(p, X) - target).mean())(params)
         updates, state = tx.update(slope, state, params)
         return (optax.apply_updates(params, updates), state), None
 

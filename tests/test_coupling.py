@@ -21,7 +21,6 @@ from proof import (
     out,
     pooled,
     prove,
-    reasons,
     traced,
     variables_of,
 )  # fmt: skip
@@ -107,7 +106,7 @@ def kernel_times_a_mask(m, x):
     return out(nn.relu(x @ (k * m.param("s", nn.initializers.ones, (x.shape[-1], 1)))))
 
 
-@case((3, 4), neurons(b=5), {"a/kernel[1]": "two activations are contracted"})
+@case((3, 4), {"a": ("width", 6), **neurons(b=5)})
 def gram_matrix(m, x):
     x = nn.Dense(6, name="a")(x)
     return out(nn.relu(nn.Dense(5, name="b")(jnp.einsum("bsc,btc->bst", x, x))).mean(1))
@@ -172,9 +171,11 @@ def attention_with_a_written_number_of_heads(m, x):
 
 @case(
     TOKENS,
-    {"att/key": ("heads", 4), "att/value": ("values", 2), **branch("att/key+n")},
-    {"att/query/kernel[2]": "two activations are contracted", "a/kernel[1]": "mixed by reduce_sum of "},
-)
+    {
+        "a": ("width", 8), "att/key": ("heads", 4), "att/key#2": ("queries", 2), "att/value": ("values", 2),
+        **branch("att/key+n"),
+    },
+)  # fmt: skip
 def attention_of_linen(m, x):
     x = nn.Dense(8, name="a")(x)
     x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="att")(nn.LayerNorm(name="n")(x))
@@ -333,7 +334,7 @@ def squeeze_and_excitation(m, x):
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm, nn.RMSNorm], ids=lambda layer: layer.__name__)
-def test_normalisation_over_the_units_freezes_them(layer):
+def test_normalisation_over_the_units_masks_them(layer):
     @network
     def net(m, x):
         x = layer(name="n")(nn.relu(nn.Dense(6, name="a")(x)))
@@ -341,12 +342,12 @@ def test_normalisation_over_the_units_freezes_them(layer):
 
     x = image(*VECTOR)
     found = traced(net, x)
-    assert groups(found) == neurons(b=5)
-    assert "its units are mixed by reduce_sum" in reasons(found)["a/kernel[1]"]
+    assert groups(found) == {"a": ("width", 6), **neurons(b=5)}
+    assert [group.masked for group in found.topology.groups] == [True, False]
     prove(found, variables_of(net, x), x)
 
 
-@case(VECTOR, neurons(b=5), {"a/kernel[1]": "its size enters the computation as a number, in mul"})
+@case(VECTOR, neurons(a=6, b=5))
 def scaled_by_its_size(m, x):
     x = nn.Dense(6, name="a")(x)
     return out(nn.relu(nn.Dense(5, name="b")(nn.relu(x) * x.shape[-1] ** -0.5)))
@@ -449,7 +450,7 @@ def pre_activation(m, x):
     return out(pooled(nn.relu(norm("n3")(x))))
 
 
-@case(TOKENS, {"b": ("neurons", 5), **branch("b+n")})
+@case(TOKENS, {"a": ("width", 8), "b": ("neurons", 5), **branch("b+n")})
 def pre_norm_mlp(m, x):
     x = nn.Dense(8, name="a")(x)
     y = nn.gelu(nn.Dense(5, name="b")(nn.LayerNorm(name="n")(x)))

@@ -77,8 +77,7 @@ def attend(q, k, v, scale=0.5):
 
 @case(
     TOKENS,
-    {"att/key": ("heads", 4), "att/value": ("values", 2), "att/out": ("neurons", 8)},
-    {"att/query/kernel[2]": "scaled by its size"},
+    {"att/key": ("heads", 4), "att/key#2": ("queries", 2), "att/value": ("values", 2), "att/out": ("neurons", 8)},
 )
 def attention_of_linen(m, x):
     return out(pooled(nn.MultiHeadDotProductAttention(num_heads=4, name="att")(x)))

@@ -242,7 +242,7 @@ def library_attention(s, x):
 # --- frozen, and their neighbours free --------------------------------------------------------------------------------
 
 
-@case(IMAGE, {}, {"a/kernel[3]": "mixed by reduce_sum", "b/kernel[2]": "mixed by reduce_sum"})
+@case(IMAGE, {}, {"a/kernel[3]": "mixed by reduce_max", "b/kernel[2]": "mixed by reduce_max"})
 def attention_over_places(s, x):
     both = jnp.concatenate([x.mean(-1, keepdims=True), x.max(-1, keepdims=True)], -1)
     return x * nn.sigmoid(s.conv("places", 1, 7, both))

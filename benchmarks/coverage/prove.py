@@ -78,7 +78,8 @@ def _difference(
     if sound:
         return worst, 0.0
     whole = surgery.gated(variables, scales, gates.keep_all(network.topology), network)
-    before, after = (surgery.function_of(m, network.kwargs) for m in (network.module, network.student(keep)))
+    before = surgery.function_of(network.module, network.kwargs, network.topology)
+    after = surgery.function_of(network.student(keep), network.kwargs)
     with jax.default_matmul_precision("highest"):  # as `surgery.verify` does, so that it is compiled once for both
         effect = equality.difference(equality.reference_outputs(before, whole, inputs), after(sliced, *inputs))
         if not effect > MATTERS:

@@ -250,6 +250,15 @@ def _group_norm(module: nn.GroupNorm) -> Resize:
     return resize
 
 
+def _attention(module: Any) -> Resize:
+    """`qkv_features`, which by default is the input's width: without this, heads would change with the width."""
+    heads = module.num_heads
+    if module.qkv_features is not None:
+        return lambda before, after: {}
+    leaf = "params/query/kernel"
+    return lambda before, after: {"qkv_features": heads * after[leaf][-1]} if leaf in after else {}
+
+
 def _cell(module: Any) -> Resize:
     """`features` of a recurrent cell, in proportion to a recurrent kernel, which may combine several gates."""
     features = module.features
@@ -266,4 +275,5 @@ _RESIZE: list[tuple[tuple[type, ...], Callable[[Any], Resize]]] = [
     ((nn.Einsum,), _einsum),
     ((nn.GroupNorm,), _group_norm),
     ((nn.RNNCellBase,), _cell),
+    ((nn.MultiHeadDotProductAttention,), _attention),
 ]

@@ -35,6 +35,8 @@ from kdsearch_jax.distill.losses import learned
 from kdsearch_jax.distill.objective import Objective
 from kdsearch_jax.distill.settings import DistillConfig, loss_weights
 from kdsearch_jax.distill.update_outputs import UpdateCache
+from kdsearch_jax.pruning import gates as gates_lib
+from kdsearch_jax.tracing.masking import masked
 from kdsearch_jax.tracing.topology import Topology
 from kdsearch_jax.training.optimizer import make_optimizer
 from kdsearch_jax.training.settings import RunConfig, StageConfig
@@ -116,6 +118,7 @@ class Distiller:
         batch: Mapping[str, Any],
         key: Array,
         gates: Any = None,
+        topology: Topology | None = None,
         *,
         frozen: bool = False,
     ) -> tuple[Activations, Any]:
@@ -123,19 +126,27 @@ class Distiller:
 
         Args:
           gates: those folded into `params`; features are then those of the student cut at these gates.
+          topology: of the network that the gates belong to.
           frozen: run in inference mode, which does not change `model_state`.
         """
         call = self.objective.call
-        inputs, kept = call.bind(batch), model_state
-        with features.record_features(module) if self.feature_paths else nullcontext({}) as seen:
-            if frozen:
-                outputs = apply_eval(module, {"params": params, **model_state}, inputs, self.precision, call)
-            else:
-                outputs, kept = apply_train(module, params, model_state, inputs, key, self.precision, call)
-        taken = features.select_features(seen, self.feature_paths)
-        return Activations(
-            outputs, taken if gates is None else features.mask_channels(taken, self.channel_units, gates)
-        ), kept
+
+        def run(variables: Any, inputs: Any, key: Array) -> tuple[Any, Any, Any]:
+            params, state = variables["params"], {name: x for name, x in variables.items() if name != "params"}
+            with features.record_features(module) if self.feature_paths else nullcontext({}) as seen:
+                if frozen:
+                    outputs = apply_eval(module, variables, inputs, self.precision, call)
+                else:
+                    outputs, state = apply_train(module, params, state, inputs, key, self.precision, call)
+            return outputs, state, features.select_features(seen, self.feature_paths)
+
+        if topology is not None:
+            run = masked(run, topology, gates_lib.kept(gates, topology))
+        outputs, state, taken = run({"params": params, **model_state}, call.bind(batch), key)
+        if gates is not None:
+            linear = () if topology is None else [group.name for group in topology.groups if group.masked]
+            taken = features.mask_channels(taken, self.channel_units, gates, linear)
+        return Activations(outputs, taken), state
 
     def distance(self, maps: Any, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Array:
         """The distillation loss: (batch,), or () if a user's loss is one number for a batch.

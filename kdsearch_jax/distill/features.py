@@ -178,18 +178,20 @@ def channel_units(
 
 
 def mask_channels(
-    features: dict[str, jax.Array], found: Mapping[str, Units], gates: Mapping[str, Any]
+    features: dict[str, jax.Array], found: Mapping[str, Units], gates: Mapping[str, Any], scaled: Sequence[str] = ()
 ) -> dict[str, jax.Array]:
     """The features of the student cut at these gates, with zeros for the channels that it lacks.
 
     The value of a gate g > 0 is in the kernels behind the channel, so the factor here is 1, and 0 for a gate at 0. Its
-    derivative is that of g/g₀ at g₀ = g, so that the loss sees the importance of the channel.
+    derivative is that of g/g₀ at g₀ = g, so that the loss sees the importance of the channel. Gates of the groups in
+    `scaled` multiply what produces the channel, so the loss sees them there.
     """
 
     def through(path: str, value: jax.Array) -> jax.Array:
         for group, units in found.get(path, {}).items():
             gate = gates[group]
             alive = gate > 0
+            gate = jax.lax.stop_gradient(gate) if group in scaled else gate
             factor = jnp.where(alive, gate / jax.lax.stop_gradient(jnp.where(alive, gate, 1.0)), 0.0)
             factor = jnp.append(factor, 1.0)[np.where(units < 0, len(gate), units)]
             value = value * factor.reshape((1,) * (value.ndim - 1) + (-1,))

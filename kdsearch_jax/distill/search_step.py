@@ -95,7 +95,7 @@ def search_step(
         target = distiller.target(constants, batch)
         folded, gates = network.fold(params, state.model_state)["params"], network.gates(params[GATES])
         student, model_state = distiller.train(
-            network.module, folded, state.model_state, batch, key, gates, frozen=frozen
+            network.module, folded, state.model_state, batch, key, gates, network.network.topology, frozen=frozen
         )
         metrics = {**objective.accuracy(student.outputs, batch), **objective.agreement(student.outputs, target.outputs)}
         return distiller.distance(maps, student, target, batch).mean(), (metrics, model_state)

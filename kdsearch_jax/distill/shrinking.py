@@ -73,8 +73,6 @@ class Subnetwork:
 
     def fold(self, params: Any, model_state: Any) -> Any:
         """Variables of the gated subnetwork; params: {"params": of the subnetwork, "gates": of the whole network}."""
-        if self.network is self.whole:
-            return self.search.fold(params, **model_state)
         variables = {"params": params["params"], **model_state}
         return gates_lib.fold(variables, self.gates(params[GATES]), self.network.topology)
 
@@ -83,12 +81,19 @@ class Subnetwork:
 
 
 def remaining_units(subnetwork: Subnetwork, state: TrainState) -> dict[str, np.ndarray]:
-    """{group: (size,) bool}: units with g > 0; of a group that has none, the most important unit that is left."""
+    """{group: (size,) bool}: units with g > 0; of a group that has none, the most important unit that is left.
+
+    Groups whose size the code computes with, such as queries, stay whole: their weights would have to be rescaled.
+    """
     topology = subnetwork.whole.topology
+    sized = {(rescale.leaf, rescale.axis) for rescale in subnetwork.whole.rescales}
+    whole = {g.name for g in topology.groups if sized & {(m.leaf, m.axis) for m in g.members}}
     importance = topology.unflatten(np.asarray(search_state(state.opt_state).importance))
     keep = {}
     for group in topology.groups:
         chosen = np.asarray(state.params[GATES][group.name]) > 0
+        if group.name in whole:
+            chosen[:] = True
         if group.kind != "branches" and not chosen.any():
             left = np.asarray(subnetwork.keep[group.name], bool)
             chosen[np.argmax(np.where(left, importance[group.name], -1.0))] = True

@@ -1,7 +1,7 @@
 """ConvNeXt (Liu et al. 2022): residual blocks of a 7x7 depthwise convolution, LayerNorm and a wide MLP.
 
-LayerNorm over the residual stream freezes its channels; the MLPs' neurons and whole blocks can be pruned. Each block
-ends with a learnt factor per channel ("layer scale"), initialised near 0.
+The channels of each stage's residual stream, the MLPs' neurons and whole blocks can be pruned. Each block ends with a
+learnt factor per channel ("layer scale"), initialised near 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """MLP-Mixer (Tolstikhin et al. 2021): alternating MLPs over the patches and over the channels.
 
-LayerNorm freezes the channels of the residual stream; the neurons of both kinds of MLP and their branches can be
-pruned.
+The channels of the residual stream, the neurons of both kinds of MLP and their branches can be pruned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Swin transformers (Liu et al. 2021): attention within windows, which every second block shifts by half a window.
 
-Each head has a learnt bias for every relative position in a window. LayerNorm freezes the channels of the residual
-stream; heads, value sizes, MLP neurons and branches can be pruned, since the attention reads the number of heads from
-its arrays.
+Each head has a learnt bias for every relative position in a window. Heads, query and value sizes, MLP neurons and
+branches can be pruned, since the attention reads the number of heads from its arrays.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pre-norm vision transformers (Dosovitskiy et al. 2021) with learnt positions and a class token or mean pooling.
 
-LayerNorm freezes the channels of the residual stream; heads, value sizes and MLP neurons can be pruned.
+The width of the residual stream, heads, query and value sizes and MLP neurons can be pruned.
 """
 
 from __future__ import annotations

@@ -203,7 +203,8 @@ def fewest_units(round_to: int | Mapping[str, int], least: Mapping[str, int], gr
     """How many units of a group must stay: `least` rounded up to its multiple; 0 for a residual branch."""
     if group.kind == "branches":
         return int(least.get(group.name, 0) > 0)
-    step, asked = width_multiple(round_to, group), max(least.get(group.name, 1), 1)
+    # A LayerNorm over a single unit returns a constant.
+    step, asked = width_multiple(round_to, group), max(least.get(group.name, 1), 2 if group.kind == "width" else 1)
     return min(-(-asked // step) * step, group.size)
 
 

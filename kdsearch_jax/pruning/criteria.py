@@ -173,7 +173,8 @@ def _producer_norms(group: Group, flat: Mapping[str, Any]) -> np.ndarray:
     norms = np.zeros(group.size)
     for member in group.members:
         leaf = np.asarray(flat[member.leaf])
-        if member.units is None or member.consumes or leaf.ndim < 2 or not member.leaf.startswith("params/"):
+        reads = member.consumes and not (group.masked and member.gated)
+        if member.units is None or reads or leaf.ndim < 2 or not member.leaf.startswith("params/"):
             continue
         slices = np.abs(np.moveaxis(leaf, member.axis, 0)).reshape(leaf.shape[member.axis], -1).mean(1)
         owned = member.units >= 0

@@ -19,6 +19,7 @@ from kdsearch_jax.adapters.boxes import keeping_boxes
 from kdsearch_jax.tracing.topology import Topology, path_string
 
 Gates = dict[str, jax.Array]
+KEPT = "kept"  # collection of folded variables: {group: (size,) bool} of groups that are masked
 
 
 def init(topology: Topology, value: float = 1.0) -> Gates:
@@ -39,7 +40,7 @@ def kernel_norms(variables: Any, topology: Topology) -> Gates:
     for group in topology.groups:
         squares = np.zeros(group.size + 1)  # the last one collects entries of no unit
         for member in group.members:
-            if member.consumes and member.units is not None:
+            if member.gated and member.units is not None:
                 leaf = np.moveaxis(np.asarray(leaves[member.leaf], float), member.axis, 0)
                 np.add.at(squares, member.units, np.square(leaf).reshape(len(leaf), -1).sum(1))
         norms = np.sqrt(squares[:-1])
@@ -53,12 +54,27 @@ def inverse(gates: Mapping[str, Any]) -> Gates:
     return {name: 1.0 / jnp.where(gate > 0, gate, 1.0) for name, gate in gates.items()}
 
 
-def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
+def multiplied(topology: Topology) -> frozenset[str]:
+    """The arrays that `fold` changes."""
+    members = (member for group in topology.groups for member in group.members)
+    return frozenset(member.leaf for member in members if member.gated or member.consumes)
+
+
+def kept(gates: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """{group: (size,) bool} of the groups that are masked: the units whose gate is above 0."""
+    return {group.name: jnp.asarray(gates[group.name]) > 0 for group in topology.groups if group.masked}
+
+
+def fold(variables: Any, gates: Mapping[str, Any], topology: Topology, keep: Mapping[str, Any] | None = None) -> Any:
     """The variables of the gated network: each kernel that reads a unit, times the gate of the unit.
+
+    Of a masked group, what produces the unit is multiplied by its gate, and what reads the unit by 1 or 0. The gated
+    network is then that of `kdsearch_jax.tracing.masking.masked`, not of the module alone.
 
     Args:
       variables: {"params": …, other collections}, or any part of them with the same paths.
       gates: {group: (size,) vector}.
+      keep: {group: (size,) bool} of masked groups at least; by default the units whose gate is above 0.
 
     Returns:
       Variables of the same structure, shapes and dtypes, boxes included.
@@ -70,17 +86,19 @@ def fold(variables: Any, gates: Mapping[str, Any], topology: Topology) -> Any:
         different = sorted(set(gates) ^ {group.name for group in topology.groups})
         raise ValueError(f"gates: the groups differ from the topology's in {', '.join(different[:5])}")
     factors: dict[str, list[Any]] = {}
+    alive = kept(gates, topology) if keep is None else keep
     for group in topology.groups:
         gate = jnp.asarray(gates[group.name])
         if gate.shape != (group.size,):
             raise ValueError(f"gates[{group.name!r}]: shape {gate.shape}, expected {(group.size,)}")
         for member in group.members:
-            if not member.consumes:
+            if not member.gated and not member.consumes:
                 continue
             if member.units is None:
                 factors.setdefault(member.leaf, []).append(gate[0])
                 continue
-            along_axis = jnp.append(gate, 1.0)[np.where(member.units < 0, group.size, member.units)]
+            factor = gate if member.gated else jnp.asarray(alive[group.name]).astype(gate.dtype)
+            along_axis = jnp.append(factor, 1.0)[np.where(member.units < 0, group.size, member.units)]
             shape = [1] * len(topology.shapes[member.leaf])
             shape[member.axis] = -1
             factors.setdefault(member.leaf, []).append(along_axis.reshape(shape))

@@ -24,7 +24,7 @@ from kdsearch_jax.tracing.cost import Cost
 from kdsearch_jax.tracing.topology import Topology
 
 MULTIPLES: dict[str, tuple[int, ...]] = {"tpu": (8, 128), "gpu": (8,), "cpu": (1,)}
-WIDTHS = ("channels", "neurons", "values")  # kinds of units that are indices of an axis
+WIDTHS = ("channels", "neurons", "queries", "values", "width")  # kinds of units that are indices of an axis
 
 
 def current_platform() -> str:

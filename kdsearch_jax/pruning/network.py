@@ -32,6 +32,7 @@ from kdsearch_jax.tracing.analysis import Contraction, Product
 from kdsearch_jax.tracing.grouping import build_topology
 from kdsearch_jax.tracing.interpreter import analyze
 from kdsearch_jax.tracing.program import flatten_jaxpr
+from kdsearch_jax.tracing.rescaling import Rescale
 from kdsearch_jax.tracing.topology import Topology
 
 
@@ -45,6 +46,7 @@ class Network:
       layers: {path: layer} of the module's layers.
       inputs: shapes of the example inputs. kwargs: keywords of the call.
       size_attributes: numbers in the user's code that are sizes of groups.
+      rescales: numbers in the user's code that are powers of sizes, and the parameters that undo their change.
       whole, kept: the network that this one is a part of, and {group: (size,) bool} which of its units are left.
     """
 
@@ -54,6 +56,7 @@ class Network:
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     size_attributes: tuple[trials.SizeAttribute, ...] = ()
+    rescales: tuple[Rescale, ...] = ()
     whole: Network | None = None
     kept: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -90,6 +93,16 @@ class Network:
         """The network with only the units in `keep`: the student's module, with a topology of its own."""
         topology = restricted(self.topology, keep)
         return replace(self, module=self.student(keep), topology=topology, whole=self, kept=keep)
+
+    def factors(self, keep: Mapping[str, Any]) -> dict[str, float]:
+        """{parameter: factor} that undo the change of numbers which the student's code computes from its sizes."""
+        before, after = self.topology.shapes, self.topology.sliced_shapes(keep)
+        result: dict[str, float] = {}
+        for rescale in self.rescales:
+            for leaf in rescale.scaled if rescale.leaf in before else ():
+                sizes = (shapes[rescale.leaf][rescale.axis] for shapes in (before, after))
+                result[leaf] = result.get(leaf, 1.0) * rescale.factor(*sizes)
+        return result
 
     def student(self, keep: Mapping[str, Any]) -> Any:
         """The module of the student that keeps `keep`."""
@@ -143,7 +156,8 @@ def trace(module: Any, *inputs: Any, **kwargs: Any) -> Network:
             break
         paired, released = (paired | verdict.pair) - verdict.release, released | verdict.release
     topology = topology.without(verdict.frozen).require_groups()
-    return replace(network, topology=topology, size_attributes=(*kept_groups, *verdict.size_attributes))
+    attributes = (*kept_groups, *verdict.size_attributes)
+    return replace(network, topology=topology, size_attributes=attributes, rescales=verdict.rescales)
 
 
 def _without_branches(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Network | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from kdsearch_jax.tracing.cost import Cost
-from kdsearch_jax.tracing.topology import AxisSlice, Group, Topology
+from kdsearch_jax.tracing.topology import AxisSlice, Topology
 
 Keep = Mapping[str, np.ndarray]
 
@@ -26,10 +26,10 @@ def restricted(topology: Topology, keep: Keep) -> Topology:
         alive = np.asarray(keep[group.name], bool)
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), -1)
         members = tuple(_member(member, number, masks) for member in group.members if member.leaf in shapes)
-        remains = alive.any() and any(member.consumes for member in members)
+        remains = alive.any() and any(member.gated or member.consumes for member in members)
         remaining.append(alive & remains)
         if remains:
-            groups.append(Group(group.name, group.kind, int(alive.sum()), members, group.layers))
+            groups.append(replace(group, size=int(alive.sum()), members=members))
     flat, kept = np.concatenate(remaining), topology.flatten(keep).astype(bool)
     macs, params = (_left(cost, flat, kept) for cost in (topology.macs, topology.params))
     frozen = tuple(item for item in topology.frozen if item.leaf in shapes)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from kdsearch_jax.pruning import hardware
 from kdsearch_jax.pruning.budgets import RoundTo, width_multiple
 from kdsearch_jax.pruning.network import Network
-from kdsearch_jax.tracing.topology import KINDS, Group, Topology
+from kdsearch_jax.tracing.kinds import KINDS
+from kdsearch_jax.tracing.topology import Group, Topology
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Rule:
       freeze: True: nothing that matches may be removed. False: an exception to later rules.
       least: number of units that must stay; below 1 a share of the group. For a residual branch, 1 keeps it.
       round_to: widths are multiples of this number, or unchanged.
-      kinds: those of "channels", "neurons", "heads", "values", "groups" and "branches" that may be removed.
+      kinds: those of "channels", "neurons", "heads", "queries", "values", "width", "groups" and "branches" that may be
+        removed.
 
     Raises:
       ValueError: the expression or a setting is not valid.

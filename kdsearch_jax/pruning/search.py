@@ -5,11 +5,11 @@
     params = search.init(variables)
     tx = search.optimizer(optax.adamw(1e-3))
     state = tx.init(params)
-    …                            # model.apply(search.fold(params), x) in the loss, then tx.update(grads, state, params)
+    …                            # search.apply(params, x) in the loss, then tx.update(grads, state, params)
     student = search.finish(params, state, x)
 
 For Linen, `params` is {"params": weights, "gates": {group: (size,)}}: Flax variables with a collection of gates. Other
-collections, such as `batch_stats`, stay with the user, who passes them to `fold` and `finish`. For NNX, `params` is an
+collections, such as `batch_stats`, stay with the user, who passes them to `apply` and `finish`. For NNX, `params` is an
 nnx.Module: the user's model with gates, called, trained and saved like any other. The search of the commands is a loop
 of this kind too (`kdsearch_jax.distill.search_step`).
 """
@@ -38,13 +38,14 @@ from kdsearch_jax.pruning.budget_path import BudgetPath, budget_path
 from kdsearch_jax.pruning.budgets import Budget, BudgetError, Limits, fewest_units
 from kdsearch_jax.pruning.control import Controller, Penalty
 from kdsearch_jax.pruning.counting import Costs
-from kdsearch_jax.pruning.gated_module import Gated
+from kdsearch_jax.pruning.gated_module import Gated, fold_module
 from kdsearch_jax.pruning.landing import choose, land, warn_of
 from kdsearch_jax.pruning.network import Network
 from kdsearch_jax.pruning.rules import Rule, Ruled, apply_rules
 from kdsearch_jax.pruning.selection import Selection
 from kdsearch_jax.pruning.student import Student, cut_student, variables_of
 from kdsearch_jax.pruning.transform import GATES, SearchState
+from kdsearch_jax.tracing.masking import masked
 from kdsearch_jax.tracing.topology import Topology, leaf_shapes
 
 MET = 1.02  # up to this share of the budget, `finish` removes the excess without a warning
@@ -229,7 +230,7 @@ class GatedSearch:
         if isinstance(variables, flax.nnx.Module):
             model = flax.nnx.clone(variables)
             if norms:
-                model = Gated(model, gates_lib.inverse(gates), self._ruled.network).folded()
+                model = fold_module(model, gates_lib.inverse(gates), self._ruled.network)
             return Gated(model, gates, self._ruled.network)
         params = boxed(plain, boxes_of(variables))
         if norms:
@@ -252,8 +253,29 @@ class GatedSearch:
             snapshots=min(self.snapshots, self.steps) + 1,
         )
 
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Applies the gated Linen network; for NNX, call the `Gated` module.
+
+        Args:
+          variables: {"params": …, "gates": …, other collections}.
+          args, kwargs: those of `module.apply`: inputs, and keywords such as `mutable` and `rngs`.
+
+        Returns:
+          what `module.apply` returns.
+
+        Raises:
+          ValueError: variables have no gates, or those of another network.
+        """
+        folded, (_, gates) = self._fold(variables, {}), transform.split(variables, self.topology)
+        module, boxes, kept = self.network.module, boxes_of(folded), gates_lib.kept(gates, self.topology)
+
+        def run(plain: Any, *args: Any, **kwargs: Any) -> Any:
+            return module.apply(boxed(plain, boxes), *args, **kwargs)
+
+        return masked(run, self.topology, kept)(unboxed(folded), *args, **kwargs)
+
     def fold(self, params: Any, **collections: Any) -> Any:
-        """Variables of the gated network, for `module.apply`.
+        """Variables of the gated network, for `module.apply`; `apply` does both, for every network.
 
         Args:
           params: {"params": …, "gates": …}.
@@ -263,10 +285,21 @@ class GatedSearch:
           {"params": weights times gates, …}; for a `Gated` module, the plain nnx.Module with its gates folded in.
 
         Raises:
-          ValueError: params has no gates, or those of another network.
+          ValueError: params has no gates, or those of another network; or groups are masked, such as channels that a
+            norm averages over, so that `module.apply` is not the gated network.
         """
         if isinstance(params, Gated):
             return params.folded()
+        folded = self._fold(params, collections)
+        for group in self.topology.groups:
+            if group.masked:
+                raise ValueError(
+                    f"fold: units of {group.name} are masked where the model averages over them, which module.apply "
+                    "does not do; use search.apply({**params, …}, x), or exclude these groups"
+                )
+        return folded
+
+    def _fold(self, params: Any, collections: Mapping[str, Any]) -> Any:
         rest, gates = transform.split(params, self.topology)
         transform.flatten(gates, self.topology)  # checks sizes
         folded = gates_lib.fold({**rest, **collections}, dict(gates), self.topology)
@@ -281,8 +314,7 @@ class GatedSearch:
     @cached_property
     def _read(self) -> frozenset[str]:
         """Arrays that gates multiply."""
-        members = (member for group in self.topology.groups for member in group.members)
-        return frozenset(member.leaf for member in members if member.consumes)
+        return gates_lib.multiplied(self.topology)
 
     # --- progress and result ----------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kdsearch_jax.tracing.kinds import KINDS
+
 BOUNDS = ("macs", "params", "latency", "memory")
 
 
@@ -38,7 +40,7 @@ class GatesConfig:
     """Which structures may be removed, and how the proximal search treats their gates.
 
     Attributes:
-      kinds: of `channels`, `neurons`, `heads`, `values`, `groups`, `branches`.
+      kinds: of `channels`, `neurons`, `heads`, `queries`, `values`, `width`, `groups`, `branches`.
       include, exclude: patterns (fnmatch) of group names.
       penalty: α_j, see `kdsearch_jax.pruning.control`. sharpness: exponent of α_j for `importance`.
       learning_rate, momentum: of the proximal step. importance_decay: of the running mean of importances.
@@ -53,7 +55,7 @@ class GatesConfig:
         without the removed units (`kdsearch_jax.distill.shrinking`). None: never.
     """
 
-    kinds: tuple[str, ...] = ("channels", "neurons", "heads", "values", "groups", "branches")
+    kinds: tuple[str, ...] = KINDS
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     penalty: Literal["importance", "macs", "params", "one"] = "importance"

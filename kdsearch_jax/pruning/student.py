@@ -116,8 +116,15 @@ def fold(variables: Any, gates: Mapping[str, Any], network: Network) -> Any:
       gates: {group: (size,)}.
 
     Raises:
-      ValueError: the gates do not match the network.
+      ValueError: the gates do not match the network; or a unit that has to be masked has a gate of 0, so that
+        `module.apply` is not the gated network.
     """
+    for group in network.topology.groups:
+        if group.masked and not (np.asarray(gates.get(group.name, 1)) > 0).all():
+            raise ValueError(
+                f"fold: units of {group.name} with a gate of 0 must be masked where the model averages over them, "
+                "which module.apply does not do; use GatedSearch.apply"
+            )
     return gates_lib.fold(variables, gates, network.topology)
 
 

@@ -29,6 +29,7 @@ from kdsearch_jax.pruning import gates as gates_lib
 from kdsearch_jax.pruning.equality import Comparison
 from kdsearch_jax.pruning.network import Network, count, macs_in_order_of, shapes_of
 from kdsearch_jax.tracing import topology as topology_lib
+from kdsearch_jax.tracing.masking import masked
 from kdsearch_jax.tracing.topology import Topology
 
 TOLERANCE = equality.TOLERANCE
@@ -66,27 +67,40 @@ def slice_network(
 
 
 def gated(variables: Any, gates: Mapping[str, Any], keep: Mapping[str, Any], network: Network) -> Any:
-    """The variables with gates folded in; the gates of units that are not in `keep` are zero."""
-    return _jitted_fold(network.topology)(variables, dict(gates), {n: np.asarray(mask) for n, mask in keep.items()})
+    """The variables with gates folded in; the gates of units that are not in `keep` are zero.
+
+    If groups are masked, the collection `gates.KEPT` says which of their units stay; `function_of` reads it.
+    """
+    masks = {name: np.asarray(mask) for name, mask in keep.items()}
+    folded = _jitted_fold(network.topology)(variables, dict(gates), masks)
+    kept = {group.name: masks[group.name] for group in network.topology.groups if group.masked}
+    return {**folded, gates_lib.KEPT: kept} if kept else folded
 
 
 @memoize(2)
 def _jitted_fold(topology: Topology) -> Any:
-    return jax.jit(lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology))
+    return jax.jit(
+        lambda variables, gates, keep: gates_lib.fold(variables, gates_lib.mask(gates, keep), topology, keep)
+    )
 
 
 def slice_variables(variables: Any, network: Network, keep: Mapping[str, Any]) -> Any:
-    """Every leaf sliced to the indices that stay, in its box if it has one, without the leaves of dropped layers."""
-    masks: dict[str, list[tuple[int, np.ndarray]]] = {}
+    """Every leaf sliced to the indices that stay, in its box if it has one, without the leaves of dropped layers.
+
+    Parameters behind numbers that follow a size, such as 1/√d, are rescaled (`Network.factors`).
+    """
+    factors, masks = network.factors(keep), dict[str, list[tuple[int, np.ndarray]]]()
     for (name, axis), mask in network.topology.masks(keep).items():
         masks.setdefault(name, []).append((axis, mask))
 
     def sliced(name: str, leaf: Any) -> Any:
         for axis, mask in masks.get(name, ()):
             leaf = np.compress(mask, np.asarray(leaf), axis=axis)
-        return jnp.asarray(leaf)
+        factor = factors.get(name, 1.0)
+        return jnp.asarray(leaf) if factor == 1.0 else jnp.asarray(leaf) * jnp.asarray(factor, leaf.dtype)
 
     dropped = network.topology.dropped(keep)
+    variables = {name: leaves for name, leaves in variables.items() if name != gates_lib.KEPT}
     return keeping_boxes(lambda tree: topology_lib.map_left(sliced, gathered(tree), dropped), variables)
 
 
@@ -112,7 +126,8 @@ def verify(
     student, variables, sliced = network.student(keep), *(gathered(unboxed(tree)) for tree in (variables, sliced))
     _check_shapes(network, student, sliced)
     whole = gated(variables, gates, keep, network)
-    gated_function, student_function = (function_of(m, network.kwargs) for m in (network.module, student))
+    gated_function = function_of(network.module, network.kwargs, network.topology)
+    student_function = function_of(student, network.kwargs)
     with jax.default_matmul_precision("highest"):
         rounding = equality.rounding_of(gated_function.trace(whole, *inputs).jaxpr)
         found = equality.compare(gated_function, whole, student_function, sliced, inputs, rounding)
@@ -162,26 +177,48 @@ def _check_shapes(network: Network, student: Any, sliced: Any) -> None:
             )
 
 
-def function_of(module: Any, kwargs: Mapping[str, Any]) -> Any:
+def function_of(module: Any, kwargs: Mapping[str, Any], topology: Topology | None = None) -> Any:
     """The jitted function (variables, *inputs) → {path in the module's outputs: array}; other outputs are left out.
 
     It is the same for equal modules, so a network that is cut at several budgets is compiled once.
+
+    Args:
+      topology: of a gated network, whose variables are those of `gated`.
     """
+    if topology is not None and not any(group.masked for group in topology.groups):
+        topology = None
+    hidden = None if topology is None else _ById(topology)
     try:
-        return _function_of(module, tuple(sorted(kwargs.items())))
+        return _function_of(module, tuple(sorted(kwargs.items())), hidden)
     except TypeError:  # an attribute or a keyword is not hashable
-        return _function_of.__wrapped__(module, tuple(kwargs.items()))
+        return _function_of.__wrapped__(module, tuple(kwargs.items()), hidden)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ById:
+    topology: Topology
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.topology is self.topology
+
+    def __hash__(self) -> int:
+        return id(self.topology)
 
 
 @lru_cache(maxsize=8)
-def _function_of(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> Any:
-    def call(variables: Any, *inputs: Any) -> dict[str, Any]:
+def _function_of(module: Any, kwargs: tuple[tuple[str, Any], ...], hidden: _ById | None) -> Any:
+    def plain(variables: Any, *inputs: Any) -> dict[str, Any]:
         args, keywords = call_arguments(inputs, dict(kwargs))
         outputs = jax.tree_util.tree_leaves_with_path(module.apply(variables, *args, **keywords))
         named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in outputs)
         return {name or "the output": leaf for name, leaf in named if isinstance(leaf, jax.Array)}
 
-    return jax.jit(call)
+    def corrected(variables: Any, *inputs: Any) -> dict[str, Any]:
+        assert hidden is not None
+        rest = {name: leaves for name, leaves in variables.items() if name != gates_lib.KEPT}
+        return masked(plain, hidden.topology, variables[gates_lib.KEPT])(rest, *inputs)
+
+    return jax.jit(plain if hidden is None else corrected)
 
 
 def verify_cost(network: Network, keep: Mapping[str, Any], student: Any) -> dict[str, float]:
@@ -221,8 +258,10 @@ def _compare_layers(
 
     In the gated network the layers of removed branches return values that are multiplied by zero later. Here they
     return zeros as in the student, so that the layers between them are comparable. Layers whose output units are
-    ambiguous are not compared.
+    ambiguous are not compared; nor are any where the gated network is evaluated with masks.
     """
+    if gates_lib.KEPT in whole:
+        return Comparison()
     stays = _units_of_layers(network, keep)
     branches = {
         group.name: keep[group.name] if group.kind == "branches" else np.ones(group.size, bool)

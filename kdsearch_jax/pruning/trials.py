@@ -29,6 +29,8 @@ from kdsearch_jax.tracing import topology as topology_lib
 from kdsearch_jax.tracing.analysis import Analysis, AxisTie, SplitSite
 from kdsearch_jax.tracing.interpreter import reanalyze
 from kdsearch_jax.tracing.program import flatten_jaxpr, line_of
+from kdsearch_jax.tracing.rescaling import Rescale, find_rescales
+from kdsearch_jax.tracing.size_check import RescaleCheck
 from kdsearch_jax.tracing.topology import Group, Topology
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Verdict:
 
     Attributes:
       size_attributes: numbers that change with the size of a group. frozen: {group: reason}.
+      rescales: numbers in the code that follow a size, and the parameters that undo it.
       pair: sites and axes to pair. release: pairings to undo because they did not help.
     """
 
@@ -73,6 +76,7 @@ class Verdict:
     frozen: dict[str, str] = field(default_factory=dict)
     pair: frozenset[Pairing] = frozenset()
     release: frozenset[Pairing] = frozenset()
+    rescales: tuple[Rescale, ...] = ()
 
 
 def judge(network: Network, found: Analysis, variables: Any, released: Collection[Pairing]) -> Verdict:
@@ -102,7 +106,8 @@ def judge(network: Network, found: Analysis, variables: Any, released: Collectio
                 return verdict
             frozen[other] = why
             free.remove(other)
-    return Verdict(tuple(trials.size_attributes), frozen)
+    rescales = tuple(check.found for check in trials.rescales.values() if check.follows)
+    return Verdict(tuple(trials.size_attributes), frozen, rescales=rescales)
 
 
 def _paired_or_released(
@@ -174,6 +179,10 @@ class _Trials:
         self.numbers |= {name: i for i, name in enumerate(self.small)}
         self.size_attributes: list[SizeAttribute] = []
         self.owner: dict[SizeAttribute, str] = {}
+        shapes = self.topology.shapes
+        candidates = find_rescales(found, list(shapes), shapes)
+        sizes = {path: shapes[rescale.leaf][rescale.axis] for path, rescale in candidates.items()}
+        self.rescales = {path: RescaleCheck(r, sizes[path], sizes[path]) for path, r in candidates.items()}
 
     def failure(self, names: Collection[str], extra: Sequence[SizeAttribute] = ()) -> str | None:
         """Why the code fails without some units of all these groups, in any of the turns; None if it works."""
@@ -189,7 +198,11 @@ class _Trials:
         attributes = (*self.network.size_attributes, *self.size_attributes, *extra)
         network = replace(self.network, size_attributes=attributes)
         left = size_check.remaining_labels(self.found, masks, list(self.topology.shapes))
-        return _mismatch(network, self.found, keep, left, _sliced(self.topology, self.variables, keep))
+        shapes = self.topology.sliced_shapes(keep)
+        for check in self.rescales.values():
+            check.size = shapes[check.found.leaf][check.found.axis]
+        sliced = _sliced(self.topology, self.variables, keep)
+        return _mismatch(network, self.found, keep, left, sliced, self.rescales)
 
     def sites(self, name: str) -> set[SplitSite]:
         """The sites at which the code treats parts of a group's axes alike."""
@@ -346,7 +359,14 @@ def _units_left(number: int, turn: int, size: int, shrinks: bool) -> np.ndarray:
     return keep
 
 
-def _mismatch(network: Network, found: Analysis, keep: Any, left: np.ndarray, variables: Any) -> str | None:
+def _mismatch(
+    network: Network,
+    found: Analysis,
+    keep: Any,
+    left: np.ndarray,
+    variables: Any,
+    rescales: Mapping[tuple[int, ...], RescaleCheck],
+) -> str | None:
     """Why the module's code does not do at these sizes what the analysis predicted; None if it does."""
     try:
         student = network.student(keep)
@@ -357,7 +377,7 @@ def _mismatch(network: Network, found: Analysis, keep: Any, left: np.ndarray, va
         line = line_of(frames[::-1])
         return f"the model's code needs this size{f', at {line}' if line else ''} ({message[:120]})"
     return size_check.find_mismatch(
-        found, reanalyze(flatten_jaxpr(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left
+        found, reanalyze(flatten_jaxpr(jaxpr), found.labels.kept(left), len(network.topology.shapes)), left, rescales
     )
 
 

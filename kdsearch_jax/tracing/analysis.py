@@ -7,7 +7,7 @@ once, at the end, as connected components; a rule never asks which labels are al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,6 +68,33 @@ class CostTerm(NamedTuple):
         return self.constant * math.prod(axis if isinstance(axis, int) else len(axis) for axis in self.axes)
 
 
+class MixingSite(NamedTuple):
+    """An operation whose result depends on which units there are, although it reads them by no stored kernel.
+
+    Such as the sum over channels in a LayerNorm. In the gated network it must see the units that stay only
+    (`kdsearch_jax.tracing.masking`).
+
+    Attributes:
+      path: of the operation in the jaxpr (`Op.path`).
+      operand: number of the operand that is corrected.
+      masked: {axis of the operand: labels} of the indices that are set to 0 where their units are removed.
+      count: what the operand, a constant, counts: labels or sizes whose product it is; () for a masked operand.
+      inverse: the operand is 1 over that product.
+    """
+
+    path: tuple[int, ...]
+    operand: int
+    masked: Mapping[int, np.ndarray]
+    count: tuple[Any, ...] = ()
+    inverse: bool = False
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels that the operation mixes."""
+        arrays = [*self.masked.values(), *(n for n in self.count if not isinstance(n, int))]
+        return np.concatenate([np.ravel(labels) for labels in arrays])
+
+
 class Contraction(NamedTuple):
     """The contraction order of one einsum, how often a loop runs it, and its module scope."""
 
@@ -84,6 +111,7 @@ class Product(NamedTuple):
     flops: float
 
 
+COMBINED = "combined with a tensor of fixed size"
 _PADDED = "joined to a fixed index (padding or a constant)"
 
 
@@ -100,6 +128,8 @@ class Analysis:
       joins: pairs of label arrays that are kept or removed together.
       freezes: label arrays that must stay, with the reason.
       contracted: label arrays of kernel axes that are summed over.
+      produced: label arrays of kernel axes that are not, and of the rows of tables.
+      sites: operations that mix units without a stored kernel.
       read_together: pairs of label arrays of kernels that are read as one, such as concatenated kernels.
       terms: the multiply-accumulates.
       op_terms: {operation: (MACs, its terms)}, top level only.
@@ -117,6 +147,8 @@ class Analysis:
     joins: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     freezes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     contracted: list[np.ndarray] = field(default_factory=list)
+    produced: list[np.ndarray] = field(default_factory=list)
+    sites: list[MixingSite] = field(default_factory=list)
     read_together: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     kind_marks: list[tuple[str, np.ndarray]] = field(default_factory=list)
     terms: list[CostTerm] = field(default_factory=list)
@@ -180,7 +212,16 @@ class Analysis:
         component = self.components()
         same = component == component[label]
         seen = {kind for kind, ids in self.kind_marks if same[ids].any()}
-        return next((kind for kind in ("heads", "values", "groups", "channels") if kind in seen), "neurons")
+        kinds = ("heads", "queries", "width", "values", "groups", "channels")
+        return next((kind for kind in kinds if kind in seen), "neurons")
+
+    def mixed(self) -> np.ndarray:
+        """(labels,) whether the label's unit is mixed with others at one of the `sites`."""
+        component = self.components()
+        result = np.zeros(int(component.max()) + 1, bool)
+        for site in self.sites:
+            result[component[site.labels[site.labels > 0]]] = True
+        return result[component]
 
     # --- what rules call ---
 
@@ -221,6 +262,12 @@ class Analysis:
         """{(parameter, axis)} that own the labels."""
         return set(zip(self.labels.leaf[labels].tolist(), self.labels.axis[labels].tolist(), strict=True))
 
+    def mix(self, ctx: RuleContext, operand: int, axes: Mapping[int, np.ndarray], kind: str) -> None:
+        """Records that an operation mixes the units on these axes of an operand, {axis: labels}; kind: of the units."""
+        self.sites.append(MixingSite(ctx.op.path, operand, axes))
+        for labels in axes.values():
+            self.mark(kind, labels)
+
     def pair_parts(self, site: SplitSite, rows: np.ndarray) -> bool:
         """Records the labels (parts, n) of a split site; joins the parts, and returns True, if the site is `paired`."""
         if len(rows) < 2 or rows.shape[1] < 2 or (rows == 0).any():
@@ -229,6 +276,11 @@ class Analysis:
         if site in self.paired:
             self.join(rows, np.broadcast_to(rows[:1], rows.shape))
         return site in self.paired
+
+    def produce(self, axis: Axis) -> None:
+        """Records that a kernel or a table produces the units on one of its axes."""
+        if isinstance(axis, np.ndarray):
+            self.produced.append(axis)
 
     def mark(self, kind: str, axis: Axis) -> None:
         """Marks the labels of an axis as units of a kind."""
@@ -244,7 +296,7 @@ class Analysis:
             if other is not arrays[0]:
                 self.join(arrays[0], other, where)
         if any(axis is FIXED for axis in axes):
-            self.freeze(arrays[0], lambda: f"combined with a tensor of fixed size in {where.where}")
+            self.freeze(arrays[0], lambda: f"{COMBINED} in {where.where}")
         return arrays[0]
 
     def resolve_splits(self, value: AbstractValue, carriers: Collection[int] = ()) -> AbstractValue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def build_topology(
             _unique(f"{_common_path(layers)}:branch", used_names),
             "branches",
             1,
-            tuple(AxisSlice(names[leaf], -1, None, True) for leaf in sorted(branch.scalers)),
+            tuple(AxisSlice(names[leaf], -1, None, True, True) for leaf in sorted(branch.scalers)),
             tuple(layers),
         )
         for branch, layers in branches
@@ -99,6 +100,7 @@ def _units(analysis: Analysis, names: list[str]) -> tuple[np.ndarray, np.ndarray
     reasons = [*reasons, "no kernel reads it", "a single unit, which must stay"]
     read = np.zeros(len(component), bool)
     read[component[analysis.consumed()]] = True
+    read[component[analysis.mixed()]] = True
     why[(why < 0) & ~read[component]] = unread
 
     free = np.flatnonzero((why < 0) & (labels.leaf >= 0))
@@ -141,18 +143,25 @@ def _groups(
     """The groups of these sizes, whose units are numbered in sequence by `unit_of`."""
     labels, keys = analysis.labels, analysis.labels.keys()
     consumed = set(np.flatnonzero(np.bincount(keys[analysis.consumed()])).tolist())
+    produced = set(np.unique(keys[np.concatenate([*analysis.produced, np.zeros(1, int)])]).tolist())
+    mixed = analysis.mixed()
     order = np.argsort(unit_of, kind="stable")
     numbers = unit_of[order]
     groups: list[Group] = []
     start = 0
     for size in sizes.tolist():
         first = order[slice(*np.searchsorted(numbers, [start, start + 1]))]  # labels of the group's first unit
-        members = []
+        masked, members = bool(mixed[first[0]]), []
         for key in sorted(set(keys[first].tolist())):
             local = unit_of[labels.axes_of(key // 16)[key % 16]] - start
             local = np.where((local >= 0) & (local < size), local, -1)
-            members.append(AxisSlice(names[key // 16], key % 16, local, key in consumed))
-        groups.append(Group(_group_name(members, used_names), analysis.kind_of(first[0]), size, tuple(members)))
+            name, reads = names[key // 16], key in consumed
+            writes = name.startswith("params/") and (not reads or key in produced)
+            members.append(AxisSlice(name, key % 16, local, reads, writes if masked else reads))
+        if not any(member.gated for member in members):
+            members = [replace(member, gated=member.consumes) for member in members]
+        name = _group_name(members, used_names)
+        groups.append(Group(name, analysis.kind_of(first[0]), size, tuple(members), masked=masked))
         start += size
     return groups
 

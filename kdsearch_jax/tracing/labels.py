@@ -12,6 +12,7 @@ Label 0 is a single fixed index among others, such as a padded channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -47,6 +48,8 @@ class AbstractValue(NamedTuple):
       normalised: labels, at least one for each parameter axis along which `linear` does not hold because the value was
         also multiplied by a function of the same index.
       number: the number that a constant holds everywhere.
+      summed: of a sum over units, what was summed over: labels, or sizes of axes without labels. Their product is the
+        number of terms, by which a mean is divided.
     """
 
     axes: tuple[Axis, ...]
@@ -55,6 +58,12 @@ class AbstractValue(NamedTuple):
     linear: bool = False
     number: float | None = None
     normalised: frozenset[int] = frozenset()
+    summed: tuple[Any, ...] = ()
+
+    @property
+    def terms(self) -> int:
+        """The number of terms of a sum over units; 0 if it is none."""
+        return math.prod(n if isinstance(n, int) else len(n) for n in self.summed) if self.summed else 0
 
 
 def has_labels(axis: Axis) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax.core
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ class Op:
       scope: the path of the module that it belongs to.
       tracebacks: of the operation and of the calls around it, innermost first. The traceback of an operation in a
         jitted function, such as `jnp.linalg.norm`, ends at that function.
+      path: its number among the equations of the jaxpr, after those of the calls and loops around it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Op:
     outputs: tuple[int, ...]
     scope: str
     tracebacks: tuple[Any, ...] = ()
+    path: tuple[int, ...] = ()
 
     def line(self) -> str | None:
         """The line of the model's code that the operation comes from, as file:line; None where it is unknown."""
@@ -104,16 +107,27 @@ def flatten_jaxpr(closed: Any, inside: Op | None = None) -> Program:
     """
     program = Program()
     program.inputs = [program.new(var.aval) for var in closed.jaxpr.invars]
-    callers = inside.tracebacks if inside else ()
-    program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, "", callers)
+    around = inside or Op("", {}, (), (), "")
+    program.outputs = _inline(program, closed.jaxpr, closed.consts, program.inputs, replace(around, scope=""))
     _drop_dead(program)
     einsum.merge_einsums(program)
     return program
 
 
-def _inline(
-    program: Program, jaxpr: Any, consts: Any, inputs: list[int], scope: str, callers: tuple[Any, ...]
-) -> list[int]:
+def called_body(eqn: Any) -> tuple[Any, Any, int] | None:
+    """(jaxpr, constants, first operand) of what a call computes, where an equation only groups others; else None."""
+    name, first = eqn.primitive.name, 0
+    body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
+    platforms = eqn.params.get("branches_platforms") if name == "cond" else None
+    if platforms and None in platforms:  # `jax.lax.platform_dependent`: all branches compute the same
+        body, first = eqn.params["branches"][list(platforms).index(None)], 1
+    if body is None:
+        return None
+    return (body.jaxpr, body.consts, first) if hasattr(body, "consts") else (body, (), first)
+
+
+def _inline(program: Program, jaxpr: Any, consts: Any, inputs: list[int], around: Op) -> list[int]:
+    """Adds the operations of a jaxpr to the program; around: the call or loop that it belongs to."""
     numbers = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         numbers[var] = program.new(var.aval)
@@ -126,29 +140,29 @@ def _inline(
             return value
         return numbers[atom]
 
-    for eqn in jaxpr.eqns:
+    scope, callers = around.scope, around.tracebacks
+    for index, eqn in enumerate(jaxpr.eqns):
         name = eqn.primitive.name
         here = str(eqn.source_info.name_stack)
         here = f"{scope}/{here}" if scope and here else scope or here
         tracebacks = (eqn.source_info.traceback, *callers) if eqn.source_info.traceback else callers
         ins = [number(atom) for atom in eqn.invars]
-        body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None) if name in _CALLS else None
-        platforms = eqn.params.get("branches_platforms") if name == "cond" else None
-        if platforms and None in platforms:  # `jax.lax.platform_dependent`: all branches compute the same
-            body, ins = eqn.params["branches"][list(platforms).index(None)], ins[1:]
-        if body is not None:
-            inner, inner_consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
-            outs = _inline(program, inner, inner_consts, ins, here, tracebacks)
+        path = (*around.path, index)
+        if (body := called_body(eqn)) is not None:
+            inner, inner_consts, first = body
+            call = Op(name, {}, (), (), here, tracebacks, path)
+            outs = _inline(program, inner, inner_consts, ins[first:], call)
             numbers.update(zip(eqn.outvars, outs, strict=True))
             continue
         outs = [program.new(var.aval) for var in eqn.outvars]
         numbers.update(zip(eqn.outvars, outs, strict=True))
-        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here, tracebacks))
+        program.ops.append(Op(name, eqn.params, tuple(ins), tuple(outs), here, tracebacks, path))
     return [number(atom) for atom in jaxpr.outvars]
 
 
 def _set_constant(program: Program, value: int, constant: Any) -> None:
-    if not jnp.issubdtype(program.avals[value].dtype, jax.dtypes.extended):  # a random key has no array
+    extended = jnp.issubdtype(program.avals[value].dtype, jax.dtypes.extended)  # a random key has no array
+    if not extended and not isinstance(constant, jax.core.Tracer):
         program.constants[value] = np.asarray(constant)
 
 

@@ -8,7 +8,9 @@ exactly what remains of its previous result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ import numpy as np
 from kdsearch_jax.tracing.analysis import Analysis, TracedOp
 from kdsearch_jax.tracing.labels import UNIFORM, AbstractValue, SplitAxis, has_labels
 from kdsearch_jax.tracing.program import Program
+from kdsearch_jax.tracing.rescaling import Path, Rescale
 from kdsearch_jax.tracing.rules.elementwise import NAMES as ELEMENTWISE
+from kdsearch_jax.tracing.rules.elementwise import mean_divisor
 
 # These may pass on a tensor that is constant along an axis, whatever the size of the axis.
 _SIZE_AGNOSTIC = ELEMENTWISE | {
@@ -30,6 +34,29 @@ _SIZE_PARAMETERS = {
 }  # fmt: skip
 
 
+@dataclass
+class RescaleCheck:
+    """Whether a number follows a size, as seen in trials so far.
+
+    Attributes:
+      size: the size in the present trial. whole: in the network.
+      follows: None if no trial has changed the size yet.
+    """
+
+    found: Rescale
+    whole: int
+    size: int
+    follows: bool | None = None
+
+    def agrees(self, new: TracedOp) -> bool:
+        """Whether an operation of a trial has the number that earlier trials lead to expect."""
+        follows = self.found.is_number(new.ins[self.found.operand].number, self.size)
+        if self.size == self.whole:
+            return follows
+        self.follows = follows if self.follows is None else self.follows
+        return follows == self.follows
+
+
 def remaining_labels(analysis: Analysis, masks: Mapping[tuple[str, int], np.ndarray], names: list[str]) -> np.ndarray:
     """(labels,) whether each label remains when parameters keep only `masks`, {(parameter, axis): (size,) bool}."""
     remaining = np.ones(len(analysis.labels.leaf), bool)
@@ -39,13 +66,16 @@ def remaining_labels(analysis: Analysis, masks: Mapping[tuple[str, int], np.ndar
     return remaining
 
 
-def find_mismatch(before: Analysis, after: Analysis, remaining: np.ndarray) -> str | None:
+def find_mismatch(
+    before: Analysis, after: Analysis, remaining: np.ndarray, rescales: Mapping[Path, RescaleCheck] | None = None
+) -> str | None:
     """What the second program does that the first analysis did not predict; None where they agree.
 
     Args:
       before: the analysis of the whole network.
       after: the analysis of its code with only the labels in `remaining`.
       remaining: (labels,) bool.
+      rescales: {path of an operation: number in it that may follow a size}.
     """
     units = before.components()
     old_ops, new_ops = _without_stretches(before), _without_stretches(after)
@@ -56,15 +86,26 @@ def find_mismatch(before: Analysis, after: Analysis, remaining: np.ndarray) -> s
         where = next((traced.op.where() for traced in extra if traced.op.line()), extra[0].op.where())
         return f"its size decides which operations there are, in {where.replace(' of StudentModule/', ' of ')}"
     for old, new in zip(old_ops, new_ops, strict=True):
-        if reason := _mismatch(old, new, remaining, units):
+        if reason := _mismatch(old, new, remaining, units, (rescales or {}).get(old.op.path)):
             return f"{reason}, in {old.op.where()}"
     return None
 
 
-def _mismatch(old: TracedOp, new: TracedOp, remaining: np.ndarray, units: np.ndarray) -> str | None:
+def _mismatch(
+    old: TracedOp, new: TracedOp, remaining: np.ndarray, units: np.ndarray, rescale: RescaleCheck | None
+) -> str | None:
     if old.op.name != new.op.name:
         return "its size decides which operations there are"
-    if _constants(old) != _constants(new) or _parameters(old) != _parameters(new):
+    if all(value.number is not None for value in (*old.outs, *new.outs)):
+        return None  # a number made of numbers; it is compared where it meets an array
+    divisor = mean_divisor(old.op.name, old.ins)
+    if divisor is not None and not _divides_by_size(old, new, divisor, remaining):
+        return "a number that equals its size is written into the code"
+    if rescale is not None and divisor is None:
+        if not rescale.agrees(new):
+            return "its size enters the computation as a number"
+        divisor = rescale.found.operand if rescale.follows else None
+    if _constants(old, divisor) != _constants(new, divisor) or _parameters(old) != _parameters(new):
         return "its size enters the computation as a number"
     resized = any(_constant_axis_resized(*pair) for pair in zip(_shaped(old, "ins"), _shaped(new, "ins"), strict=True))
     if resized and old.op.name not in _SIZE_AGNOSTIC:
@@ -74,6 +115,14 @@ def _mismatch(old: TracedOp, new: TracedOp, remaining: np.ndarray, units: np.nda
             if not _same_axis(x, y, n, m, remaining, units) and not _single_unit(x, b, m, remaining, units):
                 return "the model's code needs this size"
     return None
+
+
+def _divides_by_size(old: TracedOp, new: TracedOp, divisor: int, remaining: np.ndarray) -> bool:
+    """Whether the mean of the remaining units is taken over as many as there are."""
+    summed = old.ins[1 - divisor].summed
+    terms = math.prod(n if isinstance(n, int) else int(remaining[n].sum()) for n in summed)
+    number = new.ins[divisor].number
+    return bool(number) and math.isclose(number if old.op.name == "div" else 1 / number, terms, rel_tol=1e-6)
 
 
 def _without_stretches(analysis: Analysis) -> list[TracedOp]:
@@ -156,13 +205,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _constants(traced: TracedOp) -> tuple[Any, ...]:
-    """The operation's constant operands, each by its one number where it has only one."""
-    inputs = traced.op.inputs
+def _constants(traced: TracedOp, divisor: int | None) -> tuple[Any, ...]:
+    """The operation's constant operands, each by its one number where it has only one; without a mean's divisor."""
+    inputs = [v for i, v in enumerate(traced.op.inputs) if i != divisor]
+    numbers = {v: value.number for v, value in zip(traced.op.inputs, traced.ins, strict=True)}
     if traced.op.name == "dynamic_slice":  # where it starts on an axis with labels shows in its result
         axes = traced.ins[0].axes
         inputs = (inputs[0], *(v for v, axis in zip(inputs[1:], axes, strict=True) if not isinstance(axis, np.ndarray)))
-    return tuple(_fingerprint(traced.program, v) for v in inputs if v in traced.program.constants)
+    known = traced.program.constants
+    return tuple(
+        _fingerprint(traced.program, v) if v in known else numbers[v]
+        for v in inputs
+        if v in known or numbers[v] is not None
+    )
 
 
 def _fingerprint(program: Program, value: int) -> Any:

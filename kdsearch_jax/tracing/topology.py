@@ -8,7 +8,9 @@ that own entries on the same parameter axes; all units of a group are interchang
 
 A unit can be removed only if every operation that mixes it with others is a contraction with a stored kernel. A gate
 g ≥ 0 on those kernel rows then scales the unit's contribution, and g = 0 makes its removal exact, whatever BatchNorm,
-bias or activation stands between. All other labels are frozen, with a reason. Freezing is always safe.
+bias or activation stands between. Sums over units, as in a LayerNorm, and contractions of two activations, as of
+queries and keys, are made exact by leaving removed units out of them (`masking`). All other labels are frozen, with a
+reason. Freezing is always safe.
 
 A residual branch is a group with one unit, whose gate multiplies the parameters at the branch's end.
 
@@ -31,8 +33,7 @@ import jax
 import numpy as np
 
 from kdsearch_jax.tracing.cost import Cost
-
-KINDS = ("channels", "neurons", "heads", "values", "groups", "branches")
+from kdsearch_jax.tracing.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ class AxisSlice:
       axis: the axis; -1 where a branch's gate multiplies the whole parameter.
       units: (size,) the unit that owns each index, -1 for none; None where a branch's gate multiplies the whole
         parameter.
-      consumes: whether the axis is contracted, so that the gate multiplies it.
+      consumes: whether the axis is contracted with the units.
+      gated: whether the gate multiplies the axis. If the axis only reads units of a `masked` group, it does not: the
+        axis is then multiplied by 0 for removed units and by 1 for others.
     """
 
     leaf: str
     axis: int
     units: np.ndarray | None
     consumes: bool
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Group:
       size: number of units.
       members: all parameter entries that the units own.
       layers: of a branch, the layers that are removed with it.
+      masked: whether the units are also read without a stored kernel: by the statistics of a norm over channels, or as
+        queries and keys. The gate then multiplies what produces the units, and the gated network computes these
+        operations over the units that stay (`kdsearch_jax.tracing.masking`).
     """
 
     name: str
@@ -70,6 +77,7 @@ class Group:
     size: int
     members: tuple[AxisSlice, ...]
     layers: tuple[str, ...] = ()
+    masked: bool = False
 
 
 @dataclass(frozen=True)

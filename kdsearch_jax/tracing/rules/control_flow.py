@@ -52,6 +52,7 @@ def _while(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
         _body(ctx, test, tested + carry, ctx.times)
         entered, carry = carry, _next_carry(ctx, carry, _body(ctx, body, fixed + carry, ctx.times))
         if [_outline(v) for v in entered] == [_outline(v) for v in carry]:
+            _freeze_sites(ctx, before)
             return carry
         _rewind(ctx.analysis, before)
 
@@ -76,8 +77,9 @@ def _unroll(analysis: Analysis, before: tuple[dict[str, int], float, float], len
 def _cond(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     """Analyzes every branch, joins their results, and adds up their costs."""
     ctx.analysis.uncounted.add(ctx.op.name)
-    ins = [ctx.analysis.resolve_splits(v) for v in ins]
+    ins, before = [ctx.analysis.resolve_splits(v) for v in ins], _snapshot(ctx.analysis)
     results = [_body(ctx, flatten_jaxpr(body, ctx.op), ins[1:], ctx.times) for body in ctx.op.params["branches"]]
+    _freeze_sites(ctx, before)
     return [
         combine([ins[0], *same], [ctx.analysis.merge(axes, ctx) for axes in zip(*(v.axes for v in same), strict=True)])
         for same in zip(*results, strict=True)
@@ -91,12 +93,20 @@ def _body(ctx: RuleContext, body: Program, ins: list[AbstractValue], times: floa
     return [ctx.analysis.resolve_splits(v) for v in ctx.run(body, values, ctx.analysis, times)]
 
 
+def _freeze_sites(ctx: RuleContext, before: tuple[dict[str, int], float, float]) -> None:
+    """Freezes units that are mixed in bodies which the gated network cannot correct."""
+    for site in ctx.analysis.sites[before[0]["sites"] :]:
+        ctx.freeze(site.labels, "its units are mixed inside of")
+    del ctx.analysis.sites[before[0]["sites"] :]
+
+
 def _outline(value: AbstractValue) -> tuple[Any, ...]:
     """What is known about a value, except for the identity of its labels."""
-    return (*value[1:], *("labels" if has_labels(axis) else axis for axis in value.axes))
+    return (*value._replace(summed=())[1:], *("labels" if has_labels(axis) else axis for axis in value.axes))
 
 
-_LISTS = ("joins", "freezes", "contracted", "read_together", "kind_marks", "terms", "ops", "contractions", "products")
+_LISTS = ("joins", "freezes", "contracted", "produced", "sites", "read_together", "kind_marks", "terms", "ops",
+          "contractions", "products")  # fmt: skip
 
 
 def _snapshot(analysis: Analysis) -> tuple[dict[str, int], float, float]:

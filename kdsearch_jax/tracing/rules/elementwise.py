@@ -6,7 +6,9 @@ import math
 import operator
 from collections.abc import Sequence
 
-from kdsearch_jax.tracing.analysis import Rule, RuleContext
+import jax.numpy as jnp
+
+from kdsearch_jax.tracing.analysis import MixingSite, Rule, RuleContext
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, AbstractValue, Axis, SplitAxis, combine, has_labels
 from kdsearch_jax.tracing.program import Op
 
@@ -29,6 +31,7 @@ _EXPANDED = {
     "erfc": 62, "erf_inv": 37, "logistic": 3, "sinh": 10, "cosh": 3, "asin": 5, "acos": 3, "asinh": 11, "acosh": 7,
     "atanh": 6, "lgamma": 53, "digamma": 73, "copy": 0, "copy_p": 0, "stop_gradient": 0, "name": 0,
 }  # fmt: skip
+_ROUNDING = 1e-6  # of a number in float32
 _SUMS = {"add", "add_any", "sub", "complex"}
 _CHOICES = {"max", "min", "select_n"}
 _UNCOUNTED = {"conj", "complex", "imag", "real", "bessel_i0e", "bessel_i1e", "igamma", "igammac", "igamma_grad_a",
@@ -46,7 +49,8 @@ def _elementwise(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractVal
     if number is not None:
         return [AbstractValue((UNIFORM,) * len(shape), number=number)]
     if len(ins) == 1 and len(ins[0].axes) == len(shape):
-        return [combine(ins, ins[0].axes, ins[0].linear and _keeps_zeros(ctx.op))]
+        value = combine(ins, ins[0].axes, ins[0].linear and _keeps_zeros(ctx.op))
+        return [value._replace(summed=ins[0].summed) if name in LINEAR else value]
     ins = [_broadcast(ctx, v, ctx.shape(i), shape) for i, v in enumerate(ins)]
     full = [v for v in ins if len(v.axes) == len(shape)]
     if any(isinstance(axis, SplitAxis) for v in full for axis in v.axes):
@@ -58,10 +62,29 @@ def _elementwise(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractVal
     elif linear and name in _SUMS | _CHOICES:
         for i in range(len(shape)):
             ctx.analysis.join_kernels(full, i)
+    if (divisor := mean_divisor(name, ins)) is not None:
+        sizes = next(v.summed for v in ins if v.summed)
+        ctx.analysis.sites.append(MixingSite(ctx.op.path, divisor, {}, sizes, name == "mul"))
     if name == "div":  # a divisor is not gated: it could become 0
         ins = [ins[0], ins[1]._replace(linear=False)]
     axes = [_merge_axis([v.axes[i] for v in full], ctx) for i in range(len(shape))]
     return [combine(ins, axes, linear)]
+
+
+def mean_divisor(name: str, ins: Sequence[AbstractValue]) -> int | None:
+    """The operand that turns a sum over units into their mean: their number in a division, or 1 over it; else None."""
+    if len(ins) != 2 or name not in ("div", "mul"):
+        return None
+    for i in (1,) if name == "div" else (0, 1):
+        number, terms = ins[i].number, ins[1 - i].terms
+        if (
+            number
+            and terms
+            and ins[1 - i].active
+            and math.isclose(number if name == "div" else 1 / number, terms, rel_tol=_ROUNDING)
+        ):
+            return i
+    return None
 
 
 def _linear(name: str, ins: Sequence[AbstractValue], full: Sequence[AbstractValue]) -> bool:
@@ -169,9 +192,12 @@ def _number(op: Op, numbers: list[float | None]) -> float | None:
     known = [n for n in numbers if n is not None]
     if len(known) != len(numbers) or not known or op.name not in _SCALAR_FUNCTIONS:
         return None
+    if op.name == "convert_element_type" and not jnp.issubdtype(op.params["new_dtype"], jnp.floating):
+        whole = jnp.issubdtype(op.params["new_dtype"], jnp.integer) and known[0] == int(known[0])
+        return known[0] if whole or known[0] in (0.0, 1.0) else None
     try:
         number = float(_SCALAR_FUNCTIONS[op.name](*known, *([op.params["y"]] if op.name == "integer_pow" else [])))
-    except (ArithmeticError, ValueError):
+    except (ArithmeticError, ValueError, TypeError):  # TypeError: a root of a negative number
         return None
     return number if math.isfinite(number) else None
 
@@ -180,7 +206,8 @@ _SCALAR_FUNCTIONS = {
     "add": operator.add, "add_any": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "max": max, "min": min, "neg": operator.neg, "tanh": math.tanh, "exp": math.exp, "erf": math.erf, "sqrt": math.sqrt,
     "integer_pow": operator.pow, "square": lambda n: n * n, "logistic": lambda n: 0.5 * (1 + math.tanh(n / 2)),
-    "convert_element_type": lambda n: n if n == int(n) else math.nan,
+    "convert_element_type": float, "rsqrt": lambda n: n**-0.5, "pow": operator.pow, "gt": operator.gt,
+    "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ def _gather(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     for target, i in zip(numbers.offset_dims, shown, strict=True):
         if i in whole:
             axes[target] = table.axes[i]
+            if table.weight:
+                ctx.analysis.produce(table.axes[i])
     for i in range(len(table.axes)):
         if i not in whole:
             ctx.freeze(table.axes[i], "indexed by")

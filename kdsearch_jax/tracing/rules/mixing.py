@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import numpy as np
+
 from kdsearch_jax.tracing.analysis import Rule, RuleContext
 from kdsearch_jax.tracing.labels import FIXED, UNIFORM, AbstractValue, Axis, combine
 
@@ -41,16 +43,29 @@ def _reduce(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     (ctx.count_foldable if zero else ctx.count)(math.prod(ctx.shape(0)) - math.prod(ctx.out_shape()))
     if zero:
         return [AbstractValue((UNIFORM,) * len(ctx.out_shape()), number=0.0)]
+    keep = [i for i in range(len(ctx.shape(0))) if i not in gone]
+    if ctx.op.name == "reduce_sum":
+        return [_sum(ctx, ins[0], gone, keep)]
     for v in ins:
         for i in gone:
-            if ctx.op.name == "reduce_sum" and v.weight and ctx.analysis.is_stored(v, v.axes[i]):
-                ctx.analysis.contracted.append(v.axes[i])  # a kernel's norm, to which gated entries add nothing
-            else:
-                ctx.freeze(v.axes[i], "its units are mixed by")
-    keep = [i for i in range(len(ctx.shape(0))) if i not in gone]
+            ctx.freeze(v.axes[i], "its units are mixed by")
     axes = [ctx.analysis.merge([v.axes[i] for v in ins if len(v.axes) > i], ctx) for i in keep]
-    linear = ctx.op.name == "reduce_sum" and all(v.linear for v in ins)
-    return [combine(ins, axes, linear)] * len(ctx.op.outputs)
+    return [combine(ins, axes)] * len(ctx.op.outputs)
+
+
+def _sum(ctx: RuleContext, value: AbstractValue, gone: Collection[int], keep: Collection[int]) -> AbstractValue:
+    """A sum over units: of a stored kernel, whose gated entries add nothing, or of the units that stay."""
+    labels = {i: axis for i in gone if isinstance(axis := value.axes[i], np.ndarray)}
+    for i in [i for i in labels if value.weight and ctx.analysis.is_stored(value, labels[i])]:
+        ctx.analysis.contracted.append(labels.pop(i))
+    if labels and value.active:
+        ctx.analysis.mix(ctx, 0, labels, "width")
+    for axis in labels.values() if not value.active else ():
+        ctx.freeze(axis, "its units are mixed by")
+    sizes = [axis if isinstance(axis := value.axes[i], np.ndarray) else ctx.shape(0)[i] for i in gone]
+    terms = (*value.summed, *sizes)
+    result = combine([value], [value.axes[i] for i in keep], value.linear)
+    return result._replace(summed=terms) if any(isinstance(n, np.ndarray) for n in terms) else result
 
 
 def _along(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:

@@ -26,10 +26,10 @@ def _contract(ctx: RuleContext, a: AbstractValue, b: AbstractValue, i: int, j: i
     kernel = next((axis for v, axis in kernels if ctx.analysis.is_stored(v, axis)), None)
     if kernel is not None:
         ctx.analysis.contracted.append(kernel)
-    elif a.weight or b.weight:
-        ctx.freeze(left, "read by a kernel that is not used as stored, in")
+    elif a.active and b.active:
+        ctx.analysis.mix(ctx, 0, {i: left}, "width" if len(set(ctx.op.inputs)) == 1 else "queries")
     else:
-        ctx.freeze(left, "two activations are contracted, and scaled by its size, in")
+        ctx.freeze(left, "read by a kernel that is not used as stored, in")
 
 
 def _leaves(ctx: RuleContext, *values: AbstractValue) -> tuple[int, ...]:
@@ -61,6 +61,7 @@ def _dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     for v, free in ((a, free_left), (b, free_right)):
         for i in free if v.weight else ():
             ctx.analysis.mark("neurons", v.axes[i])
+            ctx.analysis.produce(v.axes[i])
     shapes = (ctx.shape(0), ctx.shape(1))
     sizes = [_size(axis, ctx.out_shape()[i]) for i, axis in enumerate(axes)]
     summed = a if any(isinstance(a.axes[i], np.ndarray) for i in left) else b
@@ -68,7 +69,9 @@ def _dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
     _add_term(ctx, 1.0, sizes, _leaves(ctx, a, b))
     ctx.count_product(2.0 * math.prod(ctx.out_shape()) * math.prod(shapes[0][i] for i in left))
     linear = all(v.linear for v in ins if v.weight)
-    return [combine(ins, axes, linear)]
+    terms = tuple(sizes[len(axes) :])
+    counts = a.active and b.active and any(isinstance(n, np.ndarray) for n in terms)
+    return [combine(ins, axes, linear)._replace(summed=terms if counts else ())]
 
 
 def _add_term(ctx: RuleContext, constant: float, sizes: Sequence[Any], leaves: tuple[int, ...]) -> None:
@@ -95,6 +98,7 @@ def _conv(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValue]:
         _contract(ctx, x, kernel, x_spec[1], k_spec[1])
     else:
         outputs = _grouped(ctx, channels, outputs, kernel, k_spec[1], groups)
+    ctx.analysis.produce(outputs)
     if groups == 1:
         ctx.analysis.mark("channels", outputs)
     dilated = any(d != 1 for d in p["lhs_dilation"])
@@ -187,6 +191,7 @@ def _ragged_dot(ctx: RuleContext, ins: list[AbstractValue]) -> list[AbstractValu
     for j in range(len(b.axes)):
         if b.weight and j not in (*right, *batch_right, *groups):
             ctx.analysis.mark("neurons", b.axes[j])
+            ctx.analysis.produce(b.axes[j])
     summed = [_size(a.axes[i], ctx.shape(0)[i]) for i in left]
     outputs = [_size(axis, n) for axis, n in zip(axes, ctx.out_shape(), strict=True)]
     groups_in_result = math.prod(ctx.out_shape()[: len(set(left) & set(divided))])
