@@ -44,7 +44,7 @@ def random_gates(topology: Topology, rng: np.random.Generator) -> dict[str, np.n
 
 
 def random_keep(topology: Topology, rng: np.random.Generator, how: str = "half") -> dict[str, np.ndarray]:
-    """What to keep: "half" of everything, "one" unit of each group (three of a width) and no branch, or everything in "branches"."""
+    """What to keep: "half" of all, "one" unit a group (three of a width) and no branch, or all units of "branches"."""
     keep = {}
     for group in topology.groups:
         share = {"half": 0.5, "one": 0.0, "branches": 1.0}[how]

@@ -98,26 +98,31 @@ class _Resizer:
     Attributes:
       root: the student's own path.
       called: paths of the layers that were called.
-      passing: not empty while calls are passed through unchanged: "zeros" while a detached copy of a dropped layer is
-        traced for its output shape, "student" while a submodule runs that is a student itself.
+      students: paths of submodules that run now and are students themselves; calls are passed through unchanged.
+      detached: paths of dropped layers of which a detached copy is now traced for the shape of its output.
     """
 
     layers: LayerSizes
     dropped: Sequence[str]
     root: tuple[str, ...]
     called: set[str] = field(default_factory=set)
-    passing: list[str] = field(default_factory=list)
+    students: list[str] = field(default_factory=list)
+    detached: list[str] = field(default_factory=list)
 
     def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Runs one method of one layer at its size."""
         layer = context.module
+        if self.detached:
+            inside = "/".join([self.detached[-1], *(layer.path if layer.scope is not None else ())])
+            with contextlib.ExitStack() as undo:
+                resize(layer, self.layers.get(inside, {}), context.method_name, undo)
+                return call(*args, **kwargs)
         path = _path(layer, self.root) or ""
-        if "zeros" not in self.passing:
-            self.called.add(path)
-        if self.passing:
+        self.called.add(path)
+        if self.students:
             return call(*args, **kwargs)
         if isinstance(layer, StudentModule):
-            with self._passing_through("student"), contextlib.ExitStack() as undo:
+            with _pushed(path, self.students), contextlib.ExitStack() as undo:
                 for name, value in self._merged_sizes(layer, path).items():
                     _set(layer, name, value, undo)
                 return call(*args, **kwargs)
@@ -130,16 +135,8 @@ class _Resizer:
                 resize(module, sizes, context.method_name, undo)
             if path not in self.dropped or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            undo.enter_context(self._passing_through("zeros"))
+            undo.enter_context(_pushed(path, self.detached))
             return _zeros(layer, args, kwargs)
-
-    @contextlib.contextmanager
-    def _passing_through(self, why: str) -> Iterator[None]:
-        self.passing.append(why)
-        try:
-            yield
-        finally:
-            self.passing.pop()
 
     def _merged_sizes(self, student: StudentModule, path: str) -> dict[str, Any]:
         """The fields of a submodule that is a student itself, overridden by this student's sizes."""
@@ -148,6 +145,15 @@ class _Resizer:
         merged = {name: {**student.layers.get(name, {}), **below.get(name, {})} for name in {**student.layers, **below}}
         gone = {name[len(start) :] for name in self.dropped if name.startswith(start)}
         return {"layers": freeze(merged), "dropped": tuple(sorted({*student.dropped, *gone}))}
+
+
+@contextlib.contextmanager
+def _pushed(path: str, stack: list[str]) -> Iterator[None]:
+    stack.append(path)
+    try:
+        yield
+    finally:
+        stack.pop()
 
 
 def resize(layer: nn.Module, sizes: Mapping[str, Any], method: str, undo: contextlib.ExitStack) -> None:

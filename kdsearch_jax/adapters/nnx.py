@@ -86,7 +86,7 @@ def layer_outputs(
 
     def record(path: str, parent: str, call: Callable[[], Any]) -> Any:
         result = call()
-        if isinstance(result, jax.Array) and not isinstance(result, jax.core.Tracer):
+        if isinstance(result, jax.Array):
             seen.setdefault(path, result)
         return result
 

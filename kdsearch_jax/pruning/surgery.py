@@ -258,23 +258,32 @@ def _compare_layers(
 
     In the gated network the layers of removed branches return values that are multiplied by zero later. Here they
     return zeros as in the student, so that the layers between them are comparable. Layers whose output units are
-    ambiguous are not compared; nor are any where the gated network is evaluated with masks.
+    ambiguous are not compared.
     """
-    if gates_lib.KEPT in whole:
-        return Comparison()
     stays = _units_of_layers(network, keep)
     branches = {
         group.name: keep[group.name] if group.kind == "branches" else np.ones(group.size, bool)
         for group in network.topology.groups
     }
+    without_branches, topology = network.student(branches), network.topology
 
     def outputs(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
         values = network.adapter.layer_outputs(module, variables, inputs, network.kwargs)
         return {path: value for path, value in values.items() if not isinstance(value, jax.core.Tracer)}
 
     def of_network(variables: Any, *inputs: Any) -> dict[str, Any]:
+        values = outputs(without_branches, variables, inputs)
+        if gates_lib.KEPT in whole:
+            known = list(values)  # not those inside of loops, whose values end with them
+
+            def traced(variables: Any, *inputs: Any) -> dict[str, Any]:
+                made = network.adapter.layer_outputs(without_branches, variables, inputs, network.kwargs)
+                return {path: made[path] for path in known}
+
+            found = masked(traced, topology, whole[gates_lib.KEPT], topology.dropped(keep))(variables, *inputs)
+            values = {path: found[path] for path in known}  # in the order of the calls
         result = {}
-        for path, value in outputs(network.student(branches), variables, inputs).items():
+        for path, value in values.items():
             masks = stays.get((path, value.shape[-1]), []) if value.ndim else []
             if len(masks) < 2:
                 result[path] = _sampled(value[..., masks[0]] if masks else value)
@@ -283,8 +292,17 @@ def _compare_layers(
     def of_student(variables: Any, *inputs: Any) -> dict[str, Any]:
         return {path: _sampled(value) for path, value in outputs(student, variables, inputs).items()}
 
-    without_branches = slice_variables(whole, network, branches)
-    return equality.compare(of_network, without_branches, of_student, sliced, inputs, rounding, common=True)
+    reference, factors = slice_variables(whole, network, branches), network.factors(keep)
+    found = equality.compare(of_network, reference, of_student, sliced, inputs, rounding, common=True)
+    if found.first is not None and factors:
+        # Between a parameter that was rescaled and the number that this undoes, the student's values are rescaled.
+        scaled = topology_lib.map_left(
+            lambda name, leaf: leaf * factors[name] if name in factors else leaf, reference, ()
+        )
+        other = equality.compare(of_network, scaled, of_student, sliced, inputs, rounding, common=True)
+        for name, far in other.differences.items():
+            found.differences[name] = min(far, found.differences.get(name, far))
+    return found
 
 
 def _units_of_layers(network: Network, keep: Any) -> dict[tuple[str, int], list[np.ndarray]]:

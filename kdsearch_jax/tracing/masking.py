@@ -16,7 +16,7 @@ of Flax's or one written out by hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,13 +34,16 @@ Path = tuple[int, ...]
 _REMAT = ("remat", "remat2", "checkpoint")
 
 
-def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, Any]) -> Callable[..., Any]:
+def masked(
+    function: Callable[..., Any], topology: Topology, kept: Mapping[str, Any], dropped: Collection[str] = ()
+) -> Callable[..., Any]:
     """The function with the units outside of `kept` masked where it mixes units.
 
     Args:
       function: (variables, *args, **kwargs) → any pytree; every traced array that it depends on is among its arguments.
       topology: of the network; arrays of `variables` are found by their paths, others count as inputs.
       kept: {group: (size,) bool} of all groups that are masked.
+      dropped: layers that the function does without, whose parameters may be missing.
 
     Returns:
       a function with the same arguments. It raises ValueError if variables are missing, or if it reads units in a way
@@ -55,7 +58,9 @@ def masked(function: Callable[..., Any], topology: Topology, kept: Mapping[str, 
         flat, _ = jax.tree_util.tree_flatten_with_path(variables)
         leaves, structure = jax.tree.flatten((variables, args, kwargs))
         names = [path_string(path) for path, _ in flat]
-        if missing := sorted({member.leaf for group in groups for member in group.members} - set(names)):
+        needed = {member.leaf for group in groups for member in group.members}
+        needed = {leaf for leaf in needed if leaf.partition("/")[2].rpartition("/")[0] not in dropped}
+        if missing := sorted(needed - set(names)):
             raise ValueError(f"variables: {missing[0]} is missing, whose units are masked; give those of the network")
         known = [i for i, name in enumerate(names) if name in topology.shapes]
         order = known + [i for i, leaf in enumerate(leaves) if i not in set(known) and _is_array(leaf)]
@@ -91,7 +96,7 @@ def _units_of_labels(labels: Labels, names: Sequence[str], topology: Topology) -
     number = {name: i for i, name in enumerate(names)}
     unit_of, start = np.full(len(labels.leaf), -1), 0
     for group in (group for group in topology.groups if group.masked):
-        for member in group.members:
+        for member in (member for member in group.members if member.leaf in number):
             axis = None if member.units is None else labels.value_axes(number[member.leaf])[member.axis]
             if axis is not None and member.units is not None:  # an axis of length 1 has no labels
                 unit_of[axis[member.units >= 0]] = start + member.units[member.units >= 0]

@@ -231,8 +231,10 @@ class Topology:
         """
         if self.groups:
             return self
-        reasons = {**{f.leaf: f.reason for f in self.frozen}, **self.excluded}
-        lines = "; ".join(f"{leaf}: {reason}" for leaf, reason in list(reasons.items())[:6])
+        reasons = {f.leaf: f.reason for f in self.frozen} | self.excluded
+        first = {reason: leaf for leaf, reason in reversed(reasons.items())}
+        examples = sorted(reasons, key=lambda leaf: first[reasons[leaf]] != leaf)[:6]  # one of each reason at least
+        lines = "; ".join(f"{leaf}: {reasons[leaf]}" for leaf in examples)
         raise ValueError(f"nothing in this network can be pruned ({lines or 'it has no parameters'})")
 
     def shares(self) -> dict[str, tuple[float, float]]:
