@@ -215,7 +215,9 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, tuple[str, int]]]] = {
         image(8, 8, 3),
         {
             "encoder/layers/0/attention/key": ("heads", 4),
+            "encoder/layers/0/attention/key#2": ("queries", 6),
             "encoder/layers/0/attention/value": ("values", 6),
+            "encoder/layers/0/attention/out": ("width", 16),
             "encoder/layers/0/up": ("neurons", 32),
             "encoder/layers/0:branch": ("branches", 1),
             "encoder/layers/0:branch#2": ("branches", 1),
