@@ -300,9 +300,9 @@ def test_an_object_that_is_moved_into_place_while_it_is_read_is_found(store, oth
     write(writer.directory, {"a": "old"})
     writer.push()
     write(writer.directory, {"a": "new"})
-    with monkeypatch.context() as context:
-        context.setattr(Mirror, "_settle", lambda *_: None)  # killed after its commit
-        writer.push()
+    store.fails("run/a$")  # committed, not yet in place
+    writer.push()
+    store.fails(None)
     get_file, heir = object_store.ObjectStore.get_file, Mirror("bucket://b/run", scratch.copy_path("bucket://b/heir"))
 
     def get_then_move(self: Any, rpath: str, *rest: Any, **options: Any) -> None:
